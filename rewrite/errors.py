@@ -1,0 +1,106 @@
+"""Everything that pocketize raises, as one tree.
+
+::
+
+    PocketizeError                 catch this to catch all of them
+    ├── InputError                 example inputs: unreadable text, wrong rank, none could be guessed
+    ├── CaptureError               the model did not run, or could not be copied, while it was recorded
+    ├── OptionError                an option of a pass: unknown, of the wrong type, out of range
+    ├── PatternError               a path pattern that matches nothing in the model
+    ├── RewriteError               a rewrite that failed; the caller's model is as it was
+    │   ├── OrderError             passes in an order that one of them excludes
+    │   └── VerifyError            the rewritten model did not do what the plan predicted
+    ├── RegistryError              passes by name: unknown, registered twice, broken
+    ├── RecipeError                a recipe file: not TOML, unknown keys, wrong values
+    ├── ArtifactError              saved models: truncated, not ours, made by another version,
+    │                              or not fitting the factory
+    └── MeasureError               a measurement that could not be made
+
+    PocketizeWarning (UserWarning)
+    └── NoEffectWarning            a pass changed nothing at all
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArtifactError",
+    "CaptureError",
+    "InputError",
+    "MeasureError",
+    "NoEffectWarning",
+    "OptionError",
+    "OrderError",
+    "PatternError",
+    "PocketizeError",
+    "PocketizeWarning",
+    "RecipeError",
+    "RegistryError",
+    "RewriteError",
+    "VerifyError",
+    "nearest",
+]
+
+import difflib
+from collections.abc import Iterable
+
+
+class PocketizeError(Exception):
+    """Base class of every error that pocketize raises on purpose."""
+
+
+class InputError(PocketizeError):
+    """Example inputs that cannot be read, do not fit the model, or could not be guessed."""
+
+
+class CaptureError(PocketizeError):
+    """The model could not be copied or did not run while its graph was recorded."""
+
+
+class OptionError(PocketizeError, ValueError):
+    """An option of a pass is unknown, has the wrong type or is out of range."""
+
+
+class PatternError(PocketizeError, ValueError):
+    """A path or a path pattern that names nothing in the model."""
+
+
+class RewriteError(PocketizeError):
+    """A rewrite failed. The caller's model is as it was before the call."""
+
+
+class OrderError(RewriteError):
+    """Passes were given in an order, or in a company, that one of them excludes."""
+
+
+class VerifyError(RewriteError):
+    """The rewritten model does not do what the plan predicted."""
+
+
+class RegistryError(PocketizeError):
+    """A pass is unknown, registered twice under one name, or broken."""
+
+
+class RecipeError(PocketizeError):
+    """A recipe that is not TOML, has unknown keys or values of the wrong type."""
+
+
+class ArtifactError(PocketizeError):
+    """A saved model that cannot be read or does not fit the factory it is loaded into."""
+
+
+class MeasureError(PocketizeError):
+    """A memory or time measurement that could not be made."""
+
+
+class PocketizeWarning(UserWarning):
+    """Base class of the warnings that pocketize gives."""
+
+
+class NoEffectWarning(PocketizeWarning):
+    """A pass was applied and changed nothing."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Say which known word was probably meant: ``" Did you mean 'pocket'?"``, or ``""``."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
