@@ -1,0 +1,120 @@
+"""Copies of a model: a real one to rewrite, and a fake one to record.
+
+``copy.deepcopy`` alone fails on modules that keep computed tensors as attributes (the older
+``weight_norm`` does), and it copies every weight even where only shapes are wanted. Both are cured
+with the memo of ``deepcopy``.
+"""
+
+from __future__ import annotations
+
+__all__ = ["clone", "fake_clone", "quiet_hooks"]
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import UninitializedTensorMixin
+
+from pocketize.errors import CaptureError
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """Return a deep copy of a model with weights, buffers, gradients, hooks, modes and ties.
+
+    Raises:
+        CaptureError: the model holds something that cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in _plain_tensors(model):
+        if not tensor.is_leaf:
+            memo[id(tensor)] = tensor.detach().clone()
+    return _deepcopy(model, memo)
+
+
+def fake_clone(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """Return a copy whose tensors are fake: shapes and dtypes, no memory.
+
+    Args:
+        model: the model; untouched.
+        mode: the fake mode that the tensors of the copy belong to.
+
+    Raises:
+        CaptureError: the model holds something that cannot be copied, or lazy parameters.
+    """
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedTensorMixin):
+            raise CaptureError(
+                f"{name} of {type(model).__name__} is not initialised yet (a lazy module); "
+                "run the model once on real data, then pass it here"
+            )
+        memo[id(parameter)] = nn.Parameter(
+            _fake(parameter, mode), requires_grad=parameter.requires_grad
+        )
+    for tensor in [*model.buffers(), *_plain_tensors(model)]:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _fake(tensor, mode)
+    return _deepcopy(model, memo)
+
+
+@contextlib.contextmanager
+def quiet_hooks(*models: nn.Module) -> Iterator[None]:
+    """Undo what forward hooks write into lists, dicts and sets of their closures.
+
+    A copy of a model shares its hooks' closures with the original, so that recording the copy would
+    leave fake tensors in, say, a user's list of features.
+    """
+    containers: dict[int, list[Any] | dict[Any, Any] | set[Any]] = {}
+    for model in models:
+        for hook in _hooks(model):
+            for cell in getattr(hook, "__closure__", None) or ():
+                with contextlib.suppress(ValueError):  # an empty cell
+                    if isinstance(cell.cell_contents, list | dict | set):
+                        containers[id(cell.cell_contents)] = cell.cell_contents
+    before = {key: copy.copy(container) for key, container in containers.items()}
+    try:
+        yield
+    finally:
+        for key, container in containers.items():
+            if isinstance(container, list):
+                container[:] = before[key]
+            else:
+                container.clear()
+                container.update(before[key])  # type: ignore[arg-type]
+
+
+def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # a user's __deepcopy__ or __reduce__ may raise anything
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. "
+            "pocketize works on a copy, so copy.deepcopy(model) must work; remove or replace the "
+            "attribute that cannot be copied (an open file, a lock, a generator)"
+        ) from error
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    with torch.no_grad(), mode:
+        fake = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+    return fake
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that modules keep as plain attributes, neither parameter nor buffer."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                yield value
+
+
+def _hooks(model: nn.Module) -> Iterator[Callable[..., Any]]:
+    for module in model.modules():
+        for table in (module._forward_pre_hooks, module._forward_hooks):
+            yield from table.values()

@@ -1,0 +1,185 @@
+"""Example inputs of a model: how a user writes them, and how they are guessed.
+
+A user gives a tensor, a tuple, a dict or a text such as ``"1x1x96x96x96"``; the engine works on one
+form, :class:`Inputs`.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Inputs", "as_inputs", "guess_inputs", "to_model"]
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pocketize.errors import InputError
+
+_SHAPE = re.compile(r"(\d+(?:x\d+)*)(?::([a-z]+\d*))?")
+_GUESSED_SIZES = (32, 64, 96, 128, 224, 256)
+_GUESSED_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call of a model.
+
+    Attributes:
+        args: positional arguments; tensors, or containers of tensors and of anything else.
+        kwargs: keyword arguments, likewise.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def call(self, model: Callable[..., Any]) -> Any:
+        """Return ``model(*args, **kwargs)``."""
+        return model(*self.args, **self.kwargs)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Inputs:
+        """Return the inputs with ``fn`` applied to every tensor, containers kept."""
+        args, kwargs = pytree.tree_map_only(Tensor, fn, (self.args, self.kwargs))
+        return Inputs(args, kwargs)
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor, in the order of the arguments."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def describe(self) -> str:
+        """Say shapes and dtypes: ``"2x1x64x64 float32, 2x77 int64"``."""
+        return ", ".join(
+            f"{'x'.join(map(str, t.shape)) or 'scalar'} {str(t.dtype).removeprefix('torch.')}"
+            for t in self.tensors()
+        )
+
+
+def as_inputs(inputs: Any, model: nn.Module | None = None) -> Inputs:
+    """Bring example inputs into one form.
+
+    Args:
+        inputs: a tensor (one positional argument), a tuple or list (positional arguments), a dict
+            (keyword arguments if its keys fit the signature of ``model.forward``, otherwise one
+            positional argument), a text such as ``"1x1x96x96x96"`` or ``"1x3x64x64,1x77:int64"``
+            (random tensors of these shapes), or :class:`Inputs`.
+        model: the model that will be called; decides how a dict is passed.
+
+    Raises:
+        InputError: the text cannot be read, there is no tensor, or the type is none of these.
+    """
+    if isinstance(inputs, Inputs):
+        made = inputs
+    elif isinstance(inputs, str):
+        made = Inputs(tuple(_parse_shape(part.strip(), inputs) for part in inputs.split(",")))
+    elif isinstance(inputs, Tensor):
+        made = Inputs((inputs,))
+    elif isinstance(inputs, Mapping):
+        made = _from_mapping(inputs, model)
+    elif isinstance(inputs, tuple | list):
+        made = Inputs(tuple(inputs))
+    else:
+        raise InputError(
+            f"example inputs must be a tensor, a tuple, a dict or a text such as '1x1x96x96x96', "
+            f"not {type(inputs).__name__}"
+        )
+    if not made.tensors():
+        raise InputError("example inputs hold no tensor; give at least one, e.g. '1x1x96x96x96'")
+    return made
+
+
+def to_model(inputs: Inputs, model: nn.Module) -> Inputs:
+    """Move inputs to the device of the model, floating ones to its dtype too.
+
+    The first floating-point parameter (or buffer) decides; a model without any leaves them as they
+    are.
+    """
+    like = next(
+        (t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()), None
+    )
+    if like is None:
+        return inputs
+    device, dtype = like.device, like.dtype
+
+    def move(t: Tensor) -> Tensor:
+        return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+
+    return inputs.map(move)
+
+
+def guess_inputs(model: nn.Module) -> Iterator[Inputs]:
+    """Yield guesses at the inputs of a model with one image input, smallest first.
+
+    Rank and channels are read off the first convolution in registration order (not a transposed
+    one), or off the first linear layer of a model without convolutions. The batch is 2: with 1,
+    axes that the model adds and axes that it was given look alike.
+
+    Raises:
+        InputError: the model has neither a convolution nor a linear layer, or ``forward`` needs
+            more than one argument.
+    """
+    _check_single_input(model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            spatial = len(module.kernel_size)
+            for size in _GUESSED_SIZES:
+                yield Inputs((torch.zeros(_GUESSED_BATCH, module.in_channels, *[size] * spatial),))
+            return
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            yield Inputs((torch.zeros(_GUESSED_BATCH, module.in_features),))
+            yield Inputs((torch.zeros(_GUESSED_BATCH, 16, module.in_features),))
+            return
+    raise InputError(
+        f"cannot guess inputs for {type(model).__name__}: it has no convolution and no linear "
+        "layer to read the number of channels off; pass inputs=..."
+    )
+
+
+def _check_single_input(model: nn.Module) -> None:
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return
+    required = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if len(required) > 1:
+        raise InputError(
+            f"cannot guess inputs for {type(model).__name__}: forward needs "
+            f"{len(required)} arguments ({', '.join(required)}); pass inputs=(...)"
+        )
+
+
+def _from_mapping(inputs: Mapping[Any, Any], model: nn.Module | None) -> Inputs:
+    if model is not None and all(isinstance(key, str) for key in inputs):
+        try:
+            inspect.signature(model.forward).bind(**inputs)
+        except (TypeError, ValueError):
+            return Inputs((dict(inputs),))
+        return Inputs((), dict(inputs))
+    return Inputs((dict(inputs),))
+
+
+def _parse_shape(text: str, whole: str) -> Tensor:
+    match = _SHAPE.fullmatch(text)
+    if match is None:
+        raise InputError(
+            f"cannot read input shape {text!r} in {whole!r}: expected sizes joined by 'x', e.g. "
+            "'1x1x96x96x96', several inputs joined by ',', a dtype after ':' as in '1x77:int64'"
+        )
+    shape = [int(size) for size in match[1].split("x")]
+    dtype = getattr(torch, match[2], None) if match[2] else torch.float32
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"unknown dtype {match[2]!r} in {whole!r}; try float32 or int64")
+    if 0 in shape:
+        raise InputError(f"input shape {text!r} has an empty axis; every size must be at least 1")
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(shape, dtype=dtype)
+    return torch.zeros(shape, dtype=dtype)
