@@ -98,9 +98,7 @@ def to_model(inputs: Inputs, model: nn.Module) -> Inputs:
     The first floating-point parameter (or buffer) decides; a model without any leaves them as they
     are.
     """
-    like = next(
-        (t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()), None
-    )
+    like = next((t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()), None)
     if like is None:
         return inputs
     device, dtype = like.device, like.dtype
@@ -181,5 +179,6 @@ def _parse_shape(text: str, whole: str) -> Tensor:
     if 0 in shape:
         raise InputError(f"input shape {text!r} has an empty axis; every size must be at least 1")
     if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(shape, dtype=dtype)
+        generator = torch.Generator().manual_seed(0)  # the same figures every time, RNG untouched
+        return torch.randn(shape, dtype=dtype, generator=generator)
     return torch.zeros(shape, dtype=dtype)
