@@ -84,7 +84,7 @@ def quiet_hooks(*models: nn.Module) -> Iterator[None]:
                 container[:] = before[key]
             else:
                 container.clear()
-                container.update(before[key])  # type: ignore[arg-type]
+                container.update(before[key])
 
 
 def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -100,10 +100,9 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     with torch.no_grad(), mode:
-        fake = torch.empty_strided(
+        return torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
         )
-    return fake
 
 
 def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
