@@ -1,0 +1,326 @@
+"""Option values: checked against a dataclass annotation, read from text, written as text.
+
+A pass's options arrive from four places: a Python call, a recipe (TOML), a saved model (JSON) and
+the command line (text). All four end in the same dataclass fields, so the annotation of the field is
+the single source of what a value may be, and this file is the only one that reads annotations.
+
+Text is read as follows. ``none`` is None; ``true``, ``yes``, ``on`` and ``1`` are true; a list is
+``a|b|c`` or JSON ``["a","b"]``; a mapping is a JSON object; a double-quoted value is a JSON string.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "UnsupportedAnnotation",
+    "attribute_sentences",
+    "check_value",
+    "describe_annotation",
+    "read_text",
+    "split_options",
+    "to_jsonable",
+    "write_text",
+]
+
+import collections.abc
+import contextlib
+import inspect
+import json
+import math
+import numbers
+import re
+import types
+import typing
+from typing import Any
+
+from pocketize.errors import OptionError
+
+_UNIONS = (typing.Union, types.UnionType)
+_MAPPINGS = (dict, collections.abc.Mapping)
+_TRUE = ("true", "yes", "on", "1")
+_FALSE = ("false", "no", "off", "0")
+_NONE = ("none", "null")
+
+
+class UnsupportedAnnotation(TypeError):
+    """A pass declares an option of a type that has no textual form: a mistake of its author."""
+
+
+class _MismatchError(Exception):
+    """A value that does not fit the annotation; the caller words the error."""
+
+
+def check_value(value: Any, annotation: Any, *, from_file: bool = False) -> Any:
+    """Return ``value`` in its canonical form for ``annotation``: lists as tuples, ints as floats.
+
+    Args:
+        value: what was given in Python, or read from JSON or TOML.
+        annotation: the resolved annotation of the dataclass field.
+        from_file: also accept text for a value that is not text. TOML has no null, so a recipe says
+            ``width = "none"``.
+
+    Raises:
+        OptionError: the value does not fit; the message says what was expected and what came.
+        UnsupportedAnnotation: the annotation is none that an option can have.
+    """
+    try:
+        return _check(value, annotation)
+    except _MismatchError as mismatch:
+        if from_file and isinstance(value, str):
+            return read_text(value, annotation)
+        raise OptionError(
+            f"expected {describe_annotation(annotation)}, got {value!r} ({type(value).__name__})"
+        ) from mismatch
+
+
+def read_text(text: str, annotation: Any) -> Any:
+    """Return the value that ``text`` stands for, for a field annotated with ``annotation``.
+
+    Raises:
+        OptionError: the text stands for no value of that type.
+        UnsupportedAnnotation: the annotation is none that an option can have.
+    """
+    try:
+        return _read(text.strip(), annotation)
+    except _MismatchError as mismatch:
+        raise OptionError(f"expected {describe_annotation(annotation)}, got {text!r}") from mismatch
+
+
+def _check(value: Any, annotation: Any) -> Any:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return value
+    if annotation is None or annotation is type(None):
+        return _expect(value is None, value)
+    if annotation is bool:
+        return _expect(isinstance(value, bool), value)
+    if annotation is int:
+        return int(
+            _expect(isinstance(value, numbers.Integral) and not isinstance(value, bool), value)
+        )
+    if annotation is float:
+        _expect(isinstance(value, numbers.Real) and not isinstance(value, bool), value)
+        # JSON has no word for infinity, so an infinite option could not be saved with the model
+        return _expect(math.isfinite(value), float(value))
+    if annotation is str:
+        return _expect(isinstance(value, str), value)
+    if origin is typing.Literal:
+        same = [a for a in arguments if a == value and type(a) is type(value)]
+        return _expect(bool(same), value)
+    if origin in _UNIONS:
+        return _first(lambda member: _check(value, member), arguments)
+    if annotation is tuple or origin is tuple:
+        return _check_tuple(value, arguments)
+    if annotation in _MAPPINGS or origin in _MAPPINGS:
+        _expect(isinstance(value, collections.abc.Mapping), value)
+        kind = arguments[1] if arguments else Any
+        return {_check(key, str): _check(item, kind) for key, item in value.items()}
+    raise _unsupported(annotation)
+
+
+def _check_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    many = not arguments or arguments[-1] is Ellipsis
+    if isinstance(value, str) and many:
+        # keep="enc*" means one pattern; taken as a sequence it would be four of one letter each
+        value = (value,)
+    _expect(isinstance(value, (list, tuple)), value)
+    kinds = (arguments[0] if arguments else Any,) * len(value) if many else arguments
+    _expect(len(kinds) == len(value), value)
+    return tuple(_check(item, kind) for item, kind in zip(value, kinds, strict=True))
+
+
+def _read(text: str, annotation: Any) -> Any:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is None or annotation is type(None):
+        _expect(text.lower() in _NONE, text)
+        return None
+    if annotation is bool:
+        _expect(text.lower() in _TRUE + _FALSE, text)
+        return text.lower() in _TRUE
+    if annotation in (int, float):
+        try:
+            number = annotation(text)
+        except ValueError as error:
+            raise _MismatchError(text) from error
+        return _check(number, annotation)
+    if annotation is str:
+        return _unquote(text)
+    if origin is typing.Literal:
+        named = [a for a in arguments if str(a).lower() == _unquote(text).lower()]
+        _expect(bool(named), text)
+        return named[0]
+    if origin in _UNIONS:
+        # str takes any text, so it comes last: "none" is None and "16" is 16 wherever they may be
+        return _first(
+            lambda member: _read(text, member), sorted(arguments, key=lambda member: member is str)
+        )
+    if annotation is tuple or origin is tuple:
+        return _read_tuple(text, arguments)
+    if annotation is Any or annotation in _MAPPINGS or origin in _MAPPINGS:
+        try:
+            return _check(json.loads(text), annotation)
+        except ValueError as error:
+            raise _MismatchError(text) from error
+    raise _unsupported(annotation)
+
+
+def _read_tuple(text: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    if text.startswith("["):
+        try:
+            return _check_tuple(json.loads(text), arguments)
+        except ValueError as error:
+            # a pattern such as [ab]*.conv begins like a list; a JSON list of strings begins with ["
+            if text[1:].lstrip().startswith('"'):
+                raise _MismatchError(text) from error
+    items = [item.strip() for item in text.split("|")] if text else []
+    many = not arguments or arguments[-1] is Ellipsis
+    kinds = (arguments[0] if arguments else str,) * len(items) if many else arguments
+    _expect(len(kinds) == len(items), text)
+    return tuple(_read(item, kind) for item, kind in zip(items, kinds, strict=True))
+
+
+def _first(attempt: typing.Callable[[Any], Any], members: typing.Iterable[Any]) -> Any:
+    for member in members:
+        with contextlib.suppress(_MismatchError):
+            return attempt(member)
+    raise _MismatchError
+
+
+def _expect(fits: bool, value: Any) -> Any:
+    if not fits:
+        raise _MismatchError(value)
+    return value
+
+
+def _unquote(text: str) -> str:
+    if not text.startswith('"'):
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise _MismatchError(text) from error
+    return str(_expect(isinstance(value, str), value))
+
+
+def _unsupported(annotation: Any) -> UnsupportedAnnotation:
+    return UnsupportedAnnotation(
+        f"{annotation!r} cannot be the type of an option: use bool, int, float, str, None, "
+        "Literal, tuple or dict of these, or a union of them"
+    )
+
+
+def describe_annotation(annotation: Any) -> str:
+    """Put an annotation into words for people who do not read Python: ``"int or none"``."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return "any value"
+    if annotation is None or annotation is type(None):
+        return "none"
+    if annotation is bool:
+        return "true or false"
+    if origin is typing.Literal:
+        return _or([repr(argument) for argument in arguments])
+    if origin in _UNIONS:
+        return _or([describe_annotation(argument) for argument in arguments])
+    if annotation is tuple or origin is tuple:
+        if not arguments or arguments[-1] is Ellipsis:
+            return f"list of {describe_annotation(arguments[0])}" if arguments else "list"
+        return "list of " + ", ".join(describe_annotation(argument) for argument in arguments)
+    if annotation in _MAPPINGS or origin in _MAPPINGS:
+        return f"mapping to {describe_annotation(arguments[1])}" if arguments else "mapping"
+    return str(getattr(annotation, "__name__", annotation))
+
+
+def _or(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def split_options(text: str) -> dict[str, str]:
+    """Split ``"width=16,keep=a|b"`` into ``{"width": "16", "keep": "a|b"}``.
+
+    Commas inside double quotes, square brackets or braces belong to the value.
+
+    Raises:
+        OptionError: a piece is no ``option=value``, an option comes twice, or a bracket or a quote
+            is left open.
+    """
+    options: dict[str, str] = {}
+    for piece in _split_commas(text):
+        name, equals, value = piece.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise OptionError(f"{piece.strip()!r} is not of the form option=value")
+        if name in options:
+            raise OptionError(f"option {name!r} is given twice; a list is written {name}=a|b")
+        options[name] = value.strip()
+    return options
+
+
+def _split_commas(text: str) -> list[str]:
+    pieces, start, closers, quoted = [], 0, "", False
+    skip = False
+    for position, character in enumerate(text):
+        if skip:
+            skip = False
+        elif quoted:
+            skip, quoted = character == "\\", character != '"'
+        elif character == '"':
+            quoted = True
+        elif character in "[{":
+            closers += "]" if character == "[" else "}"
+        elif closers and character == closers[-1]:
+            closers = closers[:-1]
+        elif character == "," and not closers:
+            pieces.append(text[start:position])
+            start = position + 1
+    if quoted or closers:
+        raise OptionError(f"a {closers[-1:] or chr(34)} is missing in {text!r}")
+    return [*pieces, text[start:]] if text.strip() else []
+
+
+def to_jsonable(value: Any) -> Any:
+    """Return ``value`` with every tuple as a list, as JSON would give it back."""
+    if isinstance(value, (list, tuple)):
+        return [to_jsonable(item) for item in value]
+    if isinstance(value, collections.abc.Mapping):
+        return {str(key): to_jsonable(item) for key, item in value.items()}
+    return value
+
+
+def write_text(value: Any) -> str:
+    """Write a value as :func:`read_text` reads it, in the shortest form that is not ambiguous."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        plain = value.strip() == value and not set(value) & set(',|"[]{}')
+        return value if plain and value.lower() not in _NONE else json.dumps(value)
+    if isinstance(value, (list, tuple)):
+        items = [write_text(item) for item in value]
+        simple = items and not any(set(item) & set(',|"[]{}') or not item for item in items)
+        return "|".join(items) if simple else json.dumps(to_jsonable(value), separators=(",", ":"))
+    if isinstance(value, collections.abc.Mapping):
+        return json.dumps(to_jsonable(value), separators=(",", ":"))
+    return str(value)
+
+
+def attribute_sentences(cls: type) -> dict[str, str]:
+    """Return the explanation of every attribute from the docstring's ``Attributes:`` section.
+
+    Classes that ``cls`` derives from are read too; its own words come before theirs. Empty where
+    Python runs without docstrings.
+    """
+    sentences: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        docstring = inspect.cleandoc(base.__dict__.get("__doc__") or "")
+        _, _, section = docstring.partition("Attributes:\n")
+        name = ""
+        for line in section.splitlines():
+            if line.strip() and not line.startswith(" "):
+                break  # the next section
+            if start := re.match(r"    (\w+)(?: \([^)]*\))?: (.*)", line):
+                name = start[1]
+                sentences[name] = start[2].strip()
+            elif name and line.strip():
+                sentences[name] += " " + line.strip()
+    return sentences
