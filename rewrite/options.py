@@ -1,8 +1,8 @@
 """Option values: checked against a dataclass annotation, read from text, written as text.
 
 A pass's options arrive from four places: a Python call, a recipe (TOML), a saved model (JSON) and
-the command line (text). All four end in the same dataclass fields, so the annotation of the field is
-the single source of what a value may be, and this file is the only one that reads annotations.
+the command line (text). All four end in the same dataclass fields, so the field's annotation is the
+single source of what a value may be, and this file is the only one that reads annotations.
 
 Text is read as follows. ``none`` is None; ``true``, ``yes``, ``on`` and ``1`` are true; a list is
 ``a|b|c`` or JSON ``["a","b"]``; a mapping is a JSON object; a double-quoted value is a JSON string.
@@ -149,10 +149,10 @@ def _read(text: str, annotation: Any) -> Any:
         _expect(bool(named), text)
         return named[0]
     if origin in _UNIONS:
-        # str takes any text, so it comes last: "none" is None and "16" is 16 wherever they may be
-        return _first(
-            lambda member: _read(text, member), sorted(arguments, key=lambda member: member is str)
-        )
+        # the pickiest first: str takes any text, and true or false also 1 and 0
+        late = {bool: 1, str: 2}
+        pickiest = sorted(arguments, key=lambda member: late.get(member, 0))
+        return _first(lambda member: _read(text, member), pickiest)
     if annotation is tuple or origin is tuple:
         return _read_tuple(text, arguments)
     if annotation is Any or annotation in _MAPPINGS or origin in _MAPPINGS:
