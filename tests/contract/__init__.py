@@ -1,0 +1,1 @@
+"""The contract every registered pass must keep on every test net."""

@@ -1,0 +1,127 @@
+"""What a test net is, and the table they register in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pocketize.errors import PocketizeError
+
+__all__ = ["Net", "get", "image", "net", "nets", "register"]
+
+T = TypeVar("T", bound="Callable[[], nn.Module]")
+_SEED = 20
+
+
+@dataclass(frozen=True)
+class Net:
+    """One test net and what a width clamp must do to it.
+
+    The convention: channel groups that reach an input or an output of the model stay as they are.
+
+    Attributes:
+        name: Unique; the test id.
+        factory: Builds the module; call :meth:`build`, which seeds it.
+        example: Makes the inputs; call :meth:`inputs`, which seeds it.
+        tags: For selecting.
+        width: The clamp that the expectations below are stated for.
+        movable: Paths of layers that must come out with exactly ``width`` channels. A path may
+            also name a parameter and its axis, ``"scale@1"``.
+        shrinks: Paths that must lose channels, without the final number being ``width``:
+            concatenated or fused outputs, groups that can only shrink in steps.
+        frozen: Paths that must keep every channel, with a fragment of the reason the plan must give
+            (``""``: any reason).
+        error: The error that a rewrite must raise instead, if the net cannot be rewritten.
+        repeatable: Two runs in eval mode give the same values (False: it draws random numbers).
+    """
+
+    name: str
+    factory: Callable[[], nn.Module]
+    example: Callable[[], Any]
+    tags: frozenset[str] = frozenset()
+    width: int = 4
+    movable: tuple[str, ...] = ()
+    shrinks: tuple[str, ...] = ()
+    frozen: Mapping[str, str] = field(default_factory=dict)
+    error: type[PocketizeError] | None = None
+    repeatable: bool = True
+
+    def build(self) -> nn.Module:
+        """The same weights every time, whatever the caller's random state, which is kept."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)
+            return self.factory()
+
+    def inputs(self) -> Any:
+        """The same inputs every time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED + 1)
+            return self.example()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_NETS: dict[str, Net] = {}
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+    """A factory of random inputs, 2x3x16x16 unless told."""
+    return lambda: torch.randn(*(shape or (2, 3, 16, 16)), dtype=dtype)
+
+
+def register(
+    name: str,
+    factory: Callable[[], nn.Module],
+    tags: str = "",
+    *,
+    inputs: Callable[[], Any] | None = None,
+    width: int = 4,
+    movable: Iterable[str] = (),
+    shrinks: Iterable[str] = (),
+    frozen: Mapping[str, str] | None = None,
+    error: type[PocketizeError] | None = None,
+    repeatable: bool = True,
+) -> Net:
+    """Add a net to the zoo; ``tags`` are words separated by spaces."""
+    if name in _NETS:
+        raise ValueError(f"two test nets are called {name!r}")
+    one = Net(
+        name,
+        factory,
+        inputs or image(),
+        frozenset(tags.split()),
+        width,
+        tuple(movable),
+        tuple(shrinks),
+        dict(frozen or {}),
+        error,
+        repeatable,
+    )
+    _NETS[name] = one
+    return one
+
+
+def net(tags: str = "", **expects: Any) -> Callable[[T], T]:
+    """Decorate a module class or a factory without arguments; named in snake case."""
+
+    def add(factory: T) -> T:
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", factory.__name__)
+        register(name.lower(), factory, tags, **expects)
+        return factory
+
+    return add
+
+
+def nets(tag: str | None = None) -> list[Net]:
+    """Every net, or those with a tag, in order of registration; for ``parametrize(ids=str)``."""
+    return [one for one in _NETS.values() if tag is None or tag in one.tags]
+
+
+def get(name: str) -> Net:
+    return _NETS[name]
