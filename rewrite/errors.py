@@ -14,7 +14,8 @@
     ├── RecipeError                a recipe file: not TOML, unknown keys, wrong values
     ├── ArtifactError              saved models: truncated, not ours, made by another version,
     │                              or not fitting the factory
-    └── MeasureError               a measurement that could not be made
+    ├── MeasureError               a measurement that could not be made
+    └── ReportError                a comparison's JSON, or a threshold on it, that cannot be read
 
     PocketizeWarning (UserWarning)
     └── NoEffectWarning            a pass changed nothing at all
@@ -35,6 +36,7 @@ __all__ = [
     "PocketizeWarning",
     "RecipeError",
     "RegistryError",
+    "ReportError",
     "RewriteError",
     "VerifyError",
     "nearest",
@@ -90,6 +92,10 @@ class ArtifactError(PocketizeError):
 
 class MeasureError(PocketizeError):
     """A memory or time measurement that could not be made."""
+
+
+class ReportError(PocketizeError):
+    """A comparison's JSON, or a threshold on a comparison, that cannot be read."""
 
 
 class PocketizeWarning(UserWarning):

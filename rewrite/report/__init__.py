@@ -1,0 +1,13 @@
+"""Before and after, side by side: :func:`compare`, and what its result can do.
+
+``compare`` measures, :class:`Comparison` renders (terminal, Markdown, JSON, HTML) and guards
+(:class:`Threshold`).
+"""
+
+from __future__ import annotations
+
+__all__ = ["METRICS", "Comparison", "Threshold", "Violation", "build", "compare"]
+
+from pocketize.report.compare import build, compare
+from pocketize.report.comparison import Comparison
+from pocketize.report.gate import METRICS, Threshold, Violation

@@ -1,0 +1,250 @@
+"""The comparison as data: what is kept in JSON, and nothing that can be computed from it.
+
+Every rendering reads these dataclasses and these only, so a report that was written to JSON months
+ago renders to the same text, Markdown and HTML as the day it was made.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "SCHEMA",
+    "Document",
+    "Environment",
+    "ModuleMemory",
+    "Peak",
+    "Rewrite",
+    "RewriteRow",
+    "Side",
+    "dump",
+    "load",
+    "scrub",
+]
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from typing import Any, TypeVar, Union
+
+from pocketize.errors import ReportError
+
+#: Raised by one whenever a reader of the older documents would misread a newer one.
+SCHEMA = 1
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """One profile's peak: a training step's or a forward's.
+
+    Attributes:
+        bytes: Bytes at the peak: live tensors on CPU, the allocator's on CUDA.
+        categories: Bytes at the peak by category, in no order.
+        reserved: Bytes that the CUDA allocator reserved, where there is one.
+        rss: Growth of the process' resident set over the measurement, in bytes, where known.
+        step_seconds: Median and interquartile spread of a step's duration, where it was timed.
+        isolated: Whether a fresh process measured it.
+        why_not_isolated: The reason, where it was meant to be and was not.
+    """
+
+    bytes: int
+    categories: dict[str, int]
+    reserved: int | None
+    rss: int | None
+    step_seconds: tuple[float, float] | None
+    isolated: bool
+    why_not_isolated: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of the two networks.
+
+    Attributes:
+        model: Name of its class.
+        parameters: Number of parameters.
+        weight_bytes: Bytes of parameters and buffers.
+        macs: Multiply-accumulates of the convolutions and linear layers of one forward.
+        training: Peak of a training step.
+        inference: Peak of a forward without gradients.
+    """
+
+    model: str
+    parameters: int
+    weight_bytes: int
+    macs: int
+    training: Peak
+    inference: Peak
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleMemory:
+    """Bytes that live tensors of one module hold at the training peak, where it has any."""
+
+    path: str
+    before: int | None
+    after: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RewriteRow:
+    """One thing that a pass changed, or (``what`` empty) refused to change."""
+
+    path: str
+    what: str
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """One pass that lies between the two networks.
+
+    Attributes:
+        name: The pass.
+        guarantee: ``"EXACT"``, ``"APPROXIMATE"`` or ``"RETRAIN"``.
+        options: The options that differ from the defaults.
+        version: Version of pocketize that applied it.
+        changed: What it changed.
+        refused: What it left alone, and why.
+        notes: Further remarks of the pass.
+    """
+
+    name: str
+    guarantee: str
+    options: dict[str, Any]
+    version: str
+    changed: tuple[RewriteRow, ...]
+    refused: tuple[RewriteRow, ...]
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What the figures hold for.
+
+    Attributes:
+        method: ``"measured"`` on real tensors or ``"estimated"`` under fake ones.
+        device: Device of the model and its inputs.
+        dtype: Type of the weights.
+        input: Shapes and types of the inputs.
+        optimizer: Optimizer of the training step.
+        loss: The scalar that was differentiated.
+        torch: Its version.
+        pocketize: Its version.
+        python: Its version.
+        machine: Operating system and architecture.
+        threads: Threads that torch used within an operator.
+    """
+
+    method: str
+    device: str
+    dtype: str
+    input: str
+    optimizer: str
+    loss: str
+    torch: str
+    pocketize: str
+    python: str
+    machine: str
+    threads: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A whole comparison."""
+
+    schema: int
+    before: Side
+    after: Side
+    modules: tuple[ModuleMemory, ...]
+    rewrites: tuple[Rewrite, ...]
+    environment: Environment
+
+
+def scrub(text: str) -> str:
+    """Take out of a text what would differ on the next run or the next machine.
+
+    Memory addresses go; of a file's absolute path only its name stays.
+    """
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+    absolute = r"(?<![\w.)\]])(?:~|[A-Za-z]:)?[/\\](?:[\w.+-]+[/\\])+([\w.+-]+)"
+    return re.sub(absolute, r"\1", text)
+
+
+def dump(document: Document) -> str:
+    """Write a document as JSON: sorted keys, two spaces, a final newline."""
+    return json.dumps(dataclasses.asdict(document), indent=2, sort_keys=True) + "\n"
+
+
+def load(text: str) -> Document:
+    """Read a document back.
+
+    Args:
+        text: What :func:`dump` wrote.
+
+    Raises:
+        ReportError: The text is no JSON, of another schema, or lacks or misspells a field.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ReportError(
+            f"report: not JSON ({error}). Comparison.from_json reads what to_json() wrote."
+        ) from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise ReportError(
+            f"report: expected a comparison of schema {SCHEMA}, got {schema!r}. "
+            "Make the report again, or read it with the version of pocketize that wrote it."
+        )
+    document: Document = _read(Document, data, "report")
+    return document
+
+
+def _read(kind: Any, data: Any, where: str) -> Any:
+    """Turn JSON data into ``kind``, checking every level on the way down."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return data
+    if origin in (Union, types.UnionType):
+        if data is None:
+            return None
+        (kind,) = (part for part in parts if part is not type(None))
+        return _read(kind, data, where)
+    if origin is tuple:
+        return _read_tuple(parts, _checked(list, data, where), where)
+    if origin is dict:
+        pairs = _checked(dict, data, where).items()
+        return {key: _read(parts[1], value, f"{where}.{key}") for key, value in pairs}
+    if dataclasses.is_dataclass(kind):
+        return _read_record(kind, _checked(dict, data, where), where)
+    if kind is float and type(data) is int:
+        return float(data)
+    return _checked(kind, data, where)
+
+
+def _read_tuple(parts: tuple[Any, ...], data: list[Any], where: str) -> tuple[Any, ...]:
+    if parts[-1] is Ellipsis:
+        parts = (parts[0],) * len(data)
+    if len(parts) != len(data):
+        raise ReportError(f"{where}: expected {len(parts)} values, got {len(data)}.")
+    pairs = enumerate(zip(parts, data, strict=True))
+    return tuple(_read(part, value, f"{where}[{i}]") for i, (part, value) in pairs)
+
+
+def _read_record(kind: Any, data: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    if missing := hints.keys() - data.keys():
+        raise ReportError(f"{where}: lacks {', '.join(sorted(missing))}.")
+    if unknown := data.keys() - hints.keys():
+        raise ReportError(f"{where}: unknown {', '.join(sorted(unknown))}.")
+    return kind(**{name: _read(hints[name], data[name], f"{where}.{name}") for name in hints})
+
+
+def _checked(kind: type[T], data: Any, where: str) -> T:
+    # bool is an int to isinstance, but not to a reader of the report.
+    if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
+        raise ReportError(f"{where}: expected {kind.__name__}, got {data!r}.")
+    return data

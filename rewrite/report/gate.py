@@ -1,0 +1,164 @@
+"""Thresholds on a comparison, so that it can stand guard over a repository."""
+
+from __future__ import annotations
+
+__all__ = ["METRICS", "Threshold", "Violation", "check"]
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from pocketize.errors import ReportError, nearest
+from pocketize.report.document import Document, Side
+from pocketize.report.units import UNITS, bytes_text, count_text, quantity, seconds_text
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that can be guarded: the kind of its unit, and where a side has it."""
+
+    kind: str
+    read: Callable[[Side], float | None]
+
+
+def _category(name: str) -> Metric:
+    return Metric("bytes", lambda side: side.training.categories.get(name))
+
+
+#: What a threshold can be on. The parts are those of the training peak.
+METRICS: dict[str, Metric] = {
+    "peak": Metric("bytes", lambda side: side.training.bytes),
+    "inference-peak": Metric("bytes", lambda side: side.inference.bytes),
+    "activations": _category("activations"),
+    "temporaries": _category("temporaries"),
+    "gradients": _category("gradients"),
+    "optimizer-state": _category("optimizer_state"),
+    "parameters": Metric("count", lambda side: side.parameters),
+    "weights": Metric("bytes", lambda side: side.weight_bytes),
+    "macs": Metric("count", lambda side: side.macs),
+    "time": Metric("seconds", lambda side: _median(side.training.step_seconds)),
+    "inference-time": Metric("seconds", lambda side: _median(side.inference.step_seconds)),
+}
+
+
+def _median(timed: tuple[float, float] | None) -> float | None:
+    return timed[0] if timed else None
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """How much more than before a figure may be.
+
+    With both a percentage and an amount the *larger* allowance counts, so a threshold fires only on
+    what is over both: the amount silences jitter on small networks, the percentage on large ones.
+    A negative allowance asks for a decrease: ``"peak -30%"`` fires unless the peak fell by 30 %.
+
+    Attributes:
+        metric: A name in :data:`METRICS`.
+        percent: Allowed increase, in percent of the figure before.
+        amount: Allowed increase, in bytes, a count or seconds.
+    """
+
+    metric: str
+    percent: float | None = None
+    amount: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Threshold:
+        """Read ``"METRIC [PERCENT%] [AMOUNT]"``, as in ``"peak 2% 16MiB"`` or ``"time 10%"``.
+
+        Args:
+            text: A metric's name and at least one of a percentage and an amount with its unit
+                (bytes: ``B``, ``KiB``, ``MiB``, ``GiB``, ``MB``; time: ``s``, ``ms``; counts:
+                ``k``, ``M``, ``G`` or none).
+
+        Raises:
+            ReportError: The metric is unknown, or an allowance is missing, repeated or unreadable.
+        """
+        metric, *allowances = text.split() or [""]
+        if metric not in METRICS:
+            raise ReportError(
+                f"threshold {text!r}: expected one of {', '.join(METRICS)} first, got "
+                f"{metric!r}.{nearest(metric, METRICS)}"
+            )
+        percent: float | None = None
+        amount: float | None = None
+        kind = METRICS[metric].kind
+        for allowance in allowances:
+            if match := re.fullmatch(r"([+-]?\d+(?:\.\d+)?)%", allowance):
+                if percent is not None:
+                    raise ReportError(f"threshold {text!r}: two percentages, expected at most one.")
+                percent = float(match[1])
+                continue
+            read = quantity(allowance, kind)
+            if read is None or amount is not None:
+                units = ", ".join(unit for unit in UNITS[kind] if unit)
+                raise ReportError(
+                    f"threshold {text!r}: expected at most one percentage and one amount "
+                    f"({units}) after {metric!r}, got {allowance!r}. For example: peak 2% 16MiB."
+                )
+            amount = read
+        if percent is None and amount is None:
+            raise ReportError(
+                f"threshold {text!r}: says no allowance. For example: {metric} 2%, to let it grow "
+                f"by 2 percent, or {metric} 0%, to let it not grow."
+            )
+        return cls(metric, percent, amount)
+
+    def limit(self, before: float) -> float:
+        """Give the largest figure that is allowed where it was ``before``."""
+        limits = []
+        if self.percent is not None:
+            limits.append(before * (1 + self.percent / 100))
+        if self.amount is not None:
+            limits.append(before + self.amount)
+        return max(limits)
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A threshold that a comparison is over. ``str()`` tells it in one line.
+
+    Attributes:
+        threshold: Which.
+        before: The figure of the first network: bytes, a count or seconds.
+        after: The figure of the second.
+        limit: What it was allowed to be.
+    """
+
+    threshold: Threshold
+    before: float
+    after: float
+    limit: float
+
+    def __str__(self) -> str:
+        """Tell what is over what."""
+        kind = METRICS[self.threshold.metric].kind
+        before, after, limit = (
+            _write(kind, value) for value in (self.before, self.after, self.limit)
+        )
+        return f"{self.threshold.metric}: expected at most {limit}, got {after} (before: {before})."
+
+
+def check(document: Document, thresholds: Iterable[Threshold | str]) -> list[Violation]:
+    """Find the thresholds that a comparison is over; see ``Comparison.check``."""
+    violations = []
+    for given in thresholds:
+        threshold = Threshold.parse(given) if isinstance(given, str) else given
+        read = METRICS[threshold.metric].read
+        before, after = read(document.before), read(document.after)
+        if before is None or after is None:
+            raise ReportError(
+                f"threshold on {threshold.metric!r}: the comparison has no such figure. Times are "
+                "taken only with time_steps above 0 and not in an estimate."
+            )
+        limit = threshold.limit(before)
+        if after > limit:
+            violations.append(Violation(threshold, before, after, limit))
+    return violations
+
+
+def _write(kind: str, value: float) -> str:
+    if kind == "seconds":
+        return seconds_text(value)
+    return bytes_text(round(value)) if kind == "bytes" else count_text(round(value))

@@ -1,0 +1,310 @@
+"""What a report says and in which order, once for all formats.
+
+A document becomes a list of blocks (paragraphs, tables, bars); the formats only draw them. Nothing
+here may say of memory what only the parameters tell, or the other way round.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Bars", "Block", "Cell", "Code", "Heading", "Paragraph", "Table", "layout", "verdict"]
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pocketize.report.document import Document, Peak, Rewrite, RewriteRow
+from pocketize.report.units import (
+    bytes_text,
+    count_text,
+    large_text,
+    percent_text,
+    ratio_text,
+    seconds_text,
+)
+
+N = TypeVar("N", int, float)
+
+#: Order of the rows; a category that is not named here is listed after these.
+CATEGORIES = (
+    "parameters",
+    "gradients",
+    "optimizer_state",
+    "activations",
+    "temporaries",
+    "inputs",
+)
+#: Rows of a pass' changes and refusals that are shown; JSON has all of them.
+SHOWN = 12
+#: What is printed where a figure does not exist.
+NONE = "-"
+
+
+class Code(str):
+    """A cell or a piece of text that names something in the model: drawn as code."""
+
+    __slots__ = ()
+
+
+Cell = str | Code
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A title of the first (the report) or second level."""
+
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Running text; ``strong`` for the verdict."""
+
+    text: str
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells.
+
+    Attributes:
+        columns: Headings.
+        rows: Cells, as many in each row as there are columns.
+        right: How many of the last columns hold figures and are aligned right.
+        indented: Rows (by index) that are parts of the row above them.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    right: int = 0
+    indented: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Stacked bars on one scale, for the formats that can draw.
+
+    Attributes:
+        labels: A label for each bar.
+        stacks: For each bar, bytes by category.
+    """
+
+    labels: tuple[str, ...]
+    stacks: tuple[dict[str, int], ...]
+
+
+Block = Heading | Paragraph | Table | Bars
+
+
+def verdict(document: Document) -> str:
+    """One line: what became of the peaks, and, as a figure of its own, of the parameters."""
+    before, after, environment = document.before, document.after, document.environment
+    training = before.training.bytes, after.training.bytes
+    inference = before.inference.bytes, after.inference.bytes
+    parameters = before.parameters, after.parameters
+    return (
+        f"{environment.method.capitalize()} on {environment.device}: "
+        f"training peak {_change(training, bytes_text)}, "
+        f"inference peak {_change(inference, bytes_text)}. "
+        f"Counted: parameters {_change(parameters, count_text)}. {_function(document.rewrites)}"
+    )
+
+
+def layout(document: Document) -> list[Block]:
+    """Lay a document out as blocks, in reading order."""
+    names = document.before.model, document.after.model
+    title = names[0] if names[0] == names[1] else f"{names[0]} against {names[1]}"
+    return [
+        Heading(f"pocketize report: {title}", level=1),
+        Paragraph(verdict(document), strong=True),
+        _figures(document),
+        Bars(
+            ("training, before", "training, after", "inference, before", "inference, after"),
+            tuple(
+                _ordered(peak.categories)
+                for peak in (
+                    document.before.training,
+                    document.after.training,
+                    document.before.inference,
+                    document.after.inference,
+                )
+            ),
+        ),
+        *_modules(document),
+        *_rewrites(document.rewrites),
+        *_environment(document),
+    ]
+
+
+def _change(pair: tuple[int, int], write: Callable[[int], str]) -> str:
+    before, after = pair
+    if before == after:
+        return f"{write(before)}, unchanged"
+    return f"{write(before)} -> {write(after)} ({percent_text(before, after)})"
+
+
+def _function(rewrites: tuple[Rewrite, ...]) -> str:
+    """What the passes promise about the function; the weakest of them decides."""
+    if not rewrites:
+        return "No pass is recorded between the two networks."
+    promises = {
+        "RETRAIN": "RETRAIN: the function changed, and has to be trained.",
+        "APPROXIMATE": "APPROXIMATE: the weights were carried over, the function is close.",
+        "EXACT": "EXACT: the same function and gradients, up to rounding.",
+    }
+    kept = {rewrite.guarantee for rewrite in rewrites}
+    return next((text for name, text in promises.items() if name in kept), ", ".join(sorted(kept)))
+
+
+def _ordered(categories: dict[str, int]) -> dict[str, int]:
+    known = [name for name in CATEGORIES if name in categories]
+    return {name: categories[name] for name in [*known, *sorted(categories.keys() - set(known))]}
+
+
+def _figures(document: Document) -> Table:
+    before, after = document.before, document.after
+    rows = [
+        _row("parameters", before.parameters, after.parameters, count_text),
+        _row("weights' bytes", before.weight_bytes, after.weight_bytes, bytes_text),
+        _row("MACs of a forward", before.macs, after.macs, large_text),
+    ]
+    times = {"training": "training step's time", "inference": "inference time"}
+    parts: set[int] = set()
+    for mode in ("training", "inference"):
+        old: Peak = getattr(before, mode)
+        new: Peak = getattr(after, mode)
+        rows.append(_row(f"{mode} peak", old.bytes, new.bytes, bytes_text))
+        details = _peak_rows(old, new)
+        parts.update(range(len(rows), len(rows) + len(details)))
+        rows += details
+        if old.step_seconds or new.step_seconds:
+            rows.append(_row(times[mode], _median(old), _median(new), seconds_text))
+            parts.add(len(rows))
+            rows.append(_row("quartiles apart", _spread(old), _spread(new), seconds_text))
+    return Table(("", "before", "after", "ratio"), tuple(rows), right=3, indented=frozenset(parts))
+
+
+def _peak_rows(old: Peak, new: Peak) -> list[tuple[Cell, ...]]:
+    """Rows of a peak's parts, and of the figures that cross-check it."""
+    rows = []
+    for name in _ordered(old.categories | new.categories):
+        pair = old.categories.get(name, 0), new.categories.get(name, 0)
+        if any(pair):
+            rows.append(_row(name.replace("_", " "), *pair, bytes_text))
+    checks = {
+        "reserved by the allocator": (old.reserved, new.reserved),
+        "growth of the process": (old.rss, new.rss),
+    }
+    for label, (before, after) in checks.items():
+        if before is not None or after is not None:
+            rows.append(_row(label, before, after, bytes_text))
+    return rows
+
+
+def _row(
+    label: str, before: N | None, after: N | None, write: Callable[[N], str]
+) -> tuple[Cell, ...]:
+    return (
+        label,
+        NONE if before is None else write(before),
+        NONE if after is None else write(after),
+        NONE if before is None or after is None else ratio_text(before, after),
+    )
+
+
+def _median(peak: Peak) -> float | None:
+    return peak.step_seconds[0] if peak.step_seconds else None
+
+
+def _spread(peak: Peak) -> float | None:
+    return peak.step_seconds[1] if peak.step_seconds else None
+
+
+def _modules(document: Document) -> Iterator[Block]:
+    rows = []
+    for held in document.modules:
+        _, *figures = _row("", held.before, held.after, bytes_text)
+        rows.append((Code(held.path) if held.path else "(the network itself)", *figures))
+    yield Heading("Modules that hold most at the training peak")
+    yield Table(("module", "before", "after", "ratio"), tuple(rows), right=3)
+
+
+def _rewrites(rewrites: tuple[Rewrite, ...]) -> Iterator[Block]:
+    yield Heading("What was rewritten")
+    if not rewrites:
+        yield Paragraph("No pass of pocketize is recorded in the second network.")
+    for rewrite in rewrites:
+        options = ", ".join(f"{name}={value!r}" for name, value in sorted(rewrite.options.items()))
+        call = f"{rewrite.name}({options})"
+        yield Paragraph(
+            f"{call}, {rewrite.guarantee}: {len(rewrite.changed)} changed, "
+            f"{len(rewrite.refused)} refused."
+        )
+        if rewrite.changed:
+            yield _rows(("changed", "what", "why"), rewrite.changed)
+        if rewrite.refused:
+            yield _rows(("refused", "why"), rewrite.refused)
+        for note in rewrite.notes:
+            yield Paragraph(note)
+
+
+def _rows(columns: tuple[str, ...], rows: tuple[RewriteRow, ...]) -> Table:
+    with_what = "what" in columns
+    shown: list[tuple[Cell, ...]] = [
+        (Code(row.path), row.what, row.why) if with_what else (Code(row.path), row.why)
+        for row in rows[:SHOWN]
+    ]
+    if len(rows) > SHOWN:
+        rest = f"and {len(rows) - SHOWN} more, all of them in the JSON"
+        shown.append((rest, *[""] * (len(columns) - 1)))
+    return Table(columns, tuple(shown))
+
+
+def _environment(document: Document) -> Iterator[Block]:
+    environment = document.environment
+    yield Heading("What the figures hold for")
+    facts = (
+        ("figures", environment.method),
+        ("input", environment.input),
+        ("dtype", environment.dtype),
+        ("device", environment.device),
+        ("optimizer", environment.optimizer),
+        ("loss", environment.loss),
+        ("processes", _processes(document)),
+        ("threads", str(environment.threads)),
+        ("torch", environment.torch),
+        ("python", environment.python),
+        ("machine", environment.machine),
+        ("pocketize", environment.pocketize),
+    )
+    yield Table(("", ""), facts)
+    yield Paragraph(_meaning(environment.method, environment.device))
+
+
+def _processes(document: Document) -> str:
+    if document.environment.method == "estimated":
+        return "none started: an estimate runs no operator"
+    peaks = {
+        f"{side} {mode}": getattr(getattr(document, side), mode)
+        for side in ("before", "after")
+        for mode in ("training", "inference")
+    }
+    shared = {label: peak for label, peak in peaks.items() if not peak.isolated}
+    if not shared:
+        return "each figure in a fresh one"
+    reasons = sorted({peak.why_not_isolated or "not asked for" for peak in shared.values()})
+    return f"this one for {', '.join(shared)} ({'; '.join(reasons)})"
+
+
+def _meaning(method: str, device: str) -> str:
+    if method == "estimated":
+        meaning = "Peaks are estimated: live tensors of a step under fake tensors; nothing was run."
+    elif device.startswith("cuda"):
+        meaning = "Peaks are measured: the allocator's maximum of allocated bytes over a step."
+    else:
+        meaning = (
+            "Peaks are measured: bytes of live tensors over a step. Scratch memory inside the "
+            "operators is not in them; the growth of the process is the cross-check."
+        )
+    return meaning + " Parameters are counted; neither figure follows from the other."

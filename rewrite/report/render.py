@@ -1,0 +1,92 @@
+"""Blocks drawn as terminal text and as Markdown."""
+
+from __future__ import annotations
+
+__all__ = ["markdown", "text"]
+
+import re
+import textwrap
+
+from tabulate import tabulate
+
+from pocketize.report.layout import Bars, Block, Cell, Code, Heading, Paragraph, Table
+
+#: Characters of the last column of a terminal table before it wraps.
+_WRAP = 72
+
+
+def text(blocks: list[Block]) -> str:
+    """Draw blocks for a terminal. Bars are left out: the table above them has their figures."""
+    return "\n\n".join(drawn for block in blocks if (drawn := _text(block))) + "\n"
+
+
+def markdown(blocks: list[Block]) -> str:
+    """Draw blocks as GitHub-flavoured Markdown; unpadded, so that one figure changes one row."""
+    return "\n\n".join(drawn for block in blocks if (drawn := _markdown(block))) + "\n"
+
+
+def _text(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"{block.text}\n{('=' if block.level == 1 else '-') * len(block.text)}"
+    if isinstance(block, Paragraph):
+        return textwrap.fill(block.text, 100, break_long_words=False, break_on_hyphens=False)
+    if isinstance(block, Bars):
+        return ""
+    rows = [
+        [("  " if i in block.indented else "") + row[0], *row[1:]]
+        for i, row in enumerate(block.rows)
+    ]
+    left = len(block.columns) - block.right
+    headers = block.columns if any(block.columns) else ()
+    return tabulate(
+        rows,
+        headers=headers,
+        tablefmt="simple" if headers else "plain",
+        colalign=("left",) * left + ("right",) * block.right,
+        disable_numparse=True,
+        # tabulate strips leading blanks, and with them the indentation, unless told not to.
+        preserve_whitespace=True,
+        maxcolwidths=[None] * (len(block.columns) - 1) + [None if block.right else _WRAP],
+    )
+
+
+def _markdown(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"{'#' * block.level} {_escape(block.text)}"
+    if isinstance(block, Paragraph):
+        return f"**{_escape(block.text)}**" if block.strong else _escape(block.text)
+    if isinstance(block, Bars):
+        return ""
+    return _markdown_table(block)
+
+
+def _markdown_table(table: Table) -> str:
+    left = len(table.columns) - table.right
+    lines = [
+        _markdown_row(table.columns),
+        "| " + " | ".join(["---"] * left + ["---:"] * table.right) + " |",
+    ]
+    for i, row in enumerate(table.rows):
+        indent = "&nbsp;&nbsp;" if i in table.indented else ""
+        lines.append(_markdown_row(row, indent))
+    return "\n".join(lines)
+
+
+def _markdown_row(cells: tuple[Cell, ...], indent: str = "") -> str:
+    drawn = [_markdown_cell(cell) for cell in cells]
+    return "| " + " | ".join([indent + drawn[0], *drawn[1:]]) + " |"
+
+
+def _markdown_cell(cell: Cell) -> str:
+    # A pipe would end the cell even inside code, and a backtick the code.
+    if isinstance(cell, Code) and "|" not in cell and "`" not in cell:
+        return f"`{cell}`"
+    return _escape(cell)
+
+
+def _escape(plain: str) -> str:
+    escaped = re.sub(r"([\\`*\[\]|<])", r"\\\1", plain.replace("\n", " "))
+    # An underscore within a word is no emphasis, so names stay readable in the source.
+    return re.sub(
+        r"(?<![A-Za-z0-9_])_+|_+(?![A-Za-z0-9_])", lambda m: m[0].replace("_", r"\_"), escaped
+    )

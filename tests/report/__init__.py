@@ -1,0 +1,1 @@
+"""The report: rendering, thresholds and the measuring of both sides."""

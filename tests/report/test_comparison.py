@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import json
+import re
+from typing import Any
+
+import pytest
+
+from pocketize.errors import ReportError
+from pocketize.report import Comparison
+from pocketize.report.document import scrub
+from tests.report.fixed import DOCUMENT, POCKET, estimated, with_peaks
+
+COMPARISON = Comparison(DOCUMENT)
+
+
+def test_the_verdict_is_one_line_and_says_what_was_measured_and_what_was_counted() -> None:
+    verdict = COMPARISON.verdict
+    assert "\n" not in verdict
+    assert verdict.startswith("Measured on cpu: training peak 1.84 GiB -> 1.46 GiB (-20.7 %)")
+    assert "Counted: parameters 5,470,850 -> 150,066 (-97.3 %)." in verdict
+    assert verdict.endswith("RETRAIN: the function changed, and has to be trained.")
+
+
+def test_an_estimate_is_never_called_measured() -> None:
+    comparison = Comparison(estimated())
+    assert comparison.verdict.startswith("Estimated on cpu")
+    for rendered in (str(comparison), comparison.to_markdown(), comparison.to_html()):
+        assert "measured" not in rendered.lower()
+        assert "estimated" in rendered.lower()
+
+
+def test_a_peak_that_stays_is_called_unchanged_and_one_that_rises_is_shown_rising() -> None:
+    assert "training peak 1.0 MiB, unchanged" in Comparison(with_peaks(2**20, 2**20)).verdict
+    assert "1.0 MiB -> 2.0 MiB (+100.0 %)" in Comparison(with_peaks(2**20, 2**21)).verdict
+
+
+def test_the_weakest_guarantee_of_several_passes_decides() -> None:
+    exact = dataclasses.replace(POCKET, name="inplace", guarantee="EXACT")
+    for rewrites, expected in (
+        ((exact,), "EXACT: the same function"),
+        ((exact, POCKET, exact), "RETRAIN:"),
+        ((), "No pass is recorded"),
+    ):
+        document = dataclasses.replace(DOCUMENT, rewrites=rewrites)
+        assert expected in Comparison(document).verdict
+
+
+def test_json_has_integers_for_bytes_and_sorted_keys() -> None:
+    data = json.loads(COMPARISON.to_json())
+    assert data["schema"] == 1
+    assert data["before"]["training"]["bytes"] == DOCUMENT.before.training.bytes
+    assert all(type(size) is int for size in data["after"]["training"]["categories"].values())
+    assert COMPARISON.to_json() == json.dumps(data, indent=2, sort_keys=True) + "\n"
+
+
+def test_json_reads_back_to_the_same_comparison() -> None:
+    assert Comparison.from_json(COMPARISON.to_json()) == COMPARISON
+
+
+def _without(data: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda d: "[]", "expected a comparison of schema 1, got None"),
+        (lambda d: "{", "not JSON"),
+        (lambda d: json.dumps(d | {"schema": 2}), "schema 1, got 2"),
+        (lambda d: json.dumps(_without(d, "modules")), "report: lacks modules"),
+        (lambda d: json.dumps(d | {"extra": 1}), "report: unknown extra"),
+        (
+            lambda d: json.dumps(d | {"before": d["before"] | {"parameters": "many"}}),
+            "report.before.parameters: expected int, got 'many'",
+        ),
+        (
+            lambda d: json.dumps(d | {"before": d["before"] | {"macs": True}}),
+            "report.before.macs: expected int, got True",
+        ),
+    ],
+)
+def test_json_that_is_no_comparison_is_refused_with_the_place(damage: Any, expected: str) -> None:
+    with pytest.raises(ReportError, match=re.escape(expected)):
+        Comparison.from_json(damage(json.loads(COMPARISON.to_json())))
+
+
+def test_changes_beyond_a_screenful_are_counted_in_the_text_and_whole_in_json() -> None:
+    assert len(POCKET.changed) == 15
+    assert "and 3 more, all of them in the JSON" in str(COMPARISON)
+    assert "encoder.3.conv4" not in str(COMPARISON)
+    assert "encoder.3.conv4" in COMPARISON.to_json()
+
+
+def test_every_table_of_the_markdown_has_as_many_cells_in_each_row() -> None:
+    for table in re.findall(r"(?:^\|.*\n?)+", COMPARISON.to_markdown(), flags=re.MULTILINE):
+        # A pipe that is escaped is text.
+        cells = [len(re.findall(r"(?<!\\)\|", row)) for row in table.strip().splitlines()]
+        assert len(set(cells)) == 1, table
+
+
+class _Tags(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [name for name, _ in attrs]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_html_is_well_formed_escaped_and_loads_nothing() -> None:
+    page = COMPARISON.to_html()
+    tags = _Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert not {"src", "href", "onload"} & set(tags.attributes)
+    assert "&lt;the&gt;" in page
+    assert "url(" not in page
+
+
+def test_peaks_of_a_shared_process_are_told_with_the_reason() -> None:
+    shared = dataclasses.replace(
+        DOCUMENT.after.training, isolated=False, why_not_isolated="the class cannot be pickled"
+    )
+    after = dataclasses.replace(DOCUMENT.after, training=shared)
+    text = str(Comparison(dataclasses.replace(DOCUMENT, after=after)))
+    assert "this one for after training (the class cannot be pickled)" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<function f at 0x7f00aa> in /home/me/nets/unet.py", "<function f> in unet.py"),
+        ("aten.view at net.py:88", "aten.view at net.py:88"),
+        ("C:\\work\\nets\\unet.py failed", "unet.py failed"),
+        ("64 / 4 = 16 and a/b/c stay", "64 / 4 = 16 and a/b/c stay"),
+    ],
+)
+def test_addresses_and_absolute_paths_are_scrubbed(text: str, expected: str) -> None:
+    assert scrub(text) == expected

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pocketize.errors import ReportError
+from pocketize.report import METRICS, Comparison, Threshold
+from tests.report.fixed import DOCUMENT, MIB, estimated, with_peaks
+
+
+def test_a_threshold_reads_percent_and_amount_in_either_order() -> None:
+    expected = Threshold("peak", percent=2.0, amount=16 * MIB)
+    assert Threshold.parse("peak 2% 16MiB") == expected
+    assert Threshold.parse("  peak  16MiB 2% ") == expected
+    assert Threshold.parse("time 20ms") == Threshold("time", None, 0.02)
+    assert Threshold.parse("parameters 1k") == Threshold("parameters", None, 1000.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "expected one of peak"),
+        ("peek 2%", "Did you mean 'peak'?"),
+        ("peak", "says no allowance"),
+        ("peak 2% 3%", "two percentages"),
+        ("peak 2MiB 3MiB", "got '3MiB'"),
+        ("peak 2", "got '2'"),
+        ("peak 20ms", "(B, KiB, MiB, GiB, TiB, kB, MB, GB, TB) after 'peak', got '20ms'"),
+    ],
+)
+def test_an_unreadable_threshold_says_what_was_expected(text: str, expected: str) -> None:
+    with pytest.raises(ReportError, match=re.escape(expected)):
+        Threshold.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fires"),
+    [
+        (1000 * MIB, 1020 * MIB, False),  # exactly 2 %
+        (1000 * MIB, 1021 * MIB, True),  # over both
+        (100 * MIB, 110 * MIB, False),  # 10 %, but within 16 MiB
+        (100 * MIB, 117 * MIB, True),
+        (10_000 * MIB, 10_100 * MIB, False),  # 100 MiB, but within 2 %
+        (1000 * MIB, 100 * MIB, False),
+    ],
+)
+def test_a_double_threshold_fires_only_on_what_is_over_both(
+    before: int, after: int, fires: bool
+) -> None:
+    violations = Comparison(with_peaks(before, after)).check(["peak 2% 16MiB"])
+    assert bool(violations) == fires
+
+
+def test_a_negative_threshold_demands_a_decrease() -> None:
+    comparison = Comparison(with_peaks(100 * MIB, 80 * MIB))
+    assert comparison.check(["peak -20%"]) == []
+    (violation,) = comparison.check(["peak -30%"])
+    assert str(violation) == "peak: expected at most 70.0 MiB, got 80.0 MiB (before: 100.0 MiB)."
+
+
+def test_violations_come_in_the_order_of_the_thresholds() -> None:
+    comparison = Comparison(DOCUMENT)
+    demands = ["time -90%", "peak 0%", Threshold("parameters", percent=-99.0)]
+    assert [v.threshold.metric for v in comparison.check(demands)] == ["time", "parameters"]
+
+
+def test_every_metric_can_be_guarded_on_a_full_comparison() -> None:
+    comparison = Comparison(DOCUMENT)
+    assert comparison.check(f"{metric} 0%" for metric in METRICS) == []
+    assert len(comparison.check(f"{metric} -100%" for metric in METRICS)) == len(METRICS)
+
+
+def test_a_threshold_on_a_figure_that_was_not_taken_is_an_error() -> None:
+    with pytest.raises(ReportError, match=r"no such figure.*time_steps"):
+        Comparison(estimated()).check(["time 5%"])
