@@ -1,0 +1,116 @@
+"""Run the Python and shell examples of a Markdown page, in order, in a scratch folder.
+
+    python tools/check_readme.py README.md
+
+Blocks fenced as ``python`` are run with this interpreter, one process each but one folder for all,
+so that a later block finds the files that an earlier one wrote; ``bash`` blocks are run with
+``bash -e``; of ``console`` blocks the lines behind ``$`` are, and the rest is taken for their
+output and not compared. A block is left out only behind a comment that says why::
+
+    <!-- not run: CI installs in its own way -->
+
+Every block must end with exit code 0, and within the time limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+LANGUAGES = ("python", "bash", "console")
+_FENCE = re.compile(
+    r"(?:^<!-- not run: (?P<why>[^\n]+?) -->\n+)?"
+    r"^```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^```$",
+    flags=re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A fenced block: its language, the line of the page it starts on, and why it is not run."""
+
+    language: str
+    line: int
+    body: str
+    why_not: str | None
+
+    def command(self) -> list[str]:
+        if self.language == "python":
+            return [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", self.body]
+        script = self.body
+        if self.language == "console":
+            script = "".join(f"{m[1]}\n" for m in re.finditer(r"^\$ (.*(?:\\\n.*)*)", script, re.M))
+        return ["bash", "-euo", "pipefail", "-c", script]
+
+
+def examples(page: str) -> list[Example]:
+    """Find the fenced blocks of a page that could be run."""
+    return [
+        Example(
+            language=found["language"],
+            line=page.count("\n", 0, found.start("body")),
+            body=found["body"],
+            why_not=found["why"],
+        )
+        for found in _FENCE.finditer(page)
+        if found["language"] in LANGUAGES
+    ]
+
+
+def run(example: Example, folder: str, limit: float) -> str | None:
+    """Run an example; give what went wrong, or ``None``."""
+    try:
+        done = subprocess.run(
+            example.command(),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"did not end within {limit:g} s"
+    if done.returncode:
+        return f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run the examples of Markdown pages.")
+    parser.add_argument("pages", nargs="+", type=Path)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for one example")
+    arguments = parser.parse_args()
+    failed = 0
+    for page in arguments.pages:
+        found = examples(page.read_text(encoding="utf-8"))
+        if not found:
+            sys.stderr.write(f"{page}: no example found; are its blocks fenced with a language?\n")
+            failed += 1
+        with tempfile.TemporaryDirectory() as folder:
+            for example in found:
+                failed += _tell(page, example, folder, arguments.limit)
+    return 1 if failed else 0
+
+
+def _tell(page: Path, example: Example, folder: str, limit: float) -> bool:
+    place = f"{page}:{example.line} {example.language}"
+    if example.why_not:
+        sys.stdout.write(f"{place}: not run ({example.why_not})\n")
+        return False
+    started = time.perf_counter()
+    wrong = run(example, folder, limit)
+    took = time.perf_counter() - started
+    sys.stdout.write(f"{place}: {'FAILED, ' + wrong if wrong else f'ok in {took:.1f} s'}\n")
+    sys.stdout.flush()
+    return wrong is not None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
