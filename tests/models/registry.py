@@ -1,4 +1,4 @@
-"""What a test net is, and the table they register in."""
+"""What a test net is, and the tables they register in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pocketize.errors import PocketizeError
 
-__all__ = ["Net", "get", "image", "net", "nets", "register"]
+__all__ = ["Net", "Table", "get", "image", "net", "nets", "register"]
 
 T = TypeVar("T", bound="Callable[[], nn.Module]")
 _SEED = 20
@@ -67,61 +67,64 @@ class Net:
         return self.name
 
 
-_NETS: dict[str, Net] = {}
-
-
 def image(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
     """A factory of random inputs, 2x3x16x16 unless told."""
     return lambda: torch.randn(*(shape or (2, 3, 16, 16)), dtype=dtype)
 
 
-def register(
-    name: str,
-    factory: Callable[[], nn.Module],
-    tags: str = "",
-    *,
-    inputs: Callable[[], Any] | None = None,
-    width: int = 4,
-    movable: Iterable[str] = (),
-    shrinks: Iterable[str] = (),
-    frozen: Mapping[str, str] | None = None,
-    error: type[PocketizeError] | None = None,
-    repeatable: bool = True,
-) -> Net:
-    """Add a net to the zoo; ``tags`` are words separated by spaces."""
-    if name in _NETS:
-        raise ValueError(f"two test nets are called {name!r}")
-    one = Net(
-        name,
-        factory,
-        inputs or image(),
-        frozenset(tags.split()),
-        width,
-        tuple(movable),
-        tuple(shrinks),
-        dict(frozen or {}),
-        error,
-        repeatable,
-    )
-    _NETS[name] = one
-    return one
+class Table:
+    """Nets by name, in order of registration."""
+
+    def __init__(self) -> None:
+        self._nets: dict[str, Net] = {}
+
+    def register(
+        self,
+        name: str,
+        factory: Callable[[], nn.Module],
+        tags: str = "",
+        *,
+        inputs: Callable[[], Any] | None = None,
+        width: int = 4,
+        movable: Iterable[str] = (),
+        shrinks: Iterable[str] = (),
+        frozen: Mapping[str, str] | None = None,
+        error: type[PocketizeError] | None = None,
+        repeatable: bool = True,
+    ) -> None:
+        """Add a net; ``tags`` are words separated by spaces."""
+        if name in self._nets:
+            raise ValueError(f"two test nets are called {name!r}")
+        self._nets[name] = Net(
+            name=name,
+            factory=factory,
+            example=inputs or image(),
+            tags=frozenset(tags.split()),
+            width=width,
+            movable=tuple(movable),
+            shrinks=tuple(shrinks),
+            frozen=dict(frozen or {}),
+            error=error,
+            repeatable=repeatable,
+        )
+
+    def net(self, tags: str = "", **expects: Any) -> Callable[[T], T]:
+        """Decorate a module class or a factory without arguments, named in snake case."""
+
+        def add(factory: T) -> T:
+            name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", factory.__name__)
+            self.register(name.lower(), factory, tags, **expects)
+            return factory
+
+        return add
+
+    def nets(self, tag: str | None = None) -> list[Net]:
+        """Every net, or those with a tag; for ``parametrize(ids=str)``."""
+        return [one for one in self._nets.values() if tag is None or tag in one.tags]
+
+    def get(self, name: str) -> Net:
+        return self._nets[name]
 
 
-def net(tags: str = "", **expects: Any) -> Callable[[T], T]:
-    """Decorate a module class or a factory without arguments; named in snake case."""
-
-    def add(factory: T) -> T:
-        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", factory.__name__)
-        register(name.lower(), factory, tags, **expects)
-        return factory
-
-    return add
-
-
-def nets(tag: str | None = None) -> list[Net]:
-    """Every net, or those with a tag, in order of registration; for ``parametrize(ids=str)``."""
-    return [one for one in _NETS.values() if tag is None or tag in one.tags]
-
-
-def get(name: str) -> Net:
-    return _NETS[name]
+_AWKWARD = Table()
+register, net, nets, get = _AWKWARD.register, _AWKWARD.net, _AWKWARD.nets, _AWKWARD.get
