@@ -22,6 +22,7 @@ LONGEST = 400
 #: Files and packages of the engine, low to high.
 ENGINE = (
     "errors",
+    "units",
     "inputs",
     "clone",
     "capture",

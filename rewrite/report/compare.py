@@ -96,7 +96,9 @@ def compare(
         for side, model in (("before", before), ("after", after))
     }
     names = type(before).__name__, type(after).__name__
-    described = getattr(loss, "__name__", type(loss).__name__) if loss else "sum of the outputs"
+    described = (
+        getattr(loss, "__name__", type(loss).__name__) if loss else "mean of squares of the outputs"
+    )
     return build(
         names, profiles["before"], profiles["after"], between(before, after), loss=described
     )
@@ -114,7 +116,7 @@ def build(
     after: tuple[MemoryProfile, MemoryProfile],
     records: Iterable[PassRecord] = (),
     *,
-    loss: str = "sum of the outputs",
+    loss: str = "mean of squares of the outputs",
 ) -> Comparison:
     """Make a comparison of profiles that were taken already, such as on another machine.
 

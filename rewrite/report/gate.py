@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pocketize.errors import ReportError, nearest
 from pocketize.report.document import Document, Side
-from pocketize.report.units import UNITS, bytes_text, count_text, quantity, seconds_text
+from pocketize.units import UNITS, bytes_text, count_text, quantity, seconds_text
 
 
 @dataclass(frozen=True)

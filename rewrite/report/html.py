@@ -7,7 +7,7 @@ __all__ = ["html"]
 from html import escape
 
 from pocketize.report.layout import Bars, Block, Cell, Code, Heading, Paragraph, Table
-from pocketize.report.units import bytes_text
+from pocketize.units import bytes_text
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --faint: #8881; }

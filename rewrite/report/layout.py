@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pocketize.report.document import Document, Peak, Rewrite, RewriteRow
-from pocketize.report.units import (
+from pocketize.units import (
     bytes_text,
     count_text,
     large_text,

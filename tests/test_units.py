@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pocketize.report import units
+from pocketize import units
 
 
 @pytest.mark.parametrize(
