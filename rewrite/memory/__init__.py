@@ -1,1 +1,16 @@
-"""Placeholder."""
+"""Memory of a model: measured on real tensors, estimated on fake ones, told apart in the result.
+
+::
+
+    profile = measure(model, "1x1x96x96x96")                    # a training step, with Adam
+    print(profile)
+    measure(model, "1x1x512x512x512", "infer", estimate=True)   # nothing runs: any size fits
+"""
+
+from __future__ import annotations
+
+__all__ = ["MemoryProfile", "count_macs", "format_bytes", "measure", "top_modules"]
+
+from pocketize.memory.macs import count_macs
+from pocketize.memory.meter import measure
+from pocketize.memory.profile import MemoryProfile, format_bytes, top_modules

@@ -1,0 +1,160 @@
+"""Measure in a fresh process, and say why where a model cannot be sent there.
+
+The model travels as a pickle in a temporary folder that only this user can read: a file from this
+process to its own child. Nothing of the caller's script runs again. ``multiprocessing`` would
+import it a second time; the child here does not, so classes of the script (or of a notebook) do not
+exist there, and models made of them stay here.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Settings", "measure_isolated"]
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pocketize import errors
+from pocketize.errors import MeasureError, PocketizeError
+from pocketize.memory.profile import MemoryProfile
+from pocketize.memory.request import Request
+
+#: Large blocks go back to the system when they are freed, so that resident memory follows use.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
+#: The paths first, so that what the payload is made of can be imported.
+_BOOT = (
+    "import json, sys; sys.path[:] = json.load(open(sys.argv[1]))['path']; "
+    "from pocketize.memory._worker import main; main(*sys.argv[1:])"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What of this process has a part in a measurement, besides the model.
+
+    Attributes:
+        path: ``sys.path``.
+        threads: threads of one operator.
+        dtype: default dtype.
+        matmul_precision: of float32 matrix products.
+        deterministic: only deterministic algorithms.
+        benchmark: cuDNN tries its algorithms.
+    """
+
+    path: list[str]
+    threads: int
+    dtype: str
+    matmul_precision: str
+    deterministic: bool
+    benchmark: bool
+
+    @classmethod
+    def here(cls) -> Settings:
+        """Return those of this process."""
+        return cls(
+            path=[os.path.abspath(entry) for entry in sys.path],
+            threads=torch.get_num_threads(),
+            dtype=str(torch.get_default_dtype()).removeprefix("torch."),
+            matmul_precision=torch.get_float32_matmul_precision(),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            benchmark=torch.backends.cudnn.benchmark,
+        )
+
+    def apply(self) -> None:
+        """Make them those of this process."""
+        torch.set_num_threads(self.threads)
+        torch.set_default_dtype(getattr(torch, self.dtype))
+        torch.set_float32_matmul_precision(self.matmul_precision)
+        torch.use_deterministic_algorithms(self.deterministic)
+        torch.backends.cudnn.benchmark = self.benchmark
+
+
+def measure_isolated(request: Request) -> MemoryProfile | str:
+    """Measure in a fresh process.
+
+    Returns:
+        The profile, or the reason why the request cannot be sent to another process.
+
+    Raises:
+        MeasureError: the process died, or the model did not get through the step.
+        PocketizeError: as :func:`pocketize.memory.measure`.
+    """
+    obstacle = _obstacle(request)
+    if obstacle is not None:
+        return obstacle
+    with tempfile.TemporaryDirectory(prefix="pocketize-") as folder:
+        settings, payload, answer = (Path(folder, n) for n in ("settings", "payload", "answer"))
+        settings.write_text(json.dumps(dataclasses.asdict(Settings.here())))
+        try:
+            torch.save(_fields(request), payload)
+        except Exception as error:  # a user's __reduce__ may raise anything
+            return f"it cannot be pickled: {_brief(error)}"
+        command = [sys.executable, "-c", _BOOT, str(settings), str(payload), str(answer)]
+        done = subprocess.run(
+            command,
+            env={**os.environ, **_ALLOCATOR},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        try:
+            reply = json.loads(answer.read_text())
+        except (OSError, ValueError):
+            raise MeasureError(_epitaph(request, done)) from None
+    return _read(reply)
+
+
+def _fields(request: Request) -> dict[str, Any]:
+    # Not dataclasses.asdict, which would copy the model.
+    return {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
+
+
+def _obstacle(request: Request) -> str | None:
+    """Say what keeps a request in this process, as far as that can be seen without trying."""
+    for path, module in request.model.named_modules():
+        if type(module).__module__ == "__main__":
+            name = f"{path} ({type(module).__qualname__})" if path else type(module).__qualname__
+            return f"the class of {name} is defined in __main__, which no other process has"
+    if getattr(request.loss, "__module__", None) == "__main__":
+        return "loss is defined in __main__, which no other process has"
+    devices = ("cpu", "cuda")
+    if any(torch.is_autocast_enabled(device) for device in devices):
+        return "autocast is on in this process only; a wrapper around forward would carry it along"
+    return None
+
+
+def _read(reply: dict[str, Any]) -> MemoryProfile | str:
+    if "profile" in reply:
+        return MemoryProfile.from_json(reply["profile"])
+    if "unreadable" in reply:
+        return f"another process cannot rebuild it: {reply['unreadable']}"
+    kind = getattr(errors, reply["error"], PocketizeError)
+    raise kind(reply["text"])
+
+
+def _epitaph(request: Request, done: subprocess.CompletedProcess[str]) -> str:
+    name = type(request.model).__name__
+    if done.returncode in (-9, 137):
+        return (
+            f"the process that measured {name} was killed, most likely because the machine has not "
+            "enough memory; estimate=True needs none"
+        )
+    last = " ".join((done.stderr.strip().splitlines() or ["it said nothing"])[-1].split())
+    return (
+        f"the process that measured {name} ended with status {done.returncode}: {last}. "
+        "Try isolate=False to measure in this process"
+    )
+
+
+def _brief(error: Exception) -> str:
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= 200 else text[:197] + "..."

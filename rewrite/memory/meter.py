@@ -1,0 +1,248 @@
+"""Measure one step of a model: :func:`measure`, and how its figures are taken in this process."""
+
+from __future__ import annotations
+
+__all__ = ["measure", "measure_here"]
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pocketize.memory.cuda import CudaCounters
+from pocketize.memory.isolate import measure_isolated
+from pocketize.memory.macs import count_macs
+from pocketize.memory.modules import ModulePaths, held_tensors
+from pocketize.memory.process import ProcessMemory
+from pocketize.memory.profile import MemoryProfile, thin_out
+from pocketize.memory.request import Request
+from pocketize.memory.stage import Stage, device_of, explained, fake_stage, real_stage
+from pocketize.memory.step import Step, fixed_surroundings, make_step
+from pocketize.memory.tracker import LiveTracker, Trace, storages_of
+
+
+def measure(
+    model: nn.Module,
+    inputs: Any = None,
+    mode: Literal["train", "infer"] = "train",
+    optimizer: Literal["adam", "sgd"] | None = "adam",
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    estimate: bool = False,
+    device: str | torch.device | None = None,
+    time_steps: int = 0,
+    isolate: bool = False,
+) -> MemoryProfile:
+    """Measure the memory of a training step or of a forward pass.
+
+    Of a training loop the *second* step is measured: Adam's state exists only from the first update
+    on. The model is copied; the caller's keeps its weights, buffers, gradients, mode, hooks and
+    device, and the random states of Python, NumPy and torch are put back.
+
+    Args:
+        model: any module. If it is in training mode its modules keep their modes during a training
+            step (frozen norms stay frozen), otherwise all are set to training.
+        inputs: anything that :func:`pocketize.inputs.as_inputs` takes: a tensor, a tuple, a dict, a
+            text such as ``"1x1x96x96x96"``. ``None`` guesses. Floating inputs are brought to the
+            dtype and device of the model.
+        mode: ``"train"``, or ``"infer"`` for a forward pass in evaluation mode under
+            ``torch.inference_mode()``.
+        optimizer: ``"adam"``, ``"sgd"`` (no momentum, hence no state) or ``None`` (the step ends
+            after the backward pass). Of no meaning for ``mode="infer"``.
+        loss: a function of the outputs that returns a scalar; the mean of squares of every
+            floating-point output, summed, by default.
+        estimate: count on fake tensors: nothing runs and nothing is allocated, so any size fits.
+            Equal, to the byte, to the tracker's figures on real tensors.
+        device: where to measure; by default where the model is. For ``estimate=True`` also a device
+            that this machine does not have: tensors on the CPU stand for it then, and the profile
+            says so.
+        time_steps: steps to time, without the tracker; 0 takes no time. An estimate never does.
+        isolate: measure in a fresh process, so that nothing in this one has a part in the figures;
+            needed for ``rss``. A model that cannot be sent there (its class is defined in a script
+            or a notebook, or it holds a lambda) is measured here, and ``why_not_isolated`` says
+            why. An estimate is always made here.
+
+    Raises:
+        InputError: the inputs cannot be read, or none could be guessed.
+        CaptureError: the model cannot be copied.
+        MeasureError: an argument is wrong, or the model did not get through the step.
+    """
+    request = Request(
+        model=model,
+        inputs=inputs,
+        mode=mode,
+        optimizer=optimizer,
+        loss=loss,
+        estimate=estimate,
+        device=None if device is None else torch.device(device),
+        time_steps=time_steps,
+    )
+    why_not = None
+    if isolate and not estimate:
+        outcome = measure_isolated(request)
+        if isinstance(outcome, MemoryProfile):
+            return dataclasses.replace(outcome, isolated=True)
+        why_not = outcome
+    return dataclasses.replace(measure_here(request), why_not_isolated=why_not)
+
+
+def measure_here(request: Request, *, own: bool = False) -> MemoryProfile:
+    """Measure in this process.
+
+    Args:
+        request: what to measure.
+        own: the process was made for this: model and inputs are used without a copy, and the growth
+            of the process is read.
+
+    Raises:
+        InputError, CaptureError, MeasureError: as :func:`measure`.
+    """
+    with fixed_surroundings():
+        place = request.device or device_of(request.model)
+        counters = None
+        if place.type == "cuda" and torch.cuda.is_available() and not request.estimate:
+            counters = CudaCounters(place)
+        if request.estimate:
+            stage = fake_stage(request.model, request.inputs, request.device)
+        else:
+            stage = real_stage(request.model, request.inputs, request.device, own=own)
+        macs = count_macs(request.model, stage.inputs)
+        with (
+            explained(
+                request.model,
+                stage.inputs.describe(),
+                train=request.train,
+                estimate=request.estimate,
+            ),
+            stage.active,
+        ):
+            return _measure_on(stage, request, macs.weights, counters, own)
+
+
+def _measure_on(
+    stage: Stage, request: Request, macs: int, counters: CudaCounters | None, own: bool
+) -> MemoryProfile:
+    step = make_step(
+        stage.model,
+        stage.inputs,
+        train=request.train,
+        optimizer=request.optimizer,
+        loss=request.loss,
+        like_cuda=stage.like_cuda,
+    )
+    process = ProcessMemory() if own and stage.device.type == "cpu" else None
+    resident = process.current() if process else None
+    step.run()  # the first step: from here on there is optimizer state
+
+    reserved = rss = allocated = None
+    if counters is not None:
+        step.clear()
+        counters.reset()
+        step.run()
+        allocated, reserved = counters.read()
+    if process is not None and resident is not None:
+        step.clear()
+        process.reset_peak()
+        step.run()
+        highest = process.peak()
+        if highest is not None:
+            rss = highest - resident + _loaded_bytes(stage)
+
+    trace = _track(stage, step)
+    categories = dict(trace.categories)
+    if allocated is not None:  # workspaces and rounding, which no tensor stands for
+        surplus = allocated - trace.peak
+        categories["temporaries"] = max(0, categories["temporaries"] + surplus)
+    parameters = list(stage.model.parameters())
+    weights = [*parameters, *stage.model.buffers()]
+    return MemoryProfile(
+        mode=request.mode,
+        optimizer=request.optimizer if step.optimizer is not None else None,
+        estimated=request.estimate,
+        device=stage.description,
+        dtype=_dtypes(weights) or _dtypes(stage.inputs.tensors()),
+        input=stage.inputs.describe(),
+        torch=torch.__version__,
+        peak=trace.peak if allocated is None else allocated,
+        categories=categories,
+        modules=trace.modules,
+        timeline=thin_out(trace.events),
+        reserved=reserved,
+        rss=rss,
+        parameters=sum(p.numel() for p in parameters),
+        weight_bytes=sum(t.numel() * t.element_size() for t in weights),
+        macs=macs,
+        step_seconds=None if request.estimate else _time(stage, step, request.time_steps),
+    )
+
+
+def _track(stage: Stage, step: Step) -> Trace:
+    paths = ModulePaths(stage.model)
+    tracker = LiveTracker(stage.device, paths.current)
+    step.clear()
+    for path, module in stage.model.named_modules():
+        tracker.assign("parameters", held_tensors(module), path)
+    tracker.assign("inputs", stage.inputs.tensors())
+
+    def assign_state() -> None:
+        if step.optimizer is not None:
+            for parameter, state in step.optimizer.state.items():
+                tensors = [value for value in state.values() if isinstance(value, Tensor)]
+                tracker.assign("optimizer_state", tensors, paths.owner(parameter))
+
+    def enter(phase: str) -> None:
+        if phase == "optimizer":
+            for tensor in [*stage.model.parameters(), *stage.inputs.tensors()]:
+                if tensor.grad is not None:
+                    tracker.assign("gradients", [tensor.grad], paths.owner(tensor))
+        elif phase == "end":
+            assign_state()
+        tracker.enter(phase)
+
+    assign_state()
+    with paths.following(), tracker:
+        step.run(enter)
+    return tracker.finish()
+
+
+def _time(stage: Stage, step: Step, steps: int) -> tuple[float, float] | None:
+    """Return median and interquartile range of the seconds of a step, gradients dropped before."""
+    if steps == 0:
+        return None
+    taken: list[float] = []
+    for _ in range(steps):
+        moments: list[float] = []
+
+        def note(phase: str, moments: list[float] = moments) -> None:
+            if phase in ("forward", "end"):
+                _synchronize(stage.device)
+                moments.append(time.perf_counter())
+
+        step.clear()
+        step.run(note)
+        taken.append(moments[1] - moments[0])
+    if steps == 1:
+        return taken[0], 0.0
+    low, median, high = statistics.quantiles(taken, n=4, method="inclusive")
+    return median, high - low
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def _loaded_bytes(stage: Stage) -> int:
+    """Bytes of the model and its inputs, which were in memory before the first step."""
+    tensors = [t for module in stage.model.modules() for t in held_tensors(module)]
+    storages = {s._cdata: s for t in [*tensors, *stage.inputs.tensors()] for s in storages_of(t)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _dtypes(tensors: list[Tensor]) -> str:
+    names = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}
+    return ", ".join(sorted(names))

@@ -1,0 +1,180 @@
+"""What a measurement found, as data and as a table."""
+
+from __future__ import annotations
+
+__all__ = ["MemoryProfile", "format_bytes", "thin_out", "top_modules"]
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from pocketize.errors import MeasureError
+
+_MODULES_SHOWN = 5
+_TIMELINE_POINTS = 300
+
+
+@dataclass(frozen=True)
+class MemoryProfile:
+    """Memory, size and time of one step of a model. All sizes are bytes.
+
+    Attributes:
+        mode: ``"train"`` or ``"infer"``.
+        optimizer: ``"adam"``, ``"sgd"``, or ``None`` where nothing was updated.
+        estimated: counted under fake tensors; nothing ran.
+        device: where, such as ``"cpu"``, ``"cuda (NVIDIA A100)"``, ``"cuda (on CPU fakes)"``.
+        dtype: dtypes of the floating-point parameters, such as ``"float32"``.
+        input: shapes and dtypes of the inputs.
+        torch: version of torch.
+        peak: most memory at once. Live tensors; on CUDA what the allocator had handed out
+            (``max_memory_allocated``), less what was there before.
+        categories: the peak by category:
+
+            * ``parameters``: parameters, buffers and tensors that modules keep as attributes;
+            * ``gradients``: what becomes the ``.grad`` of a parameter (or of an input), from the
+              moment it is computed; of the previous step nothing is left (``zero_grad`` sets None);
+            * ``optimizer_state``: what the optimizer keeps between steps;
+            * ``activations``: made in the forward pass (loss included) and still alive when it
+              ended: what is kept for backward, and the outputs;
+            * ``temporaries``: everything else: what the forward frees again, gradients of
+              activations, recomputed activations, what the update needs for a moment; on CUDA also
+              workspaces and rounding, that is what the allocator counted beyond live tensors;
+            * ``inputs``: the model's inputs.
+
+            They sum to the peak.
+        modules: live tensors at the peak by the path of the module that made them, ``""`` for the
+            model itself, its inputs and the loss. Parameters, their gradients and optimizer state
+            belong to the module that holds the parameter; what backward makes, to the module whose
+            forward is being differentiated.
+        timeline: ``(phase and module, live bytes)``, in order, some hundred local maxima.
+        reserved: what CUDA's allocator held in all at its peak; ``None`` elsewhere.
+        rss: growth of the process' resident memory over what it was without the model, at its peak
+            during a step that was not tracked; ``None`` unless isolated, on CPU.
+        parameters: number of parameters.
+        weight_bytes: bytes of parameters and buffers.
+        macs: multiply-accumulates of convolutions and linear layers in one forward pass.
+        step_seconds: median and interquartile range of the time of a step; ``None`` if not taken.
+        isolated: measured in a process of its own.
+        why_not_isolated: why not, where that was asked for.
+    """
+
+    mode: str
+    optimizer: str | None
+    estimated: bool
+    device: str
+    dtype: str
+    input: str
+    torch: str
+    peak: int
+    categories: dict[str, int]
+    modules: dict[str, int]
+    timeline: tuple[tuple[str, int], ...]
+    reserved: int | None
+    rss: int | None
+    parameters: int
+    weight_bytes: int
+    macs: int
+    step_seconds: tuple[float, float] | None
+    isolated: bool = False
+    why_not_isolated: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the profile as what ``json.dumps`` takes; sizes are integers, in bytes."""
+        data = dataclasses.asdict(self)
+        data["timeline"] = [list(point) for point in self.timeline]
+        data["step_seconds"] = None if self.step_seconds is None else list(self.step_seconds)
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> MemoryProfile:
+        """Return the profile that :meth:`to_json` was called on.
+
+        Raises:
+            MeasureError: fields are missing or unknown.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if names != set(data):
+            raise MeasureError(
+                "not a memory profile: "
+                f"missing fields {sorted(names - set(data))}, unknown {sorted(set(data) - names)}"
+            )
+        times = data["step_seconds"]
+        return cls(
+            **{
+                **data,
+                "timeline": tuple((label, live) for label, live in data["timeline"]),
+                "step_seconds": None if times is None else (times[0], times[1]),
+            }
+        )
+
+    def __str__(self) -> str:
+        """Return the peak by category and the largest modules as a table."""
+        step = "inference" if self.mode == "infer" else f"training step, {self.optimizer or 'no'}"
+        step += "" if self.mode == "infer" else " optimizer"
+        how = "estimated" if self.estimated else "measured"
+        lines = [f"{step}, {self.input} on {self.device} ({how}, torch {self.torch})", ""]
+        rows = [[n.replace("_", " "), *self._share(held)] for n, held in self.categories.items()]
+        rows.append(["peak", *self._share(self.peak)])
+        lines.append(_table(["at the peak", "memory", "share"], rows))
+        largest = [
+            [path or "(model)", *self._share(n)] for path, n in top_modules(self, _MODULES_SHOWN)
+        ]
+        lines += ["", _table(["largest modules", "memory", "share"], largest), ""]
+        lines.append(
+            f"parameters {self.parameters:,} ({format_bytes(self.weight_bytes)} with buffers), "
+            f"{self.macs:,} MACs"
+        )
+        if self.reserved is not None:
+            lines.append(f"reserved by the allocator {format_bytes(self.reserved)}")
+        if self.rss is not None:
+            lines.append(f"process memory (RSS) {format_bytes(self.rss)}")
+        if self.step_seconds is not None:
+            median, spread = self.step_seconds
+            lines.append(f"step time {median * 1e3:.1f} ms (quartiles {spread * 1e3:.1f} apart)")
+        if self.why_not_isolated is not None:
+            lines.append(f"not isolated: {self.why_not_isolated}")
+        return "\n".join(lines)
+
+    def _share(self, count: int) -> list[str]:
+        percent = 100 * count / self.peak if self.peak else 0.0
+        return [format_bytes(count), f"{percent:.1f} %"]
+
+
+def format_bytes(count: int) -> str:
+    """Write a number of bytes in MiB: ``"1888.2 MiB"``, small ones with more digits."""
+    mebibytes = count / 2**20
+    for digits in (1, 2, 3):
+        if abs(mebibytes) >= 10 ** (1 - digits):
+            return f"{mebibytes:.{digits}f} MiB"
+    return f"{mebibytes:.4f} MiB"
+
+
+def top_modules(profile: MemoryProfile, n: int = 10) -> list[tuple[str, int]]:
+    """Return the ``n`` modules that hold most at the peak, largest first, ties by path."""
+    return sorted(profile.modules.items(), key=lambda item: (-item[1], item[0]))[:n]
+
+
+def thin_out(
+    events: Sequence[tuple[str, int]], points: int = _TIMELINE_POINTS
+) -> tuple[tuple[str, int], ...]:
+    """Return at most ``points`` of the events: the largest of each stretch, so also the peak."""
+    if len(events) <= points:
+        return tuple(events)
+    edges = [len(events) * i // points for i in range(points + 1)]
+    return tuple(
+        max(events[low:high], key=lambda event: event[1]) for low, high in itertools.pairwise(edges)
+    )
+
+
+def _table(headers: list[str], rows: list[list[str]]) -> str:
+    return tabulate(
+        rows,
+        headers,
+        tablefmt="simple",
+        disable_numparse=True,
+        colalign=("left", "right", "right"),
+    )

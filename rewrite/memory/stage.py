@@ -1,0 +1,236 @@
+"""Where a measurement plays: a copy of the model and its inputs, real or fake, on a device."""
+
+from __future__ import annotations
+
+__all__ = [
+    "Stage",
+    "device_of",
+    "explained",
+    "fake_inputs",
+    "fake_stage",
+    "real_inputs",
+    "real_stage",
+]
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+
+from pocketize.capture import settle_inputs
+from pocketize.clone import clone, fake_clone
+from pocketize.errors import MeasureError, PocketizeError
+from pocketize.inputs import Inputs, as_inputs, to_model
+
+_VALUES_WANTED = (DataDependentOutputException, DynamicOutputShapeException)
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model and inputs that may be run, trained and thrown away.
+
+    Attributes:
+        model: the copy.
+        inputs: its inputs, on its device.
+        device: where its tensors are.
+        description: the device as the report names it.
+        like_cuda: tensors on the CPU stand for a GPU's.
+        active: context to run in: the fake mode, or nothing.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    device: torch.device
+    description: str
+    like_cuda: bool = False
+    active: AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
+
+
+def real_stage(
+    model: nn.Module, inputs: Any, device: torch.device | None, *, own: bool = False
+) -> Stage:
+    """Prepare a measurement on real tensors.
+
+    Args:
+        model: the model; untouched unless ``own``.
+        inputs: anything that ``as_inputs`` takes, or ``None`` to guess.
+        device: where to; ``None`` leaves the model where it is.
+        own: model and inputs may be used as they are, without a copy.
+
+    Raises:
+        MeasureError: the device is not there, or the model's tensors hold no values.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta or isinstance(tensor, FakeTensor):
+            raise MeasureError(
+                f"{name} of {type(model).__name__} has a shape but no values (device "
+                f"{tensor.device}); give it memory, e.g. with model.to_empty(device='cpu'), or "
+                "pass estimate=True"
+            )
+    place = device or device_of(model)
+    if not _is_available(place):
+        raise MeasureError(
+            f"cannot measure on {place}: this machine has no such device; pass estimate=True for "
+            "figures without it"
+        )
+    given = settle_inputs(model, inputs)
+    copy = model if own else clone(model)
+    if device is not None:
+        copy = copy.to(place)
+    for parameter in copy.parameters():
+        parameter.grad = None
+    moved = real_inputs(given, copy, place)
+    return Stage(copy, moved, place, _describe(place))
+
+
+def fake_stage(model: nn.Module, inputs: Any, device: torch.device | None) -> Stage:
+    """Prepare an estimate: nothing of it takes memory, whatever the sizes.
+
+    The tensors are on the device asked for where the machine has it, and otherwise on the CPU.
+
+    Args:
+        model: the model, also one on the meta device; untouched.
+        inputs: as for :func:`real_stage`.
+        device: where to; ``None`` is where the model is.
+    """
+    wanted = device or device_of(model)
+    if wanted.type == "meta":
+        wanted = torch.device("cpu")
+    present = _is_available(wanted)
+    place = wanted if present else torch.device("cpu")
+    given = settle_inputs(model, None) if inputs is None else inputs
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    copy = fake_clone(model, fakes, device=place)
+    with fakes:
+        moved = fake_inputs(given, copy, place)
+    name = _describe(place) if present else f"{wanted.type} (on CPU fakes)"
+    return Stage(copy, moved, place, name, wanted.type == "cuda" and not present, fakes)
+
+
+def real_inputs(given: Inputs, model: nn.Module, place: torch.device) -> Inputs:
+    """Return copies of inputs as a model wants them: on its device, floating ones in its dtype."""
+    taken = {id(t): t.untyped_storage()._cdata for t in given.tensors()}
+    moved = to_model(given, model)
+
+    def copied(tensor: Tensor) -> Tensor:
+        there = tensor.detach().to(place)
+        if there.untyped_storage()._cdata in taken.values():
+            there = there.clone()
+        return there.requires_grad_(tensor.requires_grad)
+
+    return moved.map(_once(copied))
+
+
+def fake_inputs(given: Any, model: nn.Module, place: torch.device) -> Inputs:
+    """Return fake inputs for a fake model; to be called under its mode.
+
+    A text such as ``"1x4x512x512x512"`` then makes fake tensors at once.
+    """
+
+    def faked(tensor: Tensor) -> Tensor:
+        # From scratch, so that a view of something larger does not bring its whole storage, and
+        # fake tensors of another mode do not mix with these.
+        shape, stride = tensor.shape, tensor.stride()
+        made = (
+            torch.empty_strided(shape, stride, dtype=tensor.dtype, device=place)
+            if _is_dense(shape, stride)
+            else torch.empty(shape, dtype=tensor.dtype, device=place)
+        )
+        return made.requires_grad_(tensor.requires_grad)
+
+    return to_model(as_inputs(given, model).map(_once(faked)), model)
+
+
+@contextlib.contextmanager
+def explained(model: nn.Module, inputs: str, *, train: bool, estimate: bool) -> Iterator[None]:
+    """Turn what a user's model raises into a :class:`MeasureError` that says what to do.
+
+    Args:
+        model: the model that runs inside.
+        inputs: its inputs, described.
+        train: whether it trains.
+        estimate: whether it runs on fake tensors.
+    """
+    what = f"{type(model).__name__} did not get through a " + (
+        f"training step on {inputs}" if train else f"forward pass on {inputs}"
+    )
+    try:
+        yield
+    except PocketizeError:
+        raise
+    except _VALUES_WANTED as error:
+        raise MeasureError(
+            f"{what}: it asks for the values of tensors ({error}), and an estimate has only "
+            "shapes; use estimate=False"
+        ) from error
+    except Exception as error:  # a user's forward, loss or hooks may raise anything
+        text = " ".join(str(error).split())
+        text = text if len(text) <= 300 else text[:297] + "..."
+        raise MeasureError(
+            f"{what}: {type(error).__name__}: {text}{_advice(text, estimate)}"
+        ) from (error)
+
+
+def _advice(text: str, estimate: bool) -> str:
+    if "Expected more than 1 value per channel" in text:
+        return " A norm has one value per channel here: give a batch of 2, or a larger input."
+    if any(sign in text for sign in _NO_MEMORY):
+        return " There is not enough memory to measure; estimate=True needs none."
+    if estimate:
+        return " This was on fake tensors; if the model runs on real ones, use estimate=False."
+    return ""
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first tensor; the CPU if it has none."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _is_available(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return True
+    backend = getattr(torch, device.type, None)
+    available = getattr(backend, "is_available", None)
+    return bool(available is not None and available())
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return device.type
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Tell whether a tensor fills its memory without gaps, in whatever order of the axes."""
+    expected = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _once(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Apply ``fn`` once to a tensor that is given several times."""
+    results: dict[int, tuple[Tensor, Tensor]] = {}  # with the key tensor, so that its id stays its
+
+    def remembered(tensor: Tensor) -> Tensor:
+        if id(tensor) not in results:
+            results[id(tensor)] = tensor, fn(tensor)
+        return results[id(tensor)][1]
+
+    return remembered

@@ -1,0 +1,201 @@
+"""The step that is measured: one forward, and when training the loss, the backward and the update.
+
+It is the loop that everybody writes::
+
+    optimizer.zero_grad(set_to_none=True)     # before the step: gradients are born in the backward
+    outputs = model(inputs)
+    loss = criterion(outputs)
+    loss.backward()
+    optimizer.step()
+
+``outputs`` and ``loss`` live to the end of their own step, and not into the next one.
+"""
+
+from __future__ import annotations
+
+__all__ = ["OPTIMIZERS", "Step", "fixed_surroundings", "make_step", "mean_square"]
+
+import contextlib
+import gc
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pocketize.capture import find_tensors
+from pocketize.clone import quiet_hooks
+from pocketize.errors import MeasureError
+from pocketize.inputs import Inputs
+
+#: Optimizers by name: Adam keeps two tensors per parameter, SGD (without momentum) none.
+OPTIMIZERS = ("adam", "sgd")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a model that belongs to the measurement.
+
+    Attributes:
+        model: a copy made for the purpose; it is trained.
+        inputs: its inputs, in its place.
+        train: a training step, otherwise a forward under ``torch.inference_mode()``.
+        optimizer: updates the trainable parameters; ``None`` for inference, for a step that stops
+            after the backward, and for a model without trainable parameters.
+        loss: turns the outputs into the scalar to differentiate.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    train: bool
+    optimizer: torch.optim.Optimizer | None
+    loss: Callable[[Any], Tensor]
+
+    def clear(self) -> None:
+        """Drop the gradients, as ``zero_grad(set_to_none=True)`` does before a step."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        for tensor in self.inputs.tensors():
+            tensor.grad = None
+
+    def run(self, enter: Callable[[str], None] = lambda phase: None) -> None:
+        """Do the step, from the same random state every time.
+
+        Args:
+            enter: told the phases as they begin: ``"forward"``, ``"backward"``, ``"optimizer"``, ``"end"``.
+
+        Raises:
+            MeasureError: there is nothing to differentiate.
+        """
+        _seed()
+        # On a GPU the backward would run in a thread of its own, where the numbers that lead from
+        # autograd nodes to modules would begin anew.
+        threads = torch.autograd.grad_mode.set_multithreading_enabled(False)
+        with quiet_hooks(self.model), threads:
+            if self.train:
+                self._train(enter)
+            else:
+                with torch.inference_mode():
+                    enter("forward")
+                    # Bound to a name: a caller would hold the outputs, too.
+                    outputs = self.inputs.call(self.model)
+                    enter("end")
+                    del outputs
+
+    def _train(self, enter: Callable[[str], None]) -> None:
+        enter("forward")
+        outputs = self.inputs.call(self.model)
+        loss = self.loss(outputs)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise MeasureError(f"the loss must be a tensor with one element, got {got}")
+        if not loss.requires_grad:
+            raise MeasureError(
+                f"no output of {type(self.model).__name__} depends on a trainable parameter, so a "
+                "training step has no backward pass; unfreeze parameters, pass a loss= that "
+                "depends on them, or measure with mode='infer'"
+            )
+        enter("backward")
+        loss.backward()  # type: ignore[no-untyped-call]
+        enter("optimizer")
+        if self.optimizer is not None:
+            self.optimizer.step()
+        enter("end")
+
+
+def make_step(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    train: bool,
+    optimizer: str | None,
+    loss: Callable[[Any], Tensor] | None,
+    like_cuda: bool = False,
+) -> Step:
+    """Put a copy of a model into the mode to be measured and give it its optimizer.
+
+    Args:
+        model: the copy. For training, a model that is in training mode keeps the modes of all its
+            modules (norms that were frozen stay so), one in evaluation mode is set to training as a
+            whole. For inference it is set to evaluation mode.
+        inputs: its inputs.
+        train: whether to train.
+        optimizer: ``"adam"``, ``"sgd"`` or ``None``.
+        loss: see :class:`Step`; :func:`mean_square` by default.
+        like_cuda: update all parameters at once, as torch does on a GPU, also where the tensors
+            that stand for the GPU's are on the CPU.
+    """
+    if not train:
+        model.eval()
+    elif not model.training:
+        model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    made: torch.optim.Optimizer | None = None
+    if train and optimizer is not None and trainable:
+        together = True if like_cuda else None
+        if optimizer == "adam":
+            made = torch.optim.Adam(trainable, foreach=together)
+        else:
+            made = torch.optim.SGD(trainable, lr=1e-3, foreach=together)
+    step = Step(model, inputs, train, made, loss or mean_square)
+    step.clear()
+    return step
+
+
+def mean_square(outputs: Any) -> Tensor:
+    """The default loss: the mean of the squares of every floating-point output, summed.
+
+    It keeps nothing but the outputs themselves for the backward pass.
+
+    Raises:
+        MeasureError: there is no floating-point tensor in the outputs.
+    """
+    terms = [t.pow(2).mean() for t in find_tensors(outputs) if t.is_floating_point()]
+    if not terms:
+        raise MeasureError(
+            f"the outputs ({type(outputs).__name__}) hold no floating-point tensor to make a loss "
+            "of; pass loss=..., a function of the outputs"
+        )
+    return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
+
+
+@contextlib.contextmanager
+def fixed_surroundings() -> Iterator[None]:
+    """Keep the caller's random states and grad modes, warnings and garbage collection out of it.
+
+    Reference cycles are collected whenever Python's counters say so: off, the same step has the
+    same peak every time.
+    """
+    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if _uses_cuda() else None
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if collecting:
+            gc.enable()
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)
+    if _uses_cuda():
+        torch.cuda.manual_seed_all(0)
+
+
+def _uses_cuda() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

@@ -1,0 +1,232 @@
+"""The live-tensor tracker: which storages exist, since when, and who made them.
+
+A dispatch mode sees every operator below autograd, in the forward as in the backward pass. Of each
+tensor that passes it watches the *storage*, so that views and aliases count once, through a weak
+reference whose callback tells when the storage is freed: in Python or in C++, at that very moment.
+Peaks are therefore those of the untracked run, to the byte; what an operator allocates and frees
+inside itself (im2col buffers, oneDNN or cuDNN workspaces) is not seen.
+
+The tracker writes down only what happens. What a storage *was* is decided afterwards, when it is
+known what became of it: see :meth:`LiveTracker.finish`.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CATEGORIES", "LiveTracker", "Trace", "is_composite", "storages_of"]
+
+import functools
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: What live bytes are divided into, in the order of the reports.
+CATEGORIES = (
+    "parameters",
+    "gradients",
+    "optimizer_state",
+    "activations",
+    "temporaries",
+    "inputs",
+)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one tracked step held.
+
+    Attributes:
+        peak: most bytes alive at once.
+        categories: those bytes by category; the sum is ``peak``.
+        modules: those bytes by the path of the module that made them; the sum is ``peak``.
+        events: ``(label, live bytes)`` after every allocation and release, in order.
+    """
+
+    peak: int
+    categories: dict[str, int]
+    modules: dict[str, int]
+    events: list[tuple[str, int]]
+
+
+@dataclass(slots=True, eq=False)
+class _Record:
+    """One storage, from its first sighting to its release."""
+
+    nbytes: int
+    born: int
+    phase: str
+    module: str
+    role: str | None = None
+    kept: bool = False
+    died: float = math.inf
+
+
+class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Dispatch mode that follows the storages of one device.
+
+    Use: :meth:`assign` a role to what is alive already, enter the mode, set the phase with
+    :meth:`enter` as the step goes on, leave the mode, :meth:`finish`.
+
+    Args:
+        device: only tensors on devices of this type count.
+        where: tells the path of the module at work when a tensor is made.
+    """
+
+    def __init__(self, device: torch.device, where: Callable[[], str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device.type
+        self._where = where
+        self._phase = ""
+        self._live: dict[int, _Record] = {}
+        self._records: list[_Record] = []
+        self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._events: list[tuple[str, int]] = []
+        self._bytes = 0
+        self._peak = 0
+        self._peak_at = 0
+
+    def assign(self, role: str, tensors: Iterable[Tensor], module: str = "") -> None:
+        """Say what the storages of some tensors are, from their first moment on.
+
+        Storages not seen before are counted from now. A role once given stays.
+        """
+        for tensor in tensors:
+            for storage in self._storages(tensor):
+                self._see(storage)
+                record = self._live.get(storage._cdata)
+                if record is not None and record.role is None:
+                    record.role, record.module = role, module
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase: ``"forward"``, then ``"backward"`` and ``"optimizer"`` when training."""
+        if self._phase == "forward":
+            for record in self._live.values():
+                record.kept = True
+        self._phase = phase
+        self._log(phase)
+
+    def finish(self) -> Trace:
+        """Stop following storages and take stock of the moment of the peak.
+
+        A storage with a role (parameters, gradients, optimizer state, inputs) had it from birth:
+        the result of a convolution's backward that became a ``.grad`` was a gradient all along. Of
+        the others, activations are those made in the forward phase and alive when it ended; what
+        the forward freed again, and what backward or the optimizer made, is temporary.
+        """
+        self._watches.clear()  # the callbacks go with the references
+        self._live.clear()
+        categories = dict.fromkeys(CATEGORIES, 0)
+        modules: dict[str, int] = {}
+        for record in self._records:
+            if record.born <= self._peak_at < record.died:
+                categories[_category(record)] += record.nbytes
+                modules[record.module] = modules.get(record.module, 0) + record.nbytes
+        return Trace(self._peak, categories, modules, self._events)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator and look at the storages it took and gave."""
+        kwargs = kwargs or {}
+        if is_composite(func, self._device):
+            # Only without autograd do composite operators arrive whole: what they allocate inside
+            # counts just as it does in training, where their parts arrive here one by one.
+            with self:
+                return func.decompose(*args, **kwargs)
+        self._look((args, kwargs))
+        out = func(*args, **kwargs)
+        # An operator that writes in place returns what it was given; it may have resized it.
+        self._look((args, kwargs) if _writes(func) else out)
+        return out
+
+    def _look(self, values: Any) -> None:
+        for value in pytree.tree_leaves(values):
+            if isinstance(value, Tensor):
+                for storage in self._storages(value):
+                    self._see(storage)
+
+    def _storages(self, tensor: Tensor) -> list[torch.UntypedStorage]:
+        return storages_of(tensor) if tensor.device.type == self._device else []
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        record = self._live.get(key)
+        if record is None:
+            if nbytes:
+                self._watches[key] = weakref.ref(storage, functools.partial(self._release, key))
+                self._begin(key, _Record(nbytes, 0, self._phase, self._where()))
+        elif record.nbytes != nbytes:
+            self._release(key)
+            self._watches[key] = weakref.ref(storage, functools.partial(self._release, key))
+            resized = _Record(nbytes, 0, record.phase, record.module, record.role, record.kept)
+            self._begin(key, resized)
+
+    def _begin(self, key: int, record: _Record) -> None:
+        record.born = len(self._events)
+        self._live[key] = record
+        self._records.append(record)
+        self._bytes += record.nbytes
+        self._log(self._label())
+
+    def _release(self, key: int, _: object = None) -> None:
+        record = self._live.pop(key, None)
+        self._watches.pop(key, None)
+        if record is not None:
+            record.died = len(self._events)
+            self._bytes -= record.nbytes
+            self._log(self._label())
+
+    def _label(self) -> str:
+        return f"{self._phase} {self._where()}".strip()
+
+    def _log(self, label: str) -> None:
+        if not self._phase:  # what is there before the step begins: one event stands for all of it
+            return
+        if self._bytes > self._peak:
+            self._peak, self._peak_at = self._bytes, len(self._events)
+        self._events.append((label, self._bytes))
+
+
+def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """Return the storages behind a tensor: one, or those of the parts of a sparse tensor."""
+    if tensor.layout is torch.sparse_coo:
+        return [*storages_of(tensor._indices()), *storages_of(tensor._values())]
+    try:
+        return [tensor.untyped_storage()]
+    except (NotImplementedError, RuntimeError):  # a wrapper that owns no memory itself
+        return []
+
+
+def _category(record: _Record) -> str:
+    if record.role is not None:
+        return record.role
+    return "activations" if record.phase == "forward" and record.kept else "temporaries"
+
+
+@functools.cache
+def is_composite(func: Any, device: str) -> bool:
+    """Tell whether an operator is made of others and has no kernel of its own on the device."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return False
+    own = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}.get(device, "CPU")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    name = str(func.name())  # type: ignore[no-untyped-call]
+    if not torch._C._dispatch_has_kernel(name):  # TorchScript's own, such as prim::device
+        return False
+    return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, own)
+
+
+@functools.cache
+def _writes(func: Any) -> bool:
+    """Tell whether an operator returns tensors that it was given to write to."""
+    schema = getattr(func, "_schema", None)
+    return schema is not None and any(
+        returned.alias_info is not None and returned.alias_info.is_write
+        for returned in schema.returns
+    )
