@@ -35,12 +35,16 @@ def clone(model: nn.Module) -> nn.Module:
     return _deepcopy(model, memo)
 
 
-def fake_clone(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def fake_clone(
+    model: nn.Module, mode: FakeTensorMode, *, device: torch.device | None = None
+) -> nn.Module:
     """Return a copy whose tensors are fake: shapes and dtypes, no memory.
 
     Args:
         model: the model; untouched.
         mode: the fake mode that the tensors of the copy belong to.
+        device: where the fake tensors say they are; where the model's are by default. A model on
+            the meta device needs one.
 
     Raises:
         CaptureError: the model holds something that cannot be copied, or lazy parameters.
@@ -53,11 +57,11 @@ def fake_clone(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
                 "run the model once on real data, then pass it here"
             )
         memo[id(parameter)] = nn.Parameter(
-            _fake(parameter, mode), requires_grad=parameter.requires_grad
+            _fake(parameter, mode, device), requires_grad=parameter.requires_grad
         )
     for tensor in [*model.buffers(), *_plain_tensors(model)]:
         if id(tensor) not in memo:
-            memo[id(tensor)] = _fake(tensor, mode)
+            memo[id(tensor)] = _fake(tensor, mode, device)
     return _deepcopy(model, memo)
 
 
@@ -98,10 +102,10 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         ) from error
 
 
-def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device | None) -> Tensor:
     with torch.no_grad(), mode:
         return torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device
         )
 
 
