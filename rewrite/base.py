@@ -326,6 +326,9 @@ class PassRecord:
         guarantee: ``"exact"``, ``"approximate"`` or ``"retrain"``, with these options.
         version: the version of pocketize that applied it.
         edits: the edits as JSON-able mappings, in the order in which they were applied.
+        changes: the rows of the plan that were carried out.
+        refused: the rows of the plan that were not, with reasons.
+        notes: the plan's sentences about the whole.
     """
 
     name: str
@@ -333,6 +336,9 @@ class PassRecord:
     guarantee: str
     version: str
     edits: tuple[dict[str, Any], ...] = ()
+    changes: tuple[Change, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The record as a mapping that :mod:`json` can write."""
@@ -342,6 +348,9 @@ class PassRecord:
             "guarantee": self.guarantee,
             "version": self.version,
             "edits": [to_jsonable(edit) for edit in self.edits],
+            "changes": [dataclasses.asdict(change) for change in self.changes],
+            "refused": [dataclasses.asdict(refusal) for refusal in self.refused],
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -351,7 +360,8 @@ class PassRecord:
         Raises:
             ArtifactError: the mapping is none of ours.
         """
-        kinds = {"name": str, "options": dict, "guarantee": str, "version": str, "edits": list}
+        kinds = {"name": str, "options": dict, "guarantee": str, "version": str}
+        kinds |= dict.fromkeys(("edits", "changes", "refused", "notes"), list)
         if not isinstance(data, dict) or data.keys() != kinds.keys():
             raise ArtifactError(
                 f"a record of a pass needs exactly the keys {', '.join(kinds)}; got {data!r:.200}"
@@ -364,7 +374,29 @@ class PassRecord:
                 )
         if not all(isinstance(edit, dict) for edit in data["edits"]):
             raise ArtifactError("'edits' in the record of a pass: expected a list of mappings")
-        return cls(**{**data, "edits": tuple(data["edits"])})
+        if not all(isinstance(note, str) for note in data["notes"]):
+            raise ArtifactError("'notes' in the record of a pass: expected a list of texts")
+        rows = {
+            "edits": tuple(data["edits"]),
+            "changes": _rows(Change, data["changes"]),
+            "refused": _rows(Refusal, data["refused"]),
+            "notes": tuple(data["notes"]),
+        }
+        return cls(**{**data, **rows})
+
+
+_R = TypeVar("_R", Change, Refusal)
+
+
+def _rows(kind: type[_R], data: list[Any]) -> tuple[_R, ...]:
+    names = {f.name for f in dataclasses.fields(kind)}
+    for row in data:
+        texts = isinstance(row, dict) and all(isinstance(value, str) for value in row.values())
+        if not texts or row.keys() != names:
+            raise ArtifactError(
+                f"a row of a plan needs the texts {', '.join(sorted(names))}; got {row!r:.200}"
+            )
+    return tuple(kind(**row) for row in data)
 
 
 def check_declaration(cls: type[Pass]) -> None:

@@ -1,0 +1,139 @@
+"""PocketNet: no channel group is wider than the finest resolution.
+
+Source: Celaya et al., "PocketNet: A Smaller Neural Network for Medical Image Analysis", IEEE TMI
+2022. With C convolutions a level, stencil k, dimension n and D poolings, a net that doubles its
+widths has C k^n c_in c_out (4^(D+1) - 1) / 3 weights, the pocket net C k^n c_in c_out (D + 1).
+"""
+
+from __future__ import annotations
+
+__all__ = ["Pocket"]
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from pocketize.base import Guarantee, Pass, Proposal, Refusal, Target
+from pocketize.channels import ChannelGroup, ChannelGroups
+from pocketize.errors import OptionError, RewriteError
+from pocketize.widths import resize_groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pocket(Pass):
+    """Clamp every width to that of the finest resolution.
+
+    Groups that reach an input or an output of the model, and groups that an operator or a check
+    freezes, keep their size; the plan lists them with reasons. Groups that have fewer channels
+    keep what they have.
+
+    Attributes:
+        width: the most channels a group may keep; none takes the width of the first convolution.
+        keep: patterns of module paths (fnmatch) whose channels stay.
+        weights: "slice" keeps the channels with the largest weights, "reset" draws all anew.
+    """
+
+    name: ClassVar[str] = "pocket"
+    summary: ClassVar[str] = "Clamp all widths to that of the finest resolution (PocketNet)"
+
+    width: int | None = None
+    keep: tuple[str, ...] = ()
+    weights: Literal["slice", "reset"] = "slice"
+
+    def validate(self) -> None:
+        """Refuse widths below one."""
+        if self.width is not None and self.width < 1:
+            raise OptionError(f"pocket: width must be at least 1, not {self.width}")
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """Sliced nets approximate the original, redrawn ones have to be trained."""
+        return Guarantee.APPROXIMATE if self.weights == "slice" else Guarantee.RETRAIN
+
+    def propose(self, target: Target) -> Proposal:
+        """Resize every free group that is wider than the width."""
+        channels = target.channels()
+        width, why = (self.width, "as given") if self.width else _finest_width(channels)
+        kept = {
+            group: f"kept by keep={pattern!r}"
+            for pattern in self.keep
+            for group in channels.matching(pattern)
+        }
+        wanted: dict[ChannelGroup, int] = {}
+        refused: list[Refusal] = []
+        for group in channels.groups:
+            if not group.layers or group.channels <= width:
+                continue
+            reason = group.frozen or kept.get(group)
+            units = max(1, width // group.step)
+            if reason is not None:
+                refused.append(Refusal(group.name, f"{group.channels} channels: {reason}"))
+                continue
+            if units * group.step > width:
+                refused.append(
+                    Refusal(
+                        group.name,
+                        f"{units * group.step} channels instead of {width}: its channels can only "
+                        f"be dropped in steps of {group.step}",
+                    )
+                )
+            if units < group.units:
+                wanted[group] = units
+        notes = [f"width {width}: {why}"]
+        if channels.unreached:
+            shown = ", ".join(channels.unreached[:5])
+            notes.append(
+                f"{len(channels.unreached)} parameters are never read by the forward and stay as "
+                f"they are: {shown}{', ...' if len(channels.unreached) > 5 else ''}"
+            )
+        if any(captured.real for captured in channels.recordings):
+            notes.append(
+                "a branch of the forward depends on values; only the branch taken was seen"
+            )
+        resized = resize_groups(channels, wanted, weights=self.weights)
+        return Proposal(resized.edits, resized.changes, tuple(refused), tuple(notes))
+
+
+def _finest_width(channels: ChannelGroups) -> tuple[int, str]:
+    """Return the width of the finest resolution and the sentence that says so.
+
+    That is the first convolution, unless it is a patch embedding (stride equal to its kernel) and
+    another convolution works at a finer resolution.
+    """
+    modules = dict(channels.model.named_modules())
+    made: list[tuple[str, int, int]] = []  # path, channels, voxels of the output
+    for node in channels.recordings[0].operators():
+        name = str(node.target)
+        if ".conv" not in name and ".linear" not in name:
+            continue
+        shape = tuple(node.meta["val"].shape)
+        path = str(node.meta["module"])
+        if ".linear" in name:
+            made.append((path, shape[-1], 0))
+            continue
+        weight = node.args[1].meta["val"].shape  # type: ignore[union-attr]
+        spatial = len(weight) - 2
+        voxels = 1
+        for size in shape[-spatial:]:
+            voxels *= size
+        made.append((path, shape[-spatial - 1], voxels))
+    if not made:
+        raise RewriteError(
+            "pocket: the model runs no convolution and no linear layer, so there is no width to "
+            "clamp to; pass width=..."
+        )
+    convs = [row for row in made if row[2]] or made
+    path, width, voxels = convs[0]
+    first = modules.get(path)
+    if isinstance(first, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        patches = first.kernel_size == first.stride and max(first.stride) > 1
+        finer = [row for row in convs if row[2] > voxels]
+        if patches and finer:
+            finest = max(row[2] for row in finer)
+            other = next(row for row in finer if row[2] == finest)
+            return other[1], (
+                f"the first convolution at the finest resolution, {other[0]} "
+                f"({path} comes before but embeds patches)"
+            )
+    return width, f"the first convolution, {path or 'of the model'}"

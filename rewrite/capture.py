@@ -1,0 +1,345 @@
+"""Record a model's forward as a ``torch.fx`` graph.
+
+The recorder is a dispatch mode over a fake copy of the model: every operator that reaches the
+dispatcher becomes a node. Nothing is traced through Python, so control flow, hooks and foreign
+modules do not matter, and nothing touches the user's object. Inside ``torch.inference_mode`` the
+composite operators (``conv2d``, ``batch_norm``, ``linear``, attention) arrive whole.
+
+Every node carries in ``node.meta``:
+
+* ``"val"``: the value, a fake tensor or a nest of them (real tensors where ``Captured.real``);
+* ``"module"``: the path of the innermost module whose forward ran, ``""`` for the root;
+* ``"call"``: how many times that module had been called before;
+* ``"source"``: ``"file.py:88"`` of the line outside torch that called the operator;
+* ``"tensor"``, on ``get_attr`` nodes: the name of the parameter or buffer, ``None`` for a constant.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Captured",
+    "Recorder",
+    "capture",
+    "find_tensors",
+    "quiet_recording",
+    "record",
+    "settle_inputs",
+]
+
+import contextlib
+import dataclasses
+import logging
+import os
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pocketize.clone import clone, fake_clone, quiet_hooks
+from pocketize.errors import CaptureError, InputError
+from pocketize.inputs import Inputs, as_inputs, guess_inputs, to_model
+
+_DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_HERE = os.path.dirname(__file__) + os.sep
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Captured:
+    """One recorded forward.
+
+    Attributes:
+        graph: operators as ``call_function`` nodes, inputs as placeholders, parameters, buffers and
+            constants as ``get_attr`` nodes.
+        inputs: the inputs it was recorded with (fake, unless ``real``).
+        train: whether the model was in training mode.
+        structure: the nesting of the outputs with their shapes, to compare two recordings.
+        real: recorded on real tensors because a branch depends on data; only the branch taken was
+            seen.
+    """
+
+    graph: fx.Graph
+    inputs: Inputs
+    train: bool
+    structure: Any
+    real: bool = False
+
+    def operators(self) -> list[fx.Node]:
+        """Return the operator nodes in the order in which they ran."""
+        return [node for node in self.graph.nodes if node.op == "call_function"]
+
+    def outputs(self) -> list[fx.Node]:
+        """Return the nodes of all output tensors."""
+        (output,) = self.graph.find_nodes(op="output")
+        return list(output.args[0])
+
+
+def capture(model: nn.Module, inputs: Any = None, *, train: bool = False) -> Captured:
+    """Record the forward of a model as a ``torch.fx`` graph.
+
+    Args:
+        model: any module. It is not called and not changed: a fake copy is recorded.
+        inputs: anything that :func:`pocketize.inputs.as_inputs` takes; ``None`` guesses from the
+            first convolution.
+        train: record in training instead of evaluation mode.
+
+    Raises:
+        CaptureError: the model could not be copied or did not run; the text names the module.
+        InputError: the inputs cannot be read, or none could be guessed.
+    """
+    if inputs is not None:
+        return _capture(model, to_model(as_inputs(inputs, model), model), train)
+    return _capture(model, settle_inputs(model, None), train)
+
+
+def settle_inputs(model: nn.Module, inputs: Any) -> Inputs:
+    """Return usable inputs: the given ones, or the first guess that runs in both modes.
+
+    Raises:
+        InputError: no guess ran; the text lists what was tried and why each failed.
+    """
+    if inputs is not None:
+        return to_model(as_inputs(inputs, model), model)
+    tried = []
+    for guess in guess_inputs(model):
+        candidate = to_model(guess, model)
+        try:
+            for train in (False, True):
+                _capture(model, candidate, train)
+        except CaptureError as error:
+            tried.append(f"  {candidate.describe()}: {error}")
+        else:
+            return candidate
+    raise InputError(
+        f"no guessed input runs through {type(model).__name__}; pass inputs=... . Tried:\n"
+        + "\n".join(tried)
+    )
+
+
+def _capture(model: nn.Module, inputs: Inputs, train: bool) -> Captured:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        copy = fake_clone(model, mode)
+        with mode:
+            return record(copy, inputs.map(mode.from_tensor), train=train)
+    except CaptureError as error:
+        if not isinstance(error.__cause__, _DATA_DEPENDENT):
+            raise
+    # A branch depends on values: run it on real ones, and keep only the branch taken.
+    captured = record(clone(model), inputs.map(lambda t: t.detach().clone()), train=train)
+    return dataclasses.replace(captured, real=True)
+
+
+def record(model: nn.Module, inputs: Inputs, *, train: bool) -> Captured:
+    """Record a model that may be changed: its mode, buffers and random state are not kept.
+
+    Args:
+        model: a copy made for the purpose, fake or real.
+        inputs: inputs of the same kind.
+        train: the mode to set on the whole model.
+
+    Raises:
+        CaptureError: the forward raised. Its ``recorder`` attribute holds what had been recorded.
+    """
+    model.train(train)
+    recorder = Recorder(model, inputs)
+    with quiet_recording(model), recorder.module_paths():
+        try:
+            with torch.inference_mode(), recorder:
+                output = inputs.call(model)
+        except Exception as error:  # a user's forward may raise anything
+            where = recorder.path or "the model itself"
+            failure = CaptureError(
+                f"{type(model).__name__} did not run in {'training' if train else 'evaluation'} "
+                f"mode on {inputs.describe()}: {type(error).__name__} in {where}: {_brief(error)}"
+            )
+            failure.recorder = recorder  # type: ignore[attr-defined]
+            raise failure from error
+    return recorder.finish(output, inputs, train)
+
+
+class Recorder(TorchDispatchMode):
+    """Dispatch mode that writes every operator into a ``torch.fx`` graph."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.model = model
+        self.path = ""
+        self.count = 0
+        self._calls: dict[str, int] = {}
+        self._stack: list[tuple[str, int]] = [("", 0)]
+        self._nodes: dict[int, fx.Node] = {}
+        self._alive: list[Tensor] = []  # identities stay unique only while tensors live
+        for index, tensor in enumerate(inputs.tensors()):
+            if id(tensor) not in self._nodes:
+                self._assign(tensor, self.graph.placeholder(f"input_{index}"))
+        self._names = _tensor_names(model)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run one operator and write its node."""
+        kwargs = kwargs or {}
+        node_args, node_kwargs = pytree.tree_map_only(Tensor, self._node_of, (args, kwargs))
+        out = func(*args, **kwargs)
+        if not find_tensors(out) and not isinstance(out, int | float | bool):
+            return out  # asks about a tensor (its device, say) and computes nothing
+        self._fill(self.graph.call_function(func, node_args, node_kwargs), out)
+        self.count += 1
+        return out
+
+    def finish(self, output: Any, inputs: Inputs, train: bool) -> Captured:
+        """Close the graph with the model's outputs."""
+        tensors = find_tensors(output)
+        self.graph.output([self._node_of(tensor) for tensor in tensors])
+        return Captured(self.graph, inputs, train, _structure(output))
+
+    @contextlib.contextmanager
+    def module_paths(self) -> Iterator[None]:
+        """Keep track of the module whose forward runs, by hooks on the recorded copy."""
+        handles = []
+        for path, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            handles.append(module.register_forward_pre_hook(self._enter(path), prepend=True))
+            handles.append(module.register_forward_hook(self._leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, path: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            self._stack.append((path, self._calls.get(path, 0)))
+            self._calls[path] = self._calls.get(path, 0) + 1
+            self.path = path
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if sys.exc_info()[0] is None:  # while an exception unwinds, keep the path where it arose
+            self._stack.pop()
+            self.path = self._stack[-1][0]
+
+    def _node_of(self, tensor: Tensor) -> fx.Node:
+        node = self._nodes.get(id(tensor))
+        if node is None:
+            name = self._names.get(id(tensor))
+            node = self.graph.create_node("get_attr", name or f"_constant_{len(self._alive)}")
+            node.meta["tensor"] = name
+            self._assign(tensor, node)
+        return node
+
+    def _assign(self, tensor: Tensor, node: fx.Node) -> None:
+        node.meta.setdefault("val", tensor)
+        node.meta.setdefault("module", self.path)
+        self._nodes[id(tensor)] = node
+        self._alive.append(tensor)
+
+    def _fill(self, node: fx.Node, out: Any) -> None:
+        path, call = self._stack[-1]
+        node.meta.update(val=out, module=path, call=call, source=_source())
+        if isinstance(out, Tensor):
+            self._assign(out, node)
+        elif isinstance(out, tuple | list):
+            for index, item in enumerate(out):
+                if isinstance(item, Tensor):
+                    part = self.graph.call_function(_getitem, (node, index))
+                    part.meta.update(node.meta, val=item)
+                    self._assign(item, part)
+
+
+def _getitem(values: Any, index: int) -> Any:
+    return values[index]
+
+
+_getitem.__name__ = _getitem.__qualname__ = "getitem"
+
+
+def find_tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in an output: nested containers, dataclasses and plain objects."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
+            found.extend(t for item in vars(leaf).values() for t in find_tensors(item))
+    return found
+
+
+def _structure(value: Any) -> Any:
+    """Return nesting and shapes of an output in a form that compares equal across recordings."""
+    leaves, spec = pytree.tree_flatten(value)
+    return (
+        str(spec),
+        tuple(
+            tuple((type(leaf).__name__, t.dtype, tuple(t.shape)) for t in find_tensors(leaf))
+            for leaf in leaves
+        ),
+    )
+
+
+def _tensor_names(model: nn.Module) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        names.setdefault(id(tensor), name)
+    return names
+
+
+@contextlib.contextmanager
+def quiet_recording(model: nn.Module) -> Iterator[None]:
+    """Fix what makes recordings differ, and put it back: random states, fast paths, warnings.
+
+    What hooks of the model write into their closures is undone too.
+    """
+    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.is_initialized() and torch.cuda.get_rng_state_all()
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    # A shape that does not fit is an answer here; torch logs it as an error with its traceback.
+    fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, fake_logger.disabled = fake_logger.disabled, True
+    torch.backends.mha.set_fastpath_enabled(False)
+    random.seed(0)
+    np.random.seed(0)
+    torch.random.default_generator.manual_seed(0)
+    try:
+        with warnings.catch_warnings(), quiet_hooks(model):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        fake_logger.disabled = disabled
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(cpu)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+
+
+def _source() -> str:
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((_TORCH, _HERE, "<")):
+            return f"{os.path.basename(file)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."

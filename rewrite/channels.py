@@ -1,0 +1,490 @@
+"""Channel groups: which channels of which layers change together, which cannot, and why.
+
+The model is recorded in evaluation and training mode and at a second size; the labels of all
+recordings share their atoms, so that a constraint seen in any of them holds. What comes out are
+*units*, sets of weight indices that are kept or dropped together, and *groups*, units that live on
+the same axes of the same tensors.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Analysis", "ChannelGroup", "ChannelGroups", "Member", "analyse"]
+
+import fnmatch
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from pocketize.capture import Captured, capture, settle_inputs
+from pocketize.edits import Edit, Resize, SetAttribute, read_attribute
+from pocketize.errors import CaptureError, PatternError, nearest
+from pocketize.inputs import Inputs
+from pocketize.labels import Algebra, Atoms, Value
+from pocketize.rules import Call, Site, apply_rule, bind
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One axis of one tensor that takes part in a group.
+
+    Attributes:
+        tensor: name of a parameter or buffer.
+        axis: the axis.
+        positions: integers of shape (units, count): the indices on this axis of each unit.
+    """
+
+    tensor: str
+    axis: int
+    positions: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that move together.
+
+    Attributes:
+        layers: paths of the layers that make these channels, in the order in which they run.
+        members: every tensor axis that must be resized with them.
+        units: number of units, the smallest sets that can be kept or dropped.
+        step: channels that one unit stands for at the widest of ``layers``; more than 1 after
+            grouped convolutions, group norms, even splits and attention heads.
+        frozen: why the group keeps its size, ``None`` if it can be resized.
+    """
+
+    layers: tuple[str, ...]
+    members: tuple[Member, ...]
+    roots: Atoms
+    step: int
+    frozen: str | None
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return len(self.roots)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels at the widest layer of the group."""
+        return self.units * self.step
+
+    @property
+    def name(self) -> str:
+        """Path of the first layer, or the name of the first tensor."""
+        return self.layers[0] if self.layers else self.members[0].tensor
+
+
+@dataclass(eq=False)
+class ChannelGroups:
+    """The analysis of a model.
+
+    Attributes:
+        model: the model, unchanged.
+        inputs: what it was recorded with.
+        recordings: evaluation mode first, then training mode; both at the same size.
+        groups: all groups, free and frozen, in the order in which they run.
+        unreached: parameters that the forward never reads; they are left alone.
+        axes: the atoms of every tensor axis that has some.
+        roots: the unit of every atom.
+        values: for each recording, the labels of every node.
+        producers: the channels that each layer makes, in the order in which they run.
+        counts: module attributes that must follow a number of channels.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    recordings: tuple[Captured, ...]
+    groups: tuple[ChannelGroup, ...]
+    unreached: tuple[str, ...]
+    axes: dict[tuple[str, int], Atoms]
+    roots: Atoms
+    values: tuple[dict[fx.Node, Any], ...]
+    producers: tuple[Site, ...]
+    counts: tuple[Site, ...]
+
+    def resize(self, selection: Mapping[ChannelGroup, NDArray[np.int64]]) -> tuple[Edit, ...]:
+        """Return the edits that keep just these units of some groups.
+
+        Args:
+            selection: for each group to be resized, the indices of the units to keep.
+        """
+        return self.edits(self.survivors(selection))
+
+    def survivors(self, selection: Mapping[ChannelGroup, NDArray[np.int64]]) -> NDArray[np.bool_]:
+        """Return for every atom whether it stays, given the units to keep of some groups."""
+        mask = np.ones(len(self.roots), dtype=bool)
+        for group, units in selection.items():
+            mask[group.roots] = False
+            mask[group.roots[units]] = True
+        return mask[self.roots]
+
+    def survivors_of(self, edits: Iterable[Edit]) -> NDArray[np.bool_]:
+        """Return for every atom whether it stays, given edits."""
+        mask = np.ones(len(self.roots), dtype=bool)
+        for edit in edits:
+            if isinstance(edit, Resize) and (edit.tensor, edit.axis) in self.axes:
+                atoms = self.axes[edit.tensor, edit.axis]
+                mask[np.delete(atoms, list(edit.keep))] = False
+        return mask
+
+    def edits(self, stays: NDArray[np.bool_]) -> tuple[Edit, ...]:
+        """Return the edits that drop every atom that does not stay."""
+        edits: list[Edit] = []
+        for (tensor, axis), atoms in self.axes.items():
+            kept = stays[atoms]
+            if not kept.all():
+                edits.append(Resize(tensor, axis, tuple(np.flatnonzero(kept).tolist()), atoms.size))
+        modules = dict(self.model.named_modules())
+        for site in dict.fromkeys((s.module, s.attribute) for s in self.counts):
+            edits += self._attribute(*site, modules[site[0]], stays)
+        return tuple(edits)
+
+    def _attribute(
+        self, path: str, attribute: str, module: nn.Module, stays: NDArray[np.bool_]
+    ) -> list[Edit]:
+        """Return the edit of an attribute that counts channels, if it has that attribute."""
+        old = read_attribute(module, attribute)
+        sizes = {
+            (site.atoms.size, int(stays[site.atoms].sum()))
+            for site in self.counts
+            if (site.module, site.attribute) == (path, attribute)
+        }
+        new = {after for before, after in sizes if before == old and after != before}
+        return [SetAttribute(path, attribute, old, new.pop())] if len(new) == 1 else []
+
+    def matching(self, pattern: str) -> tuple[ChannelGroup, ...]:
+        """Return the groups of the channels that the modules matching a pattern make.
+
+        For modules that make none (a norm, say) these are the groups of their parameters.
+
+        Args:
+            pattern: an ``fnmatch`` pattern on module paths; what is inside a match counts too.
+
+        Raises:
+            PatternError: the pattern matches no module.
+        """
+        paths = [path for path, _ in self.model.named_modules() if path]
+        matched = {path for path in paths if fnmatch.fnmatchcase(path, pattern)}
+        if not matched:
+            raise PatternError(
+                f"pattern {pattern!r} matches no module of "
+                f"{type(self.model).__name__}.{nearest(pattern, paths)}"
+            )
+
+        def inside(path: str) -> bool:
+            return any(path == m or path.startswith(f"{m}.") for m in matched)
+
+        atoms = [site.atoms for site in self.producers if inside(site.module)]
+        atoms = atoms or [a for (name, _), a in self.axes.items() if inside(name)]
+        roots = set(self.roots[np.concatenate(atoms)].tolist()) if atoms else set()
+        return tuple(g for g in self.groups if not roots.isdisjoint(g.roots.tolist()))
+
+    def explain(self, path: str) -> str:
+        """Tell why a layer moves with others or is frozen.
+
+        Args:
+            path: path of a module or name of a parameter.
+
+        Raises:
+            PatternError: nothing of that name takes part in the analysis.
+        """
+        lines = []
+        for (tensor, axis), atoms in self.axes.items():
+            if tensor == path or tensor.startswith(f"{path}."):
+                lines += self._explain_axis(tensor, axis, atoms)
+        if not lines:
+            known = {tensor for tensor, _ in self.axes}
+            known |= {tensor.rpartition(".")[0] for tensor in known}
+            raise PatternError(
+                f"{path!r} names no layer with channels in this model.{nearest(path, known)}"
+            )
+        return "\n".join(lines)
+
+    def _explain_axis(self, tensor: str, axis: int, atoms: Atoms) -> list[str]:
+        lines = []
+        roots = set(self.roots[atoms].tolist())
+        for group in self.groups:
+            if roots.isdisjoint(group.roots.tolist()):
+                continue
+            step = f" in steps of {group.step}" if group.step > 1 else ""
+            state = f"frozen: {group.frozen}" if group.frozen else f"free{step}"
+            lines.append(f"{tensor} axis {axis} ({atoms.size}): {state}")
+            others = [f"{m.tensor}[{m.axis}]" for m in group.members]
+            shown = [x for x in others if x != f"{tensor}[{axis}]"]
+            if shown:
+                rest = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
+                lines.append(f"    moves with {', '.join(shown[:12])}{rest}")
+        return lines
+
+
+def analyse(model: nn.Module, inputs: Any = None) -> ChannelGroups:
+    """Find the channel groups of a model.
+
+    Args:
+        model: any module; not changed.
+        inputs: example inputs, ``None`` to guess.
+
+    Raises:
+        CaptureError: the model does not run.
+        InputError: the inputs cannot be read or guessed.
+    """
+    return Analysis(model, settle_inputs(model, inputs)).settle()
+
+
+class Analysis:
+    """Records a model once; settles its groups as often as checks ask for."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.model, self.inputs = model, inputs
+        self.algebra = Algebra()
+        self.producers: list[Site] = []
+        self.counts: list[Site] = []
+        self.recordings = tuple(capture(model, inputs, train=train) for train in (False, True))
+        self.axes = self._allocate()
+        self.reached: set[str] = set()
+        self.values = tuple(self._propagate(captured) for captured in self.recordings)
+        for captured in self._second_size():
+            self._propagate(captured)
+        self._module_contracts()
+
+    def settle(
+        self, freeze: Mapping[int, str] | None = None, trailing: frozenset[str] = frozenset()
+    ) -> ChannelGroups:
+        """Return the groups.
+
+        Args:
+            freeze: atoms that a check has found immovable, with the reason.
+            trailing: keys of views whose trailing instead of leading axes are to be kept whole.
+        """
+        roots, reasons = self.algebra.settle(trailing)
+        for atom, reason in (freeze or {}).items():
+            reasons.setdefault(int(roots[atom]), reason)
+        names = [name for name, _ in self.model.named_parameters()]
+        return ChannelGroups(
+            self.model,
+            self.inputs,
+            self.recordings,
+            self._groups(roots, reasons),
+            tuple(name for name in names if name not in self.reached),
+            self.axes,
+            roots,
+            self.values,
+            tuple(self.producers),
+            tuple(self.counts),
+        )
+
+    def _allocate(self) -> dict[tuple[str, int], Atoms]:
+        """Give atoms to every axis of every floating tensor, but for kernel axes."""
+        kernels = self._kernels()
+        axes: dict[tuple[str, int], Atoms] = {}
+        scripted = [
+            path for path, m in self.model.named_modules() if isinstance(m, torch.jit.ScriptModule)
+        ]
+        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            if not tensor.is_floating_point():
+                continue
+            for axis, size in enumerate(tensor.shape):
+                if size > 1 and not (name in kernels and axis >= 2):
+                    axes[name, axis] = self.algebra.atoms(size)
+                    if any(name.startswith(f"{path}." if path else "") for path in scripted):
+                        self.algebra.freeze(axes[name, axis], "it belongs to a TorchScript module")
+        return axes
+
+    def _kernels(self) -> set[str]:
+        """Names of tensors whose axes from the third on are kernel axes."""
+        kernels: set[str] = set()
+        for path, module in self.model.named_modules():
+            if isinstance(module, _ConvNd):
+                rank = len(module.kernel_size) + 2
+                kernels |= {
+                    f"{path}.{name}" if path else name
+                    for name, tensor in module.named_parameters()
+                    if tensor.ndim == rank
+                }
+        for captured in self.recordings:
+            for node in captured.operators():
+                if ".conv" in str(node.target) and isinstance(node.args[1], fx.Node):
+                    name = node.args[1].meta.get("tensor")
+                    if name:
+                        kernels.add(name)
+        return kernels
+
+    def _propagate(self, captured: Captured) -> dict[fx.Node, Any]:
+        values: dict[fx.Node, Any] = {}
+        for node in captured.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = Value(tuple(node.meta["val"].shape))
+            elif node.op == "get_attr":
+                values[node] = self._tensor(node)
+            elif node.op == "call_function":
+                values[node] = self._call(node, values)
+        for node in captured.outputs():
+            if isinstance(values[node], Value):
+                self.algebra.freeze_value(values[node], "it reaches the model's output")
+        return values
+
+    def _tensor(self, node: fx.Node) -> Value:
+        shape = tuple(node.meta["val"].shape)
+        name = node.meta["tensor"]
+        if name is None:
+            return Value(shape)
+        self.reached.add(name)
+        labels = []
+        for axis in range(len(shape)):
+            atoms = self.axes.get((name, axis))
+            if atoms is not None:
+                labels.append(atoms.reshape([-1 if a == axis else 1 for a in range(len(shape))]))
+        return Value(shape, tuple(labels))
+
+    def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        if getattr(node.target, "__name__", "") == "getitem":
+            source, index = node.args
+            return values[source][index]  # type: ignore[index]
+        arguments = fx.node.map_arg(bind(node.target, node.args, node.kwargs), lambda n: values[n])
+        call = Call(node, self.algebra, dict(arguments), self.producers, self.counts)
+        try:
+            return apply_rule(call)
+        except Exception as error:  # a third party's rule may raise anything: refuse, not crash
+            logger.warning("channel rule of %s failed: %r", call.where, error)
+            for value in call.values():
+                call.freeze(value, f"has a channel rule that failed ({error!r})")
+            out = node.meta["val"]
+            if isinstance(out, torch.Tensor):
+                return Value(tuple(out.shape))
+            return [Value(tuple(getattr(v, "shape", ()))) for v in out or ()]
+
+    def _second_size(self) -> Iterable[Captured]:
+        """Record at another size and batch: at 1x1 bottlenecks constraints hide."""
+        if any(captured.real for captured in self.recordings):
+            return []
+
+        def enlarge(t: torch.Tensor) -> torch.Tensor:
+            if not t.is_floating_point() or t.ndim < 3:
+                return t
+            shape = (t.shape[0] + 1, t.shape[1], *(2 * n for n in t.shape[2:]))
+            return torch.zeros((), dtype=t.dtype, device=t.device).expand(shape)
+
+        try:
+            return [capture(self.model, self.inputs.map(enlarge))]
+        except CaptureError:  # sizes fixed by the model; the first size has to do
+            return []
+
+    def _module_contracts(self) -> None:
+        """Tie what a module's own code demands beyond its operators.
+
+        ``nn.MultiheadAttention`` has one ``embed_dim`` for its input, its output and its heads.
+        """
+        for path, module in self.model.named_modules():
+            if not isinstance(module, nn.MultiheadAttention):
+                continue
+            prefix = f"{path}." if path else ""
+            embed = self.axes.get((f"{prefix}out_proj.weight", 0))
+            if embed is None:
+                continue
+            why = f"{prefix.rstrip('.') or 'the attention'} has one embed_dim"
+            packed = self.axes.get((f"{prefix}in_proj_weight", 0))
+            if packed is not None:
+                self.algebra.unite(packed.reshape(3, -1), embed, why)
+                self.algebra.unite(self.axes[f"{prefix}in_proj_weight", 1], embed, why)
+            for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                if (f"{prefix}{name}", 0) in self.axes:
+                    self.algebra.unite(self.axes[f"{prefix}{name}", 0], embed, why)
+            if (f"{prefix}q_proj_weight", 1) in self.axes:
+                self.algebra.unite(self.axes[f"{prefix}q_proj_weight", 1], embed, why)
+
+    def _groups(self, roots: Atoms, reasons: dict[int, str]) -> tuple[ChannelGroup, ...]:
+        keys = list(self.axes)
+        sizes = [self.axes[key].size for key in keys]
+        flat = roots[np.concatenate([self.axes[key] for key in keys])] if keys else roots[:0]
+        which = np.repeat(np.arange(len(keys)), sizes)
+        pairs, counts = np.unique(np.stack([flat, which]), axis=1, return_counts=True)
+        units, start = np.unique(pairs[0], return_index=True)
+        if not units.size:
+            return ()
+        signature = np.add.reduceat(_mix(pairs[1].astype(np.uint64), counts), start)
+        frozen = np.array([root in reasons for root in units.tolist()])
+        signature = signature * np.uint64(2) + frozen.astype(np.uint64)
+        _, group_of = np.unique(signature, return_inverse=True)
+        steps = self._steps(roots)
+        order: dict[int, list[int]] = defaultdict(list)
+        for index, group in enumerate(group_of.tolist()):
+            order[group].append(index)
+        layers = self._layers(roots)
+        members = self._members(keys, roots, units, order)
+        groups = []
+        for number, indices in order.items():
+            chosen = units[indices]
+            made_by: dict[str, None] = {}
+            step = 0
+            for root in chosen.tolist():
+                made_by.update(dict.fromkeys(layers.get(root, ())))
+                step = max(step, steps.get(root, 0))
+            if not step:
+                step = max(member.positions.shape[1] for member in members[number])
+            first = int(chosen[0])
+            groups.append(
+                ChannelGroup(
+                    tuple(made_by), tuple(members[number]), chosen, step, reasons.get(first)
+                )
+            )
+        position = {site.module: i for i, site in reversed(list(enumerate(self.producers)))}
+        last = len(self.producers)
+        groups.sort(key=lambda g: min((position[x] for x in g.layers), default=last))
+        return tuple(groups)
+
+    def _members(
+        self,
+        keys: list[tuple[str, int]],
+        roots: Atoms,
+        units: Atoms,
+        order: dict[int, list[int]],
+    ) -> dict[int, list[Member]]:
+        rank = np.zeros(len(roots), dtype=np.int64)
+        group_of = np.full(len(roots), -1, dtype=np.int64)
+        for number, indices in order.items():
+            rank[units[indices]] = np.arange(len(indices))
+            group_of[units[indices]] = number
+        members: dict[int, list[Member]] = defaultdict(list)
+        for tensor, axis in keys:
+            on_axis = roots[self.axes[tensor, axis]]
+            numbers = group_of[on_axis]
+            for number in np.unique(numbers).tolist():
+                positions = np.flatnonzero(numbers == number)
+                by_unit = positions[np.argsort(rank[on_axis[positions]], kind="stable")]
+                members[number].append(
+                    Member(tensor, axis, by_unit.reshape(len(order[number]), -1))
+                )
+        return members
+
+    def _steps(self, roots: Atoms) -> dict[int, int]:
+        steps: dict[int, int] = {}
+        for site in self.producers:
+            found, counts = np.unique(roots[site.atoms], return_counts=True)
+            for root, count in zip(found.tolist(), counts.tolist(), strict=True):
+                steps[root] = max(steps.get(root, 0), count)
+        return steps
+
+    def _layers(self, roots: Atoms) -> dict[int, list[str]]:
+        layers: dict[int, list[str]] = defaultdict(list)
+        for site in self.producers:
+            for root in np.unique(roots[site.atoms]).tolist():
+                if site.module not in layers[root]:
+                    layers[root].append(site.module)
+        return layers
+
+
+def _mix(which: NDArray[np.uint64], counts: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Hash (axis, count) pairs; the sum over a unit's pairs is its signature (splitmix64)."""
+    x = which * np.uint64(0x9E3779B97F4A7C15) + counts.astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

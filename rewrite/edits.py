@@ -1,0 +1,122 @@
+"""Changes to a model, as data.
+
+A pass answers with edits; :mod:`pocketize.surgery` is the only place that carries them out. An edit
+can be written to JSON and read again, so that a saved model can be rebuilt by shape.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Edit", "Redraw", "Resize", "SetAttribute", "edit_from_json", "read_attribute"]
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pocketize.errors import ArtifactError
+
+_KINDS: dict[str, type[Edit]] = {}
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Base class of edits."""
+
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _KINDS[cls.kind] = cls
+
+    @property
+    def path(self) -> str:
+        """Path of the module that changes."""
+        return ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the edit as a JSON-able dict."""
+        return {"edit": self.kind} | {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+        }
+
+
+@dataclass(frozen=True)
+class Resize(Edit):
+    """Keep some indices on one axis of a parameter or buffer, and of its gradient.
+
+    Attributes:
+        tensor: name of the parameter or buffer.
+        axis: the axis.
+        keep: ascending indices that stay.
+        size: the size of the axis before.
+    """
+
+    kind: ClassVar[str] = "resize"
+    tensor: str
+    axis: int
+    keep: tuple[int, ...]
+    size: int
+
+    @property
+    def path(self) -> str:
+        """Path of the module that owns the tensor."""
+        return self.tensor.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class SetAttribute(Edit):
+    """Give a Python attribute of a module another value.
+
+    Attributes:
+        module: path of the module.
+        name: the attribute; ``"normalized_shape.0"`` names one element of a tuple or list.
+        old: the value before, a number.
+        new: the value after.
+    """
+
+    kind: ClassVar[str] = "set-attribute"
+    module: str
+    name: str
+    old: int
+    new: int
+
+    @property
+    def path(self) -> str:
+        """Path of the module."""
+        return self.module
+
+
+@dataclass(frozen=True)
+class Redraw(Edit):
+    """Draw all weights anew from the distribution that the model was initialised with."""
+
+    kind: ClassVar[str] = "redraw"
+
+
+def edit_from_json(data: dict[str, Any]) -> Edit:
+    """Read an edit that :meth:`Edit.to_json` wrote.
+
+    Raises:
+        ArtifactError: the kind is unknown or fields are missing or of the wrong type.
+    """
+    kind = _KINDS.get(data.get("edit", ""))
+    if kind is None:
+        raise ArtifactError(
+            f"unknown kind of edit {data.get('edit')!r}; this version knows {sorted(_KINDS)}"
+        )
+    fields = {f.name: data.get(f.name) for f in dataclasses.fields(kind)}
+    if kind is Resize and isinstance(fields["keep"], list):
+        fields["keep"] = tuple(fields["keep"])
+    expected = {"str": str, "int": int, "tuple[int, ...]": tuple}
+    for f in dataclasses.fields(kind):
+        if not isinstance(fields[f.name], expected[str(f.type)]):
+            raise ArtifactError(f"edit {data!r:.200}: {f.name} must be {f.type}")
+    return kind(**fields)
+
+
+def read_attribute(module: Any, name: str) -> Any:
+    """Return an attribute, or one element of it for ``"name.0"``; ``None`` if there is none."""
+    base, _, index = name.partition(".")
+    value = vars(module).get(base)
+    if index and isinstance(value, tuple | list):
+        return value[int(index)] if int(index) < len(value) else None
+    return value

@@ -1,0 +1,271 @@
+"""The label algebra: which channel is which, wherever it goes.
+
+Every index of every weight axis is an *atom*, an integer. A :class:`Value` says which atoms live on
+the axes of a tensor, by *labels*: integer arrays of the tensor's rank with size 1 on every axis that
+the label does not live on, so that their cost does not depend on the spatial size. Operators that
+move data move labels alike; operators that combine tensors *unite* atoms. Atoms that are united in
+the end are one *unit*: they are kept or dropped together.
+
+Conventions:
+
+* atom 0 stands for a channel that cannot be dropped; whatever meets it is frozen;
+* axes of size 1 carry no label, which makes gates, broadcasting and depthwise kernels trivial;
+* an axis without label is *fixed* (its size is the user's: batch, space, input channels) or *free*
+  (its size follows whatever it meets: the result of ``expand`` or ``zeros``);
+* a label may live on several axes, after a view has split one: it is then *pending*, and in the end
+  all but one of these axes are kept whole.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FROZEN", "Algebra", "Value"]
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Atoms: TypeAlias = NDArray[np.int64]
+
+FROZEN = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """What is known of one tensor.
+
+    Attributes:
+        shape: the tensor's shape.
+        labels: arrays of atoms, of the tensor's rank, size 1 or full on every axis; no two of them
+            live on the same axis.
+        free: axes without label whose size follows what they meet.
+    """
+
+    shape: tuple[int, ...]
+    labels: tuple[Atoms, ...] = ()
+    free: frozenset[int] = frozenset()
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def axis(self, axis: int) -> int:
+        """Return a possibly negative axis as a non-negative one."""
+        return axis + self.ndim if axis < 0 else axis
+
+    def label_on(self, axis: int) -> Atoms | None:
+        """Return the label that lives on an axis, ``None`` if there is none."""
+        return next((label for label in self.labels if label.shape[axis] > 1), None)
+
+    def fixed(self, axis: int) -> bool:
+        """Whether the size of this axis is the user's: more than 1, no label, not free."""
+        return self.shape[axis] > 1 and axis not in self.free and self.label_on(axis) is None
+
+    def without(self, label: Atoms) -> Value:
+        """Return the value without one of its labels."""
+        return Value(self.shape, tuple(x for x in self.labels if x is not label), self.free)
+
+
+def axes_of(label: Atoms) -> list[int]:
+    """Return the axes on which a label lives."""
+    return [axis for axis, size in enumerate(label.shape) if size > 1]
+
+
+class Algebra:
+    """Collects atoms, unions, and the reasons why atoms are frozen."""
+
+    def __init__(self) -> None:
+        self.count = 1  # atom 0 is FROZEN
+        self._edges: list[tuple[Atoms, Atoms]] = []
+        self._frozen: list[tuple[Atoms, str]] = []
+        self._pending: dict[str, Atoms] = {}
+
+    def atoms(self, size: int) -> Atoms:
+        """Return ``size`` new atoms."""
+        start, self.count = self.count, self.count + size
+        return np.arange(start, self.count, dtype=np.int64)
+
+    def unite(self, a: Atoms, b: Atoms, reason: str) -> None:
+        """Unite two arrays of atoms element by element, with broadcasting.
+
+        Args:
+            a: any shape.
+            b: a shape that broadcasts with ``a``.
+            reason: why, told where one of the two is frozen.
+        """
+        left, right = (np.ravel(x) for x in np.broadcast_arrays(a, b))
+        for here, there in ((left, right), (right, left)):
+            met = here[there == FROZEN]
+            if met.size:
+                self.freeze(met, reason)
+        live = (left != FROZEN) & (right != FROZEN) & (left != right)
+        if live.any():
+            self._edges.append((left[live], right[live]))
+
+    def freeze(self, atoms: Atoms, reason: str) -> None:
+        """Forbid that any of these atoms is dropped, and say why."""
+        atoms = np.unique(atoms)
+        atoms = atoms[atoms != FROZEN]
+        if atoms.size:
+            self._frozen.append((atoms, reason))
+
+    def freeze_value(self, value: Value, reason: str) -> None:
+        """Freeze every atom of a value."""
+        for label in value.labels:
+            self.freeze(label, reason)
+
+    def whole(self, label: Atoms, axes: Iterable[int], reason: str) -> Atoms:
+        """Keep axes of a label whole: what is dropped at one index is dropped at all.
+
+        A label that lives on no other axis is frozen.
+
+        Returns:
+            The label with size 1 on these axes.
+        """
+        here = [axis for axis in axes if label.shape[axis] > 1]
+        if not here:
+            return label
+        if len(here) == len(axes_of(label)):
+            self.freeze(label, reason)
+            return np.full((1,) * label.ndim, FROZEN, dtype=np.int64)
+        first = label[tuple(slice(0, 1) if a in here else slice(None) for a in range(label.ndim))]
+        self.unite(label, first, reason)
+        return first
+
+    def alone(self, value: Value, axis: int, reason: str) -> Atoms | None:
+        """Return the atoms along one axis, as a vector, other axes of their label kept whole.
+
+        Returns:
+            An array of ``value.shape[axis]`` atoms, or ``None`` where the axis has no label.
+        """
+        label = value.label_on(axis)
+        if label is None:
+            return None
+        others = [a for a in axes_of(label) if a != axis]
+        return self.whole(label, others, reason).reshape(-1)
+
+    def pend(self, key: str, label: Atoms) -> None:
+        """Note a label that a view has spread over several axes."""
+        self._pending[key] = label
+
+    def pending_keys(self) -> tuple[str, ...]:
+        """Return the keys of all pending labels."""
+        return tuple(self._pending)
+
+    def align(self, values: Sequence[Value], shape: Sequence[int], reason: str) -> Value:
+        """Unite values that are combined element by element, with broadcasting.
+
+        Args:
+            values: the operands; their shapes broadcast to ``shape``.
+            shape: the shape of the result.
+            reason: why, told where the union freezes.
+        """
+        rank = len(shape)
+        operands = [_pad_rank(value, rank) for value in values]
+        result: list[Atoms] = []
+        for index, operand in enumerate(operands):
+            for label in operand.labels:
+                others = operands[:index] + operands[index + 1 :]
+                label = self._meet_fixed(label, others, reason)
+                clash = [x for x in result if set(axes_of(x)) & set(axes_of(label))]
+                for other in clash:
+                    self.unite(other, label, reason)
+                if not clash and axes_of(label):
+                    result.append(label)
+        taken = {axis for label in result for axis in axes_of(label)}
+        free = frozenset(
+            axis
+            for axis in range(rank)
+            if axis not in taken
+            and shape[axis] > 1
+            and all(axis in o.free or o.shape[axis] == 1 for o in operands)
+        )
+        return Value(tuple(shape), tuple(result), free)
+
+    def _meet_fixed(self, label: Atoms, others: Sequence[Value], reason: str) -> Atoms:
+        met = {axis for axis in axes_of(label) for other in others if other.fixed(axis)}
+        if met == set(axes_of(label)):
+            self.freeze(label, reason)
+            return label
+        self.whole(label, met, reason)
+        return label
+
+    def settle(self, trailing: frozenset[str] = frozenset()) -> tuple[Atoms, dict[int, str]]:
+        """Find the units.
+
+        Pending labels whose unit still varies along several axes keep the leading ones whole;
+        those whose key is in ``trailing`` keep the trailing ones.
+
+        Returns:
+            The unit of every atom, named by its smallest atom; and for each frozen unit the first
+            reason given.
+        """
+        trial = Algebra()
+        trial._edges, trial._frozen = list(self._edges), list(self._frozen)
+        while True:
+            roots = _components(self.count, trial._edges)
+            unsettled = False
+            for key, label in self._pending.items():
+                current = roots[label]
+                varying = [a for a in axes_of(label) if _varies(current, a)]
+                if len(varying) > 1:
+                    unsettled = True
+                    trial.whole(label, varying[1:] if key in trailing else varying[:1], key)
+            if not unsettled:
+                break
+        reasons: dict[int, str] = {}
+        for atoms, reason in trial._frozen:
+            for root in np.unique(roots[atoms]).tolist():
+                reasons.setdefault(root, reason)
+        return roots, reasons
+
+
+def _pad_rank(value: Value, rank: int) -> Value:
+    extra = rank - value.ndim
+    if not extra:
+        return value
+    ones = (1,) * extra
+    return Value(
+        ones + value.shape,
+        tuple(label.reshape(ones + label.shape) for label in value.labels),
+        frozenset(axis + extra for axis in value.free),
+    )
+
+
+def _varies(label: Atoms, axis: int) -> bool:
+    first = label[tuple(slice(0, 1) if a == axis else slice(None) for a in range(label.ndim))]
+    return bool((label != first).any())
+
+
+def squeeze_constant(label: Atoms) -> Atoms:
+    """Give size 1 to the axes along which a label does not vary."""
+    for axis in axes_of(label):
+        if not _varies(label, axis):
+            label = label[
+                tuple(slice(0, 1) if a == axis else slice(None) for a in range(label.ndim))
+            ]
+    return label
+
+
+def _components(count: int, edges: list[tuple[Atoms, Atoms]]) -> Atoms:
+    """Connected components by vectorised union to the smaller label with pointer jumping."""
+    parent = np.arange(count, dtype=np.int64)
+    if not edges:
+        return parent
+    left = np.concatenate([a for a, _ in edges])
+    right = np.concatenate([b for _, b in edges])
+    while True:
+        a, b = parent[left], parent[right]
+        differ = a != b
+        if not differ.any():
+            return parent
+        a, b, left, right = a[differ], b[differ], left[differ], right[differ]
+        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
+        while True:
+            jumped = parent[parent]
+            if np.array_equal(jumped, parent):
+                break
+            parent = jumped

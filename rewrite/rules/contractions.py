@@ -1,0 +1,195 @@
+"""Rules of operators that sum over an axis: products of matrices, attention, reductions."""
+
+from __future__ import annotations
+
+import string
+
+from pocketize.labels import Value, axes_of
+from pocketize.rules.table import Call, Result, channel_rule
+
+
+@channel_rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot")
+def matmul(call: Call) -> Result:
+    """Unite the contracted axis; rows and columns pass."""
+    left, right = call.values()[:2]
+    return contract(call, left, right)
+
+
+@channel_rule("aten.addmm", "aten.baddbmm", "aten.addmv", "aten.addbmm")
+def add_matmul(call: Call) -> Result:
+    """A product of matrices plus a tensor."""
+    bias, left, right = call.values()[:3]
+    if call.operator == "aten.addbmm":
+        for value in (bias, left, right):
+            call.freeze(value)
+        return Value(call.shape)
+    product = contract(call, left, right)
+    reason = f"{call.where} joins it with an axis of fixed size"
+    return call.algebra.align([product, bias], call.shape, reason)
+
+
+def contract(call: Call, left: Value, right: Value) -> Value:
+    """Return the product of two values as ``torch.matmul`` forms it."""
+    batch = string.ascii_lowercase[:20]
+    a = (batch[-(left.ndim - 2) :] if left.ndim > 2 else "") + ("xk" if left.ndim > 1 else "k")
+    b = (batch[-(right.ndim - 2) :] if right.ndim > 2 else "") + ("ky" if right.ndim > 1 else "k")
+    lead = max(a[:-2], b[:-2], key=len)
+    out = lead + ("x" if left.ndim > 1 else "") + ("y" if right.ndim > 1 else "")
+    return einsum_values(call, [left, right], [a, b], out)
+
+
+@channel_rule("aten.einsum")
+def einsum(call: Call) -> Result:
+    """Einstein summation: one letter, one axis."""
+    values: list[Value] = list(call["tensors"])
+    equation = call["equation"].replace(" ", "")
+    if "..." in equation:
+        values_rank = [v.ndim for v in values]
+        equation = _spell_ellipsis(equation, values_rank)
+    left, arrow, out = equation.partition("->")
+    terms = left.split(",")
+    if not arrow:
+        letters = "".join(terms)
+        out = "".join(sorted(x for x in set(letters) if letters.count(x) == 1))
+    if any(len(set(term)) != len(term) for term in terms):
+        for value in values:
+            call.freeze(value, "takes a diagonal of it")
+        return Value(call.shape)
+    return einsum_values(call, values, terms, out)
+
+
+def _spell_ellipsis(equation: str, ranks: list[int]) -> str:
+    spare = [x for x in string.ascii_letters if x not in equation]
+    left, arrow, out = equation.partition("->")
+    terms = []
+    longest = 0
+    for term, rank in zip(left.split(","), ranks, strict=True):
+        hidden = rank - len(term.replace("...", ""))
+        longest = max(longest, hidden if "..." in term else 0)
+        terms.append(term.replace("...", "".join(spare[:hidden][::-1])))
+    dots = "".join(spare[:longest][::-1])
+    if not arrow:
+        letters = "".join(terms)
+        single = sorted(x for x in set(letters) - set(dots) if letters.count(x) == 1)
+        return f"{','.join(terms)}->{dots}{''.join(single)}"
+    return f"{','.join(terms)}->{out.replace('...', dots)}"
+
+
+def einsum_values(call: Call, values: list[Value], terms: list[str], out: str) -> Value:
+    """Unite axes that share a letter; axes that are summed over leave their label's others whole.
+
+    Args:
+        call: the operator call.
+        values: the operands.
+        terms: one letter for each axis of each operand.
+        out: the letters of the result.
+    """
+    letters = sorted({x for term in terms for x in term})
+    reason = f"{call.where} joins it with an axis of fixed size"
+    spread = []
+    sizes = dict.fromkeys(letters, 1)
+    for value, term in zip(values, terms, strict=True):
+        order = sorted(range(len(term)), key=lambda axis, term=term: letters.index(term[axis]))
+        shape = [1] * len(letters)
+        for axis, letter in enumerate(term):
+            shape[letters.index(letter)] = value.shape[axis]
+            sizes[letter] = max(sizes[letter], value.shape[axis])
+
+        def place(label, order=order, term=term):  # type: ignore[no-untyped-def]
+            full = [1] * len(letters)
+            for axis in order:
+                full[letters.index(term[axis])] = label.shape[axis]
+            return label.transpose(order).reshape(full)
+
+        free = frozenset(letters.index(term[axis]) for axis in value.free)
+        spread.append(Value(tuple(shape), tuple(map(place, value.labels)), free))
+    joined = call.algebra.align(spread, [sizes[x] for x in letters], reason)
+    summed = [letters.index(x) for x in letters if x not in out]
+    labels = []
+    for label in joined.labels:
+        rest = [axis for axis in axes_of(label) if axis not in summed]
+        if not rest:
+            continue
+        if len(rest) < len(axes_of(label)):
+            # Part of a split axis is summed (a head's channels): what remains stays whole.
+            call.algebra.whole(label, rest, reason)
+            continue
+        order = [letters.index(x) for x in out]
+        moved = label.reshape(label.shape)
+        labels.append(moved.transpose([*order, *summed]).reshape([label.shape[i] for i in order]))
+    free = frozenset(i for i, x in enumerate(out) if letters.index(x) in joined.free)
+    return Value(call.shape, tuple(labels), free)
+
+
+@channel_rule("aten.scaled_dot_product_attention")
+def attention(call: Call) -> Result:
+    """Queries and keys share the channels of each head, values pass theirs; heads stay whole."""
+    query, key, value = (
+        call.whole(call[name], range(call[name].ndim - 1)) for name in ("query", "key", "value")
+    )
+    mask = call.get("attn_mask")
+    if isinstance(mask, Value):
+        call.freeze(mask, "adds it to the attention of every head")
+    call.unite(call.alone(query, query.ndim - 1), call.alone(key, key.ndim - 1))
+    labels = tuple(x for x in value.labels if x.shape[-1] > 1)
+    return Value(call.shape, labels)
+
+
+_REDUCTIONS = [
+    "mean",
+    "sum",
+    "nansum",
+    "prod",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "median",
+    "nanmedian",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "logsumexp",
+    "norm",
+    "linalg_vector_norm",
+    "argmax",
+    "argmin",
+    "any",
+    "all",
+    "aminmax",
+    "count_nonzero",
+]
+
+
+@channel_rule(*(f"aten.{name}" for name in _REDUCTIONS))
+def reduce(call: Call) -> Result:
+    """Reductions drop axes; of a split axis the part that remains stays whole.
+
+    ``max`` and ``min`` of two tensors are element-wise.
+    """
+    tensors = call.values()
+    value = tensors[0]
+    if len(tensors) > 1:
+        reason = f"{call.where} joins it with an axis of fixed size"
+        return call.algebra.align(tensors, call.shape, reason)
+    dims = call.get("dim")
+    if dims is None or dims == []:
+        axes = list(range(value.ndim))
+    else:
+        axes = [d % value.ndim for d in ([dims] if isinstance(dims, int) else dims)]
+    keep = bool(call.get("keepdim", False))
+    reason = f"{call.where} needs the axis whole"
+    labels = []
+    for label in value.labels:
+        rest = [axis for axis in axes_of(label) if axis not in axes]
+        if rest and len(rest) < len(axes_of(label)):
+            call.algebra.whole(label, rest, reason)
+        elif rest:
+            labels.append(label if keep else label.squeeze(tuple(axes)))
+    left = [axis for axis in range(value.ndim) if keep or axis not in axes]
+    free = frozenset(left.index(a) for a in value.free if a not in axes)
+    out = call.node.meta["val"]
+    if isinstance(out, tuple | list):
+        return [Value(shape, tuple(labels), free) for shape in call.shapes]
+    return Value(call.shape, tuple(labels), free)

@@ -1,0 +1,405 @@
+"""Rules of operators that move, join, cut or repeat data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from pocketize.labels import FROZEN, Atoms, Value, axes_of, squeeze_constant
+from pocketize.rules.table import Call, Result, channel_rule
+
+
+@channel_rule(
+    "aten.view",
+    "aten.reshape",
+    "aten._unsafe_view",
+    "aten._reshape_alias",
+    "aten.flatten",
+    "aten.unflatten",
+    "aten.squeeze",
+    "aten.unsqueeze",
+    "aten.view_as",
+    "aten.reshape_as",
+    "aten.ravel",
+    "aten.atleast_3d",
+)
+def reshape(call: Call) -> Result:
+    """Reshape labels as their tensor is reshaped."""
+    return reshape_value(call, call.values()[0], call.shape)
+
+
+def reshape_value(call: Call, value: Value, shape: tuple[int, ...]) -> Value:
+    """Return a value reshaped; labels that a split spreads over several axes are pending."""
+    blocks = _blocks(value.shape, shape)
+    labels: list[Atoms] = []
+    for label in value.labels:
+        broadcast, target = list(label.shape), [1] * len(shape)
+        for old, new in blocks:
+            if any(label.shape[axis] > 1 for axis in old):
+                for axis in old:
+                    broadcast[axis] = value.shape[axis]
+                for axis in new:
+                    target[axis] = shape[axis]
+        moved = squeeze_constant(np.broadcast_to(label, broadcast).reshape(target))
+        if len(axes_of(moved)) > max(1, len(axes_of(label))):
+            call.algebra.pend(f"{call.where}#{call.node.name}", moved)
+        clash = [x for x in labels if set(axes_of(x)) & set(axes_of(moved))]
+        for other in [*clash, moved] if clash else ():
+            call.algebra.freeze(other, f"{call.where} merges two axes of channels into one")
+        if not clash and axes_of(moved):
+            labels.append(moved)
+    free = frozenset(
+        new[0] for old, new in blocks if len(new) == 1 and len(old) == 1 and old[0] in value.free
+    )
+    return Value(shape, tuple(labels), free)
+
+
+def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Cut two shapes of equal size into the smallest runs of axes of equal size."""
+    blocks: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        left = [i] if i < len(old) else []
+        right = [j] if j < len(new) else []
+        a, b = (old[i] if left else 1), (new[j] if right else 1)
+        if a == 1 and b != 1 and left:
+            blocks.append((left, []))
+            i += 1
+            continue
+        if b == 1 and a != 1 and right:
+            blocks.append(([], right))
+            j += 1
+            continue
+        i, j = i + len(left), j + len(right)
+        while a != b:
+            if a < b:
+                left.append(i)
+                a, i = a * old[i], i + 1
+            else:
+                right.append(j)
+                b, j = b * new[j], j + 1
+        blocks.append((left, right))
+    return blocks
+
+
+@channel_rule(
+    "aten.permute",
+    "aten.transpose",
+    "aten.t",
+    "aten.numpy_T",
+    "aten.matrix_H",
+    "aten.mT",
+    "aten.movedim",
+    "aten.moveaxis",
+    "aten.swapaxes",
+    "aten.swapdims",
+)
+def permute(call: Call) -> Result:
+    """Move the axes of labels."""
+    value: Value = call.values()[0]
+    order = _order(call, value.ndim)
+    labels = tuple(label.transpose(order) for label in value.labels)
+    free = frozenset(order.index(axis) for axis in value.free)
+    return Value(call.shape, labels, free)
+
+
+def _order(call: Call, rank: int) -> list[int]:
+    axes = list(range(rank))
+    dims = call.get("dims")
+    if dims is not None:
+        return [d % rank for d in dims]
+    if call.get("dim0", call.get("axis0")) is not None:
+        a = call.get("dim0", call.get("axis0")) % rank
+        b = call.get("dim1", call.get("axis1")) % rank
+        axes[a], axes[b] = axes[b], axes[a]
+        return axes
+    if call.get("source") is not None:
+        source, target = call["source"], call["destination"]
+        pairs = zip(*([x] if isinstance(x, int) else x for x in (source, target)), strict=True)
+        moves = sorted((t % rank, s % rank) for s, t in pairs)
+        rest = [axis for axis in axes if axis not in {s for _, s in moves}]
+        for to, axis in moves:
+            rest.insert(to, axis)
+        return rest
+    if call.operator in ("aten.mT", "aten.matrix_H"):
+        return [*axes[:-2], axes[-1], axes[-2]]
+    return axes[::-1]
+
+
+@channel_rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
+def expand(call: Call) -> Result:
+    """Axes that grow from size 1 are free."""
+    value: Value = call.values()[0]
+    rank, extra = len(call.shape), len(call.shape) - value.ndim
+    labels = tuple(x.reshape((1,) * extra + x.shape) for x in value.labels)
+    grown = {
+        axis
+        for axis in range(rank)
+        if call.shape[axis] > 1 and (axis < extra or value.shape[axis - extra] == 1)
+    }
+    return Value(call.shape, labels, frozenset(grown | {axis + extra for axis in value.free}))
+
+
+@channel_rule("aten.repeat", "aten.tile")
+def repeat(call: Call) -> Result:
+    """Repeat labels; an axis repeated from size 1 is free."""
+    value: Value = call.values()[0]
+    times = list(call.get("repeats") or call.get("dims"))
+    times = [1] * (value.ndim - len(times)) + times
+    extra = len(times) - value.ndim
+    labels = [
+        np.tile(x, [t if s > 1 else 1 for s, t in zip((1,) * extra + x.shape, times, strict=True)])
+        for x in (label.reshape((1,) * extra + label.shape) for label in value.labels)
+    ]
+    free = {
+        axis
+        for axis, t in enumerate(times)
+        if t > 1 and (axis < extra or value.shape[axis - extra] == 1)
+    }
+    return Value(call.shape, tuple(labels), frozenset(free))
+
+
+@channel_rule("aten.repeat_interleave")
+def repeat_interleave(call: Call) -> Result:
+    """Repeat each channel a fixed number of times."""
+    value: Value = call.values()[0]
+    times, axis = call.get("repeats"), call.get("dim")
+    if not isinstance(times, int) or axis is None:
+        call.freeze(value, "repeats by a tensor or over all axes")
+        return Value(call.shape)
+    axis = value.axis(axis)
+    labels = tuple(np.repeat(x, times, axis) if x.shape[axis] > 1 else x for x in value.labels)
+    return Value(call.shape, labels, frozenset({axis} if value.shape[axis] == 1 else ()))
+
+
+@channel_rule("aten.cat", "aten.concat", "aten.concatenate")
+def cat(call: Call) -> Result:
+    """Concatenate labels; what has none stands as frozen channels."""
+    # Tensors of shape (0,) may stand in any concatenation; they add nothing.
+    values = [v for v in call["tensors"] if v.shape != (0,)]
+    axis = values[0].axis(call.get("dim", call.get("axis", 0)))
+    flat = []
+    vectors = []
+    for value in values:
+        atoms = call.alone(value, axis)
+        vectors.append(
+            atoms if atoms is not None else np.full(value.shape[axis], FROZEN, dtype=np.int64)
+        )
+        labels = tuple(x for x in value.labels if x.shape[axis] == 1)
+        shape = tuple(1 if a == axis else s for a, s in enumerate(value.shape))
+        flat.append(Value(shape, labels, value.free - {axis}))
+    shape = tuple(1 if a == axis else s for a, s in enumerate(call.shape))
+    rest = call.algebra.align(flat, shape, f"{call.where} joins it with an axis of fixed size")
+    joined = np.concatenate(vectors)
+    if (joined == FROZEN).all():
+        return Value(call.shape, rest.labels, rest.free)
+    along = joined.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    return Value(call.shape, (*rest.labels, along), rest.free)
+
+
+@channel_rule("aten.stack")
+def stack(call: Call) -> Result:
+    """Stacked tensors must agree on every channel."""
+    values = call["tensors"]
+    joined = call.algebra.align(values, values[0].shape, f"{call.where} needs equal sizes")
+    axis = call.get("dim", 0) % len(call.shape)
+    labels = tuple(np.expand_dims(label, axis) for label in joined.labels)
+    free = frozenset(a + (a >= axis) for a in joined.free)
+    return Value(call.shape, labels, free)
+
+
+@channel_rule("aten.chunk", "aten.split", "aten.split_with_sizes", "aten.tensor_split")
+def split(call: Call) -> Result:
+    """Even parts keep the same positions; uneven parts have their size in the code."""
+    value: Value = call.values()[0]
+    axis = value.axis(call.get("dim", 0))
+    shapes = call.shapes
+    sizes = {shape[axis] for shape in shapes}
+    if value.label_on(axis) is None:
+        return [Value(shape, value.labels, value.free) for shape in shapes]
+    atoms = call.alone(value, axis)
+    assert atoms is not None
+    if len(sizes) == 1:
+        parts = atoms.reshape(len(shapes), -1)
+        call.unite(parts, parts[:1])
+    else:
+        call.algebra.freeze(atoms, f"{call.where} cuts it into uneven parts")
+    cuts = np.cumsum([shape[axis] for shape in shapes])[:-1]
+    along = [1] * value.ndim
+    along[axis] = -1
+    rest = tuple(x for x in value.labels if x.shape[axis] == 1)
+    return [
+        Value(shape, (*rest, part.reshape(along)) if part.size > 1 else rest, value.free)
+        for shape, part in zip(shapes, np.split(atoms, cuts), strict=True)
+    ]
+
+
+@channel_rule("aten.slice", "aten.narrow")
+def slice_(call: Call) -> Result:
+    """A slice that is one of several equal parts is taken for an even split."""
+    value: Value = call.values()[0]
+    axis = value.axis(call.get("dim", 0))
+    label = value.label_on(axis)
+    full, size = value.shape[axis], call.shape[axis]
+    if label is None or size == full:
+        return Value(call.shape, value.labels, value.free)
+    start, step = call.get("start") or 0, call.get("step", 1)
+    start = max(start + full, 0) if start < 0 else start
+    if size and step == 1 and full % size == 0 and start % size == 0:
+        atoms = call.alone(value, axis)
+        assert atoms is not None
+        parts = atoms.reshape(-1, size)
+        call.unite(parts, parts[:1])
+        label = atoms.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
+    else:
+        call.algebra.freeze(label, f"{call.where} takes a part whose size is in the code")
+    cut = label[
+        tuple(slice(start, None, step) if a == axis else slice(None) for a in range(value.ndim))
+    ]
+    cut = cut[tuple(slice(0, size) if a == axis else slice(None) for a in range(value.ndim))]
+    rest = tuple(x for x in value.labels if x.shape[axis] == 1)
+    return Value(call.shape, (*rest, cut) if cut.size > 1 else rest, value.free)
+
+
+@channel_rule("aten.select", "aten.unbind")
+def select(call: Call) -> Result:
+    """Picking by index needs the axis whole."""
+    value: Value = call.values()[0]
+    axis = value.axis(call.get("dim", 0))
+    kept = call.whole(value, [axis])
+    labels = tuple(x.squeeze(axis) for x in kept.labels)
+    free = frozenset(a - (a > axis) for a in kept.free)
+    if isinstance(call.node.meta["val"], tuple | list):
+        return [Value(shape, labels, free) for shape in call.shapes]
+    return Value(call.shape, labels, free)
+
+
+@channel_rule("aten.index")
+def index(call: Call) -> Result:
+    """Indexing by one integer tensor on an axis without channels moves the others along."""
+    value: Value = call.values()[0]
+    indices = list(call["indices"])
+    given = [(axis, x) for axis, x in enumerate(indices) if x is not None]
+    if len(given) != 1 or math.prod(call.shape) == 0:
+        call.freeze(value, "indexes it with tensors")
+        return Value(call.shape)
+    axis, at = given[0]
+    kept = call.whole(value, [axis])
+    inserted = len(call.shape) - value.ndim + 1
+    if inserted != at.ndim:  # a boolean mask over several axes
+        call.freeze(value, "indexes it with a mask")
+        return Value(call.shape)
+    labels = tuple(
+        x.reshape(*x.shape[:axis], *([1] * inserted), *x.shape[axis + 1 :]) for x in kept.labels
+    )
+    return Value(call.shape, labels)
+
+
+@channel_rule("aten.index_select")
+def index_select(call: Call) -> Result:
+    """Selecting along an axis needs it whole; other axes keep their channels."""
+    value: Value = call.values()[0]
+    kept = call.whole(value, [call["dim"]])
+    return Value(call.shape, kept.labels, kept.free)
+
+
+@channel_rule("aten.flip")
+def flip(call: Call) -> Result:
+    """Reverse labels."""
+    value: Value = call.values()[0]
+    labels = tuple(np.flip(x, call["dims"]) for x in value.labels)
+    return Value(call.shape, labels, value.free)
+
+
+@channel_rule("aten.roll")
+def roll(call: Call) -> Result:
+    """Rolling moves positions by an amount in the code: the axes stay whole."""
+    value: Value = call.values()[0]
+    return call.whole(value, call["dims"] or range(value.ndim))
+
+
+@channel_rule(
+    "aten.pad",
+    "aten.constant_pad_nd",
+    *(
+        f"aten.{kind}_pad{n}d"
+        for kind in ("reflection", "replication", "circular")
+        for n in (1, 2, 3)
+    ),
+)
+def pad(call: Call) -> Result:
+    """Channels that padding adds are frozen; other padding passes channels by."""
+    value: Value = call.values()[0]
+    amounts = list(call.get("pad") or call.get("padding"))
+    mode = "constant" if call.operator == "aten.constant_pad_nd" else call.get("mode", "")
+    labels: list[Atoms] = []
+    for label in value.labels:
+        for axis in axes_of(label):
+            after = amounts[2 * (value.ndim - 1 - axis) : 2 * (value.ndim - axis)]
+            if not any(after):
+                continue
+            if mode != "constant":
+                call.algebra.freeze(label, f"{call.where} pads it with its own values")
+            widths = [
+                tuple(max(x, 0) for x in after) if a == axis else (0, 0) for a in range(value.ndim)
+            ]
+            label = np.pad(label, widths, constant_values=FROZEN)
+            low, high = (max(-x, 0) for x in after)
+            label = label[
+                tuple(
+                    slice(low, label.shape[axis] - high) if a == axis else slice(None)
+                    for a in range(value.ndim)
+                )
+            ]
+        labels.append(label)
+    return Value(call.shape, tuple(labels), value.free)
+
+
+@channel_rule("aten.pixel_shuffle", "aten.pixel_unshuffle")
+def pixel_shuffle(call: Call) -> Result:
+    """Channels move to space (or back) in runs of factor squared that stay whole."""
+    value: Value = call.values()[0]
+    axis = value.ndim - 3
+    atoms = call.alone(value, axis)
+    if atoms is None:
+        return Value(call.shape, value.labels, value.free)
+    if call.operator.endswith("unshuffle"):
+        run = call["downscale_factor"] ** 2
+        atoms = np.repeat(atoms, run)
+    else:
+        run = call["upscale_factor"] ** 2
+        groups = atoms.reshape(-1, run)
+        call.unite(groups, groups[:, :1])
+        atoms = groups[:, 0]
+    along = atoms.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
+    rest = tuple(x for x in value.labels if x.shape[axis] == 1)
+    return Value(call.shape, (*rest, along) if along.size > 1 else rest)
+
+
+@channel_rule("aten.channel_shuffle", "aten.native_channel_shuffle")
+def channel_shuffle(call: Call) -> Result:
+    """A shuffle of g groups stays a shuffle if every group drops the same positions."""
+    value: Value = call.values()[0]
+    atoms = call.alone(value, 1)
+    if atoms is None:
+        return call.like("input" if "input" in call.arguments else "self")
+    groups = atoms.reshape(call["groups"], -1)
+    call.unite(groups, groups[:1])
+    along = groups.T.reshape([-1 if a == 1 else 1 for a in range(value.ndim)])
+    rest = tuple(x for x in value.labels if x.shape[1] == 1)
+    return Value(call.shape, (*rest, along), value.free)
+
+
+@channel_rule("aten.im2col")
+def im2col(call: Call) -> Result:
+    """Each channel becomes one run of kernel positions."""
+    value: Value = call.values()[0]
+    atoms = call.alone(value, value.ndim - 3)
+    if atoms is None:
+        return Value(call.shape)
+    run = np.repeat(atoms, math.prod(call["kernel_size"]))
+    shape = [1] * len(call.shape)
+    shape[-2] = -1
+    return Value(call.shape, (run.reshape(shape),))

@@ -1,0 +1,223 @@
+"""The table of channel rules, and how a rule is written and looked up.
+
+A rule says, for one operator, what its output's labels are and which atoms it unites. Third parties
+add their own::
+
+    from pocketize.rules import channel_rule
+
+    @channel_rule("mylib.swish_conv")
+    def swish_conv(call):
+        return call.like("input")
+
+The name is that of the operator without overload, ``"aten.conv2d"``; in-place variants (a trailing
+underscore) are found by the name of the plain one.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Call", "Rule", "Site", "apply_rule", "channel_rule", "has_rule"]
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from pocketize.errors import RewriteError
+from pocketize.labels import Algebra, Atoms, Value
+
+Result: TypeAlias = "Value | Sequence[Value]"
+Rule: TypeAlias = "Callable[[Call], Result]"
+
+_RULES: dict[str, Rule] = {}
+
+
+def channel_rule(*operators: str, replace: bool = False) -> Callable[[Rule], Rule]:
+    """Register a function as the channel rule of one or more operators.
+
+    Args:
+        operators: names such as ``"aten.conv2d"`` or ``"mylib.my_op"``, without overload.
+        replace: allow to take the place of a rule that is already there.
+
+    Raises:
+        RewriteError: an operator already has a rule and ``replace`` is false.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for operator in operators:
+            if operator in _RULES and not replace:
+                raise RewriteError(
+                    f"operator {operator} already has the channel rule "
+                    f"{_RULES[operator].__module__}.{_RULES[operator].__qualname__}; "
+                    "pass replace=True to take its place"
+                )
+            _RULES[operator] = rule
+        return rule
+
+    return register
+
+
+@dataclass(frozen=True)
+class Site:
+    """Something that a rule notes for later: atoms at a place.
+
+    Attributes:
+        module: path of the module whose forward ran.
+        atoms: one atom per index.
+        attribute: for counts, the attribute of the module that equals the number of indices.
+    """
+
+    module: str
+    atoms: Atoms
+    attribute: str = ""
+
+
+@dataclass
+class Call:
+    """One operator call, as a rule sees it.
+
+    Attributes:
+        node: the recorded node; ``node.meta["val"]`` is the fake result.
+        algebra: unites and freezes atoms.
+        arguments: the arguments by their schema names, tensors as :class:`Value`.
+        producers: where new channels come from (convolutions, linear layers).
+        counts: module attributes that must follow a number of channels.
+    """
+
+    node: fx.Node
+    algebra: Algebra
+    arguments: dict[str, Any]
+    producers: list[Site] = field(default_factory=list)
+    counts: list[Site] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an argument, or ``default`` where the operator has none of that name."""
+        return self.arguments.get(name, default)
+
+    @property
+    def operator(self) -> str:
+        """Name of the operator without overload and without the underscore of in-place variants."""
+        return operator_name(self.node.target)
+
+    @property
+    def module(self) -> str:
+        """Path of the module whose forward ran."""
+        return str(self.node.meta["module"])
+
+    @property
+    def where(self) -> str:
+        """The operator and the line that called it: ``"aten.view at net.py:88"``."""
+        source = self.node.meta.get("source")
+        return f"{self.operator} at {source}" if source else self.operator
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return tuple(self.node.meta["val"].shape)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the results of an operator that has several."""
+        return [tuple(v.shape) if isinstance(v, Tensor) else () for v in self.node.meta["val"]]
+
+    def values(self) -> list[Value]:
+        """Return every tensor argument, those in lists too."""
+        return list(_flat_values(self.arguments.values()))
+
+    def like(self, name: str) -> Value:
+        """Return the result of an operator that keeps the shape and the channels of one input."""
+        value: Value = self[name]
+        return Value(self.shape, value.labels, value.free)
+
+    def freeze(self, value: Value, why: str = "") -> None:
+        """Freeze all channels of a value, because of this operator."""
+        self.algebra.freeze_value(value, f"{self.where} {why or 'has no channel rule'}")
+
+    def unite(self, a: Atoms | None, b: Atoms | None) -> None:
+        """Unite two vectors of atoms; where one is missing (a fixed axis) freeze the other."""
+        if a is not None and b is not None:
+            self.algebra.unite(a, b, f"{self.where} joins it with channels that cannot change")
+        elif a is not None or b is not None:
+            atoms = a if a is not None else b
+            assert atoms is not None
+            self.algebra.freeze(atoms, f"{self.where} joins it with an axis of fixed size")
+
+    def alone(self, value: Value, axis: int) -> Atoms | None:
+        """Return the atoms along one axis as a vector, ``None`` if it has none."""
+        return self.algebra.alone(value, axis, f"{self.where} needs the axis whole")
+
+    def whole(self, value: Value, axes: Sequence[int]) -> Value:
+        """Return a value none of whose labels lives on these axes."""
+        reason = f"{self.where} needs the axis whole"
+        here = {value.axis(axis) for axis in axes}
+        labels = [self.algebra.whole(label, here, reason) for label in value.labels]
+        return Value(value.shape, tuple(x for x in labels if x.size > 1), value.free - here)
+
+    def produce(self, atoms: Atoms | None) -> None:
+        """Note that this layer makes these channels."""
+        if atoms is not None:
+            self.producers.append(Site(self.module, atoms))
+
+    def count(self, attribute: str, atoms: Atoms | None) -> None:
+        """Note that an attribute of the module equals the number of these channels."""
+        if atoms is not None:
+            self.counts.append(Site(self.module, atoms, attribute))
+
+
+def operator_name(target: Any) -> str:
+    """Return ``"aten.conv2d"`` for ``aten.conv2d.default`` and ``"aten.add"`` for ``add_``."""
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, name = target._schema.name.split("::")
+        if name.endswith("_") and not name.endswith("__"):
+            name = name[:-1]
+        return f"{namespace}.{name}"
+    return str(getattr(target, "__name__", target))
+
+
+def has_rule(target: Any) -> bool:
+    """Whether an operator has a rule, or is element-wise and needs none."""
+    return operator_name(target) in _RULES or torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+def apply_rule(call: Call) -> Result:
+    """Apply the rule of an operator; freeze its inputs where there is none."""
+    rule = _RULES.get(call.operator)
+    if rule is None and torch.Tag.pointwise in getattr(call.node.target, "tags", ()):
+        rule = _RULES["pointwise"]
+    if rule is not None:
+        return rule(call)
+    for value in call.values():
+        call.freeze(value)
+    out = call.node.meta["val"]
+    if isinstance(out, Tensor):
+        return Value(tuple(out.shape))
+    if isinstance(out, tuple | list):
+        return [Value(tuple(v.shape) if isinstance(v, Tensor) else ()) for v in out]
+    return Value(())
+
+
+def bind(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by the names of the operator's schema, defaults included."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return {str(i): a for i, a in enumerate(args)} | dict(kwargs)
+    bound = {}
+    for index, argument in enumerate(target._schema.arguments):
+        if argument.name in kwargs:
+            bound[argument.name] = kwargs[argument.name]
+        elif index < len(args):
+            bound[argument.name] = args[index]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def _flat_values(items: Any) -> Any:
+    for item in items:
+        if isinstance(item, Value):
+            yield item
+        elif isinstance(item, tuple | list):
+            yield from _flat_values(item)

@@ -1,0 +1,177 @@
+"""Carry out edits: the only file that changes a module.
+
+Tensors are resized through ``.data``, so that a parameter stays the object it was: ties, hooks and
+attributes of parameters survive, and an optimiser that was given it still holds it.
+"""
+
+from __future__ import annotations
+
+__all__ = ["apply_edits"]
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from pocketize.edits import Edit, Redraw, Resize, SetAttribute, read_attribute
+from pocketize.errors import RewriteError, nearest
+from pocketize.initial import infer_laws
+
+
+def apply_edits(
+    model: nn.Module, edits: Sequence[Edit], *, generator: torch.Generator | None = None
+) -> None:
+    """Change a model in place.
+
+    Everything is checked before anything is changed.
+
+    Args:
+        model: the model; on any device, ``meta`` and fake tensors included.
+        edits: what to do.
+        generator: source of random numbers where weights are drawn anew.
+
+    Raises:
+        RewriteError: an edit names a tensor or module that is not there, or whose size is another.
+    """
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    tensors |= dict(model.named_buffers())
+    resizes: dict[str, dict[int, Resize]] = defaultdict(dict)
+    for edit in edits:
+        if isinstance(edit, Resize):
+            _check_resize(edit, tensors)
+            resizes[edit.tensor][edit.axis] = edit
+        elif isinstance(edit, SetAttribute):
+            _check_attribute(edit, model)
+        elif not isinstance(edit, Redraw):
+            raise RewriteError(f"no surgery for an edit of kind {type(edit).__name__}")
+    redraw = any(isinstance(edit, Redraw) for edit in edits)
+    laws = infer_laws(model) if redraw else None
+    for name, axes in resizes.items():
+        _resize(tensors[name], axes.values())
+    for edit in edits:
+        if isinstance(edit, SetAttribute):
+            _set_attribute(model.get_submodule(edit.module), edit.name, edit.new)
+    changed = {id(tensors[name]) for name in resizes}
+    for module in model.modules():
+        _follow(module, changed)
+    if laws is not None:
+        laws.redraw(model, generator=generator)
+
+
+def _check_resize(edit: Resize, tensors: dict[str, Tensor]) -> None:
+    tensor = tensors.get(edit.tensor)
+    if tensor is None:
+        raise RewriteError(
+            f"cannot resize {edit.tensor!r}: the model has no such parameter or buffer."
+            f"{nearest(edit.tensor, tensors)}"
+        )
+    if edit.axis >= tensor.ndim or tensor.shape[edit.axis] != edit.size:
+        raise RewriteError(
+            f"cannot resize axis {edit.axis} of {edit.tensor}: expected size {edit.size}, "
+            f"got shape {tuple(tensor.shape)}"
+        )
+    ascending = all(a < b for a, b in zip(edit.keep, edit.keep[1:], strict=False))
+    if not edit.keep or not ascending or edit.keep[0] < 0 or edit.keep[-1] >= edit.size:
+        raise RewriteError(
+            f"cannot resize axis {edit.axis} of {edit.tensor}: the indices to keep must be "
+            f"ascending, at least one, and below {edit.size}"
+        )
+
+
+def _check_attribute(edit: SetAttribute, model: nn.Module) -> None:
+    try:
+        module = model.get_submodule(edit.module)
+    except AttributeError as error:
+        raise RewriteError(f"cannot set {edit.name} of {edit.module!r}: {error}") from None
+    found = read_attribute(module, edit.name)
+    if found != edit.old:
+        raise RewriteError(
+            f"cannot set {edit.name} of {edit.module or 'the model'} to {edit.new}: "
+            f"expected {edit.old}, found {found!r}"
+        )
+
+
+def _resize(tensor: Tensor, axes: Iterable[Resize]) -> None:
+    axes = list(axes)
+    gradient = tensor.grad if tensor.is_leaf else None
+    with torch.no_grad():
+        kept = _cut(tensor.detach(), axes)
+        kept_gradient = None if gradient is None else _cut(gradient.detach(), axes)
+        tensor.grad = None  # its shape must not contradict the data while that changes
+        tensor.data = kept
+        tensor.grad = kept_gradient
+
+
+def _cut(tensor: Tensor, axes: Sequence[Resize]) -> Tensor:
+    cut = tensor
+    for edit in axes:
+        index = torch.tensor(edit.keep, device=tensor.device)
+        cut = cut.index_select(edit.axis, index)
+    for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if (
+            tensor.ndim == rank
+            and tensor.is_contiguous(memory_format=layout)
+            and not tensor.is_contiguous()
+        ):
+            return cut.contiguous(memory_format=layout)
+    return cut
+
+
+def _set_attribute(module: nn.Module, name: str, value: int) -> None:
+    base, _, index = name.partition(".")
+    if not index:
+        setattr(module, base, value)
+        return
+    old = getattr(module, base)
+    items = [value if i == int(index) else item for i, item in enumerate(old)]
+    setattr(module, base, items if isinstance(old, list) else type(old)(items))
+
+
+def _follow(module: nn.Module, changed: set[int]) -> None:
+    """Let the attributes of torch's own layers follow the shapes of their tensors."""
+    own = {
+        name: tensor
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if tensor is not None and id(tensor) in changed
+    }
+    parametrized = getattr(module, "parametrizations", None)
+    if isinstance(parametrized, nn.ModuleDict):
+        for name, originals in parametrized.items():
+            for tensor in originals.parameters():
+                if id(tensor) in changed:
+                    own.setdefault(f"{name}", tensor)
+    for tensor in own.values():
+        _follow_shape(module, tuple(tensor.shape))
+
+
+def _follow_shape(module: nn.Module, shape: tuple[int, ...]) -> None:
+    if isinstance(module, _ConvNd) and len(shape) == len(module.kernel_size) + 2:
+        first, second = shape[0], shape[1] * module.groups
+        transposed = isinstance(module, _ConvTransposeNd)
+        module.in_channels, module.out_channels = (first, second) if transposed else (second, first)
+    elif isinstance(module, nn.Linear) and len(shape) == 2:
+        module.out_features, module.in_features = shape
+    elif isinstance(module, nn.Embedding) and len(shape) == 2:
+        module.num_embeddings, module.embedding_dim = shape
+    elif isinstance(module, _NormBase) and len(shape) == 1:
+        module.num_features = shape[0]
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = shape[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.normalized_shape = shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = shape[0]
+    elif isinstance(module, nn.MultiheadAttention):
+        _follow_attention(module)
+
+
+def _follow_attention(module: nn.MultiheadAttention) -> None:
+    embed = module.out_proj.weight.shape[0]
+    keys, values = module.k_proj_weight, module.v_proj_weight
+    module.kdim = embed if keys is None else keys.shape[1]
+    module.vdim = embed if values is None else values.shape[1]
+    module.embed_dim = embed
+    module.head_dim = embed // module.num_heads

@@ -1,0 +1,225 @@
+"""Record a rewritten model again and compare it with what the plan predicted.
+
+A recording cannot tell ``C // 2`` from a literal, so the rules are optimistic. Here the optimism is
+checked: edits are carried out on a fake copy, its recording must have the same operators, and every
+intermediate shape must be the predicted one. This also catches ``x.view(b, 64, -1)``, which would
+otherwise run and be silently wrong.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Mismatch", "check_backward", "check_edits", "predicted_shape"]
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from pocketize.capture import Captured, find_tensors, quiet_recording, record
+from pocketize.channels import ChannelGroups
+from pocketize.clone import clone, fake_clone
+from pocketize.edits import Edit
+from pocketize.errors import CaptureError, VerifyError
+from pocketize.labels import Value, axes_of
+from pocketize.surgery import apply_edits
+
+
+@dataclass(frozen=True, eq=False)
+class Mismatch:
+    """Where a rewritten model first differs from the prediction.
+
+    Attributes:
+        node: the node of the original recording.
+        position: (recording, index of the node); later is further.
+        units: units that were to shrink and that this operator touches.
+        text: what was expected and what came.
+        sizes: sizes before and after of the axes that were to shrink here.
+    """
+
+    node: fx.Node
+    position: tuple[int, int]
+    units: tuple[int, ...]
+    text: str
+    sizes: frozenset[tuple[int, int]]
+
+
+def predicted_shape(value: Value, stays: NDArray[np.bool_]) -> tuple[int, ...]:
+    """Return the shape of a value after atoms have been dropped.
+
+    Args:
+        value: the value before.
+        stays: for every atom whether it stays.
+    """
+    shape = list(value.shape)
+    for label in value.labels:
+        kept = stays[label]
+        axes = axes_of(label)
+        for axis in axes:
+            others = tuple(a for a in range(value.ndim) if a != axis)
+            shape[axis] = int(kept.any(axis=others).sum())
+    return tuple(shape)
+
+
+def check_edits(
+    model: nn.Module, channels: ChannelGroups, edits: Sequence[Edit]
+) -> Mismatch | None:
+    """Carry out edits on a copy without memory and compare its recordings with the prediction.
+
+    Args:
+        model: the model that was analysed; not changed.
+        channels: its analysis.
+        edits: what a pass has proposed.
+
+    Returns:
+        The first mismatch, ``None`` if everything is as predicted.
+    """
+    stays = channels.survivors_of(edits)
+    for index, captured in enumerate(channels.recordings):
+        copy = _edited(model, captured, edits)
+        try:
+            again = record(copy, captured.inputs, train=captured.train)
+        except CaptureError as error:
+            if not hasattr(error, "recorder"):
+                raise
+            done = [n for n in error.recorder.graph.nodes if n.op == "call_function"]
+            position = min(len(done), len(captured.operators()) - 1)
+            found = _compare(channels, stays, index, done)
+            return found or _mismatch(channels, stays, (index, position), str(error.__cause__))
+        found = _compare(channels, stays, index, again.operators())
+        if found is not None:
+            return found
+        if again.structure != captured.structure:
+            last = len(captured.operators()) - 1
+            return _mismatch(channels, stays, (index, last), "the outputs have other shapes")
+    return None
+
+
+def _edited(model: nn.Module, captured: Captured, edits: Sequence[Edit]) -> nn.Module:
+    if captured.real:
+        copy = clone(model)
+    else:
+        copy = fake_clone(model, _mode_of(captured))
+    shapes = [edit for edit in edits if edit.kind != "redraw"]
+    apply_edits(copy, shapes)
+    return copy
+
+
+def _mode_of(captured: Captured) -> FakeTensorMode:
+    for tensor in captured.inputs.tensors():
+        if isinstance(tensor, FakeTensor):
+            return tensor.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _compare(
+    channels: ChannelGroups, stays: NDArray[np.bool_], index: int, new: Sequence[fx.Node]
+) -> Mismatch | None:
+    """Return the first operator that differs from the prediction, among those that ran."""
+    captured = channels.recordings[index]
+    values = channels.values[index]
+    old = captured.operators()
+    for position, (before, after) in enumerate(zip(old, new, strict=False)):
+        where = (index, position)
+        if before.target != after.target:
+            text = f"{before.target} was expected to run, {after.target} did"
+            return None if captured.real else _mismatch(channels, stays, where, text)
+        expected = _shapes(values[before], stays)
+        found = [tuple(t.shape) for t in find_tensors(after.meta["val"])]
+        if expected is not None and expected != found:
+            text = f"expected {_spell(expected)}, got {_spell(found)}"
+            return _mismatch(channels, stays, where, text)
+    if len(new) > len(old) and not captured.real:
+        return _mismatch(channels, stays, (index, len(old) - 1), "more operators ran than before")
+    return None
+
+
+def _shapes(value: Any, stays: NDArray[np.bool_]) -> list[tuple[int, ...]] | None:
+    if isinstance(value, Value):
+        return [predicted_shape(value, stays)]
+    if isinstance(value, tuple | list) and all(isinstance(v, Value) for v in value):
+        return [predicted_shape(v, stays) for v in value]
+    return None
+
+
+def _spell(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in shapes)
+
+
+def _mismatch(
+    channels: ChannelGroups,
+    stays: NDArray[np.bool_],
+    position: tuple[int, int],
+    text: str,
+) -> Mismatch:
+    index, number = position
+    node = channels.recordings[index].operators()[number]
+    values = channels.values[index]
+    touched = list(_flat([values[n] for n in node.all_input_nodes]))
+    touched += list(_flat([values[node]]))
+    dropped: list[NDArray[np.int64]] = []
+    sizes: set[tuple[int, int]] = set()
+    for value in touched:
+        sizes |= {
+            (before, after)
+            for before, after in zip(value.shape, predicted_shape(value, stays), strict=True)
+            if before != after
+        }
+        dropped += [label[~stays[label]] for label in value.labels]
+    units = np.unique(channels.roots[np.concatenate(dropped)]) if dropped else np.empty(0, int)
+    where = node.meta.get("source") or node.meta["module"] or "the model"
+    return Mismatch(
+        node,
+        position,
+        tuple(int(unit) for unit in units),
+        f"{node.target} at {where}: {' '.join(text.split())[:300]}",
+        frozenset(sizes),
+    )
+
+
+def _flat(items: Sequence[Any]) -> Iterator[Value]:
+    for item in items:
+        if isinstance(item, Value):
+            yield item
+        elif isinstance(item, tuple | list):
+            yield from _flat(item)
+
+
+def check_backward(model: nn.Module, channels: ChannelGroups, edits: Sequence[Edit]) -> None:
+    """Run a backward through a fake copy of the rewritten model in training mode.
+
+    Raises:
+        VerifyError: the backward fails, and that of the original does not.
+    """
+    captured = channels.recordings[-1]
+    if captured.real:
+        return  # real memory for a whole step is the user's to spend
+    failure = _backward(model, captured, edits)
+    if failure is not None and _backward(model, captured, ()) is None:
+        raise VerifyError(
+            f"the rewritten model runs forward but not backward: "
+            f"{type(failure).__name__}: {failure}. Leave the layers that its own autograd code "
+            "knows out with keep=[...]"
+        ) from failure
+
+
+def _backward(model: nn.Module, captured: Captured, edits: Sequence[Edit]) -> Exception | None:
+    copy = _edited(model, captured, edits)
+    copy.train()
+    try:
+        with _mode_of(captured), quiet_recording(copy), torch.enable_grad():
+            output = captured.inputs.map(_detached).call(copy)
+            losses = [t.sum() for t in find_tensors(output) if t.requires_grad and t.numel()]
+            if losses:
+                torch.autograd.backward(losses)
+    except Exception as error:  # a user's forward or backward may raise anything
+        return error
+    return None
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach()
