@@ -23,6 +23,7 @@ LONGEST = 400
 ENGINE = (
     "errors",
     "units",
+    "version",
     "inputs",
     "clone",
     "capture",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["build", "compare"]
 
-import importlib.metadata
 import platform
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -29,9 +28,13 @@ from pocketize.report.document import (
     Side,
     scrub,
 )
+from pocketize.version import VERSION
 
 #: Modules that are listed of each side; the report shows those of both.
 _LARGEST = 10
+
+#: What :func:`~pocketize.measure` differentiates where no loss is given.
+_LOSS = "mean of squares of the outputs"
 
 Mode = Literal["train", "infer"]
 
@@ -41,7 +44,7 @@ def compare(
     after: nn.Module,
     inputs: Any = None,
     *,
-    optimizer: str | None = "adam",
+    optimizer: Literal["adam", "sgd"] | None = "adam",
     estimate: bool = False,
     time_steps: int = 5,
     loss: Callable[[Any], Tensor] | None = None,
@@ -96,9 +99,7 @@ def compare(
         for side, model in (("before", before), ("after", after))
     }
     names = type(before).__name__, type(after).__name__
-    described = (
-        getattr(loss, "__name__", type(loss).__name__) if loss else "mean of squares of the outputs"
-    )
+    described = getattr(loss, "__name__", type(loss).__name__) if loss else _LOSS
     return build(
         names, profiles["before"], profiles["after"], between(before, after), loss=described
     )
@@ -116,7 +117,7 @@ def build(
     after: tuple[MemoryProfile, MemoryProfile],
     records: Iterable[PassRecord] = (),
     *,
-    loss: str = "mean of squares of the outputs",
+    loss: str = _LOSS,
 ) -> Comparison:
     """Make a comparison of profiles that were taken already, such as on another machine.
 
@@ -143,7 +144,7 @@ def build(
                 optimizer=trained.optimizer or "none",
                 loss=scrub(loss),
                 torch=trained.torch,
-                pocketize=importlib.metadata.version("pocketize"),
+                pocketize=VERSION,
                 python=platform.python_version(),
                 machine=f"{platform.system()} {platform.machine()}",
                 threads=torch.get_num_threads(),
