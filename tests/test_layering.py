@@ -39,6 +39,7 @@ ENGINE = (
     "surgery",
     "verify",
     "options",
+    "records",
     "base",
     "registry",
     "recipe",

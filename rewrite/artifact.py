@@ -1,0 +1,302 @@
+"""Saved models: weights and the recipe of what was done to the model, in one safetensors file.
+
+The file holds the ``state_dict`` under its own keys, so any reader of safetensors can use it, and
+one entry of metadata, ``pocketize``, with JSON: what was rewritten, as edits that can be repeated
+by shape, and what a state_dict does not tell (ties, frozen parameters, train or eval mode, memory
+format).
+
+A file never decides what code runs: nothing in it is unpickled, imported or evaluated. The code
+comes from the caller, as a factory that builds the model as it was before it was rewritten.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FORMAT", "load", "save"]
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from pocketize.base import PassRecord
+from pocketize.errors import ArtifactError, PocketizeError
+from pocketize.files import atomic_write
+from pocketize.pipeline import history, replay
+from pocketize.safefile import read_header
+from pocketize.skeleton import build
+from pocketize.states import MEMORY_FORMATS, apply_state, describe_mismatch, describe_state
+from pocketize.version import VERSION
+
+FORMAT = 1
+"""Version of the metadata. A reader refuses what is newer than itself and reads what is older."""
+
+_ENTRIES = {
+    "format": int,
+    "pocketize": str,
+    "model": str,
+    "records": list,
+    "ties": dict,
+    "state": dict,
+}
+_STATE = {"modes": dict, "frozen": list, "channels_last": list, "buffers": dict}
+
+_log = logging.getLogger(__name__)
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Save a model's weights and the recipe of what was done to it, for :func:`load`.
+
+    The file is complete or not there at all. Hooks and what else a ``state_dict`` does not hold,
+    such as non-persistent buffers, are not saved: :func:`load` has them from the factory.
+
+    Args:
+        model: the model, rewritten or not, on any device; it is not changed.
+        path: the file, by custom ``*.safetensors``.
+        overwrite: replace a file that is there.
+
+    Raises:
+        ArtifactError: the file exists or cannot be written, or the state of the model cannot be
+            held in safetensors: something that is no tensor, or a tensor that is sparse, quantised
+            or without data.
+    """
+    state = model.state_dict(keep_vars=True)
+    tensors, ties = _distinct_tensors(model, state)
+    data = {
+        "format": FORMAT,
+        "pocketize": VERSION,
+        "torch": str(torch.__version__),
+        "model": type(model).__qualname__,  # for error messages only
+        "records": [record.to_json() for record in history(model)],
+        "ties": ties,
+        "state": describe_state(model, state),
+    }
+    # one entry only: safetensors writes several in random order, and equal models make equal files
+    metadata = {"pocketize": json.dumps(data, sort_keys=True, allow_nan=False)}
+    with atomic_write(path, overwrite=overwrite) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype it lacks
+            raise ArtifactError(f"cannot write {path}: {error}") from error
+
+
+def load(
+    path: str | os.PathLike[str],
+    factory: Callable[[], nn.Module],
+    *,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Load a model that :func:`save` wrote.
+
+    The factory's model is built without memory for its parameters wherever possible, takes the
+    shape that the saved passes gave it, and is then filled from the file. Keys and shapes must
+    agree in full. Dtypes, ties, frozen parameters and each module's train or eval mode are those
+    of the saved model.
+
+    Args:
+        path: the file.
+        factory: builds the model as it was before it was rewritten: ``lambda: UNet(width=64)``.
+        device: where the parameters and buffers go.
+
+    Returns:
+        The rewritten model; ``history(model)`` tells what was done to it.
+
+    Raises:
+        ArtifactError: the file cannot be read, is truncated, is not one of :func:`save`'s or was
+            written in a newer format; or the factory builds another model than the saved one was.
+    """
+    data, shapes = _read_data(path)
+    records = [PassRecord.from_json(record) for record in data["records"]]
+    built = build(factory)
+    model = built.model
+    if lazy := [name for name, value in model.named_parameters() if is_lazy(value)]:
+        raise ArtifactError(
+            f"the factory must run its model once: {lazy[0]} is not initialised yet (a lazy module)"
+        )
+    written_by = f"pocketize {data['pocketize']}"
+    if data["pocketize"] != VERSION:
+        _log.info("%s was written by %s, in a format that this version reads", path, written_by)
+    if history(model):
+        raise ArtifactError(
+            f"the factory gives a model that was rewritten already "
+            f"({', '.join(record.name for record in history(model))}). Build the model as it was "
+            f"before: {path} tells what to do with it"
+        )
+    origin = f"{path} was saved from a {data['model']}, the factory builds a {type(model).__name__}"
+    try:
+        replay(model, records)
+    except PocketizeError as error:
+        raise ArtifactError(
+            f"the factory does not build the model that was saved: {error}. {origin}. Give the "
+            f"factory the options that the saved model had before it was rewritten; it was "
+            f"rewritten by {written_by}"
+        ) from error
+
+    state = model.state_dict(keep_vars=True)
+    ties: dict[str, str] = data["ties"]
+    shapes |= {alias: shapes[key] for alias, key in ties.items() if key in shapes}
+    expected = {
+        # extra state is the owner's affair, which may give it another shape at any time
+        key: shapes.get(key, ()) if key.endswith("_extra_state") else tuple(value.shape)
+        for key, value in state.items()
+    }
+    if mismatch := describe_mismatch(expected, shapes):
+        raise ArtifactError(
+            f"{path} does not fit the factory's model:\n{mismatch}\n{origin}. Give the factory the "
+            "options that the saved model had before it was rewritten"
+        )
+    _check_ties(path, state, ties)
+    tensors = _read_tensors(path, data["state"])
+    tensors |= {alias: tensors[key] for alias, key in ties.items() if key in tensors}
+    if built.hollow:
+        _assign(model, state, tensors)
+    else:
+        _copy(model, state, tensors)
+        _tie(model, ties)
+    apply_state(model, data["state"])
+    return model.to(device)
+
+
+def _distinct_tensors(
+    model: nn.Module, state: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return one tensor for each object in the state, and the other names of each object."""
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    names: dict[int, str] = {}
+    storages: set[int] = set()
+    for key, value in state.items():
+        _check_tensor(model, key, value)
+        if id(value) in names:
+            ties[key] = names[id(value)]
+            continue
+        names[id(value)] = key
+        tensor = value.detach().cpu().contiguous()
+        # Two parameters may be views of one memory; safetensors wants each tensor to own its bytes.
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        tensors[key] = tensor
+    return tensors, ties
+
+
+def _check_tensor(model: nn.Module, key: str, value: Any) -> None:
+    owner = type(model).__name__
+    if not isinstance(value, Tensor):
+        raise ArtifactError(
+            f"{key!r} in the state_dict of {owner} is no tensor but {type(value).__name__}, and "
+            "safetensors holds tensors only. If it comes from get_extra_state, return a tensor "
+            "there, or leave it out"
+        )
+    if is_lazy(value):
+        raise ArtifactError(
+            f"{key!r} of {owner} is not initialised yet (a lazy module): run the model once"
+        )
+    if value.is_meta:
+        raise ArtifactError(f"{key!r} of {owner} has no data (it is on the meta device)")
+    if value.layout is not torch.strided or value.is_quantized:
+        kind = "quantised" if value.is_quantized else str(value.layout).removeprefix("torch.")
+        raise ArtifactError(
+            f"{key!r} of {owner} is {kind}; safetensors holds plain dense tensors only"
+        )
+
+
+def _read_data(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Return our metadata, checked, and the shape of every tensor in the file."""
+    header = read_header(path)
+    text = header.metadata.get("pocketize")
+    if text is None:
+        raise ArtifactError(
+            f"{path} holds plain weights and no recipe: pocketize did not write it. Load it with "
+            "model.load_state_dict(safetensors.torch.load_file(path))"
+        )
+    try:
+        data = json.loads(text)
+        version = data["format"]
+        if isinstance(version, int) and version > FORMAT:
+            raise ArtifactError(
+                f"{path} was written by pocketize {data.get('pocketize')} in format {version}; "
+                f"this is pocketize {VERSION}, which reads formats up to {FORMAT}. "
+                "Install a newer pocketize"
+            )
+        wrong = _wrong_entries(data, _ENTRIES) or _wrong_entries(data["state"], _STATE)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"the recipe in {path} is damaged: {error!r}") from error
+    if wrong:
+        raise ArtifactError(f"the recipe in {path} is damaged: {', '.join(wrong)}")
+    return data, header.shapes
+
+
+def _wrong_entries(data: Mapping[str, Any], kinds: Mapping[str, type]) -> list[str]:
+    return [key for key, kind in kinds.items() if not isinstance(data[key], kind)]
+
+
+def _read_tensors(path: str | os.PathLike[str], described: Mapping[str, Any]) -> dict[str, Tensor]:
+    channels_last = set(described.get("channels_last", ()))
+    tensors = {}
+    try:
+        with safetensors.safe_open(path, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  (it is no mapping)
+                view = opened.get_tensor(key)
+                last = MEMORY_FORMATS.get(view.dim()) if key in channels_last else None
+                # the views share one storage, the mapped file; each tensor is to own its memory
+                tensors[key] = view.clone(memory_format=last or torch.contiguous_format)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ArtifactError(f"cannot read {path}: {error}") from error
+    return tensors
+
+
+def _check_ties(
+    path: str | os.PathLike[str], state: Mapping[str, Tensor], ties: Mapping[str, str]
+) -> None:
+    names: dict[int, str] = {}
+    for key, value in state.items():
+        first = names.setdefault(id(value), key)
+        if ties.get(key, key) != ties.get(first, first):
+            raise ArtifactError(
+                f"{first} and {key} are one tensor in the factory's model and two in {path}: the "
+                "model was saved after its tie had been cut. Cut it in the factory too"
+            )
+
+
+def _assign(model: nn.Module, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors into a model without data; one tensor is one parameter, whatever its keys."""
+    made: dict[int, Tensor] = {}
+    values = {}
+    for key, old in state.items():
+        tensor = tensors[key]
+        if isinstance(old, nn.Parameter) and id(tensor) not in made:
+            # frozen until apply_state says otherwise: integer tensors cannot require gradients
+            made[id(tensor)] = parameter = nn.Parameter(tensor, requires_grad=False)
+            parameter.__dict__.update(old.__dict__)
+        values[key] = made.get(id(tensor), tensor)
+    model.load_state_dict(values, strict=True, assign=True)
+
+
+def _copy(model: nn.Module, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors into a model with data, which may hold its parameters elsewhere too."""
+    for key, old in state.items():
+        if isinstance(old, Tensor):  # extra state may be anything
+            # empty_like keeps the memory format of the file's tensor
+            old.data = torch.empty_like(tensors[key], device=old.device)
+    model.load_state_dict(dict(tensors), strict=True)
+
+
+def _tie(model: nn.Module, ties: Mapping[str, str]) -> None:
+    """Tie what was tied when the model was saved and is not by the factory."""
+    for alias, key in ties.items():
+        with contextlib.suppress(AttributeError):  # a key that a state_dict hook made up
+            owner, _, name = key.rpartition(".")
+            tensor = getattr(model.get_submodule(owner), name)
+            owner, _, name = alias.rpartition(".")
+            if getattr(model.get_submodule(owner), name) is not tensor:
+                setattr(model.get_submodule(owner), name, tensor)

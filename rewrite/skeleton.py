@@ -1,0 +1,126 @@
+"""Building a model without its weights, to be filled from a file.
+
+``torch.device("meta")`` is not enough: it also takes the data of what the file does not hold, that
+is non-persistent buffers and tensors kept as plain attributes, and it breaks factories that
+compute with tensors (``torch.linspace(0, rate, n).tolist()`` for stochastic depth). So only
+parameters lose their data, and they do so when they are registered: torch allocates them without
+touching the memory, and the initialisation that follows already works on the stand-in.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Built", "build"]
+
+import contextlib
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pocketize.errors import ArtifactError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model made by a factory.
+
+    Attributes:
+        model: the model.
+        hollow: its parameters are on the meta device and must be given data.
+    """
+
+    model: nn.Module
+    hollow: bool
+
+
+def build(factory: Callable[[], nn.Module]) -> Built:
+    """Call the factory, without memory for parameters where that gives the same model.
+
+    Torch's global random state is left as it was.
+
+    Raises:
+        ArtifactError: ``factory`` is not a callable that returns a module.
+    """
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise ArtifactError(
+            f"factory must be a function that builds the model, such as lambda: Net(width=64); "
+            f"got {type(factory).__name__}. Build the model inside the function: its weights come "
+            "from the file"
+        )
+    with torch.random.fork_rng(devices=[]):
+        model = _build_hollow(factory)
+        if model is not None:
+            return Built(model, hollow=True)
+        return Built(_checked(factory()), hollow=False)
+
+
+def _build_hollow(factory: Callable[[], nn.Module]) -> nn.Module | None:
+    try:
+        with _hollow_parameters() as originals:
+            model = _checked(factory())
+    except ArtifactError:
+        raise
+    except Exception as error:
+        # A factory may do anything with its parameters, such as print their norm; whether it was
+        # their missing data or the factory's own fault, building for real will show.
+        _log.info("the factory needs real parameters (%s); building the model for real", error)
+        return None
+    if len(originals) or _has_strays(model):
+        _log.info("the model keeps tensors that the file does not hold; building it for real")
+        return None
+    return model
+
+
+@contextlib.contextmanager
+def _hollow_parameters() -> Iterator[WeakIdKeyDictionary]:
+    """Move every parameter to the meta device as it is registered.
+
+    Gives the originals that are still alive, by their stand-ins. One that is alive after the
+    factory returned is held by somebody, who would not see the weights of the file.
+    """
+    stand_ins = WeakIdKeyDictionary()
+
+    def stand_in(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if type(parameter) is not nn.Parameter or parameter.is_meta:
+            return None  # None registers the parameter as it is; a subclass may need its data
+        if parameter not in stand_ins:  # one parameter registered twice stays one parameter
+            hollow = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            hollow.__dict__.update(parameter.__dict__)
+            stand_ins[parameter] = hollow
+        return stand_ins[parameter]
+
+    handle = register_module_parameter_registration_hook(stand_in)
+    try:
+        yield stand_ins
+    finally:
+        handle.remove()
+
+
+def _has_strays(model: nn.Module) -> bool:
+    """Tell whether the model holds tensors without data that its state_dict does not name."""
+    reached: dict[int, Any] = {}
+    try:
+        copy.deepcopy(model, reached)  # deepcopy notes the copy of every object by the id of it
+    except Exception:
+        return True  # a model that cannot be copied cannot be searched; a real one has no strays
+    named = {id(value) for value in model.state_dict(keep_vars=True).values()}
+    return any(
+        isinstance(copied, Tensor) and copied.is_meta and key not in named
+        for key, copied in reached.items()
+    )
+
+
+def _checked(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ArtifactError(
+            f"factory must return the model, an nn.Module; it returned {type(model).__name__}"
+        )
+    return model
