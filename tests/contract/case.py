@@ -1,0 +1,104 @@
+"""One rewritten net with all that the checks compare it to."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pocketize.base import Guarantee, Pass
+from pocketize.clone import clone
+from pocketize.inputs import Inputs, as_inputs
+from pocketize.pipeline import PassPlan, plan, rewrite
+from tests.contract.snapshot import Snapshot
+from tests.models.registry import Net
+
+__all__ = ["Case", "make_case", "seeded"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A net before and after one pass.
+
+    Attributes:
+        build: makes the original anew, with the same weights.
+        inputs: example inputs.
+        guarantee: what the pass claims to keep.
+        original: the very module that was handed to the rewrite.
+        before: that module as it was before the rewrite.
+        rewritten: what came back.
+        again: runs the same pass on another module.
+        again_in_place: the same, changing that module.
+        plan: the plan the rewrite followed; None for rewrites that are no passes.
+        net: the test net with its expectations; None for nets that state none.
+        repeatable: two runs of the net in eval mode give the same values.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: Inputs
+    guarantee: Guarantee
+    original: nn.Module
+    before: Snapshot
+    rewritten: nn.Module
+    again: Callable[[nn.Module], nn.Module]
+    again_in_place: Callable[[nn.Module], nn.Module]
+    plan: PassPlan | None = None
+    net: Net | None = None
+    repeatable: bool = True
+
+    def fresh(self) -> nn.Module:
+        """A copy of the rewritten model that a check may change."""
+        return clone(self.rewritten)
+
+    def can_be_copied(self) -> bool:
+        """Whether copy.deepcopy works on the original; if it does, it must on the rewritten."""
+        try:
+            copy.deepcopy(self.build())
+        except RuntimeError:  # torch's word for a non-leaf tensor
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def seeded(seed: int = 7) -> Iterator[None]:
+    """The same random numbers for every run, and the caller's generator kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def make_case(net: Net, given: Pass, seed: int | None = None) -> Case:
+    """Plan and apply a pass to a test net, watching the original."""
+    inputs: Inputs = as_inputs(net.inputs(), net.build())
+    original = net.build()
+    before = Snapshot(original)
+    planned = plan(original, given, inputs=inputs, seed=seed)
+    rewritten = planned.apply()
+
+    def again(model: nn.Module, **options: Any) -> nn.Module:
+        return rewrite(model, given, inputs=inputs, seed=seed, **options)
+
+    def again_in_place(model: nn.Module) -> nn.Module:
+        with warnings.catch_warnings():  # nets in which nothing moves are checked elsewhere
+            warnings.simplefilter("ignore")
+            return again(model, inplace=True)
+
+    return Case(
+        build=net.build,
+        inputs=inputs,
+        guarantee=given.guarantee,
+        original=original,
+        before=before,
+        rewritten=rewritten,
+        again=again,
+        again_in_place=again_in_place,
+        plan=planned.passes[0],
+        net=net,
+        repeatable=net.repeatable,
+    )

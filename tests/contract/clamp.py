@@ -1,0 +1,59 @@
+"""The promise of a width clamp: nothing is wider than asked for, except with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pocketize.channels import ChannelGroups, analyse
+from pocketize.pipeline import PassPlan
+from tests.contract.case import Case
+from tests.contract.checks import require
+from tests.contract.widths import width_of
+
+__all__ = ["clamped"]
+
+
+def clamped(case: Case) -> None:
+    """Layers are as wide as the net's author expects, and the plan tells of every other one."""
+    assert case.net is not None, "this case states no expectations"
+    assert case.plan is not None, "this case has no plan"
+    require([*_unexpected(case), *_untold(case)])
+
+
+def _unexpected(case: Case) -> Iterator[str]:
+    net, plan = case.net, case.plan
+    assert net is not None
+    assert plan is not None
+    old, new = case.original, case.rewritten
+    for path in net.movable:
+        if width_of(new, path) != net.width:
+            yield f"{path}: {width_of(old, path)} -> {width_of(new, path)}, expected {net.width}"
+    for path in net.shrinks:
+        if width_of(new, path) >= width_of(old, path):
+            yield f"{path}: {width_of(old, path)} -> {width_of(new, path)}, expected fewer"
+    groups = analyse(old, case.inputs)
+    for path, reason in net.frozen.items():
+        before, after = width_of(old, path), width_of(new, path)
+        if before != after:
+            yield f"{path}: {before} -> {after}, expected to stay"
+        elif before > net.width and reason not in _refusal(plan, groups, path):
+            yield f"{path}: expected to stay because of {reason!r}: {_refusal(plan, groups, path)}"
+        elif before <= net.width and reason not in groups.explain(path):
+            yield f"{path}: explain does not say {reason!r}: {groups.explain(path)}"
+
+
+def _refusal(plan: PassPlan, groups: ChannelGroups, path: str) -> str:
+    """What the plan says of the groups that a layer belongs to; a group goes by its first layer."""
+    together = {layer for group in groups.matching(path) for layer in group.layers}
+    return "; ".join(row.why for row in plan.refused if row.path in together) or "(no refusal)"
+
+
+def _untold(case: Case) -> Iterator[str]:
+    """Groups of the rewritten net that are still too wide, without a refusal."""
+    assert case.net is not None
+    assert case.plan is not None
+    told = {row.path for row in case.plan.refused}
+    for group in analyse(case.rewritten, case.inputs).groups:
+        too_wide = group.layers and group.channels > case.net.width
+        if too_wide and told.isdisjoint(group.layers):
+            yield f"{group.name}: {group.channels} channels, and the plan says nothing of it"
