@@ -150,7 +150,7 @@ def _function(rewrites: tuple[Rewrite, ...]) -> str:
         return "No pass is recorded between the two networks."
     promises = {
         "RETRAIN": "RETRAIN: the function changed, and has to be trained.",
-        "APPROXIMATE": "APPROXIMATE: the weights were carried over, the function is close.",
+        "APPROXIMATE": "APPROXIMATE: same shapes, weights carried over; outputs differ.",
         "EXACT": "EXACT: the same function and gradients, up to rounding.",
     }
     kept = {rewrite.guarantee for rewrite in rewrites}
