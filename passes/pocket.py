@@ -63,13 +63,15 @@ class Pocket(Pass):
         wanted: dict[ChannelGroup, int] = {}
         refused: list[Refusal] = []
         for group in channels.groups:
-            if not group.layers or group.channels <= width:
-                continue
+            if not group.layers and (group.frozen or group.channels <= width):
+                continue  # an axis of a raw parameter, of which there is nothing to tell
             reason = group.frozen or kept.get(group)
-            units = max(1, width // group.step)
             if reason is not None:
                 refused.append(Refusal(group.name, f"{group.channels} channels: {reason}"))
                 continue
+            if group.channels <= width:
+                continue
+            units = max(1, width // group.step)
             if units * group.step > width:
                 refused.append(
                     Refusal(

@@ -28,7 +28,7 @@ from pocketize.edits import Edit, Resize, SetAttribute, read_attribute
 from pocketize.errors import CaptureError, PatternError, nearest
 from pocketize.inputs import Inputs
 from pocketize.labels import Algebra, Atoms, Value
-from pocketize.rules import Call, Site, apply_rule, bind
+from pocketize.rules import Call, Site, apply_rule, bind, sums_or_maps
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,8 @@ class ChannelGroups:
         values: for each recording, the labels of every node.
         producers: the channels that each layer makes, in the order in which they run.
         counts: module attributes that must follow a number of channels.
+        expected: arguments of operators that must follow a number of channels.
+        fresh_from: the first atom that belongs to no tensor.
     """
 
     model: nn.Module
@@ -110,6 +112,8 @@ class ChannelGroups:
     values: tuple[dict[fx.Node, Any], ...]
     producers: tuple[Site, ...]
     counts: tuple[Site, ...]
+    expected: dict[fx.Node, dict[str, Atoms]]
+    fresh_from: int
 
     def resize(self, selection: Mapping[ChannelGroup, NDArray[np.int64]]) -> tuple[Edit, ...]:
         """Return the edits that keep just these units of some groups.
@@ -134,7 +138,11 @@ class ChannelGroups:
             if isinstance(edit, Resize) and (edit.tensor, edit.axis) in self.axes:
                 atoms = self.axes[edit.tensor, edit.axis]
                 mask[np.delete(atoms, list(edit.keep))] = False
-        return mask
+        # Atoms that belong to no tensor follow the unit they are in.
+        fresh = np.arange(len(self.roots)) >= self.fresh_from
+        units = np.ones(len(self.roots), dtype=bool)
+        units[self.roots[~mask]] = False
+        return np.where(fresh, units[self.roots], mask)
 
     def edits(self, stays: NDArray[np.bool_]) -> tuple[Edit, ...]:
         """Return the edits that drop every atom that does not stay."""
@@ -241,20 +249,13 @@ def analyse(model: nn.Module, inputs: Any = None) -> ChannelGroups:
 
 
 class Analysis:
-    """Records a model once; settles its groups as often as checks ask for."""
+    """Records a model once; finds its groups as often as checks ask for."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model, self.inputs = model, inputs
-        self.algebra = Algebra()
-        self.producers: list[Site] = []
-        self.counts: list[Site] = []
         self.recordings = tuple(capture(model, inputs, train=train) for train in (False, True))
-        self.axes = self._allocate()
-        self.reached: set[str] = set()
-        self.values = tuple(self._propagate(captured) for captured in self.recordings)
-        for captured in self._second_size():
-            self._propagate(captured)
-        self._module_contracts()
+        self._larger = self._second_size()
+        self._propagate_all(frozenset())
 
     def settle(
         self, freeze: Mapping[int, str] | None = None, trailing: frozenset[str] = frozenset()
@@ -265,7 +266,9 @@ class Analysis:
             freeze: atoms that a check has found immovable, with the reason.
             trailing: keys of views whose trailing instead of leading axes are to be kept whole.
         """
-        roots, reasons = self.algebra.settle(trailing)
+        if trailing != self.algebra.trailing:
+            self._propagate_all(trailing)
+        roots, reasons = self.algebra.settle()
         for atom, reason in (freeze or {}).items():
             reasons.setdefault(int(roots[atom]), reason)
         names = [name for name, _ in self.model.named_parameters()]
@@ -280,7 +283,22 @@ class Analysis:
             self.values,
             tuple(self.producers),
             tuple(self.counts),
+            self.expected,
+            self.algebra.tensors,
         )
+
+    def _propagate_all(self, trailing: frozenset[str]) -> None:
+        self.algebra = Algebra(trailing)
+        self.producers: list[Site] = []
+        self.counts: list[Site] = []
+        self.expected: dict[fx.Node, dict[str, Atoms]] = {}
+        self.reached: set[str] = set()
+        self.axes = self._allocate()
+        self.algebra.seal()
+        self.values = tuple(self._propagate(captured) for captured in self.recordings)
+        for captured in self._larger:
+            self._propagate(captured)
+        self._module_contracts()
 
     def _allocate(self) -> dict[tuple[str, int], Atoms]:
         """Give atoms to every axis of every floating tensor, but for kernel axes."""
@@ -328,9 +346,22 @@ class Analysis:
             elif node.op == "call_function":
                 values[node] = self._call(node, values)
         for node in captured.outputs():
-            if isinstance(values[node], Value):
-                self.algebra.freeze_value(values[node], "it reaches the model's output")
+            self._freeze_output(node, values)
         return values
+
+    def _freeze_output(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+        """Freeze what reaches an output, also if it is summed on the way (a loss, a score)."""
+        seen: set[fx.Node] = set()
+        stack = [node]
+        while stack:
+            at = stack.pop()
+            value = values[at]
+            if at in seen or not isinstance(value, Value):
+                continue
+            seen.add(at)
+            self.algebra.freeze_value(value, "it reaches the model's output", first=True)
+            if not value.labels and sums_or_maps(at.target):
+                stack += at.all_input_nodes
 
     def _tensor(self, node: fx.Node) -> Value:
         shape = tuple(node.meta["val"].shape)
@@ -350,7 +381,9 @@ class Analysis:
             source, index = node.args
             return values[source][index]  # type: ignore[index]
         arguments = fx.node.map_arg(bind(node.target, node.args, node.kwargs), lambda n: values[n])
-        call = Call(node, self.algebra, dict(arguments), self.producers, self.counts)
+        call = Call(
+            node, self.algebra, dict(arguments), self.producers, self.counts, self.expected
+        )
         try:
             return apply_rule(call)
         except Exception as error:  # a third party's rule may raise anything: refuse, not crash
@@ -362,7 +395,7 @@ class Analysis:
                 return Value(tuple(out.shape))
             return [Value(tuple(getattr(v, "shape", ()))) for v in out or ()]
 
-    def _second_size(self) -> Iterable[Captured]:
+    def _second_size(self) -> list[Captured]:
         """Record at another size and batch: at 1x1 bottlenecks constraints hide."""
         if any(captured.real for captured in self.recordings):
             return []
@@ -468,6 +501,8 @@ class Analysis:
     def _steps(self, roots: Atoms) -> dict[int, int]:
         steps: dict[int, int] = {}
         for site in self.producers:
+            if site.depthwise:  # as wide as what it runs over, and rightly so
+                continue
             found, counts = np.unique(roots[site.atoms], return_counts=True)
             for root, count in zip(found.tolist(), counts.tolist(), strict=True):
                 steps[root] = max(steps.get(root, 0), count)

@@ -1,19 +1,21 @@
 """The label algebra: which channel is which, wherever it goes.
 
-Every index of every weight axis is an *atom*, an integer. A :class:`Value` says which atoms live on
-the axes of a tensor, by *labels*: integer arrays of the tensor's rank with size 1 on every axis that
-the label does not live on, so that their cost does not depend on the spatial size. Operators that
-move data move labels alike; operators that combine tensors *unite* atoms. Atoms that are united in
-the end are one *unit*: they are kept or dropped together.
+Every index of every weight axis is an *atom*, an integer. A :class:`Value` says which atoms live
+on the axes of a tensor, by *labels*: integer arrays of the tensor's rank with size 1 on every axis
+that the label does not live on, so that their cost does not depend on the spatial size. Operators
+that move data move labels alike; operators that combine tensors *unite* atoms. Atoms that are
+united in the end are one *unit*: they are kept or dropped together.
 
 Conventions:
 
 * atom 0 stands for a channel that cannot be dropped; whatever meets it is frozen;
 * axes of size 1 carry no label, which makes gates, broadcasting and depthwise kernels trivial;
-* an axis without label is *fixed* (its size is the user's: batch, space, input channels) or *free*
-  (its size follows whatever it meets: the result of ``expand`` or ``zeros``);
+* an axis without label is *fixed*: its size is the user's (batch, space, input channels);
+* an axis whose size follows whatever it meets (the result of ``expand`` or ``zeros``) gets *fresh*
+  atoms, which belong to no tensor;
 * a label may live on several axes, after a view has split one: it is then *pending*, and in the end
-  all but one of these axes are kept whole.
+  all but one of these axes are kept whole, the leading ones unless a check has asked for the
+  trailing ones.
 """
 
 from __future__ import annotations
@@ -40,12 +42,10 @@ class Value:
         shape: the tensor's shape.
         labels: arrays of atoms, of the tensor's rank, size 1 or full on every axis; no two of them
             live on the same axis.
-        free: axes without label whose size follows what they meet.
     """
 
     shape: tuple[int, ...]
     labels: tuple[Atoms, ...] = ()
-    free: frozenset[int] = frozenset()
 
     @property
     def ndim(self) -> int:
@@ -61,12 +61,12 @@ class Value:
         return next((label for label in self.labels if label.shape[axis] > 1), None)
 
     def fixed(self, axis: int) -> bool:
-        """Whether the size of this axis is the user's: more than 1, no label, not free."""
-        return self.shape[axis] > 1 and axis not in self.free and self.label_on(axis) is None
+        """Whether the size of this axis is the user's: more than 1, and no label."""
+        return self.shape[axis] > 1 and self.label_on(axis) is None
 
-    def without(self, label: Atoms) -> Value:
-        """Return the value without one of its labels."""
-        return Value(self.shape, tuple(x for x in self.labels if x is not label), self.free)
+    def off(self, axis: int) -> tuple[Atoms, ...]:
+        """Return the labels that do not live on an axis."""
+        return tuple(label for label in self.labels if label.shape[axis] == 1)
 
 
 def axes_of(label: Atoms) -> list[int]:
@@ -77,8 +77,10 @@ def axes_of(label: Atoms) -> list[int]:
 class Algebra:
     """Collects atoms, unions, and the reasons why atoms are frozen."""
 
-    def __init__(self) -> None:
+    def __init__(self, trailing: frozenset[str] = frozenset()) -> None:
         self.count = 1  # atom 0 is FROZEN
+        self.trailing = trailing
+        self.tensors = 1  # atoms below belong to tensors, the others are fresh
         self._edges: list[tuple[Atoms, Atoms]] = []
         self._frozen: list[tuple[Atoms, str]] = []
         self._pending: dict[str, Atoms] = {}
@@ -87,6 +89,22 @@ class Algebra:
         """Return ``size`` new atoms."""
         start, self.count = self.count, self.count + size
         return np.arange(start, self.count, dtype=np.int64)
+
+    def seal(self) -> None:
+        """Declare that all tensors have their atoms; atoms made from now on are fresh."""
+        self.tensors = self.count
+
+    def fresh(self, shape: Sequence[int], axes: Iterable[int]) -> tuple[Atoms, ...]:
+        """Return labels of fresh atoms for some axes of a tensor."""
+        return tuple(
+            self.atoms(shape[axis]).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+            for axis in axes
+            if shape[axis] > 1
+        )
+
+    def is_fresh(self, label: Atoms) -> bool:
+        """Whether no atom of a label belongs to a tensor."""
+        return bool((label >= self.tensors).all())
 
     def unite(self, a: Atoms, b: Atoms, reason: str) -> None:
         """Unite two arrays of atoms element by element, with broadcasting.
@@ -105,17 +123,23 @@ class Algebra:
         if live.any():
             self._edges.append((left[live], right[live]))
 
-    def freeze(self, atoms: Atoms, reason: str) -> None:
-        """Forbid that any of these atoms is dropped, and say why."""
+    def freeze(self, atoms: Atoms, reason: str, *, first: bool = False) -> None:
+        """Forbid that any of these atoms is dropped, and say why.
+
+        Args:
+            atoms: any shape.
+            reason: why; of several reasons the first is told.
+            first: tell this one rather than earlier ones.
+        """
         atoms = np.unique(atoms)
         atoms = atoms[atoms != FROZEN]
         if atoms.size:
-            self._frozen.append((atoms, reason))
+            self._frozen.insert(0 if first else len(self._frozen), (atoms, reason))
 
-    def freeze_value(self, value: Value, reason: str) -> None:
+    def freeze_value(self, value: Value, reason: str, *, first: bool = False) -> None:
         """Freeze every atom of a value."""
         for label in value.labels:
-            self.freeze(label, reason)
+            self.freeze(label, reason, first=first)
 
     def whole(self, label: Atoms, axes: Iterable[int], reason: str) -> Atoms:
         """Keep axes of a label whole: what is dropped at one index is dropped at all.
@@ -147,6 +171,31 @@ class Algebra:
         others = [a for a in axes_of(label) if a != axis]
         return self.whole(label, others, reason).reshape(-1)
 
+    def share(self, label: Atoms, axes: Iterable[int], reason: str) -> Atoms:
+        """Let some axes of a label vanish, as a sum over them does.
+
+        A split axis of which a part vanishes keeps the rest whole; if a check has asked for the
+        trailing axes of that split to be whole, the rest goes on as a label.
+
+        Returns:
+            The label with size 1 on these axes, and on all axes if nothing goes on.
+        """
+        gone = [axis for axis in axes if label.shape[axis] > 1]
+        rest = [axis for axis in axes_of(label) if axis not in gone]
+        if not gone:
+            return label
+        if rest and self._keeps_trailing(label):
+            return self.whole(label, gone, reason)
+        if rest:
+            self.whole(label, rest, reason)
+        return np.full((1,) * label.ndim, FROZEN, dtype=np.int64)
+
+    def _keeps_trailing(self, label: Atoms) -> bool:
+        return any(
+            key in self.trailing and bool(np.isin(label.flat[0], split))
+            for key, split in self._pending.items()
+        )
+
     def pend(self, key: str, label: Atoms) -> None:
         """Note a label that a view has spread over several axes."""
         self._pending[key] = label
@@ -175,29 +224,14 @@ class Algebra:
                     self.unite(other, label, reason)
                 if not clash and axes_of(label):
                     result.append(label)
-        taken = {axis for label in result for axis in axes_of(label)}
-        free = frozenset(
-            axis
-            for axis in range(rank)
-            if axis not in taken
-            and shape[axis] > 1
-            and all(axis in o.free or o.shape[axis] == 1 for o in operands)
-        )
-        return Value(tuple(shape), tuple(result), free)
+        return Value(tuple(shape), tuple(result))
 
     def _meet_fixed(self, label: Atoms, others: Sequence[Value], reason: str) -> Atoms:
         met = {axis for axis in axes_of(label) for other in others if other.fixed(axis)}
-        if met == set(axes_of(label)):
-            self.freeze(label, reason)
-            return label
-        self.whole(label, met, reason)
-        return label
+        return self.whole(label, met, reason)
 
-    def settle(self, trailing: frozenset[str] = frozenset()) -> tuple[Atoms, dict[int, str]]:
+    def settle(self) -> tuple[Atoms, dict[int, str]]:
         """Find the units.
-
-        Pending labels whose unit still varies along several axes keep the leading ones whole;
-        those whose key is in ``trailing`` keep the trailing ones.
 
         Returns:
             The unit of every atom, named by its smallest atom; and for each frozen unit the first
@@ -213,7 +247,7 @@ class Algebra:
                 varying = [a for a in axes_of(label) if _varies(current, a)]
                 if len(varying) > 1:
                     unsettled = True
-                    trial.whole(label, varying[1:] if key in trailing else varying[:1], key)
+                    trial.whole(label, varying[1:] if key in self.trailing else varying[:1], key)
             if not unsettled:
                 break
         reasons: dict[int, str] = {}
@@ -231,7 +265,6 @@ def _pad_rank(value: Value, rank: int) -> Value:
     return Value(
         ones + value.shape,
         tuple(label.reshape(ones + label.shape) for label in value.labels),
-        frozenset(axis + extra for axis in value.free),
     )
 
 

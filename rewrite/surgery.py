@@ -132,19 +132,15 @@ def _set_attribute(module: nn.Module, name: str, value: int) -> None:
 
 def _follow(module: nn.Module, changed: set[int]) -> None:
     """Let the attributes of torch's own layers follow the shapes of their tensors."""
-    own = {
-        name: tensor
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
-        if tensor is not None and id(tensor) in changed
-    }
+    own = [*module._parameters.values(), *module._buffers.values()]
     parametrized = getattr(module, "parametrizations", None)
     if isinstance(parametrized, nn.ModuleDict):
-        for name, originals in parametrized.items():
-            for tensor in originals.parameters():
-                if id(tensor) in changed:
-                    own.setdefault(f"{name}", tensor)
-    for tensor in own.values():
-        _follow_shape(module, tuple(tensor.shape))
+        own += parametrized.parameters()
+    touched = [t for t in own if t is not None and id(t) in changed]
+    if touched:
+        # Of a weight-normed convolution this is the direction, not the magnitude.
+        largest = max(touched, key=lambda t: (t.ndim, t.numel()))
+        _follow_shape(module, tuple(largest.shape))
 
 
 def _follow_shape(module: nn.Module, shape: tuple[int, ...]) -> None:

@@ -50,7 +50,7 @@ def resize_groups(
     }
     changes = []
     for group, units in wanted.items():
-        for layer in group.layers:
+        for layer in group.layers or (group.name,):
             others = "" if layer == group.name else f"moves with {group.name}"
             before, after = _layer_width(channels, group, layer, units)
             changes.append(Change(layer, f"{before} -> {after} channels", others))

@@ -24,7 +24,7 @@ def add_matmul(call: Call) -> Result:
             call.freeze(value)
         return Value(call.shape)
     product = contract(call, left, right)
-    reason = f"{call.where} joins it with an axis of fixed size"
+    reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
     return call.algebra.align([product, bias], call.shape, reason)
 
 
@@ -85,7 +85,7 @@ def einsum_values(call: Call, values: list[Value], terms: list[str], out: str) -
         out: the letters of the result.
     """
     letters = sorted({x for term in terms for x in term})
-    reason = f"{call.where} joins it with an axis of fixed size"
+    reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
     spread = []
     sizes = dict.fromkeys(letters, 1)
     for value, term in zip(values, terms, strict=True):
@@ -101,38 +101,29 @@ def einsum_values(call: Call, values: list[Value], terms: list[str], out: str) -
                 full[letters.index(term[axis])] = label.shape[axis]
             return label.transpose(order).reshape(full)
 
-        free = frozenset(letters.index(term[axis]) for axis in value.free)
-        spread.append(Value(tuple(shape), tuple(map(place, value.labels)), free))
+        spread.append(Value(tuple(shape), tuple(map(place, value.labels))))
     joined = call.algebra.align(spread, [sizes[x] for x in letters], reason)
     summed = [letters.index(x) for x in letters if x not in out]
     labels = []
     for label in joined.labels:
-        rest = [axis for axis in axes_of(label) if axis not in summed]
-        if not rest:
-            continue
-        if len(rest) < len(axes_of(label)):
-            # Part of a split axis is summed (a head's channels): what remains stays whole.
-            call.algebra.whole(label, rest, reason)
-            continue
+        left = call.algebra.share(label, summed, reason)
         order = [letters.index(x) for x in out]
-        moved = label.reshape(label.shape)
-        labels.append(moved.transpose([*order, *summed]).reshape([label.shape[i] for i in order]))
-    free = frozenset(i for i, x in enumerate(out) if letters.index(x) in joined.free)
-    return Value(call.shape, tuple(labels), free)
+        if axes_of(left):
+            moved = left.transpose([*order, *summed])
+            labels.append(moved.reshape([left.shape[i] for i in order]))
+    return Value(call.shape, tuple(labels))
 
 
 @channel_rule("aten.scaled_dot_product_attention")
 def attention(call: Call) -> Result:
-    """Queries and keys share the channels of each head, values pass theirs; heads stay whole."""
-    query, key, value = (
-        call.whole(call[name], range(call[name].ndim - 1)) for name in ("query", "key", "value")
-    )
+    """Attention is two products of matrices; heads stay whole unless a check asks otherwise."""
+    query, key, value = call["query"], call["key"], call["value"]
+    lead = string.ascii_lowercase[: query.ndim - 2]
     mask = call.get("attn_mask")
     if isinstance(mask, Value):
         call.freeze(mask, "adds it to the attention of every head")
-    call.unite(call.alone(query, query.ndim - 1), call.alone(key, key.ndim - 1))
-    labels = tuple(x for x in value.labels if x.shape[-1] > 1)
-    return Value(call.shape, labels)
+    weights = einsum_values(call, [query, key], [f"{lead}qd", f"{lead}kd"], f"{lead}qk")
+    return einsum_values(call, [weights, value], [f"{lead}qk", f"{lead}kv"], f"{lead}qv")
 
 
 _REDUCTIONS = [
@@ -162,6 +153,19 @@ _REDUCTIONS = [
 ]
 
 
+@channel_rule("aten.topk", "aten.sort", "aten.kthvalue", "aten.mode", "aten.argsort")
+def select_by_value(call: Call) -> Result:
+    """Sorting and picking by value need their axis whole; the others pass."""
+    value: Value = call.values()[0]
+    axis = value.axis(call.get("dim", -1))
+    kept = call.whole(value, [axis])
+    gone = len(call.shapes[0] if isinstance(call.node.meta["val"], tuple) else call.shape)
+    labels = tuple(x if gone == value.ndim else x.squeeze(axis) for x in kept.labels)
+    if isinstance(call.node.meta["val"], tuple | list):
+        return [Value(shape, labels) for shape in call.shapes]
+    return Value(call.shape, labels)
+
+
 @channel_rule(*(f"aten.{name}" for name in _REDUCTIONS))
 def reduce(call: Call) -> Result:
     """Reductions drop axes; of a split axis the part that remains stays whole.
@@ -171,7 +175,7 @@ def reduce(call: Call) -> Result:
     tensors = call.values()
     value = tensors[0]
     if len(tensors) > 1:
-        reason = f"{call.where} joins it with an axis of fixed size"
+        reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
         return call.algebra.align(tensors, call.shape, reason)
     dims = call.get("dim")
     if dims is None or dims == []:
@@ -182,14 +186,10 @@ def reduce(call: Call) -> Result:
     reason = f"{call.where} needs the axis whole"
     labels = []
     for label in value.labels:
-        rest = [axis for axis in axes_of(label) if axis not in axes]
-        if rest and len(rest) < len(axes_of(label)):
-            call.algebra.whole(label, rest, reason)
-        elif rest:
-            labels.append(label if keep else label.squeeze(tuple(axes)))
-    left = [axis for axis in range(value.ndim) if keep or axis not in axes]
-    free = frozenset(left.index(a) for a in value.free if a not in axes)
+        left = call.algebra.share(label, axes, reason)
+        if axes_of(left):
+            labels.append(left if keep else left.squeeze(tuple(axes)))
     out = call.node.meta["val"]
     if isinstance(out, tuple | list):
-        return [Value(shape, tuple(labels), free) for shape in call.shapes]
-    return Value(call.shape, tuple(labels), free)
+        return [Value(shape, tuple(labels)) for shape in call.shapes]
+    return Value(call.shape, tuple(labels))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pocketize.labels import FROZEN, Atoms, Value
+from pocketize.labels import Atoms, Value
 from pocketize.rules.table import Call, Result, channel_rule
 
 
@@ -33,9 +33,16 @@ from pocketize.rules.table import Call, Result, channel_rule
     "aten.zero",
     "aten.where",
     "aten.masked_fill",
-    "aten.relu6",
-    "aten.selu",
-    "aten.celu",
+    *(
+        f"aten.{name}"
+        for name in (
+            "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log_sigmoid mish "
+            "relu relu6 rrelu rrelu_with_noise selu sigmoid silu softplus softshrink tanh threshold"
+        ).split()
+    ),
+    "aten.real",
+    "aten.imag",
+    "aten.conj",
     "aten.softmax",
     "aten._softmax",
     "aten.log_softmax",
@@ -67,14 +74,8 @@ def pointwise(call: Call) -> Result:
     """Operands that meet element by element share their channels."""
     values = [v for v in call.values() if v.ndim <= _rank(call)]
     shape = call.shapes[0] if _is_list(call) else call.shape
-    reason = f"{call.where} joins it with an axis of fixed size"
+    reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
     out = call.algebra.align(values, shape, reason)
-    if _writes_in_place(call) and values:
-        # A view of a free tensor takes its size from there; what is written into it must stay.
-        for axis in values[0].free:
-            label = out.label_on(axis) if axis < out.ndim else None
-            if label is not None:
-                call.algebra.freeze(label, f"{call.where} writes it into a tensor made beforehand")
     return [out] * len(call.shapes) if _is_list(call) else out
 
 
@@ -84,11 +85,6 @@ def _is_list(call: Call) -> bool:
 
 def _rank(call: Call) -> int:
     return len(call.shapes[0]) if _is_list(call) else len(call.shape)
-
-
-def _writes_in_place(call: Call) -> bool:
-    name = getattr(call.node.target, "_schema", None)
-    return name is not None and name.name.endswith("_")
 
 
 @channel_rule(
@@ -111,10 +107,7 @@ def convolution(call: Call) -> Result:
     groups: int = call.get("groups", 1)
     transposed = "transpose" in call.operator or bool(call.get("transposed", False))
     channel = x.ndim - weight.ndim + 1
-    for axis in range(channel + 1, x.ndim):
-        label = x.label_on(axis)
-        if label is not None:
-            call.algebra.freeze(label, f"{call.where} slides over it")
+    x = call.whole(x, range(channel + 1, x.ndim))
     atoms = call.alone(x, channel)
     for axis in range(2, weight.ndim):
         kernel = weight.label_on(axis)
@@ -128,10 +121,9 @@ def convolution(call: Call) -> Result:
         call.unite(atoms, into)
     if bias is not None:
         call.unite(out, call.alone(bias, 0))
-    call.produce(out)
-    rest = tuple(
-        x for x in x.labels if x.shape[channel] == 1 and not any(n > 1 for n in x.shape[channel:])
-    )
+    depthwise = groups > 1 and weight.shape[0 if transposed else 1] == (groups if transposed else 1)
+    call.produce(out, depthwise=depthwise)
+    rest = x.off(channel)
     return Value(call.shape, (*rest, _along(out, channel, x.ndim)) if out is not None else rest)
 
 
@@ -197,9 +189,8 @@ def linear(call: Call) -> Result:
     if bias is not None:
         call.unite(out, call.alone(bias, 0))
     call.produce(out)
-    rest = tuple(label for label in x.labels if label.shape[last] == 1)
-    free = x.free - {last}
-    return Value(call.shape, (*rest, _along(out, last, x.ndim)) if out is not None else rest, free)
+    rest = x.off(last)
+    return Value(call.shape, (*rest, _along(out, last, x.ndim)) if out is not None else rest)
 
 
 @channel_rule("aten.embedding")
@@ -231,7 +222,7 @@ def channel_norm(call: Call) -> Result:
             call.unite(atoms, call.alone(parameter, 0))
     call.count("num_features", atoms)
     if _is_list(call):
-        return [Value(call.shapes[0], x.labels, x.free), *map(Value, call.shapes[1:])]
+        return [Value(call.shapes[0], x.labels), *map(Value, call.shapes[1:])]
     return call.like("input")
 
 
@@ -259,7 +250,7 @@ def layer_norm(call: Call) -> Result:
     """Parameters align with the last axes."""
     x: Value = call["input"]
     normalized = list(call["normalized_shape"])
-    reason = f"{call.where} joins it with an axis of fixed size"
+    reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
     for name in ("weight", "bias"):
         parameter: Value | None = call.get(name)
         if parameter is not None:
@@ -269,7 +260,7 @@ def layer_norm(call: Call) -> Result:
         if x.label_on(axis) is not None:
             call.count(f"normalized_shape.{offset}", call.alone(x, axis))
     if _is_list(call):
-        return [Value(call.shapes[0], x.labels, x.free), *map(Value, call.shapes[1:])]
+        return [Value(call.shapes[0], x.labels), *map(Value, call.shapes[1:])]
     return call.like("input")
 
 
@@ -281,7 +272,7 @@ def prelu(call: Call) -> Result:
     if max(weight.shape, default=1) > 1 and x.ndim > 1:
         axis = 1 if call.operator == "aten.prelu" else None
         if axis is None:
-            reason = f"{call.where} joins it with an axis of fixed size"
+            reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
             return call.algebra.align([x, weight], x.shape, reason)
         call.unite(call.alone(x, axis), call.alone(weight, 0))
     return call.like("self")
@@ -291,12 +282,10 @@ def prelu(call: Call) -> Result:
 def weight_norm(call: Call) -> Result:
     """Direction and magnitude share the axis that the magnitude lives on."""
     direction: Value = call["v"]
-    reason = f"{call.where} joins it with an axis of fixed size"
+    reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
     out = call.algebra.align([direction, call["g"]], direction.shape, reason)
     return [out, call["g"]] if _is_list(call) else out
 
-
-_SPATIAL = re.compile(r"(\d)d(_with_indices|_aa)?$|_bicubic2d_aa")
 
 
 def _spatial_rank(operator: str) -> int:
@@ -332,11 +321,7 @@ def spatial(call: Call) -> Result:
     """Pooling and interpolation act on the last axes; channels pass."""
     x: Value = call.values()[0]
     rank = _spatial_rank(call.operator)
-    for axis in range(x.ndim - rank, x.ndim):
-        label = x.label_on(axis)
-        if label is not None:
-            call.algebra.freeze(label, f"{call.where} resamples it")
-    labels = tuple(x for x in x.labels if not any(n > 1 for n in x.shape[-rank:]))
+    labels = call.whole(x, range(x.ndim - rank, x.ndim)).labels
     if _is_list(call):
         return [Value(shape, labels) for shape in call.shapes]
     return Value(call.shape, labels)
@@ -347,10 +332,7 @@ def grid_sample(call: Call) -> Result:
     """Sampling moves space; the grid itself stays as it is."""
     x: Value = call["input"]
     call.freeze(call["grid"], "samples at it")
-    labels = tuple(label for label in x.labels if not any(n > 1 for n in label.shape[2:]))
-    for label in x.labels:
-        if any(n > 1 for n in label.shape[2:]):
-            call.algebra.freeze(label, f"{call.where} resamples it")
+    labels = call.whole(x, range(2, x.ndim)).labels
     return Value(call.shape, labels)
 
 
@@ -372,7 +354,7 @@ def grid_sample(call: Call) -> Result:
 )
 def factory(call: Call) -> Result:
     """A tensor made in the forward takes its size from what it meets, until a check says no."""
-    return Value(call.shape, (), frozenset(a for a, n in enumerate(call.shape) if n > 1))
+    return Value(call.shape, call.algebra.fresh(call.shape, range(len(call.shape))))
 
 
 @channel_rule(
@@ -387,8 +369,3 @@ def factory(call: Call) -> Result:
 def scalar(call: Call) -> Result:
     """Reads a number; no channel goes on."""
     return Value(())
-
-
-def frozen_vector(size: int) -> Atoms:
-    """Return a vector of channels that cannot be dropped."""
-    return np.full(size, FROZEN, dtype=np.int64)

@@ -46,14 +46,16 @@ def reshape_value(call: Call, value: Value, shape: tuple[int, ...]) -> Value:
         if len(axes_of(moved)) > max(1, len(axes_of(label))):
             call.algebra.pend(f"{call.where}#{call.node.name}", moved)
         clash = [x for x in labels if set(axes_of(x)) & set(axes_of(moved))]
-        for other in [*clash, moved] if clash else ():
-            call.algebra.freeze(other, f"{call.where} merges two axes of channels into one")
-        if not clash and axes_of(moved):
+        real = [x for x in [*clash, moved] if not call.algebra.is_fresh(x)]
+        if clash:
+            labels = [x for x in labels if not any(x is other for other in clash)]
+            for other in [*clash, moved]:
+                if len(real) != 1 or other is not real[0]:
+                    call.algebra.freeze(other, f"{call.where} merges two axes of channels into one")
+            moved = real[0] if len(real) == 1 else np.full((1,) * len(shape), FROZEN)
+        if axes_of(moved):
             labels.append(moved)
-    free = frozenset(
-        new[0] for old, new in blocks if len(new) == 1 and len(old) == 1 and old[0] in value.free
-    )
-    return Value(shape, tuple(labels), free)
+    return Value(shape, tuple(labels))
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -101,8 +103,7 @@ def permute(call: Call) -> Result:
     value: Value = call.values()[0]
     order = _order(call, value.ndim)
     labels = tuple(label.transpose(order) for label in value.labels)
-    free = frozenset(order.index(axis) for axis in value.free)
-    return Value(call.shape, labels, free)
+    return Value(call.shape, labels)
 
 
 def _order(call: Call, rank: int) -> list[int]:
@@ -130,35 +131,30 @@ def _order(call: Call, rank: int) -> list[int]:
 
 @channel_rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
 def expand(call: Call) -> Result:
-    """Axes that grow from size 1 are free."""
-    value: Value = call.values()[0]
+    """Axes that grow from size 1 take their size from whatever they meet."""
+    value, *like = call.values()
+    if like:
+        reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
+        return call.algebra.align([value, *like], call.shape, reason)
     rank, extra = len(call.shape), len(call.shape) - value.ndim
     labels = tuple(x.reshape((1,) * extra + x.shape) for x in value.labels)
-    grown = {
-        axis
-        for axis in range(rank)
-        if call.shape[axis] > 1 and (axis < extra or value.shape[axis - extra] == 1)
-    }
-    return Value(call.shape, labels, frozenset(grown | {axis + extra for axis in value.free}))
+    grown = [a for a in range(rank) if a < extra or value.shape[a - extra] == 1]
+    return Value(call.shape, (*labels, *call.algebra.fresh(call.shape, grown)))
 
 
 @channel_rule("aten.repeat", "aten.tile")
 def repeat(call: Call) -> Result:
-    """Repeat labels; an axis repeated from size 1 is free."""
+    """Repeat labels; an axis repeated from size 1 takes its size from whatever it meets."""
     value: Value = call.values()[0]
     times = list(call.get("repeats") or call.get("dims"))
     times = [1] * (value.ndim - len(times)) + times
     extra = len(times) - value.ndim
     labels = [
-        np.tile(x, [t if s > 1 else 1 for s, t in zip((1,) * extra + x.shape, times, strict=True)])
+        np.tile(x, [t if s > 1 else 1 for s, t in zip(x.shape, times, strict=True)])
         for x in (label.reshape((1,) * extra + label.shape) for label in value.labels)
     ]
-    free = {
-        axis
-        for axis, t in enumerate(times)
-        if t > 1 and (axis < extra or value.shape[axis - extra] == 1)
-    }
-    return Value(call.shape, tuple(labels), frozenset(free))
+    grown = [a for a in range(len(times)) if a < extra or value.shape[a - extra] == 1]
+    return Value(call.shape, (*labels, *call.algebra.fresh(call.shape, grown)))
 
 
 @channel_rule("aten.repeat_interleave")
@@ -171,7 +167,8 @@ def repeat_interleave(call: Call) -> Result:
         return Value(call.shape)
     axis = value.axis(axis)
     labels = tuple(np.repeat(x, times, axis) if x.shape[axis] > 1 else x for x in value.labels)
-    return Value(call.shape, labels, frozenset({axis} if value.shape[axis] == 1 else ()))
+    grown = [axis] if value.shape[axis] == 1 else []
+    return Value(call.shape, (*labels, *call.algebra.fresh(call.shape, grown)))
 
 
 @channel_rule("aten.cat", "aten.concat", "aten.concatenate")
@@ -187,16 +184,15 @@ def cat(call: Call) -> Result:
         vectors.append(
             atoms if atoms is not None else np.full(value.shape[axis], FROZEN, dtype=np.int64)
         )
-        labels = tuple(x for x in value.labels if x.shape[axis] == 1)
         shape = tuple(1 if a == axis else s for a, s in enumerate(value.shape))
-        flat.append(Value(shape, labels, value.free - {axis}))
+        flat.append(Value(shape, value.off(axis)))
     shape = tuple(1 if a == axis else s for a, s in enumerate(call.shape))
-    rest = call.algebra.align(flat, shape, f"{call.where} joins it with an axis of fixed size")
+    rest = call.algebra.align(flat, shape, f"{call.where} joins it with an axis that cannot change, such as the input's")
     joined = np.concatenate(vectors)
     if (joined == FROZEN).all():
-        return Value(call.shape, rest.labels, rest.free)
+        return Value(call.shape, rest.labels)
     along = joined.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    return Value(call.shape, (*rest.labels, along), rest.free)
+    return Value(call.shape, (*rest.labels, along))
 
 
 @channel_rule("aten.stack")
@@ -206,61 +202,58 @@ def stack(call: Call) -> Result:
     joined = call.algebra.align(values, values[0].shape, f"{call.where} needs equal sizes")
     axis = call.get("dim", 0) % len(call.shape)
     labels = tuple(np.expand_dims(label, axis) for label in joined.labels)
-    free = frozenset(a + (a >= axis) for a in joined.free)
-    return Value(call.shape, labels, free)
+    return Value(call.shape, labels)
 
 
 @channel_rule("aten.chunk", "aten.split", "aten.split_with_sizes", "aten.tensor_split")
 def split(call: Call) -> Result:
-    """Even parts keep the same positions; uneven parts have their size in the code."""
+    """Even parts keep the same positions; uneven ones are taken for the sizes of layers."""
     value: Value = call.values()[0]
     axis = value.axis(call.get("dim", 0))
     shapes = call.shapes
-    sizes = {shape[axis] for shape in shapes}
-    if value.label_on(axis) is None:
-        return [Value(shape, value.labels, value.free) for shape in shapes]
     atoms = call.alone(value, axis)
-    assert atoms is not None
-    if len(sizes) == 1:
+    if atoms is None:
+        return [Value(shape, value.labels) for shape in shapes]
+    if len({shape[axis] for shape in shapes}) == 1:
         parts = atoms.reshape(len(shapes), -1)
         call.unite(parts, parts[:1])
-    else:
-        call.algebra.freeze(atoms, f"{call.where} cuts it into uneven parts")
     cuts = np.cumsum([shape[axis] for shape in shapes])[:-1]
-    along = [1] * value.ndim
-    along[axis] = -1
-    rest = tuple(x for x in value.labels if x.shape[axis] == 1)
+    along = [-1 if a == axis else 1 for a in range(value.ndim)]
+    rest = value.off(axis)
     return [
-        Value(shape, (*rest, part.reshape(along)) if part.size > 1 else rest, value.free)
+        Value(shape, (*rest, part.reshape(along)) if part.size > 1 else rest)
         for shape, part in zip(shapes, np.split(atoms, cuts), strict=True)
     ]
 
 
 @channel_rule("aten.slice", "aten.narrow")
 def slice_(call: Call) -> Result:
-    """A slice that is one of several equal parts is taken for an even split."""
+    """A slice that is one of several equal parts is taken for an even split.
+
+    Any other is taken for the sizes of layers; the check compares its bounds with the prediction.
+    """
     value: Value = call.values()[0]
     axis = value.axis(call.get("dim", 0))
-    label = value.label_on(axis)
     full, size = value.shape[axis], call.shape[axis]
-    if label is None or size == full:
-        return Value(call.shape, value.labels, value.free)
+    atoms = None if size == full else call.alone(value, axis)
+    if atoms is None:
+        return Value(call.shape, value.labels)
     start, step = call.get("start") or 0, call.get("step", 1)
     start = max(start + full, 0) if start < 0 else start
-    if size and step == 1 and full % size == 0 and start % size == 0:
-        atoms = call.alone(value, axis)
-        assert atoms is not None
+    if step > 1:
+        if full % step == 0 and size == full // step:
+            runs = atoms.reshape(-1, step)
+            call.unite(runs, runs[:, :1])
+        else:
+            call.algebra.freeze(atoms, f"{call.where} takes every {step}th of a part")
+    elif size and full % size == 0 and start % size == 0:
         parts = atoms.reshape(-1, size)
         call.unite(parts, parts[:1])
-        label = atoms.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
-    else:
-        call.algebra.freeze(label, f"{call.where} takes a part whose size is in the code")
-    cut = label[
-        tuple(slice(start, None, step) if a == axis else slice(None) for a in range(value.ndim))
-    ]
-    cut = cut[tuple(slice(0, size) if a == axis else slice(None) for a in range(value.ndim))]
-    rest = tuple(x for x in value.labels if x.shape[axis] == 1)
-    return Value(call.shape, (*rest, cut) if cut.size > 1 else rest, value.free)
+    if step == 1 and start:
+        call.expect("start", atoms[:start])
+    part = atoms[start::step][:size]
+    along = part.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
+    return Value(call.shape, (*value.off(axis), along) if part.size > 1 else value.off(axis))
 
 
 @channel_rule("aten.select", "aten.unbind")
@@ -270,10 +263,9 @@ def select(call: Call) -> Result:
     axis = value.axis(call.get("dim", 0))
     kept = call.whole(value, [axis])
     labels = tuple(x.squeeze(axis) for x in kept.labels)
-    free = frozenset(a - (a > axis) for a in kept.free)
     if isinstance(call.node.meta["val"], tuple | list):
-        return [Value(shape, labels, free) for shape in call.shapes]
-    return Value(call.shape, labels, free)
+        return [Value(shape, labels) for shape in call.shapes]
+    return Value(call.shape, labels)
 
 
 @channel_rule("aten.index")
@@ -302,7 +294,7 @@ def index_select(call: Call) -> Result:
     """Selecting along an axis needs it whole; other axes keep their channels."""
     value: Value = call.values()[0]
     kept = call.whole(value, [call["dim"]])
-    return Value(call.shape, kept.labels, kept.free)
+    return Value(call.shape, kept.labels)
 
 
 @channel_rule("aten.flip")
@@ -310,7 +302,7 @@ def flip(call: Call) -> Result:
     """Reverse labels."""
     value: Value = call.values()[0]
     labels = tuple(np.flip(x, call["dims"]) for x in value.labels)
-    return Value(call.shape, labels, value.free)
+    return Value(call.shape, labels)
 
 
 @channel_rule("aten.roll")
@@ -354,7 +346,7 @@ def pad(call: Call) -> Result:
                 )
             ]
         labels.append(label)
-    return Value(call.shape, tuple(labels), value.free)
+    return Value(call.shape, tuple(labels))
 
 
 @channel_rule("aten.pixel_shuffle", "aten.pixel_unshuffle")
@@ -364,7 +356,7 @@ def pixel_shuffle(call: Call) -> Result:
     axis = value.ndim - 3
     atoms = call.alone(value, axis)
     if atoms is None:
-        return Value(call.shape, value.labels, value.free)
+        return Value(call.shape, value.labels)
     if call.operator.endswith("unshuffle"):
         run = call["downscale_factor"] ** 2
         atoms = np.repeat(atoms, run)
@@ -374,7 +366,7 @@ def pixel_shuffle(call: Call) -> Result:
         call.unite(groups, groups[:, :1])
         atoms = groups[:, 0]
     along = atoms.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
-    rest = tuple(x for x in value.labels if x.shape[axis] == 1)
+    rest = value.off(axis)
     return Value(call.shape, (*rest, along) if along.size > 1 else rest)
 
 
@@ -388,8 +380,8 @@ def channel_shuffle(call: Call) -> Result:
     groups = atoms.reshape(call["groups"], -1)
     call.unite(groups, groups[:1])
     along = groups.T.reshape([-1 if a == 1 else 1 for a in range(value.ndim)])
-    rest = tuple(x for x in value.labels if x.shape[1] == 1)
-    return Value(call.shape, (*rest, along), value.free)
+    rest = value.off(1)
+    return Value(call.shape, (*rest, along))
 
 
 @channel_rule("aten.im2col")
@@ -403,3 +395,42 @@ def im2col(call: Call) -> Result:
     shape = [1] * len(call.shape)
     shape[-2] = -1
     return Value(call.shape, (run.reshape(shape),))
+
+
+@channel_rule("aten.glu")
+def glu(call: Call) -> Result:
+    """A gated linear unit cuts an axis into two equal halves."""
+    value: Value = call.values()[0]
+    axis = value.axis(call.get("dim", -1))
+    atoms = call.alone(value, axis)
+    if atoms is None:
+        return Value(call.shape, value.labels)
+    halves = atoms.reshape(2, -1)
+    call.unite(halves[0], halves[1])
+    along = halves[0].reshape([-1 if a == axis else 1 for a in range(value.ndim)])
+    return Value(call.shape, (*value.off(axis), along) if along.size > 1 else value.off(axis))
+
+
+@channel_rule(
+    *(f"aten.fft_{inverse}{kind}{n}" for inverse in ("", "i") for kind in ("fft", "rfft")
+      for n in ("", "2", "n")),
+    *(f"aten.fft_{name}" for name in ("hfft", "ihfft", "fftshift", "ifftshift")),
+)
+def fourier(call: Call) -> Result:
+    """A Fourier transform needs its axes whole; the others pass."""
+    value: Value = call.values()[0]
+    dims = call.get("dim")
+    if dims is None:
+        dims = range(value.ndim)
+    kept = call.whole(value, [dims] if isinstance(dims, int) else dims)
+    return Value(call.shape, kept.labels)
+
+
+@channel_rule("aten.view_as_real", "aten.view_as_complex")
+def complex_view(call: Call) -> Result:
+    """Real and imaginary part are one more axis at the end."""
+    value: Value = call.values()[0]
+    if call.operator.endswith("real"):
+        return Value(call.shape, tuple(x[..., None] for x in value.labels))
+    kept = call.whole(value, [-1])
+    return Value(call.shape, tuple(x[..., 0] for x in kept.labels))

@@ -66,11 +66,13 @@ class Site:
         module: path of the module whose forward ran.
         atoms: one atom per index.
         attribute: for counts, the attribute of the module that equals the number of indices.
+        depthwise: for producers, whether each input channel makes its own outputs.
     """
 
     module: str
     atoms: Atoms
     attribute: str = ""
+    depthwise: bool = False
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Call:
         arguments: the arguments by their schema names, tensors as :class:`Value`.
         producers: where new channels come from (convolutions, linear layers).
         counts: module attributes that must follow a number of channels.
+        expected: arguments that must follow a number of channels, for the check.
     """
 
     node: fx.Node
@@ -90,6 +93,7 @@ class Call:
     arguments: dict[str, Any]
     producers: list[Site] = field(default_factory=list)
     counts: list[Site] = field(default_factory=list)
+    expected: dict[fx.Node, dict[str, Atoms]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -131,7 +135,7 @@ class Call:
     def like(self, name: str) -> Value:
         """Return the result of an operator that keeps the shape and the channels of one input."""
         value: Value = self[name]
-        return Value(self.shape, value.labels, value.free)
+        return Value(self.shape, value.labels)
 
     def freeze(self, value: Value, why: str = "") -> None:
         """Freeze all channels of a value, because of this operator."""
@@ -144,7 +148,7 @@ class Call:
         elif a is not None or b is not None:
             atoms = a if a is not None else b
             assert atoms is not None
-            self.algebra.freeze(atoms, f"{self.where} joins it with an axis of fixed size")
+            self.algebra.freeze(atoms, f"{self.where} joins it with an axis that cannot change, such as the input's")
 
     def alone(self, value: Value, axis: int) -> Atoms | None:
         """Return the atoms along one axis as a vector, ``None`` if it has none."""
@@ -155,17 +159,21 @@ class Call:
         reason = f"{self.where} needs the axis whole"
         here = {value.axis(axis) for axis in axes}
         labels = [self.algebra.whole(label, here, reason) for label in value.labels]
-        return Value(value.shape, tuple(x for x in labels if x.size > 1), value.free - here)
+        return Value(value.shape, tuple(x for x in labels if x.size > 1))
 
-    def produce(self, atoms: Atoms | None) -> None:
+    def produce(self, atoms: Atoms | None, *, depthwise: bool = False) -> None:
         """Note that this layer makes these channels."""
         if atoms is not None:
-            self.producers.append(Site(self.module, atoms))
+            self.producers.append(Site(self.module, atoms, depthwise=depthwise))
 
     def count(self, attribute: str, atoms: Atoms | None) -> None:
         """Note that an attribute of the module equals the number of these channels."""
         if atoms is not None:
             self.counts.append(Site(self.module, atoms, attribute))
+
+    def expect(self, argument: str, atoms: Atoms) -> None:
+        """Note that an argument of this call must equal the number of these atoms that stay."""
+        self.expected.setdefault(self.node, {})[argument] = atoms
 
 
 def operator_name(target: Any) -> str:
@@ -181,6 +189,13 @@ def operator_name(target: Any) -> str:
 def has_rule(target: Any) -> bool:
     """Whether an operator has a rule, or is element-wise and needs none."""
     return operator_name(target) in _RULES or torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+def sums_or_maps(target: Any) -> bool:
+    """Whether an operator is a reduction or element-wise."""
+    rule = _RULES.get(operator_name(target))
+    kinds = {_RULES["pointwise"], _RULES["aten.sum"]}
+    return rule in kinds or torch.Tag.pointwise in getattr(target, "tags", ())
 
 
 def apply_rule(call: Call) -> Result:
