@@ -56,8 +56,8 @@ class ChannelGroup:
         layers: paths of the layers that make these channels, in the order in which they run.
         members: every tensor axis that must be resized with them.
         units: number of units, the smallest sets that can be kept or dropped.
-        step: channels that one unit stands for at the widest of ``layers``; more than 1 after
-            grouped convolutions, group norms, even splits and attention heads.
+        step: channels that one unit stands for, counted in the narrowest tensor that a layer makes
+            or reads; more than 1 with grouped convolutions, group norms and attention heads.
         frozen: why the group keeps its size, ``None`` if it can be resized.
     """
 
@@ -74,7 +74,7 @@ class ChannelGroup:
 
     @property
     def channels(self) -> int:
-        """Number of channels at the widest layer of the group."""
+        """Number of channels, counted as in ``step``."""
         return self.units * self.step
 
     @property
@@ -290,6 +290,7 @@ class Analysis:
     def _propagate_all(self, trailing: frozenset[str]) -> None:
         self.algebra = Algebra(trailing)
         self.producers: list[Site] = []
+        self.readers: list[Site] = []
         self.counts: list[Site] = []
         self.expected: dict[fx.Node, dict[str, Atoms]] = {}
         self.reached: set[str] = set()
@@ -382,7 +383,13 @@ class Analysis:
             return values[source][index]  # type: ignore[index]
         arguments = fx.node.map_arg(bind(node.target, node.args, node.kwargs), lambda n: values[n])
         call = Call(
-            node, self.algebra, dict(arguments), self.producers, self.counts, self.expected
+            node,
+            self.algebra,
+            dict(arguments),
+            self.producers,
+            self.readers,
+            self.counts,
+            self.expected,
         )
         try:
             return apply_rule(call)
@@ -435,7 +442,7 @@ class Analysis:
                 self.algebra.unite(self.axes[f"{prefix}q_proj_weight", 1], embed, why)
 
     def _groups(self, roots: Atoms, reasons: dict[int, str]) -> tuple[ChannelGroup, ...]:
-        keys = list(self.axes)
+        keys = [key for key in self.axes if key[0] in self.reached]
         sizes = [self.axes[key].size for key in keys]
         flat = roots[np.concatenate([self.axes[key] for key in keys])] if keys else roots[:0]
         which = np.repeat(np.arange(len(keys)), sizes)
@@ -499,13 +506,16 @@ class Analysis:
         return members
 
     def _steps(self, roots: Atoms) -> dict[int, int]:
+        """Return for each unit its channels in the narrowest tensor that a layer makes or reads.
+
+        A layer that makes a channel several times over (for queries, keys and values, or for a
+        pixel shuffle) does not make the group wider.
+        """
         steps: dict[int, int] = {}
-        for site in self.producers:
-            if site.depthwise:  # as wide as what it runs over, and rightly so
-                continue
+        for site in [*self.producers, *self.readers]:
             found, counts = np.unique(roots[site.atoms], return_counts=True)
             for root, count in zip(found.tolist(), counts.tolist(), strict=True):
-                steps[root] = max(steps.get(root, 0), count)
+                steps[root] = min(steps.get(root, count), count)
         return steps
 
     def _layers(self, roots: Atoms) -> dict[int, list[str]]:

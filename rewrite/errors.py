@@ -14,6 +14,7 @@
     ├── RecipeError                a recipe file: not TOML, unknown keys, wrong values
     ├── ArtifactError              saved models: truncated, not ours, made by another version,
     │                              or not fitting the factory
+    ├── ModelError                 a model named on the command line: not found, or it did not build
     ├── MeasureError               a measurement that could not be made
     └── ReportError                a comparison's JSON, or a threshold on it, that cannot be read
 
@@ -28,6 +29,7 @@ __all__ = [
     "CaptureError",
     "InputError",
     "MeasureError",
+    "ModelError",
     "NoEffectWarning",
     "OptionError",
     "OrderError",
@@ -88,6 +90,10 @@ class RecipeError(PocketizeError):
 
 class ArtifactError(PocketizeError):
     """A saved model that cannot be read or does not fit the factory it is loaded into."""
+
+
+class ModelError(PocketizeError):
+    """A model named on the command line cannot be found or built."""
 
 
 class MeasureError(PocketizeError):

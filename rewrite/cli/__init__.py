@@ -1,1 +1,110 @@
-"""Placeholder."""
+"""The command ``pocketize``: arguments in, text out; everything else is the library's.
+
+Data goes to stdout; progress, warnings and errors go to stderr. Exit codes: 0 done; 1 a check
+failed (a budget exceeded, or nothing changed under ``--strict``); 2 the command was given wrongly;
+3 the rewrite failed.
+"""
+
+from __future__ import annotations
+
+__all__ = ["main"]
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+
+from pocketize.cli.common import FAILED, USAGE, CheckFailed, UsageError, note
+from pocketize.cli.parser import build_parser
+from pocketize.errors import (
+    InputError,
+    ModelError,
+    OptionError,
+    OrderError,
+    PatternError,
+    PocketizeError,
+    RecipeError,
+    RegistryError,
+    ReportError,
+)
+
+_WRONGLY_GIVEN = (
+    InputError,
+    ModelError,
+    OptionError,
+    OrderError,
+    PatternError,
+    RecipeError,
+    RegistryError,
+    ReportError,
+    UsageError,
+)
+_INTERRUPTED = 130  # what a shell reports of a process that SIGINT ended
+_BROKEN_PIPE = 141  # and SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as leaving:  # --help, --version, or wrong arguments
+        return leaving.code if isinstance(leaving.code, int) else USAGE
+    try:
+        with _logging(args.verbose), _current_folder_importable():
+            code: int = args.run(args)
+            sys.stdout.flush()  # so that a reader that has gone shows here
+            return code
+    except BrokenPipeError:
+        # whoever read has seen enough, as in `pocketize zoo | head -1`; without this, Python would
+        # complain again when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        note("interrupted")
+        return _INTERRUPTED
+    except (PocketizeError, UsageError) as error:
+        if args.debug:
+            traceback.print_exc()
+        note(f"{'nothing done' if isinstance(error, CheckFailed) else 'error'}: {error}")
+        if isinstance(error, CheckFailed):
+            return error.code
+        return USAGE if isinstance(error, _WRONGLY_GIVEN) else FAILED
+
+
+@contextlib.contextmanager
+def _logging(verbose: bool) -> Iterator[None]:
+    logger = logging.getLogger("pocketize")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("pocketize: %(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    """Search the current folder for ``package.module:factory``, as ``python -m`` does."""
+    folder = os.getcwd()
+    if folder in sys.path:
+        yield
+        return
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # somebody else may have removed it
+            sys.path.remove(folder)

@@ -66,7 +66,8 @@ class Step:
         """Do the step, from the same random state every time.
 
         Args:
-            enter: told the phases as they begin: ``"forward"``, ``"backward"``, ``"optimizer"``, ``"end"``.
+            enter: told as the phases begin: ``"forward"``, ``"backward"``, ``"optimizer"``,
+                ``"end"``.
 
         Raises:
             MeasureError: there is nothing to differentiate.

@@ -121,8 +121,8 @@ def convolution(call: Call) -> Result:
         call.unite(atoms, into)
     if bias is not None:
         call.unite(out, call.alone(bias, 0))
-    depthwise = groups > 1 and weight.shape[0 if transposed else 1] == (groups if transposed else 1)
-    call.produce(out, depthwise=depthwise)
+    call.read(atoms)
+    call.produce(out)
     rest = x.off(channel)
     return Value(call.shape, (*rest, _along(out, channel, x.ndim)) if out is not None else rest)
 
@@ -184,7 +184,9 @@ def linear(call: Call) -> Result:
         return Value(call.shape)
     last = x.ndim - 1
     if weight.shape[1] > 1:
-        call.unite(call.alone(x, last), call.alone(weight, 1))
+        atoms = call.alone(x, last)
+        call.unite(atoms, call.alone(weight, 1))
+        call.read(atoms)
     out = call.alone(weight, 0)
     if bias is not None:
         call.unite(out, call.alone(bias, 0))
@@ -220,6 +222,7 @@ def channel_norm(call: Call) -> Result:
         parameter: Value | None = call.get(name)
         if isinstance(parameter, Value) and parameter.ndim and parameter.shape[0] > 1:
             call.unite(atoms, call.alone(parameter, 0))
+    call.read(atoms)
     call.count("num_features", atoms)
     if _is_list(call):
         return [Value(call.shapes[0], x.labels), *map(Value, call.shapes[1:])]
@@ -241,6 +244,7 @@ def group_norm(call: Call) -> Result:
     elif atoms is not None and groups > 1:
         runs = atoms.reshape(groups, -1)
         call.unite(runs, runs[:1])
+    call.read(atoms)
     call.count("num_channels", atoms)
     return call.like("input")
 

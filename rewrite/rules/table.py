@@ -66,13 +66,11 @@ class Site:
         module: path of the module whose forward ran.
         atoms: one atom per index.
         attribute: for counts, the attribute of the module that equals the number of indices.
-        depthwise: for producers, whether each input channel makes its own outputs.
     """
 
     module: str
     atoms: Atoms
     attribute: str = ""
-    depthwise: bool = False
 
 
 @dataclass
@@ -84,6 +82,7 @@ class Call:
         algebra: unites and freezes atoms.
         arguments: the arguments by their schema names, tensors as :class:`Value`.
         producers: where new channels come from (convolutions, linear layers).
+        readers: layers with the channels that they read.
         counts: module attributes that must follow a number of channels.
         expected: arguments that must follow a number of channels, for the check.
     """
@@ -92,6 +91,7 @@ class Call:
     algebra: Algebra
     arguments: dict[str, Any]
     producers: list[Site] = field(default_factory=list)
+    readers: list[Site] = field(default_factory=list)
     counts: list[Site] = field(default_factory=list)
     expected: dict[fx.Node, dict[str, Atoms]] = field(default_factory=dict)
 
@@ -161,10 +161,15 @@ class Call:
         labels = [self.algebra.whole(label, here, reason) for label in value.labels]
         return Value(value.shape, tuple(x for x in labels if x.size > 1))
 
-    def produce(self, atoms: Atoms | None, *, depthwise: bool = False) -> None:
+    def produce(self, atoms: Atoms | None) -> None:
         """Note that this layer makes these channels."""
         if atoms is not None:
-            self.producers.append(Site(self.module, atoms, depthwise=depthwise))
+            self.producers.append(Site(self.module, atoms))
+
+    def read(self, atoms: Atoms | None) -> None:
+        """Note that this layer reads these channels."""
+        if atoms is not None:
+            self.readers.append(Site(self.module, atoms))
 
     def count(self, attribute: str, atoms: Atoms | None) -> None:
         """Note that an attribute of the module equals the number of these channels."""
