@@ -29,7 +29,9 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
     try:
         # opened here and not by tempfile, so that the file gets the rights that the umask says
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        rights = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(rights)  # the writer may have made a file of its own in its place
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         _check(target, path, overwrite)  # somebody may have been faster

@@ -139,7 +139,10 @@ def _compare(
             return _mismatch(channels, stays, where, text)
         for argument, atoms in channels.expected.get(before, {}).items():
             count = int(stays[atoms].sum())
-            given = bind(after.target, after.args, after.kwargs)[argument]
+            bound = bind(after.target, after.args, after.kwargs)
+            given = bound[argument]
+            if given < 0:  # counted from the end
+                given += after.all_input_nodes[0].meta["val"].shape[bound["dim"]]
             if given != count:
                 text = f"expected {argument}={count}, got {given}"
                 return _mismatch(channels, stays, where, text)

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 
 from pocketize.cli.common import FAILED, USAGE, CheckFailed, UsageError, note
@@ -59,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:  # --help, --version, or wrong arguments
         return leaving.code if isinstance(leaving.code, int) else USAGE
     try:
-        with _logging(args.verbose), _current_folder_importable():
+        with _logging(args.verbose), _current_folder_importable(), warnings.catch_warnings():
+            # copying a program that torch exported makes torch warn of its own code
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
             code: int = args.run(args)
             sys.stdout.flush()  # so that a reader that has gone shows here
             return code

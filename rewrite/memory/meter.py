@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["measure", "measure_here"]
+__all__ = ["loaded_bytes", "measure", "measure_here"]
 
 import dataclasses
 import statistics
@@ -150,7 +150,7 @@ def _measure_on(
         step.run()
         highest = process.peak()
         if highest is not None:
-            rss = highest - resident + _loaded_bytes(stage)
+            rss = highest - resident + loaded_bytes(stage)
 
     trace = _track(stage, step)
     categories = dict(trace.categories)
@@ -182,7 +182,7 @@ def _measure_on(
 
 def _track(stage: Stage, step: Step) -> Trace:
     paths = ModulePaths(stage.model)
-    tracker = LiveTracker(stage.device, paths.current)
+    tracker = LiveTracker(stage.device, paths.current, fake=stage.fake)
     step.clear()
     for path, module in stage.model.named_modules():
         tracker.assign("parameters", held_tensors(module), path)
@@ -236,8 +236,8 @@ def _synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def _loaded_bytes(stage: Stage) -> int:
-    """Bytes of the model and its inputs, which were in memory before the first step."""
+def loaded_bytes(stage: Stage) -> int:
+    """Return the bytes of a model and its inputs, which are there before the first step."""
     tensors = [t for module in stage.model.modules() for t in held_tensors(module)]
     storages = {s._cdata: s for t in [*tensors, *stage.inputs.tensors()] for s in storages_of(t)}
     return sum(storage.nbytes() for storage in storages.values())

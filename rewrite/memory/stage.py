@@ -45,6 +45,7 @@ class Stage:
         inputs: its inputs, on its device.
         device: where its tensors are.
         description: the device as the report names it.
+        fake: the tensors are fake.
         like_cuda: tensors on the CPU stand for a GPU's.
         active: context to run in: the fake mode, or nothing.
     """
@@ -53,6 +54,7 @@ class Stage:
     inputs: Inputs
     device: torch.device
     description: str
+    fake: bool = False
     like_cuda: bool = False
     active: AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
 
@@ -115,7 +117,15 @@ def fake_stage(model: nn.Module, inputs: Any, device: torch.device | None) -> St
     with fakes:
         moved = fake_inputs(given, copy, place)
     name = _describe(place) if present else f"{wanted.type} (on CPU fakes)"
-    return Stage(copy, moved, place, name, wanted.type == "cuda" and not present, fakes)
+    return Stage(
+        copy,
+        moved,
+        place,
+        name,
+        fake=True,
+        like_cuda=wanted.type == "cuda" and not present,
+        active=fakes,
+    )
 
 
 def real_inputs(given: Inputs, model: nn.Module, place: torch.device) -> Inputs:

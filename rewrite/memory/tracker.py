@@ -76,11 +76,15 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         device: only tensors on devices of this type count.
         where: tells the path of the module at work when a tensor is made.
+        fake: follow fake tensors, and not the real scalars that are about to become fake.
     """
 
-    def __init__(self, device: torch.device, where: Callable[[], str]) -> None:
+    def __init__(
+        self, device: torch.device, where: Callable[[], str], *, fake: bool = False
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device.type
+        self._memory = "meta" if fake else device.type
         self._where = where
         self._phase = ""
         self._live: dict[int, _Record] = {}
@@ -152,7 +156,9 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._see(storage)
 
     def _storages(self, tensor: Tensor) -> list[torch.UntypedStorage]:
-        return storages_of(tensor) if tensor.device.type == self._device else []
+        if tensor.device.type != self._device:
+            return []
+        return [s for s in storages_of(tensor) if s.device.type == self._memory]
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, storage.nbytes()

@@ -327,26 +327,26 @@ def pad(call: Call) -> Result:
     amounts = list(call.get("pad") or call.get("padding"))
     mode = "constant" if call.operator == "aten.constant_pad_nd" else call.get("mode", "")
     labels: list[Atoms] = []
+    padded = {a for a in range(value.ndim) if any(_around(amounts, value.ndim, a))}
     for label in value.labels:
-        for axis in axes_of(label):
-            after = amounts[2 * (value.ndim - 1 - axis) : 2 * (value.ndim - axis)]
-            if not any(after):
-                continue
+        if len(axes_of(label)) > 1:
+            label = call.algebra.whole(label, padded, f"{call.where} needs the axis whole")
+        for axis in padded & set(axes_of(label)):
             if mode != "constant":
                 call.algebra.freeze(label, f"{call.where} pads it with its own values")
-            widths = [
-                tuple(max(x, 0) for x in after) if a == axis else (0, 0) for a in range(value.ndim)
-            ]
+            low, high = _around(amounts, value.ndim, axis)
+            widths = [(max(low, 0), max(high, 0)) if a == axis else (0, 0) for a in range(label.ndim)]
             label = np.pad(label, widths, constant_values=FROZEN)
-            low, high = (max(-x, 0) for x in after)
-            label = label[
-                tuple(
-                    slice(low, label.shape[axis] - high) if a == axis else slice(None)
-                    for a in range(value.ndim)
-                )
-            ]
-        labels.append(label)
+            label = label.take(range(max(-low, 0), label.shape[axis] - max(-high, 0)), axis)
+        if axes_of(label):
+            labels.append(label)
     return Value(call.shape, tuple(labels))
+
+
+def _around(amounts: Sequence[int], rank: int, axis: int) -> tuple[int, int]:
+    """Return the padding before and after an axis; pairs are given from the last axis on."""
+    pair = amounts[2 * (rank - 1 - axis) : 2 * (rank - axis)]
+    return (pair[0], pair[1]) if pair else (0, 0)
 
 
 @channel_rule("aten.pixel_shuffle", "aten.pixel_unshuffle")
