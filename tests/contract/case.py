@@ -6,7 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,6 +51,29 @@ class Case:
     plan: PassPlan | None = None
     net: Net | None = None
     repeatable: bool = True
+
+    _runs: dict[tuple[bool, bool | None], Any] = field(default_factory=dict, init=False)
+
+    def output(self, *, rewritten: bool, train: bool | None) -> Any:
+        """A forward of a copy of either side, run once for all checks.
+
+        The random numbers it draws are the same on both sides and on every call.
+
+        Args:
+            rewritten: of the rewritten model, otherwise of the original.
+            train: the mode; None as the flags stand, module by module.
+        """
+        key = rewritten, train
+        if key not in self._runs:
+            self._runs[key] = self.run(self.fresh() if rewritten else self.build(), train)
+        return self._runs[key]
+
+    def run(self, model: nn.Module, train: bool | None) -> Any:
+        """The same of any model, which keeps the mode."""
+        if train is not None:
+            model.train(train)
+        with seeded(), torch.no_grad():
+            return self.inputs.call(model)
 
     def fresh(self) -> nn.Module:
         """A copy of the rewritten model that a check may change."""

@@ -116,21 +116,12 @@ def same_keys(case: Case) -> None:
     case.fresh().load_state_dict(new.state_dict(), strict=True)
 
 
-def _run(case: Case, model: nn.Module, mode: bool | None) -> Any:
-    """A forward of a copy, with a random state of its own; mode None: as the flags stand."""
-    model = clone(model)
-    if mode is not None:
-        model.train(mode)
-    with seeded(), torch.no_grad():
-        return case.inputs.call(model)
-
-
 @check
 def same_outputs_in_shape(case: Case) -> None:
     """Containers, keys, shapes and dtypes of the output, as the modes stand, in eval and train."""
     for mode in (None, False, True):
-        before = trees.structure(_run(case, case.build(), mode))
-        after = trees.structure(_run(case, case.rewritten, mode))
+        before = trees.structure(case.output(rewritten=False, train=mode))
+        after = trees.structure(case.output(rewritten=True, train=mode))
         assert before == after, f"train={mode}: expected {before}, got {after}"
 
 
@@ -289,13 +280,14 @@ def idempotent(case: Case) -> None:
     )
 
 
-def _same_values(case: Case, a: nn.Module, b: nn.Module) -> None:
+def _same_values(case: Case, twin: nn.Module) -> None:
+    """The twin computes in eval mode what the rewritten model does."""
     if not case.repeatable:
         return
-    first, second = (list(trees.tensors(_run(case, model, False))) for model in (a, b))
-    for index, (x, y) in enumerate(zip(first, second, strict=True)):
-        assert torch.equal(x, y) or (x.isnan() == y.isnan()).all(), f"output {index} differs"
-        assert torch.allclose(x.double(), y.double(), equal_nan=True), f"output {index} differs"
+    expected = trees.tensors(case.output(rewritten=True, train=False))
+    found = trees.tensors(case.run(clone(twin), False))
+    for index, (a, b) in enumerate(zip(expected, found, strict=True)):
+        assert torch.allclose(a.double(), b.double(), equal_nan=True), f"output {index} differs"
 
 
 @check
@@ -311,7 +303,7 @@ def copies(case: Case) -> None:
         if t.numel() and t.untyped_storage().data_ptr() in mine
     )
     assert history(twin) == history(case.rewritten), "the copy lost its history"
-    _same_values(case, case.rewritten, twin)
+    _same_values(case, twin)
 
 
 @check
@@ -326,7 +318,7 @@ def pickles(case: Case) -> None:
     buffer.seek(0)
     twin = torch.load(buffer, weights_only=False)
     assert history(twin) == history(case.rewritten), "pickling lost the history"
-    _same_values(case, case.rewritten, twin)
+    _same_values(case, twin)
 
 
 @check
@@ -360,9 +352,10 @@ def finite(case: Case) -> None:
         if bool(before[name].isfinite().all()) and not bool(tensor.isfinite().all())
     )
     for mode in (False, True):
-        if all(t.isfinite().all() for t in trees.tensors(_run(case, case.build(), mode))):
-            outputs = trees.tensors(_run(case, case.rewritten, mode))
-            assert all(t.isfinite().all() for t in outputs), f"train={mode}: output not finite"
+        old, new = (case.output(rewritten=side, train=mode) for side in (False, True))
+        if all(t.isfinite().all() for t in trees.tensors(old)):
+            good = all(t.isfinite().all() for t in trees.tensors(new))
+            assert good, f"train={mode}: the output is not finite"
 
 
 @check
