@@ -15,8 +15,8 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from pocketize.base import Guarantee, Pass, Proposal, Refusal, Target
-from pocketize.channels import ChannelGroup, ChannelGroups
 from pocketize.errors import OptionError, RewriteError
+from pocketize.groups import ChannelGroup, ChannelGroups
 from pocketize.widths import resize_groups
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 __all__ = [
     "Analysis",
     "Captured",
+    "ChannelGroup",
     "ChannelGroups",
     "Guarantee",
     "Pass",
@@ -42,8 +43,9 @@ from typing import TYPE_CHECKING, Any
 
 from pocketize.base import Guarantee, Pass, PassRecord
 from pocketize.capture import Captured, capture
-from pocketize.channels import Analysis, ChannelGroups, analyse
+from pocketize.channels import Analysis, analyse
 from pocketize.errors import PocketizeError
+from pocketize.groups import ChannelGroup, ChannelGroups
 from pocketize.pipeline import Plan, history, plan, pocketize, replay, rewrite
 from pocketize.rules import channel_rule
 from pocketize.version import VERSION as __version__
@@ -51,7 +53,7 @@ from pocketize.version import VERSION as __version__
 if TYPE_CHECKING:
     from pocketize.artifact import load, save
     from pocketize.memory import measure
-    from pocketize.report import compare
+    from pocketize.report.compare import compare
 
 _LATER = {
     "compare": "pocketize.report",

@@ -63,8 +63,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pocketize.capture import Captured
-    from pocketize.channels import ChannelGroups
     from pocketize.edits import Edit
+    from pocketize.groups import ChannelGroups
     from pocketize.inputs import Inputs
 
 _P = TypeVar("_P", bound="Pass")

@@ -19,6 +19,7 @@ from __future__ import annotations
 __all__ = [
     "Captured",
     "Recorder",
+    "Studio",
     "capture",
     "find_tensors",
     "quiet_recording",
@@ -42,6 +43,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 from torch.utils import _pytree as pytree
@@ -116,8 +118,9 @@ def settle_inputs(model: nn.Module, inputs: Any) -> Inputs:
     for guess in guess_inputs(model):
         candidate = to_model(guess, model)
         try:
+            studio = Studio(model)
             for train in (False, True):
-                _capture(model, candidate, train)
+                studio.shoot(candidate, train=train)
         except CaptureError as error:
             tried.append(f"  {candidate.describe()}: {error}")
         else:
@@ -129,17 +132,37 @@ def settle_inputs(model: nn.Module, inputs: Any) -> Inputs:
 
 
 def _capture(model: nn.Module, inputs: Inputs, train: bool) -> Captured:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        copy = fake_clone(model, mode)
-        with mode:
-            return record(copy, inputs.map(mode.from_tensor), train=train)
-    except CaptureError as error:
-        if not isinstance(error.__cause__, _DATA_DEPENDENT):
-            raise
-    # A branch depends on values: run it on real ones, and keep only the branch taken.
-    captured = record(clone(model), inputs.map(lambda t: t.detach().clone()), train=train)
-    return dataclasses.replace(captured, real=True)
+    return Studio(model).shoot(inputs, train=train)
+
+
+class Studio:
+    """Records one model several times: at several sizes, in both modes, on one fake copy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._copy = fake_clone(model, self.mode)
+
+    def shoot(self, inputs: Inputs, *, train: bool) -> Captured:
+        """Record the model's forward.
+
+        Args:
+            inputs: real or fake inputs on the model's device.
+            train: in training instead of evaluation mode.
+
+        Raises:
+            CaptureError: the forward raised.
+        """
+        fakes = inputs.map(lambda t: t if isinstance(t, FakeTensor) else self.mode.from_tensor(t))
+        try:
+            with self.mode:
+                return record(self._copy, fakes, train=train)
+        except CaptureError as error:
+            if not isinstance(error.__cause__, _DATA_DEPENDENT):
+                raise
+        # A branch depends on values: run it on real ones, and keep only the branch taken.
+        real = inputs.map(lambda t: t.detach().clone())
+        return dataclasses.replace(record(clone(self.model), real, train=train), real=True)
 
 
 def record(model: nn.Module, inputs: Inputs, *, train: bool) -> Captured:
@@ -170,11 +193,11 @@ def record(model: nn.Module, inputs: Inputs, *, train: bool) -> Captured:
     return recorder.finish(output, inputs, train)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dispatch mode that writes every operator into a ``torch.fx`` graph."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.model = model
         self.path = ""
@@ -307,7 +330,8 @@ def quiet_recording(model: nn.Module) -> Iterator[None]:
     What hooks of the model write into their closures is undone too.
     """
     python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.is_initialized() and torch.cuda.get_rng_state_all()
+    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = cuda and torch.cuda.get_rng_state_all()
     fastpath = torch.backends.mha.get_fastpath_enabled()
     # A shape that does not fit is an answer here; torch logs it as an error with its traceback.
     fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
@@ -315,7 +339,7 @@ def quiet_recording(model: nn.Module) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     random.seed(0)
     np.random.seed(0)
-    torch.random.default_generator.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     try:
         with warnings.catch_warnings(), quiet_hooks(model):
             warnings.simplefilter("ignore")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from pocketize.errors import CaptureError
 
@@ -51,7 +51,7 @@ def fake_clone(
     """
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedTensorMixin):
+        if isinstance(parameter, UninitializedParameter | UninitializedBuffer):
             raise CaptureError(
                 f"{name} of {type(model).__name__} is not initialised yet (a lazy module); "
                 "run the model once on real data, then pass it here"

@@ -3,8 +3,8 @@
 ::
 
     PocketizeError                 catch this to catch all of them
-    ├── InputError                 example inputs: unreadable text, wrong rank, none could be guessed
-    ├── CaptureError               the model did not run, or could not be copied, while it was recorded
+    ├── InputError                 example inputs: unreadable, wrong, or none could be guessed
+    ├── CaptureError               the model could not be copied, or did not run when recorded
     ├── OptionError                an option of a pass: unknown, of the wrong type, out of range
     ├── PatternError               a path pattern that matches nothing in the model
     ├── RewriteError               a rewrite that failed; the caller's model is as it was

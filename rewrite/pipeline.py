@@ -10,6 +10,7 @@ from __future__ import annotations
 
 __all__ = ["PassPlan", "Plan", "history", "plan", "pocketize", "replay", "rewrite"]
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ from pocketize.capture import settle_inputs
 from pocketize.clone import clone, fake_clone
 from pocketize.edits import Edit, Redraw, edit_from_json
 from pocketize.errors import NoEffectWarning, OrderError, RewriteError
-from pocketize.inputs import Inputs
 from pocketize.planner import settle_proposal
 from pocketize.registry import get_pass, parse_pass
 from pocketize.surgery import apply_edits
@@ -139,7 +139,8 @@ class Plan:
             RewriteError: the model is no longer the one that was planned for; it is unchanged.
         """
         steps = [p.edits for p in self.passes]
-        _rehearse(self.model, steps)
+        if inplace:
+            _rehearse(self.model, steps)
         model = self.model if inplace else clone(self.model)
         generator = _generator(model, self.seed)
         for edits in steps:
@@ -337,12 +338,7 @@ def _own_randomness(model: nn.Module, seed: int | None) -> Iterator[torch.Genera
 
 def _outside() -> int:
     """Return the stack level of the caller's own code, for warnings."""
-    import sys
-
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pocketize."):
         frame, level = frame.f_back, level + 1
     return level
-
-
-_ = Inputs

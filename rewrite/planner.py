@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["settle_proposal"]
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import fx, nn
 
 from pocketize.base import Change, Pass, Proposal, Target
 from pocketize.capture import capture
-from pocketize.channels import Analysis, ChannelGroups
+from pocketize.channels import Analysis
 from pocketize.edits import Edit, SetAttribute
 from pocketize.errors import VerifyError
+from pocketize.groups import ChannelGroups
 from pocketize.inputs import Inputs
 from pocketize.verify import Mismatch, check_backward, check_edits
 
@@ -53,6 +54,7 @@ class _Planner:
         self.frozen: dict[int, str] = {}
         self.trailing: frozenset[str] = frozenset()
         self.repairs: list[SetAttribute] = []
+        self.settled: ChannelGroups | None = None
         self.seen: dict[str, int] = {}
 
     def settle(self) -> Proposal:
@@ -89,7 +91,9 @@ class _Planner:
     def _channels(self) -> ChannelGroups:
         if self.analysis is None:
             self.analysis = Analysis(self.model, self.inputs)
-        return self.analysis.settle(self.frozen, self.trailing)
+        if self.settled is None:
+            self.settled = self.analysis.settle(self.frozen, self.trailing)
+        return self.settled
 
     def _edits(self, proposal: Proposal) -> tuple[Edit, ...]:
         return (*proposal.edits, *self.repairs)
@@ -108,6 +112,7 @@ class _Planner:
     def _freeze(self, channels: ChannelGroups, at: Mismatch) -> None:
         """Take back what was assumed of the operator where the prediction failed."""
         self.repairs = []
+        self.settled = None
         split = f"#{at.node.name}"
         pending = [key for key in self._pending() if key.endswith(split)]
         if pending and pending[0] not in self.trailing:
@@ -156,7 +161,7 @@ def _numbers(value: Any) -> Iterator[tuple[str, int]]:
                 yield f".{index}", item
 
 
-def _around(channels: ChannelGroups, node: fx.Node, tried: int) -> Sequence[int]:
+def _around(channels: ChannelGroups, node: fx.Node, tried: int) -> tuple[int, ...]:
     """Return free units of the modules around a node, one level further out each time."""
     path = str(node.meta["module"])
     for _ in range(tried - 1):
@@ -168,4 +173,4 @@ def _around(channels: ChannelGroups, node: fx.Node, tried: int) -> Sequence[int]
         )
         if group.frozen is None and inside:
             units += group.roots.tolist()
-    return units
+    return tuple(units)

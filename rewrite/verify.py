@@ -21,10 +21,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pocketize.capture import Captured, find_tensors, quiet_recording, record
-from pocketize.channels import ChannelGroups
 from pocketize.clone import clone, fake_clone
 from pocketize.edits import Edit
 from pocketize.errors import CaptureError, VerifyError
+from pocketize.groups import ChannelGroups
 from pocketize.labels import Value, axes_of
 from pocketize.rules import bind, operator_name
 from pocketize.surgery import apply_edits
@@ -80,8 +80,10 @@ def check_edits(
         The first mismatch, ``None`` if everything is as predicted.
     """
     stays = channels.survivors_of(edits)
+    copy: nn.Module | None = None
     for index, captured in enumerate(channels.recordings):
-        copy = _edited(model, captured, edits)
+        if copy is None or captured.real:
+            copy = _edited(model, captured, edits)
         try:
             again = record(copy, captured.inputs, train=captured.train)
         except CaptureError as error:
@@ -101,10 +103,7 @@ def check_edits(
 
 
 def _edited(model: nn.Module, captured: Captured, edits: Sequence[Edit]) -> nn.Module:
-    if captured.real:
-        copy = clone(model)
-    else:
-        copy = fake_clone(model, _mode_of(captured))
+    copy = clone(model) if captured.real else fake_clone(model, _mode_of(captured))
     shapes = [edit for edit in edits if edit.kind != "redraw"]
     apply_edits(copy, shapes)
     return copy

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pocketize.base import Change
-from pocketize.channels import ChannelGroup, ChannelGroups
 from pocketize.edits import Edit, Redraw
+from pocketize.groups import ChannelGroup, ChannelGroups
 from pocketize.ranking import rank_units, strongest
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["Call", "Rule", "Site", "apply_rule", "bind", "channel_rule", "has_rule",
+__all__ = [
+    "Call",
+    "Rule",
+    "Site",
+    "apply_rule",
+    "bind",
+    "channel_rule",
+    "has_rule",
     "operator_name",
-    "sums_or_maps"]
+    "sums_or_maps",
+]
 
-from pocketize.rules import contractions, layers, movement  # noqa: F401  (fill the table)
+from pocketize.rules import contractions, layers, movement, parts  # noqa: F401  (fill the table)
 from pocketize.rules.table import (
     Call,
     Rule,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 
-from pocketize.labels import Value, axes_of
+from pocketize.labels import Atoms, Value, axes_of
 from pocketize.rules.table import Call, Result, channel_rule
 
 
@@ -24,8 +24,7 @@ def add_matmul(call: Call) -> Result:
             call.freeze(value)
         return Value(call.shape)
     product = contract(call, left, right)
-    reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
-    return call.algebra.align([product, bias], call.shape, reason)
+    return call.algebra.align([product, bias], call.shape, call.reason)
 
 
 def contract(call: Call, left: Value, right: Value) -> Value:
@@ -85,40 +84,38 @@ def einsum_values(call: Call, values: list[Value], terms: list[str], out: str) -
         out: the letters of the result.
     """
     letters = sorted({x for term in terms for x in term})
-    reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
     spread = []
     sizes = dict.fromkeys(letters, 1)
     for value, term in zip(values, terms, strict=True):
-        order = sorted(range(len(term)), key=lambda axis, term=term: letters.index(term[axis]))
-        shape = [1] * len(letters)
-        for axis, letter in enumerate(term):
-            shape[letters.index(letter)] = value.shape[axis]
-            sizes[letter] = max(sizes[letter], value.shape[axis])
-
-        def place(label, order=order, term=term):  # type: ignore[no-untyped-def]
-            full = [1] * len(letters)
-            for axis in order:
-                full[letters.index(term[axis])] = label.shape[axis]
-            return label.transpose(order).reshape(full)
-
-        spread.append(Value(tuple(shape), tuple(map(place, value.labels))))
-    joined = call.algebra.align(spread, [sizes[x] for x in letters], reason)
+        for letter, size in zip(term, value.shape, strict=True):
+            sizes[letter] = max(sizes[letter], size)
+        shape = [value.shape[term.index(x)] if x in term else 1 for x in letters]
+        labels = [_place(label, term, letters) for label in value.labels]
+        spread.append(Value(tuple(shape), tuple(labels)))
+    joined = call.algebra.align(spread, [sizes[x] for x in letters], call.reason)
+    order = [letters.index(x) for x in out]
     summed = [letters.index(x) for x in letters if x not in out]
     labels = []
     for label in joined.labels:
-        left = call.algebra.share(label, summed, reason)
-        order = [letters.index(x) for x in out]
+        left = call.algebra.share(label, summed, call.reason)
         if axes_of(left):
             moved = left.transpose([*order, *summed])
             labels.append(moved.reshape([left.shape[i] for i in order]))
-    return Value(call.shape, tuple(labels))
+    return Value(tuple(sizes[x] for x in out), tuple(labels))
+
+
+def _place(label: Atoms, term: str, letters: list[str]) -> Atoms:
+    """Return a label with its axes where their letters are among all letters."""
+    here = [x for x in letters if x in term]
+    sizes = [label.shape[term.index(x)] if x in term else 1 for x in letters]
+    return label.transpose([term.index(x) for x in here]).reshape(sizes)
 
 
 @channel_rule("aten.scaled_dot_product_attention")
 def attention(call: Call) -> Result:
     """Attention is two products of matrices; heads stay whole unless a check asks otherwise."""
     query, key, value = call["query"], call["key"], call["value"]
-    lead = string.ascii_lowercase[: query.ndim - 2]
+    lead = string.ascii_lowercase[: query.ndim - 2].upper()
     mask = call.get("attn_mask")
     if isinstance(mask, Value):
         call.freeze(mask, "adds it to the attention of every head")
@@ -175,8 +172,7 @@ def reduce(call: Call) -> Result:
     tensors = call.values()
     value = tensors[0]
     if len(tensors) > 1:
-        reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
-        return call.algebra.align(tensors, call.shape, reason)
+        return call.algebra.align(tensors, call.shape, call.reason)
     dims = call.get("dim")
     if dims is None or dims == []:
         axes = list(range(value.ndim))

@@ -10,6 +10,31 @@ import numpy as np
 from pocketize.labels import Atoms, Value
 from pocketize.rules.table import Call, Result, channel_rule
 
+# These lack torch's tag for element-wise operators.
+_ACTIVATIONS = [
+    "celu",
+    "elu",
+    "gelu",
+    "hardshrink",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "leaky_relu",
+    "log_sigmoid",
+    "mish",
+    "relu",
+    "relu6",
+    "rrelu",
+    "rrelu_with_noise",
+    "selu",
+    "sigmoid",
+    "silu",
+    "softplus",
+    "softshrink",
+    "tanh",
+    "threshold",
+]
+
 
 @channel_rule(
     "pointwise",
@@ -33,13 +58,7 @@ from pocketize.rules.table import Call, Result, channel_rule
     "aten.zero",
     "aten.where",
     "aten.masked_fill",
-    *(
-        f"aten.{name}"
-        for name in (
-            "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log_sigmoid mish "
-            "relu relu6 rrelu rrelu_with_noise selu sigmoid silu softplus softshrink tanh threshold"
-        ).split()
-    ),
+    *(f"aten.{name}" for name in _ACTIVATIONS),
     "aten.real",
     "aten.imag",
     "aten.conj",
@@ -74,8 +93,7 @@ def pointwise(call: Call) -> Result:
     """Operands that meet element by element share their channels."""
     values = [v for v in call.values() if v.ndim <= _rank(call)]
     shape = call.shapes[0] if _is_list(call) else call.shape
-    reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
-    out = call.algebra.align(values, shape, reason)
+    out = call.algebra.align(values, shape, call.reason)
     return [out] * len(call.shapes) if _is_list(call) else out
 
 
@@ -254,11 +272,10 @@ def layer_norm(call: Call) -> Result:
     """Parameters align with the last axes."""
     x: Value = call["input"]
     normalized = list(call["normalized_shape"])
-    reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
     for name in ("weight", "bias"):
         parameter: Value | None = call.get(name)
         if parameter is not None:
-            call.algebra.align([x, parameter], x.shape, reason)
+            call.algebra.align([x, parameter], x.shape, call.reason)
     for offset in range(len(normalized)):
         axis = x.ndim - len(normalized) + offset
         if x.label_on(axis) is not None:
@@ -276,8 +293,7 @@ def prelu(call: Call) -> Result:
     if max(weight.shape, default=1) > 1 and x.ndim > 1:
         axis = 1 if call.operator == "aten.prelu" else None
         if axis is None:
-            reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
-            return call.algebra.align([x, weight], x.shape, reason)
+            return call.algebra.align([x, weight], x.shape, call.reason)
         call.unite(call.alone(x, axis), call.alone(weight, 0))
     return call.like("self")
 
@@ -286,10 +302,8 @@ def prelu(call: Call) -> Result:
 def weight_norm(call: Call) -> Result:
     """Direction and magnitude share the axis that the magnitude lives on."""
     direction: Value = call["v"]
-    reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
-    out = call.algebra.align([direction, call["g"]], direction.shape, reason)
+    out = call.algebra.align([direction, call["g"]], direction.shape, call.reason)
     return [out, call["g"]] if _is_list(call) else out
-
 
 
 def _spatial_rank(operator: str) -> int:

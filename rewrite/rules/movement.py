@@ -1,4 +1,4 @@
-"""Rules of operators that move, join, cut or repeat data."""
+"""Rules of operators that move or repeat data."""
 
 from __future__ import annotations
 
@@ -134,8 +134,7 @@ def expand(call: Call) -> Result:
     """Axes that grow from size 1 take their size from whatever they meet."""
     value, *like = call.values()
     if like:
-        reason = f"{call.where} joins it with an axis that cannot change, such as the input's"
-        return call.algebra.align([value, *like], call.shape, reason)
+        return call.algebra.align([value, *like], call.shape, call.reason)
     rank, extra = len(call.shape), len(call.shape) - value.ndim
     labels = tuple(x.reshape((1,) * extra + x.shape) for x in value.labels)
     grown = [a for a in range(rank) if a < extra or value.shape[a - extra] == 1]
@@ -149,9 +148,10 @@ def repeat(call: Call) -> Result:
     times = list(call.get("repeats") or call.get("dims"))
     times = [1] * (value.ndim - len(times)) + times
     extra = len(times) - value.ndim
+    spread = [label.reshape((1,) * extra + label.shape) for label in value.labels]
     labels = [
-        np.tile(x, [t if s > 1 else 1 for s, t in zip(x.shape, times, strict=True)])
-        for x in (label.reshape((1,) * extra + label.shape) for label in value.labels)
+        np.tile(label, [n if size > 1 else 1 for size, n in zip(label.shape, times, strict=True)])
+        for label in spread
     ]
     grown = [a for a in range(len(times)) if a < extra or value.shape[a - extra] == 1]
     return Value(call.shape, (*labels, *call.algebra.fresh(call.shape, grown)))
@@ -169,132 +169,6 @@ def repeat_interleave(call: Call) -> Result:
     labels = tuple(np.repeat(x, times, axis) if x.shape[axis] > 1 else x for x in value.labels)
     grown = [axis] if value.shape[axis] == 1 else []
     return Value(call.shape, (*labels, *call.algebra.fresh(call.shape, grown)))
-
-
-@channel_rule("aten.cat", "aten.concat", "aten.concatenate")
-def cat(call: Call) -> Result:
-    """Concatenate labels; what has none stands as frozen channels."""
-    # Tensors of shape (0,) may stand in any concatenation; they add nothing.
-    values = [v for v in call["tensors"] if v.shape != (0,)]
-    axis = values[0].axis(call.get("dim", call.get("axis", 0)))
-    flat = []
-    vectors = []
-    for value in values:
-        atoms = call.alone(value, axis)
-        vectors.append(
-            atoms if atoms is not None else np.full(value.shape[axis], FROZEN, dtype=np.int64)
-        )
-        shape = tuple(1 if a == axis else s for a, s in enumerate(value.shape))
-        flat.append(Value(shape, value.off(axis)))
-    shape = tuple(1 if a == axis else s for a, s in enumerate(call.shape))
-    rest = call.algebra.align(flat, shape, f"{call.where} joins it with an axis that cannot change, such as the input's")
-    joined = np.concatenate(vectors)
-    if (joined == FROZEN).all():
-        return Value(call.shape, rest.labels)
-    along = joined.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    return Value(call.shape, (*rest.labels, along))
-
-
-@channel_rule("aten.stack")
-def stack(call: Call) -> Result:
-    """Stacked tensors must agree on every channel."""
-    values = call["tensors"]
-    joined = call.algebra.align(values, values[0].shape, f"{call.where} needs equal sizes")
-    axis = call.get("dim", 0) % len(call.shape)
-    labels = tuple(np.expand_dims(label, axis) for label in joined.labels)
-    return Value(call.shape, labels)
-
-
-@channel_rule("aten.chunk", "aten.split", "aten.split_with_sizes", "aten.tensor_split")
-def split(call: Call) -> Result:
-    """Even parts keep the same positions; uneven ones are taken for the sizes of layers."""
-    value: Value = call.values()[0]
-    axis = value.axis(call.get("dim", 0))
-    shapes = call.shapes
-    atoms = call.alone(value, axis)
-    if atoms is None:
-        return [Value(shape, value.labels) for shape in shapes]
-    if len({shape[axis] for shape in shapes}) == 1:
-        parts = atoms.reshape(len(shapes), -1)
-        call.unite(parts, parts[:1])
-    cuts = np.cumsum([shape[axis] for shape in shapes])[:-1]
-    along = [-1 if a == axis else 1 for a in range(value.ndim)]
-    rest = value.off(axis)
-    return [
-        Value(shape, (*rest, part.reshape(along)) if part.size > 1 else rest)
-        for shape, part in zip(shapes, np.split(atoms, cuts), strict=True)
-    ]
-
-
-@channel_rule("aten.slice", "aten.narrow")
-def slice_(call: Call) -> Result:
-    """A slice that is one of several equal parts is taken for an even split.
-
-    Any other is taken for the sizes of layers; the check compares its bounds with the prediction.
-    """
-    value: Value = call.values()[0]
-    axis = value.axis(call.get("dim", 0))
-    full, size = value.shape[axis], call.shape[axis]
-    atoms = None if size == full else call.alone(value, axis)
-    if atoms is None:
-        return Value(call.shape, value.labels)
-    start, step = call.get("start") or 0, call.get("step", 1)
-    start = max(start + full, 0) if start < 0 else start
-    if step > 1:
-        if full % step == 0 and size == full // step:
-            runs = atoms.reshape(-1, step)
-            call.unite(runs, runs[:, :1])
-        else:
-            call.algebra.freeze(atoms, f"{call.where} takes every {step}th of a part")
-    elif size and full % size == 0 and start % size == 0:
-        parts = atoms.reshape(-1, size)
-        call.unite(parts, parts[:1])
-    if step == 1 and start:
-        call.expect("start", atoms[:start])
-    part = atoms[start::step][:size]
-    along = part.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
-    return Value(call.shape, (*value.off(axis), along) if part.size > 1 else value.off(axis))
-
-
-@channel_rule("aten.select", "aten.unbind")
-def select(call: Call) -> Result:
-    """Picking by index needs the axis whole."""
-    value: Value = call.values()[0]
-    axis = value.axis(call.get("dim", 0))
-    kept = call.whole(value, [axis])
-    labels = tuple(x.squeeze(axis) for x in kept.labels)
-    if isinstance(call.node.meta["val"], tuple | list):
-        return [Value(shape, labels) for shape in call.shapes]
-    return Value(call.shape, labels)
-
-
-@channel_rule("aten.index")
-def index(call: Call) -> Result:
-    """Indexing by one integer tensor on an axis without channels moves the others along."""
-    value: Value = call.values()[0]
-    indices = list(call["indices"])
-    given = [(axis, x) for axis, x in enumerate(indices) if x is not None]
-    if len(given) != 1 or math.prod(call.shape) == 0:
-        call.freeze(value, "indexes it with tensors")
-        return Value(call.shape)
-    axis, at = given[0]
-    kept = call.whole(value, [axis])
-    inserted = len(call.shape) - value.ndim + 1
-    if inserted != at.ndim:  # a boolean mask over several axes
-        call.freeze(value, "indexes it with a mask")
-        return Value(call.shape)
-    labels = tuple(
-        x.reshape(*x.shape[:axis], *([1] * inserted), *x.shape[axis + 1 :]) for x in kept.labels
-    )
-    return Value(call.shape, labels)
-
-
-@channel_rule("aten.index_select")
-def index_select(call: Call) -> Result:
-    """Selecting along an axis needs it whole; other axes keep their channels."""
-    value: Value = call.values()[0]
-    kept = call.whole(value, [call["dim"]])
-    return Value(call.shape, kept.labels)
 
 
 @channel_rule("aten.flip")
@@ -335,7 +209,9 @@ def pad(call: Call) -> Result:
             if mode != "constant":
                 call.algebra.freeze(label, f"{call.where} pads it with its own values")
             low, high = _around(amounts, value.ndim, axis)
-            widths = [(max(low, 0), max(high, 0)) if a == axis else (0, 0) for a in range(label.ndim)]
+            widths = [
+                (max(low, 0), max(high, 0)) if a == axis else (0, 0) for a in range(label.ndim)
+            ]
             label = np.pad(label, widths, constant_values=FROZEN)
             label = label.take(range(max(-low, 0), label.shape[axis] - max(-high, 0)), axis)
         if axes_of(label):
@@ -397,23 +273,13 @@ def im2col(call: Call) -> Result:
     return Value(call.shape, (run.reshape(shape),))
 
 
-@channel_rule("aten.glu")
-def glu(call: Call) -> Result:
-    """A gated linear unit cuts an axis into two equal halves."""
-    value: Value = call.values()[0]
-    axis = value.axis(call.get("dim", -1))
-    atoms = call.alone(value, axis)
-    if atoms is None:
-        return Value(call.shape, value.labels)
-    halves = atoms.reshape(2, -1)
-    call.unite(halves[0], halves[1])
-    along = halves[0].reshape([-1 if a == axis else 1 for a in range(value.ndim)])
-    return Value(call.shape, (*value.off(axis), along) if along.size > 1 else value.off(axis))
-
-
 @channel_rule(
-    *(f"aten.fft_{inverse}{kind}{n}" for inverse in ("", "i") for kind in ("fft", "rfft")
-      for n in ("", "2", "n")),
+    *(
+        f"aten.fft_{inverse}{kind}{n}"
+        for inverse in ("", "i")
+        for kind in ("fft", "rfft")
+        for n in ("", "2", "n")
+    ),
     *(f"aten.fft_{name}" for name in ("hfft", "ihfft", "fftshift", "ifftshift")),
 )
 def fourier(call: Call) -> Result:

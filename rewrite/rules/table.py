@@ -119,6 +119,11 @@ class Call:
         return f"{self.operator} at {source}" if source else self.operator
 
     @property
+    def reason(self) -> str:
+        """Why channels freeze that this operator joins with an axis of fixed size."""
+        return f"{self.where} joins it with an axis that cannot change, such as the input's"
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the result."""
         return tuple(self.node.meta["val"].shape)
@@ -144,11 +149,13 @@ class Call:
     def unite(self, a: Atoms | None, b: Atoms | None) -> None:
         """Unite two vectors of atoms; where one is missing (a fixed axis) freeze the other."""
         if a is not None and b is not None:
-            self.algebra.unite(a, b, f"{self.where} joins it with channels that cannot change")
+            self.algebra.unite(a, b, self.reason)
         elif a is not None or b is not None:
             atoms = a if a is not None else b
             assert atoms is not None
-            self.algebra.freeze(atoms, f"{self.where} joins it with an axis that cannot change, such as the input's")
+            self.algebra.freeze(
+                atoms, f"{self.where} joins it with an axis that cannot change, such as the input's"
+            )
 
     def alone(self, value: Value, axis: int) -> Atoms | None:
         """Return the atoms along one axis as a vector, ``None`` if it has none."""
