@@ -225,9 +225,13 @@ def _modules(document: Document) -> Iterator[Block]:
     rows = []
     for held in document.modules:
         _, *figures = _row("", held.before, held.after, bytes_text)
-        rows.append((Code(held.path) if held.path else "(the network itself)", *figures))
+        rows.append((_place(held.path), *figures))
     yield Heading("Modules that hold most at the training peak")
     yield Table(("module", "before", "after", "ratio"), tuple(rows), right=3)
+
+
+def _place(path: str) -> Cell:
+    return Code(path) if path else "(the network itself)"
 
 
 def _rewrites(rewrites: tuple[Rewrite, ...]) -> Iterator[Block]:
@@ -236,29 +240,31 @@ def _rewrites(rewrites: tuple[Rewrite, ...]) -> Iterator[Block]:
         yield Paragraph("No pass of pocketize is recorded in the second network.")
     for rewrite in rewrites:
         options = ", ".join(f"{name}={value!r}" for name, value in sorted(rewrite.options.items()))
-        call = f"{rewrite.name}({options})"
+        call = f"{rewrite.name}({options})" if options else rewrite.name
         yield Paragraph(
             f"{call}, {rewrite.guarantee}: {len(rewrite.changed)} changed, "
             f"{len(rewrite.refused)} refused."
         )
         if rewrite.changed:
-            yield _rows(("changed", "what", "why"), rewrite.changed)
+            yield _rows("changed", rewrite.changed)
         if rewrite.refused:
-            yield _rows(("refused", "why"), rewrite.refused)
+            yield _rows("refused", rewrite.refused)
         for note in rewrite.notes:
             yield Paragraph(note)
 
 
-def _rows(columns: tuple[str, ...], rows: tuple[RewriteRow, ...]) -> Table:
-    with_what = "what" in columns
-    shown: list[tuple[Cell, ...]] = [
-        (Code(row.path), row.what, row.why) if with_what else (Code(row.path), row.why)
-        for row in rows[:SHOWN]
-    ]
+def _rows(title: str, rows: tuple[RewriteRow, ...]) -> Table:
+    """A table of what was changed or refused; columns in which nothing stands are left out."""
+    columns: list[tuple[str, list[Cell]]] = [(title, [_place(row.path) for row in rows])]
+    for name in ("what", "why"):
+        cells: list[Cell] = [getattr(row, name) for row in rows]
+        if any(cells):
+            columns.append((name, cells))
+    shown = [tuple(cells) for cells in zip(*(cells[:SHOWN] for _, cells in columns), strict=True)]
     if len(rows) > SHOWN:
         rest = f"and {len(rows) - SHOWN} more, all of them in the JSON"
         shown.append((rest, *[""] * (len(columns) - 1)))
-    return Table(columns, tuple(shown))
+    return Table(tuple(name for name, _ in columns), tuple(shown))
 
 
 def _environment(document: Document) -> Iterator[Block]:

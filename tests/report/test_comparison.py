@@ -146,3 +146,11 @@ def test_peaks_of_a_shared_process_are_told_with_the_reason() -> None:
 )
 def test_addresses_and_absolute_paths_are_scrubbed(text: str, expected: str) -> None:
     assert scrub(text) == expected
+
+
+def test_a_column_in_which_nothing_stands_is_left_out() -> None:
+    unexplained = tuple(dataclasses.replace(row, why="") for row in POCKET.changed)
+    bare = dataclasses.replace(POCKET, options={}, changed=unexplained, refused=())
+    markdown = Comparison(dataclasses.replace(DOCUMENT, rewrites=(bare,))).to_markdown()
+    assert "\npocket, RETRAIN: 15 changed, 0 refused.\n" in markdown
+    assert "| changed | what |\n" in markdown
