@@ -66,8 +66,9 @@ def read_exported(path: str | os.PathLike[str], *, trust: bool = False) -> Expor
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
         # the reader of a foreign format may fail in any way on a file that is not of that format
+        reason = str(error).strip().partition("\n")[0]
         raise ArtifactError(
-            f"{path} cannot be read as an exported program: {type(error).__name__}: {error}"
+            f"{path} cannot be read as an exported program: {type(error).__name__}: {reason}"
         ) from error
 
 
@@ -89,8 +90,9 @@ def write_exported(model: nn.Module, inputs: Inputs, path: Path) -> None:
             program = torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
     except Exception as error:
         # torch.export runs the model, and the model is the user's
+        reason = str(error).strip().partition("\n")[0]  # what follows is about torch's internals
         raise RewriteError(
-            f"torch.export cannot export {type(model).__name__}: {type(error).__name__}: {error}. "
+            f"torch.export cannot export {type(model).__name__}: {type(error).__name__}: {reason} "
             "Save as .safetensors instead"
         ) from error
     with open(path, "wb") as file, _quiet():

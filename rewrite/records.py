@@ -64,14 +64,19 @@ class PassRecord:
     refused: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Hold options and edits as JSON gives them back: a record equals itself read again."""
+        object.__setattr__(self, "options", to_jsonable(self.options))
+        object.__setattr__(self, "edits", tuple(to_jsonable(edit) for edit in self.edits))
+
     def to_json(self) -> dict[str, Any]:
         """The record as a mapping that :mod:`json` can write."""
         return {
             "name": self.name,
-            "options": to_jsonable(self.options),
+            "options": self.options,
             "guarantee": self.guarantee,
             "version": self.version,
-            "edits": [to_jsonable(edit) for edit in self.edits],
+            "edits": list(self.edits),
             "changes": [dataclasses.asdict(change) for change in self.changes],
             "refused": [dataclasses.asdict(refusal) for refusal in self.refused],
             "notes": list(self.notes),

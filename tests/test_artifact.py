@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,15 @@ def test_saving_changes_nothing_and_leaves_one_file(path: Path) -> None:
     save(model, path)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_others_may_read_the_file_as_the_umask_says(path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save(Net(), path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_the_same_model_makes_the_same_file(path: Path, tmp_path: Path) -> None:

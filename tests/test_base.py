@@ -211,6 +211,8 @@ def test_a_target_records_and_analyses_once_and_only_when_asked() -> None:
 def test_a_record_goes_through_json() -> None:
     record = PassRecord("halve", {"width": 16}, "retrain", "0.1.0", ({"kind": "resize"},))
     assert PassRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+    tuples = PassRecord("halve", {"keep": ("a",)}, "retrain", "1", ({"keep": (1, 2)},))
+    assert PassRecord.from_json(json.loads(json.dumps(tuples.to_json()))) == tuples
     assert copy.deepcopy(record) == record == pickle.loads(pickle.dumps(record))
 
 

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from pocketize.cli.common import FAILED, USAGE, CheckFailed, UsageError, note
-from pocketize.cli.parser import build_parser
+from pocketize.cli.parser import parse
 from pocketize.errors import (
     InputError,
     ModelError,
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        args = build_parser().parse_args(argv)
+        args = parse(argv)
     except SystemExit as leaving:  # --help, --version, or wrong arguments
         return leaving.code if isinstance(leaving.code, int) else USAGE
     try:

@@ -1,0 +1,139 @@
+"""What the commands share: the arguments that name models and passes, and the way text goes out."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CHECK_FAILED",
+    "DONE",
+    "FAILED",
+    "USAGE",
+    "CheckFailed",
+    "UsageError",
+    "note",
+    "passes_of",
+    "progress",
+    "resolve_model",
+    "show",
+    "write_out",
+]
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pocketize.base import Pass
+from pocketize.errors import PocketizeError
+from pocketize.files import atomic_write
+from pocketize.models import ResolvedModel, resolve
+from pocketize.recipe import load_recipe
+from pocketize.registry import parse_pass
+
+DONE, CHECK_FAILED, USAGE, FAILED = range(4)
+
+
+class UsageError(Exception):
+    """The command was given wrongly."""
+
+
+class CheckFailed(PocketizeError):
+    """A check that the user asked for did not hold."""
+
+    code = CHECK_FAILED
+
+
+def show(text: str) -> None:
+    """Print data."""
+    if isinstance(sys.stdout.encoding, str):
+        # a terminal without the characters of a table gets question marks rather than a traceback
+        text = text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding)
+    print(text)
+
+
+def note(text: str) -> None:
+    """Print a warning or an error."""
+    print(f"pocketize: {text}", file=sys.stderr)
+
+
+def progress(text: str) -> None:
+    """Say what takes time, to a person; files and other programs do not want to know."""
+    if sys.stderr.isatty():
+        print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+def write_out(text: str, path: str | None, *, force: bool = False) -> None:
+    """Print text, or write it to a file; where that exists, only by force."""
+    if path is None:
+        show(text)
+        return
+    with atomic_write(path, overwrite=force) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+
+
+def check_output(path: str, *, force: bool) -> None:
+    """Find out before the work that the result cannot be written.
+
+    Raises:
+        UsageError: the file exists and ``--force`` was not given, or its folder does not exist.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    if target.exists() and not force:
+        raise UsageError(f"{path} exists already; choose another name or add --force")
+    if not target.resolve().parent.is_dir():
+        raise UsageError(f"there is no folder {target.parent} to write {target.name} to")
+
+
+def parse_kwargs(text: str | None, option: str = "--kwargs") -> dict[str, Any]:
+    """Read keyword arguments from JSON.
+
+    Raises:
+        UsageError: the text is no JSON object.
+    """
+    if text is None:
+        return {}
+    try:
+        kwargs = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r} is not JSON: {error}") from error
+    if not isinstance(kwargs, dict):
+        raise UsageError(
+            f'{option} {text!r} must be a JSON object such as {{"in_channels": 1}}, '
+            f"not {type(kwargs).__name__}"
+        )
+    return kwargs
+
+
+def resolve_model(args: argparse.Namespace) -> ResolvedModel:
+    """Build or read the MODEL of a command, with ``--kwargs``, ``--weights`` and ``--seed``."""
+    progress(f"building {args.model}")
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    return resolve(
+        args.model,
+        kwargs=parse_kwargs(args.kwargs),
+        weights=args.weights,
+        trust=args.trust_pickle,
+    )
+
+
+def inputs_of(args: argparse.Namespace, resolved: ResolvedModel) -> Any:
+    """Return the example inputs: ``--input``, or what the model came with, or None to guess."""
+    return args.input if args.input is not None else resolved.inputs
+
+
+def passes_of(args: argparse.Namespace) -> list[Pass]:
+    """Return the passes of ``--recipe`` and then those of ``--pass``, in order.
+
+    Raises:
+        UsageError: neither was given.
+    """
+    passes = load_recipe(args.recipe) if args.recipe is not None else []
+    passes += [parse_pass(spec) for spec in args.passes]
+    if not passes:
+        raise UsageError("say what to do: --pass pocket, for instance; see `pocketize passes`")
+    return passes

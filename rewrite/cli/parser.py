@@ -1,0 +1,178 @@
+"""The arguments of every command."""
+
+from __future__ import annotations
+
+__all__ = ["build_parser", "parse"]
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pocketize.cli.listing import run_explain, run_passes, run_zoo
+from pocketize.cli.reporting import run_demo, run_report
+from pocketize.cli.rewriting import run_apply, run_plan
+from pocketize.version import VERSION
+
+_MODEL_HELP = "package.module:factory, zoo:NAME, or a file ending in .pt2"
+_EXAMPLES = """\
+MODEL is package.module:factory (a function or class that builds the network; the current folder is
+searched too), zoo:NAME (see `pocketize zoo`), or an exported program, FILE.pt2.
+
+examples:
+  pocketize demo
+  pocketize passes
+  pocketize plan zoo:pocketnet_unet3d --pass pocket
+  pocketize report monai.networks.nets:UNet --kwargs '{...}' --input 1x1x96x96x96 --pass pocket
+  pocketize apply my.nets:UNet --weights best.pt --pass pocket:width=16 -o small.safetensors
+
+exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 the rewrite failed
+"""
+
+
+_LAST_WORDS = {"report": "after", "zoo": "pattern", "passes": "name"}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse arguments; argparse leaves with SystemExit where they are wrong.
+
+    Until Python 3.12, argparse settles an optional positional as soon as it meets an option, and
+    then does not know the word in ``report A --input 1x1x8x8 B``.
+    """
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    last = _LAST_WORDS.get(args.command)
+    one_word = len(unknown) == 1 and not unknown[0].startswith("-")
+    if last and one_word and getattr(args, last) in (None, "*"):
+        setattr(args, last, unknown.pop())
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Make the parser; ``run`` of what it returns is the function of the command."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
+    common.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+
+    parser = argparse.ArgumentParser(
+        prog="pocketize",
+        description="Rewrite PyTorch networks so that they need less memory.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pocketize {VERSION}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[..., int], help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, parents=[common], help=help, description=f"{help[0].upper()}{help[1:]}."
+        )
+        made.set_defaults(run=run)
+        return made
+
+    demo = command("demo", run_demo, "rewrite a bundled 3D U-Net and report what it saves")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
+
+    passes = command("passes", run_passes, "list the passes, what they keep, and their options")
+    passes.add_argument("name", nargs="?", help="tell about this pass only")
+
+    zoo = command("zoo", run_zoo, "list the bundled networks")
+    zoo.add_argument("pattern", nargs="?", default="*", help="which, such as '*3d*'; quote it")
+
+    plan = command("plan", run_plan, "tell what passes would do to a model, and change nothing")
+    _add_model(plan)
+    _add_passes(plan)
+    plan.add_argument("--format", choices=("text", "markdown"), default="text")
+
+    explain = command("explain", run_explain, "tell why a layer can be resized, or why not")
+    _add_model(explain)
+    explain.add_argument("path", help="a module or parameter, such as encoder.2.conv")
+
+    apply = command("apply", run_apply, "rewrite a model and save the result")
+    _add_model(apply)
+    _add_passes(apply)
+    apply.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        help=".safetensors (weights and recipe), .pt2 (exported program) or .pt (state_dict)",
+    )
+    apply.add_argument("--force", action="store_true", help="replace a file that is there")
+    apply.add_argument(
+        "--strict", action="store_true", help="fail (exit code 1) where a pass changes nothing"
+    )
+    _add_report(
+        command("report", run_report, "measure two models and put the figures side by side")
+    )
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser, **options: Any) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP, **options)
+    parser.add_argument("--kwargs", metavar="JSON", help="keyword arguments of the factory")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="a state_dict to load (.safetensors, .pt), or a model saved by `pocketize apply`",
+    )
+    parser.add_argument(
+        "--input",
+        metavar="SHAPE",
+        help="example input, such as 1x1x96x96x96, or 1x3x64x64,1x77:int64 (default: guessed)",
+    )
+    parser.add_argument("--seed", type=int, help="seed of new weights and of what passes draw")
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="unpickle MODEL and --weights; they can then run any code they contain",
+    )
+
+
+def _add_passes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pass",
+        dest="passes",
+        action="append",
+        default=[],
+        metavar="PASS",
+        help="name or name:option=value,option=value; repeat for several, applied in this order",
+    )
+    parser.add_argument("--recipe", metavar="FILE", help="a TOML file of passes, applied first")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument(
+        "after",
+        nargs="?",
+        metavar="AFTER",
+        help="a second MODEL, or one that `pocketize apply` saved from the first; or use --pass",
+    )
+    parser.add_argument(
+        "--after-kwargs", metavar="JSON", help="keyword arguments of AFTER's factory"
+    )
+    _add_passes(parser)
+    parser.add_argument(
+        "--fail-over",
+        dest="thresholds",
+        action="append",
+        default=[],
+        metavar="LIMIT",
+        help="fail (exit code 1) if a figure grows by more than this: 'peak 2%% 16MiB' allows the "
+        "larger of the two, 'peak -30%%' asks for a decrease; repeat for several",
+    )
+    parser.add_argument("--format", choices=("text", "markdown", "json", "html"))
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="write here (.txt, .md, .json, .html)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    parser.add_argument(
+        "--estimate", action="store_true", help="count without running: any size, no time"
+    )
+    parser.add_argument("--optimizer", choices=("adam", "sgd", "none"), default="adam")
+    parser.add_argument("--device", help="where to measure, such as cuda (default: the model's)")
+    parser.add_argument(
+        "--time-steps", type=int, default=5, metavar="N", help="steps to time (default 5; 0: none)"
+    )

@@ -1,0 +1,113 @@
+"""The commands that measure: ``report`` and ``demo``."""
+
+from __future__ import annotations
+
+__all__ = ["run_demo", "run_report"]
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pocketize.artifact import load
+from pocketize.capture import settle_inputs
+from pocketize.cli.common import (
+    CHECK_FAILED,
+    DONE,
+    UsageError,
+    check_output,
+    inputs_of,
+    note,
+    parse_kwargs,
+    passes_of,
+    progress,
+    resolve_model,
+    show,
+    write_out,
+)
+from pocketize.models import ResolvedModel, resolve
+from pocketize.pipeline import plan
+from pocketize.report import Comparison, Threshold, compare
+
+_FORMATS = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html"}
+_DEMO = "zoo:pocketnet_unet3d"
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Compare two models, or a model with what passes make of it."""
+    rewritten = bool(args.passes) or args.recipe is not None
+    if rewritten == (args.after is not None):
+        raise UsageError(
+            "report compares two models, or one with what passes make of it: give AFTER, or "
+            "--pass, and not both"
+        )
+    thresholds = [Threshold.parse(text) for text in args.thresholds]
+    timed = [each.metric for each in thresholds if each.metric in ("time", "inference-time")]
+    if timed and (args.estimate or args.time_steps == 0):
+        raise UsageError(f"a limit on {timed[0]} needs times: leave out --estimate, --time-steps 0")
+    if args.output is not None:
+        check_output(args.output, force=args.force)
+    layout = args.format or _FORMATS.get(Path(args.output or "").suffix.lower(), "text")
+    passes = passes_of(args) if rewritten else []
+
+    before = resolve_model(args)
+    inputs = settle_inputs(before.model, inputs_of(args, before))
+    if rewritten:
+        progress("planning and rewriting")
+        planned = plan(before.model, *passes, inputs=inputs, seed=args.seed)
+        for each in planned.passes:
+            if not each.edits:
+                note(f"warning: {each.rewrite} changes nothing in {before.label}")
+        after = planned.apply()
+    else:
+        after = _after(args, before)
+    progress("measuring both models, in a training step and in inference")
+    comparison = compare(
+        before.model,
+        after,
+        inputs,
+        optimizer=None if args.optimizer == "none" else args.optimizer,
+        estimate=args.estimate,
+        time_steps=args.time_steps,
+        device=args.device,
+    )
+    write_out(_render(comparison, layout), args.output, force=args.force)
+    violations = comparison.check(thresholds)
+    for violation in violations:
+        note(f"over the limit: {violation}")
+    return CHECK_FAILED if violations else DONE
+
+
+def _after(args: argparse.Namespace, before: ResolvedModel) -> nn.Module:
+    kwargs = parse_kwargs(args.after_kwargs, "--after-kwargs")
+    if Path(args.after).suffix.lower() != ".safetensors":
+        return resolve(args.after, kwargs=kwargs, trust=args.trust_pickle).model
+    if before.factory is None:
+        raise UsageError(
+            f"{args.after} was saved from a rewritten model and needs the factory of the original "
+            f"as BEFORE; {before.label} is none"
+        )
+    return load(args.after, before.factory)
+
+
+def _render(comparison: Comparison, layout: str) -> str:
+    if layout == "text":
+        return str(comparison)
+    rendered: str = getattr(comparison, f"to_{layout}")()
+    return rendered.rstrip("\n")
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Rewrite a bundled network, and show the plan and the report."""
+    torch.manual_seed(args.seed)
+    resolved = resolve(_DEMO)
+    show(f"$ pocketize plan {_DEMO} --pass pocket\n")
+    progress("planning")
+    planned = plan(resolved.model, "pocket", inputs=resolved.inputs, seed=args.seed)
+    show(f"{planned}\n")
+    show(f"$ pocketize report {_DEMO} --pass pocket\n")
+    progress("measuring both models, in a training step and in inference")
+    show(str(compare(resolved.model, planned.apply(), resolved.inputs, time_steps=3)))
+    show(f"\nNext: pocketize apply {_DEMO} --pass pocket -o small.safetensors")
+    return DONE

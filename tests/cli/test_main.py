@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pocketize.cli import main, rewriting
+from pocketize.version import VERSION
+
+from .conftest import Ran
+
+Run = Callable[..., Ran]
+
+
+def test_the_version_is_told(run: Run) -> None:
+    assert run("--version") == (0, f"pocketize {VERSION}\n", "")
+
+
+def test_help_names_every_command_and_the_exit_codes(run: Run) -> None:
+    code, out, err = run("--help")
+    assert (code, err) == (0, "")
+    for command in ("demo", "passes", "zoo", "plan", "explain", "apply", "report"):
+        assert f"\n    {command} " in out
+    assert "exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 the rewrite failed" in out
+
+
+@pytest.mark.parametrize("command", ["demo", "passes", "zoo", "plan", "explain", "apply", "report"])
+def test_every_command_explains_itself(run: Run, command: str) -> None:
+    code, out, err = run(command, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: pocketize {command} ")
+
+
+def test_words_and_options_may_come_in_any_order(run: Run) -> None:
+    assert run("zoo", "--verbose", "*encoder2d").out == run("zoo", "*encoder2d", "--verbose").out
+    assert run("passes", "--debug", "pocket").out == run("passes", "pocket").out
+    code, _, err = run("report", "no_such:A", "--estimate", "no_such:B")
+    assert (code, "there is no module 'no_such'" in err) == (2, True)
+    code, _, err = run("report", "my_nets:Net", "--estimate", "my_nets:small", "my_nets:Net")
+    assert (code, "unrecognized arguments: my_nets:small my_nets:Net" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required: COMMAND"),
+        (("shrink",), "invalid choice: 'shrink'"),
+        (("plan", "my_nets:Net"), "say what to do: --pass pocket, for instance; see `pocketize pa"),
+        (("plan", "my_nets:Net", "--pass", "pcket"), "no pass is called 'pcket'. Did you mean 'po"),
+        (
+            ("plan", "my_nets:Net", "--pass", "pocket:wdith=4"),
+            "pocket: unknown option 'wdith'. Did you mean 'width'? Options of pocket: width, keep, "
+            "weights (in 'pocket:wdith=4')",
+        ),
+        (
+            ("plan", "my_nets:Net", "--pass", "pocket:keep=stm*"),
+            "pattern 'stm*' matches no module of Net",
+        ),
+        (
+            ("plan", "my_nets:Nets", "--pass", "pocket"),
+            "my_nets has no 'Nets'. Did you mean 'Net'?",
+        ),
+        (
+            ("plan", "my_nets:broken", "--pass", "pocket"),
+            "my_nets:broken could not be built with no arguments: KeyError: 'no such setting'; "
+            "it takes ()",
+        ),
+        (
+            ("plan", "my_nets:Net", "--pass", "pocket", "--kwargs", "{width: 3}"),
+            "--kwargs '{width: 3}' is not JSON: ",
+        ),
+        (
+            ("plan", "my_nets:Net", "--pass", "pocket", "--kwargs", "[3]"),
+            "--kwargs '[3]' must be a JSON object such as {\"in_channels\": 1}, not list",
+        ),
+        (("plan", "my_nets:Net", "--pass", "pocket", "--input", "1x1y8"), "'1x1y8'"),
+        (("plan", "my_nets:Net", "--recipe", "no.toml"), "cannot read the recipe no.toml: No such"),
+        (("explain", "my_nets:Net", "wide.conv"), "'wide.conv' names no layer with channels in"),
+        (("report", "my_nets:Net"), "give AFTER, or --pass, and not both"),
+        (("report", "my_nets:Net", "my_nets:small", "--pass", "pocket"), "and not both"),
+        (
+            ("report", "my_nets:Net", "--pass", "pocket", "--fail-over", "paek 2%"),
+            "Did you mean 'peak'?",
+        ),
+        (("zoo", "*unet4d*"), "no network matches '*unet4d*'."),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_says_why(
+    run: Run, arguments: tuple[str, ...], message: str
+) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_failing_model_exits_with_3(run: Run) -> None:
+    code, out, err = run("plan", "my_nets:Crash", "--pass", "pocket", "--input", "1x1x8x8")
+    assert (code, out) == (3, "")
+    assert err.startswith("pocketize: error: ")
+    assert "the forward has a mistake" in err
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(run: Run) -> None:
+    code, _, err = run("plan", "my_nets:broken", "--pass", "pocket", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+    assert "KeyError: 'no such setting'" in err
+
+
+def test_a_mistake_of_ours_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(rewriting, "plan", mistaken)
+    with pytest.raises(ZeroDivisionError):
+        run("plan", "my_nets:Net", "--pass", "pocket")
+
+
+def test_an_interrupt_is_told_without_a_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rewriting, "plan", interrupted)
+    assert run("plan", "my_nets:Net", "--pass", "pocket") == (130, "", "pocketize: interrupted\n")
+
+
+def test_the_process_is_left_as_it_was(run: Run, folder: Path) -> None:
+    path, level = list(sys.path), logging.getLogger("pocketize").level
+    handlers = list(logging.getLogger("pocketize").handlers)
+    run("plan", "my_nets:Net", "--pass", "pocket", "--input", "1x1x8x8", "--verbose")
+    assert sys.path == path
+    assert logging.getLogger("pocketize").level == level
+    assert logging.getLogger("pocketize").handlers == handlers
+
+
+def test_python_m_pocketize_is_the_same_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pocketize", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"pocketize {VERSION}\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)  # the reader is gone before the first line
+    with os.fdopen(write, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "pocketize", "zoo"],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_arguments_of_the_process_are_the_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pocketize", "--version"])
+    assert main() == 0
+    assert capsys.readouterr().out == f"pocketize {VERSION}\n"

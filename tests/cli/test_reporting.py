@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Ran
+
+Run = Callable[..., Ran]
+INPUT = ("--input", "1x1x16x16")
+
+
+def test_a_model_is_compared_with_what_a_pass_makes_of_it(run: Run) -> None:
+    code, out, err = run("report", "my_nets:Net", "--pass", "pocket", *INPUT, "--estimate")
+    assert (code, err) == (0, "")
+    assert out.startswith("pocketize report: Net\n")
+    assert "Estimated" in out
+    assert "698" in out
+    assert "206" in out
+
+
+@pytest.mark.parametrize(
+    ("layout", "start"),
+    [
+        ("markdown", "# pocketize report"),
+        ("json", "{"),
+        ("html", "<!"),
+        ("text", "pocketize report"),
+    ],
+)
+def test_the_format_is_an_option_or_read_off_the_file(
+    run: Run, folder: Path, layout: str, start: str
+) -> None:
+    suffix = {"markdown": "md", "json": "json", "html": "html", "text": "txt"}[layout]
+    command = ("report", "my_nets:Net", "my_nets:small", *INPUT, "--estimate")
+    written = run(*command, "-o", f"report.{suffix}")
+    assert (written.code, written.out) == (0, "")
+    assert (folder / f"report.{suffix}").read_text().lower().startswith(start)
+    if layout == "markdown":  # one that is printed too is enough: the rest is the same road
+        printed = run(*command, "--format", layout)
+        assert (folder / "report.md").read_text() == printed.out
+
+
+def test_the_json_holds_the_figures(run: Run) -> None:
+    code, out, _ = run(
+        *("report", "my_nets:Net", "my_nets:Net", *INPUT, "--estimate", "--format", "json"),
+        *("--kwargs", '{"width": 32}', "--after-kwargs", '{"width": 8}', "--optimizer", "none"),
+    )
+    assert code == 0
+    document = json.loads(out)
+    assert document["before"]["parameters"] == 40 + 37 * 32 + 2 * 32 + 2 * 32 + 2
+    assert document["after"]["parameters"] == 40 + 37 * 8 + 2 * 8 + 2 * 8 + 2
+    assert document["before"]["training"]["categories"]["optimizer_state"] == 0
+
+
+def test_a_saved_model_is_compared_through_the_factory_of_the_first(run: Run) -> None:
+    saved = run("apply", "my_nets:Net", "--pass", "pocket", *INPUT, "-o", "small.safetensors")
+    assert saved.code == 0
+    code, out, _ = run("report", "my_nets:Net", "small.safetensors", *INPUT, "--estimate")
+    assert code == 0
+    assert "What was rewritten" in out
+    assert "206" in out
+
+
+def test_a_saved_model_cannot_be_compared_without_a_factory(run: Run) -> None:
+    saved = ("--pass", "pocket", *INPUT, "-o")
+    assert run("apply", "my_nets:Net", *saved, "small.safetensors").code == 0
+    assert run("apply", "my_nets:Net", *saved, "small.pt2").code == 0
+    code, _, err = run("report", "small.pt2", "small.safetensors", "--estimate")
+    assert code == 2
+    assert "needs the factory of the original as BEFORE; small.pt2 is none" in err
+
+
+def test_a_budget_that_is_exceeded_exits_with_1_after_the_report(run: Run) -> None:
+    command = ("report", "my_nets:small", "my_nets:Net", *INPUT, "--estimate")
+    code, out, err = run(*command, "--fail-over", "peak 2% 1KiB", "--fail-over", "macs 900%")
+    assert code == 1
+    assert out.startswith("pocketize report")
+    assert err.startswith("pocketize: over the limit: peak: expected at most ")
+    assert "macs" not in err
+    # both have to be exceeded, the percentage and the amount
+    assert run(*command, "--fail-over", "peak 2% 16MiB").code == 0
+
+
+@pytest.mark.parametrize("without", [("--estimate",), ("--time-steps", "0")])
+def test_a_limit_on_times_that_are_not_taken_is_refused_before_the_work(
+    run: Run, without: tuple[str, ...]
+) -> None:
+    code, _, err = run("report", "no_such:Net", "no:Net", "--fail-over", "time 5%", *without)
+    assert code == 2
+    assert "a limit on time needs times: leave out --estimate, --time-steps 0" in err
+
+
+def test_an_existing_report_is_replaced_only_by_force(run: Run, folder: Path) -> None:
+    (folder / "report.md").write_text("precious")
+    command = ("report", "my_nets:Net", "my_nets:small", *INPUT, "--estimate", "-o", "report.md")
+    code, _, err = run(*command)
+    assert code == 2
+    assert "report.md exists already; choose another name or add --force" in err
+    assert run(*command, "--force").code == 0
+    assert (folder / "report.md").read_text().startswith("# pocketize report")
+
+
+def test_a_pass_without_effect_is_told(run: Run) -> None:
+    code, out, err = run("report", "my_nets:small", "--pass", "pocket", *INPUT, "--estimate")
+    assert code == 0
+    assert err.startswith("pocketize: warning: pocket changes nothing in my_nets:small")
+    assert "206" in out
+
+
+@pytest.mark.slow
+def test_two_models_are_measured_in_processes_of_their_own(run: Run) -> None:
+    code, out, err = run("report", "my_nets:Net", "my_nets:small", *INPUT, "--time-steps", "1")
+    assert (code, err) == (0, "")
+    assert "Measured on cpu" in out
+    assert "each figure in a fresh one" in out
+    assert "training step's time" in out
+
+
+@pytest.mark.slow
+def test_the_demo_shows_plan_and_report(run: Run) -> None:
+    code, out, err = run("demo")
+    assert (code, err) == (0, "")
+    assert out.startswith("$ pocketize plan zoo:pocketnet_unet3d --pass pocket\n")
+    assert "width 16: the first convolution, encoder.0.0.0" in out
+    assert "Measured on cpu: training peak " in out
+    assert "5,470,850" in out
+    assert out.endswith("pocketize apply zoo:pocketnet_unet3d --pass pocket -o small.safetensors\n")
