@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["Slot", "find_slots", "has_own_reset", "real", "stock_law"]
+__all__ = ["Slot", "find_slots", "has_own_reset", "has_values", "real", "stock_law"]
 
 import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
-from pocketize.initial_laws import NORMAL, UNIFORM, Constant, Geometry, Law, Random
+from pocketize.initial.families import NORMAL, UNIFORM
+from pocketize.initial.laws import Constant, Geometry, Law, Random
 
 _NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _KINDS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
@@ -70,6 +72,11 @@ class Slot:
         return "raw", "vector" if max(self.tensor.shape, default=1) == self.tensor.numel() else ""
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are numbers behind the tensor; not so on the meta device and for fakes."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
 def real(tensor: Tensor) -> Tensor:
     """A real view: complex tensors get a last axis of two."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -82,7 +89,7 @@ def find_slots(model: nn.Module) -> list[Slot]:
     tensors: dict[int, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         usable = (
-            not isinstance(parameter, UninitializedTensorMixin)
+            not isinstance(parameter, UninitializedParameter)
             and parameter.layout == torch.strided
             and (parameter.is_floating_point() or parameter.is_complex())
             and parameter.numel() > 0
@@ -174,7 +181,7 @@ def has_own_reset(slot: Slot) -> bool:
 
 
 def stock_law(slot: Slot) -> Law | None:
-    """The initialisation that torch gives this parameter in a new layer; None if it is not torch's."""
+    """How torch initialises this parameter in a new layer; None if the layer is not torch's."""
     if slot.kind == "raw" or has_own_reset(slot):
         return None
     kind, bias = slot.kind, slot.role == "bias"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pocketize.errors import PatternError, nearest
-from pocketize.initial_laws import Keep, Law, NormOf, OwnReset, Repeated, ZeroRow
-from pocketize.initial_slots import Slot, find_slots, has_own_reset, real, stock_law
+from pocketize.initial.laws import Keep, Law, NormOf, OwnReset, Repeated, ZeroRow
+from pocketize.initial.slots import Slot, find_slots, has_own_reset, has_values, real, stock_law
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def redraw(
     with torch.no_grad():
         _let_owners_reset(todo, generator)
         for slot, law in todo:
-            if not slot.tensor.is_meta:
+            if has_values(slot.tensor):
                 _draw(slot, law, generator)
         _renew_magnitudes(slots, {slot.name for slot in chosen}, laws)
         _renew_spectral_vectors(model, wanted, generator)
@@ -94,18 +94,16 @@ def _randomness(generator: torch.Generator | None, tensors: Iterable[Tensor]) ->
         yield
 
 
-def _let_owners_reset(
-    todo: Iterable[tuple[Slot, Law]], generator: torch.Generator | None
-) -> None:
+def _let_owners_reset(todo: Iterable[tuple[Slot, Law]], generator: torch.Generator | None) -> None:
     """Call ``reset_parameters`` of layers that bring their own, for the chosen tensors only."""
     owners: dict[str, tuple[nn.Module, set[int]]] = {}
     for slot, law in todo:
         inner = law.law if isinstance(law, (ZeroRow, Repeated)) else law
-        if isinstance(inner, OwnReset) and not slot.tensor.is_meta:
+        if isinstance(inner, OwnReset) and has_values(slot.tensor):
             owners.setdefault(slot.path, (slot.owner, set()))[1].add(id(slot.tensor))
     for path, (owner, chosen) in owners.items():
-        before = {name: tensor for name, tensor in owner.named_parameters()}
-        before |= {name: tensor for name, tensor in owner.named_buffers()}
+        before: dict[str, Tensor] = dict(owner.named_parameters())
+        before |= dict(owner.named_buffers())
         values = {name: tensor.detach().clone() for name, tensor in before.items()}
         try:
             with _randomness(generator, before.values()):
@@ -132,16 +130,18 @@ def _let_owners_reset(
 def magnitude(direction: Tensor, like: Tensor) -> Tensor:
     """Norms of a weight normalisation's direction, shaped as its magnitude ``like``."""
     if like.numel() == 1:
-        return torch.linalg.vector_norm(direction).reshape(like.shape)
-    axes = [axis for axis, size in enumerate(like.shape) if size == 1]
-    return torch.linalg.vector_norm(direction, dim=axes, keepdim=True)
+        axes = list(range(direction.dim()))
+    else:
+        axes = [axis for axis, size in enumerate(like.shape) if size == 1]
+    norm: Tensor = torch.linalg.vector_norm(direction, dim=axes, keepdim=True)
+    return norm.reshape(like.shape)
 
 
 def _renew_magnitudes(slots: list[Slot], chosen: set[str], laws: Mapping[str, Law]) -> None:
     """Magnitudes that are norms of their direction follow it, chosen by name or not."""
     tensors = {name: slot for slot in slots for name in slot.names}
     for slot in slots:
-        if slot.direction and not slot.tensor.is_meta and isinstance(_law(slot, laws), NormOf):
+        if slot.direction and has_values(slot.tensor) and isinstance(_law(slot, laws), NormOf):
             direction = tensors[slot.direction]
             if slot.name in chosen or direction.name in chosen:
                 slot.tensor.copy_(magnitude(direction.tensor, slot.tensor))
@@ -174,7 +174,7 @@ def _iterate(
     dim: int,
     generator: torch.Generator | None,
 ) -> None:
-    if u is None or v is None or weight.is_meta:
+    if u is None or v is None or not has_values(weight):
         return
     matrix = weight.movedim(dim, 0).flatten(1)
     device = generator.device if generator is not None else u.device

@@ -1,10 +1,4 @@
-"""``weights="reset"``: draw a resized network anew, as if it had been built at its new width.
-
-How the owner initialised the network (in constructors, by ``model.apply(init_fn)``) cannot be run
-again, so the laws are read off the values: :func:`infer_laws` looks at the original, and
-:meth:`Laws.redraw` draws the resized copy from the same laws at its own fans. Trained weights obey
-no law; their layers get the default initialisation of their type.
-"""
+"""From a model's values to its laws: every parameter looked at, populations fitted, leftovers."""
 
 from __future__ import annotations
 
@@ -15,21 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import Tensor, nn
 import torch
+from torch import Tensor, nn
 
 from pocketize.errors import PatternError, nearest
-from pocketize.initial_fit import (
-    JUDGED,
-    TINY,
-    Array,
-    Moments,
-    Table,
-    fit_population,
-    measure,
-    sample,
-)
-from pocketize.initial_laws import (
+from pocketize.initial.families import gather_family
+from pocketize.initial.fit import TINY, fit_population
+from pocketize.initial.laws import (
     Constant,
     Geometry,
     Keep,
@@ -42,11 +28,12 @@ from pocketize.initial_laws import (
     Repeated,
     Resampled,
     ZeroRow,
-    gather_family,
 )
-from pocketize.initial_redraw import magnitude, redraw
-from pocketize.initial_slots import Slot, find_slots, has_own_reset, real, stock_law
-from pocketize.initial_structure import find_repeats, find_structure, is_lone_orthogonal
+from pocketize.initial.moments import JUDGED, Array, Moments, measure, sample
+from pocketize.initial.redraw import magnitude, redraw
+from pocketize.initial.slots import Slot, find_slots, has_own_reset, has_values, real, stock_law
+from pocketize.initial.structure import find_repeats, find_structure, is_lone_orthogonal
+from pocketize.initial.table import Table
 
 
 @dataclass(frozen=True)
@@ -149,7 +136,7 @@ def infer_laws(model: nn.Module) -> Laws:
 def _look(slot: Slot) -> _Finding | None:
     """Statistics of one parameter, and its law if it is no random sample."""
     values = real(slot.tensor.detach())
-    if values.is_meta:
+    if not has_values(values):
         return None
     hole = getattr(slot.owner, "padding_idx", None) if slot.kind == "embedding" else None
     if hole is not None and len(values) > 1 and not bool(values[hole].any()):
@@ -217,7 +204,7 @@ def _fit(findings: Sequence[_Finding], trained: bool) -> None:
             stock,
             list(carried.values()),
             free=not trained,
-            samples=lambda index, members=members: members[index].elements,
+            samples=[f.elements for f in members].__getitem__,
         )
         for found, law in zip(members, laws, strict=True):
             found.law = law
@@ -249,18 +236,18 @@ def _settle_small(findings: Sequence[_Finding], trained: bool) -> None:
         if stock is None:
             continue
         small = found.moments.count < JUDGED
+        # a layer is trained as a whole: only a large, lawful weight vouches for the rest
+        vouched = weight is not None and weight.law is not None and weight.moments.count >= JUDGED
         random = isinstance(found.law, Random)
-        if random and found.law.lone and isinstance(stock, Constant):
+        if isinstance(found.law, Random) and found.law.lone and isinstance(stock, Constant):
             # norms drawn at random are rare, trained ones are not
             found.law = None
-        elif small and trained and (random or found.moments.count == 1):
-            big = weight is not None and weight is not found and weight.moments.count >= JUDGED
-            if not (big and weight.law is not None):
-                found.law = None
+        elif small and trained and not vouched and (random or found.moments.count == 1):
+            found.law = None
 
 
 def _magnitude_law(name: str, found: _Finding | None, direction: _Finding | None) -> Law:
-    """A magnitude follows its direction, unless it was set to one value, as in DINO's last layer."""
+    """A magnitude follows its direction, unless it was set to one value (DINO's last layer)."""
     if found is not None and isinstance(found.law, Constant) and direction is not None:
         norm = magnitude(direction.slot.tensor, found.slot.tensor)
         if not torch.allclose(norm, found.slot.tensor, rtol=1e-2):

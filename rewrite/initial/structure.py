@@ -7,11 +7,12 @@ __all__ = ["find_repeats", "find_structure", "is_lone_orthogonal"]
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pocketize.initial_fit import Array, sample
-from pocketize.initial_laws import Blocks, Constant, Diagonal, Law, Orthogonal, Replicated
+from pocketize.initial.laws import Blocks, Constant, Diagonal, Law, Orthogonal, Replicated
+from pocketize.initial.moments import Array, sample
 
 #: Rows or columns whose products decide whether a matrix is orthogonal.
 _ROWS = 16
@@ -22,7 +23,7 @@ def find_structure(values: Tensor, elements: Array, groups: int = 1, gates: int 
 
     Args:
         values: The whole tensor, real and finite.
-        elements: A sample of it (see :func:`pocketize.initial_fit.sample`), to look at first.
+        elements: A sample of it (see :func:`pocketize.initial.moments.sample`), to look at first.
         groups: Groups of its convolution.
         gates: Equal blocks along the first axis that may have been initialised one by one.
     """
@@ -77,14 +78,15 @@ def _diagonal(values: Tensor, groups: int) -> Law | None:
 
 
 def _replicated(values: Tensor) -> Law | None:
-    """Constant along whole axes; the first two slices of an axis tell at little cost if not."""
+    """Constant along whole axes. A corner of the tensor tells at little cost if not."""
     kernel = values.detach()
     for axis in range(values.dim()):
-        if kernel.shape[axis] < 2:
-            continue
-        if torch.equal(kernel.select(axis, 0), kernel.select(axis, 1)) and bool(
-            (kernel == kernel.narrow(axis, 0, 1)).all()
-        ):
+        corner = kernel[tuple(slice(4) for _ in range(values.dim()))]
+        for part in (corner, kernel):
+            first = part.narrow(axis, 0, 1)
+            if part.shape[axis] < 2 or not bool((part == first).all()):
+                break
+        else:
             kernel = kernel.narrow(axis, 0, 1)
     return Replicated(kernel.clone()) if kernel.shape != values.shape else None
 
@@ -98,7 +100,7 @@ def find_repeats(values: Tensor) -> int:
     times = same.index(False) if False in same else count
     if count % times or times == count:
         return 1
-    blocks = values.unflatten(0, (-1, times))
+    blocks = values.reshape(-1, times, *values.shape[1:])
     return times if bool((blocks == blocks[:, :1]).all()) else 1
 
 
@@ -107,27 +109,25 @@ def _orthogonal_gain(values: Tensor) -> float | None:
     matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     if len(matrix) < 2:
         return None
-    rows = matrix[:_ROWS].cpu().double()
-    products = rows @ rows.T
-    square = products.diagonal()
-    gain = float(square.mean().sqrt())
-    if gain == 0:
-        return None
     rounding = torch.finfo(values.dtype).eps
-    crossed = (products - square.diag()).abs().max() / gain**2
     # independent rows have products of about 1 / sqrt(length)
-    if crossed > 1e-5 + 4 * rounding / math.sqrt(matrix.shape[1]):
-        return None
-    return gain if (square / gain**2 - 1).abs().max() < 1e-4 + 4 * rounding else None
+    tolerance = 1e-5 + 4 * rounding / math.sqrt(matrix.shape[1])
+    # two rows are enough to exclude most others
+    for count in (2, _ROWS):
+        rows = matrix[:count].cpu().double().numpy()
+        products = rows @ rows.T
+        square = products.diagonal()
+        gain = math.sqrt(float(square.mean()))
+        if gain == 0 or np.abs(products - np.diag(square)).max() > tolerance * gain**2:
+            return None
+    return gain if np.abs(square / gain**2 - 1).max() < 1e-4 + 4 * rounding else None
 
 
 def is_lone_orthogonal(values: Tensor, gains: Iterable[float]) -> float | None:
     """A single row or column shows orthogonality only by its norm: is it one of ``gains``?"""
     matrix = values.detach().flatten(1) if values.dim() > 1 else values.detach()[None]
-    if min(matrix.shape) != 1 or matrix.numel() < 2 or values.dtype not in (
-        torch.float32,
-        torch.float64,
-    ):
+    precise = values.dtype in (torch.float32, torch.float64)
+    if min(matrix.shape) != 1 or matrix.numel() < 2 or not precise:
         return None
     norm = float(matrix.cpu().double().norm())
     return next((gain for gain in gains if abs(norm / gain - 1) < 1e-5), None)
