@@ -35,12 +35,12 @@ class Comparison:
         """One line: both peaks, the parameters as a figure of their own, and what is promised."""
         return verdict(self.document)
 
-    def check(self, thresholds: Iterable[Threshold | str]) -> list[Violation]:
+    def check(self, thresholds: str | Iterable[Threshold | str]) -> list[Violation]:
         """Find the thresholds that the second network is over.
 
         Args:
-            thresholds: :class:`~pocketize.report.Threshold` or its text, as in
-                ``"peak 2% 16MiB"``.
+            thresholds: each a :class:`~pocketize.report.Threshold` or its text, as in
+                ``"peak 2% 16MiB"``; a text alone is one threshold.
 
         Returns:
             The violations, in the order of the thresholds; empty where all hold.
@@ -48,7 +48,7 @@ class Comparison:
         Raises:
             ReportError: A text is no threshold, or is on a figure that was not taken.
         """
-        return check(self.document, thresholds)
+        return check(self.document, [thresholds] if isinstance(thresholds, str) else thresholds)
 
     def __str__(self) -> str:
         """Draw the report for a terminal."""

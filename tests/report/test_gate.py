@@ -55,7 +55,7 @@ def test_a_double_threshold_fires_only_on_what_is_over_both(
 def test_a_negative_threshold_demands_a_decrease() -> None:
     comparison = Comparison(with_peaks(100 * MIB, 80 * MIB))
     assert comparison.check(["peak -20%"]) == []
-    (violation,) = comparison.check(["peak -30%"])
+    (violation,) = comparison.check("peak -30%")
     assert str(violation) == "peak: expected at most 70.0 MiB, got 80.0 MiB (before: 100.0 MiB)."
 
 
