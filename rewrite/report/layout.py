@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from pocketize.memory.tracker import CATEGORIES
 from pocketize.report.document import Document, Peak, Rewrite, RewriteRow
 from pocketize.units import (
     bytes_text,
@@ -24,15 +25,6 @@ from pocketize.units import (
 
 N = TypeVar("N", int, float)
 
-#: Order of the rows; a category that is not named here is listed after these.
-CATEGORIES = (
-    "parameters",
-    "gradients",
-    "optimizer_state",
-    "activations",
-    "temporaries",
-    "inputs",
-)
 #: Rows of a pass' changes and refusals that are shown; JSON has all of them.
 SHOWN = 12
 #: What is printed where a figure does not exist.
