@@ -183,7 +183,7 @@ def record(model: nn.Module, inputs: Inputs, *, train: bool) -> Captured:
             with torch.inference_mode(), recorder:
                 output = inputs.call(model)
         except Exception as error:  # a user's forward may raise anything
-            where = recorder.path or "the model itself"
+            where = recorder.raised_in(error) or "the model itself"
             failure = CaptureError(
                 f"{type(model).__name__} did not run in {'training' if train else 'evaluation'} "
                 f"mode on {inputs.describe()}: {type(error).__name__} in {where}: {_brief(error)}"
@@ -204,6 +204,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.count = 0
         self._calls: dict[str, int] = {}
         self._stack: list[tuple[str, int]] = [("", 0)]
+        self._error: BaseException | None = None
+        self._raised_in = ""
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []  # identities stay unique only while tensors live
         for index, tensor in enumerate(inputs.tensors()):
@@ -216,10 +218,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run one operator and write its node."""
         kwargs = kwargs or {}
-        node_args, node_kwargs = pytree.tree_map_only(Tensor, self._node_of, (args, kwargs))
         out = func(*args, **kwargs)
         if not find_tensors(out) and not isinstance(out, int | float | bool):
             return out  # asks about a tensor (its device, say) and computes nothing
+        node_args, node_kwargs = pytree.tree_map_only(Tensor, self._node_of, (args, kwargs))
         self._fill(self.graph.call_function(func, node_args, node_kwargs), out)
         self.count += 1
         return out
@@ -254,9 +256,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return hook
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if sys.exc_info()[0] is None:  # while an exception unwinds, keep the path where it arose
-            self._stack.pop()
-            self.path = self._stack[-1][0]
+        error = sys.exc_info()[1]
+        if error is not self._error:  # the innermost module that an exception leaves
+            self._error, self._raised_in = error, self.path
+        self._stack.pop()
+        self.path = self._stack[-1][0]
+
+    def raised_in(self, error: Exception) -> str:
+        """Return the path of the module whose forward raised an error."""
+        return self._raised_in if error is self._error else self.path
 
     def _node_of(self, tensor: Tensor) -> fx.Node:
         node = self._nodes.get(id(tensor))
