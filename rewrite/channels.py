@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ["Analysis", "analyse"]
 
 import logging
+import operator
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -174,7 +175,7 @@ class Analysis:
         return Value(shape, tuple(labels))
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        if getattr(node.target, "__name__", "") == "getitem":
+        if node.target is operator.getitem:
             source, index = node.args
             return values[source][index]  # type: ignore[index]
         arguments = fx.node.map_arg(bind(node.target, node.args, node.kwargs), lambda n: values[n])
