@@ -30,6 +30,7 @@ __all__ = [
 import contextlib
 import dataclasses
 import logging
+import operator
 import os
 import random
 import sys
@@ -289,16 +290,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif isinstance(out, tuple | list):
             for index, item in enumerate(out):
                 if isinstance(item, Tensor):
-                    part = self.graph.call_function(_getitem, (node, index))
+                    part = self.graph.call_function(operator.getitem, (node, index))
                     part.meta.update(node.meta, val=item)
                     self._assign(item, part)
-
-
-def _getitem(values: Any, index: int) -> Any:
-    return values[index]
-
-
-_getitem.__name__ = _getitem.__qualname__ = "getitem"
 
 
 def find_tensors(value: Any) -> list[Tensor]:
