@@ -118,8 +118,8 @@ def settle_inputs(model: nn.Module, inputs: Any) -> Inputs:
     tried = []
     for guess in guess_inputs(model):
         candidate = to_model(guess, model)
+        studio = Studio(model)  # a model that cannot be copied will not be with other inputs
         try:
-            studio = Studio(model)
             for train in (False, True):
                 studio.shoot(candidate, train=train)
         except CaptureError as error:
@@ -298,12 +298,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def find_tensors(value: Any) -> list[Tensor]:
     """Return the tensors in an output: nested containers, dataclasses and plain objects."""
     found: list[Tensor] = []
+    _collect_tensors(value, found, set())
+    return found
+
+
+def _collect_tensors(value: Any, found: list[Tensor], seen: set[int]) -> None:
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor):
             found.append(leaf)
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
-            found.extend(t for item in vars(leaf).values() for t in find_tensors(item))
-    return found
+            if id(leaf) not in seen:  # objects may refer to each other
+                seen.add(id(leaf))
+                _collect_tensors(list(vars(leaf).values()), found, seen)
 
 
 def _structure(value: Any) -> Any:
