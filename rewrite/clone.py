@@ -29,10 +29,11 @@ def clone(model: nn.Module) -> nn.Module:
         CaptureError: the model holds something that cannot be copied.
     """
     memo: dict[int, Any] = {}
-    for tensor in _plain_tensors(model):
-        if not tensor.is_leaf:
-            memo[id(tensor)] = tensor.detach().clone()
-    return _deepcopy(model, memo)
+    with torch.inference_mode(False):  # what is made inside it can never be trained
+        for tensor in _plain_tensors(model):
+            if not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+        return _deepcopy(model, memo)
 
 
 def fake_clone(

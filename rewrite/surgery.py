@@ -97,7 +97,7 @@ def _check_attribute(edit: SetAttribute, model: nn.Module) -> None:
 def _resize(tensor: Tensor, axes: Iterable[Resize]) -> None:
     axes = list(axes)
     gradient = tensor.grad if tensor.is_leaf else None
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         kept = _cut(tensor.detach(), axes)
         kept_gradient = None if gradient is None else _cut(gradient.detach(), axes)
         tensor.grad = None  # its shape must not contradict the data while that changes

@@ -246,8 +246,10 @@ def check_backward(model: nn.Module, channels: ChannelGroups, edits: Sequence[Ed
     captured = channels.recordings[-1]
     if captured.real:
         return  # real memory for a whole step is the user's to spend
-    failure = _backward(model, captured, edits)
-    if failure is not None and _backward(model, captured, ()) is None:
+    with torch.inference_mode(False):  # in the caller's there would be nothing to go back through
+        failure = _backward(model, captured, edits)
+        planned_for = failure is not None and _backward(model, captured, ()) is None
+    if failure is not None and planned_for:
         raise VerifyError(
             f"the rewritten model runs forward but not backward: "
             f"{type(failure).__name__}: {failure}. Leave the layers that its own autograd code "
@@ -270,4 +272,4 @@ def _backward(model: nn.Module, captured: Captured, edits: Sequence[Edit]) -> Ex
 
 
 def _detached(tensor: Tensor) -> Tensor:
-    return tensor.detach()
+    return tensor.detach().clone()  # a copy is no inference tensor, a view of one is
