@@ -21,6 +21,9 @@ from pocketize.errors import RewriteError, nearest
 from pocketize.initial import infer_laws
 
 
+_OTHER = (torch.float32, torch.float64)
+
+
 def apply_edits(
     model: nn.Module, edits: Sequence[Edit], *, generator: torch.Generator | None = None
 ) -> None:
@@ -101,6 +104,9 @@ def _resize(tensor: Tensor, axes: Iterable[Resize]) -> None:
         kept = _cut(tensor.detach(), axes)
         kept_gradient = None if gradient is None else _cut(gradient.detach(), axes)
         tensor.grad = None  # its shape must not contradict the data while that changes
+        # A graph that is still alive holds the node that accumulates the gradient, with the shape
+        # from before; torch makes a new node when the dtype changes.
+        tensor.data = kept.new_empty(0, dtype=_OTHER[kept.dtype == torch.float32])
         tensor.data = kept
         tensor.grad = kept_gradient
 
