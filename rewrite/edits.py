@@ -98,7 +98,7 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
     Raises:
         ArtifactError: the kind is unknown or fields are missing or of the wrong type.
     """
-    kind = _KINDS.get(data.get("edit", ""))
+    kind = _KINDS.get(str(data.get("edit")))
     if kind is None:
         raise ArtifactError(
             f"unknown kind of edit {data.get('edit')!r}; this version knows {sorted(_KINDS)}"
@@ -115,8 +115,9 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
 
 def read_attribute(module: Any, name: str) -> Any:
     """Return an attribute, or one element of it for ``"name.0"``; ``None`` if there is none."""
-    base, _, index = name.partition(".")
+    base, dot, index = name.partition(".")
     value = vars(module).get(base)
-    if index and isinstance(value, tuple | list):
-        return value[int(index)] if int(index) < len(value) else None
-    return value
+    if not dot:
+        return value
+    inside = isinstance(value, tuple | list) and index.isdecimal() and int(index) < len(value)
+    return value[int(index)] if inside else None

@@ -45,6 +45,8 @@ def apply_edits(
     for edit in edits:
         if isinstance(edit, Resize):
             _check_resize(edit, tensors)
+            if edit.axis in resizes[edit.tensor]:
+                raise RewriteError(f"axis {edit.axis} of {edit.tensor} is resized twice")
             resizes[edit.tensor][edit.axis] = edit
         elif isinstance(edit, SetAttribute):
             _check_attribute(edit, model)
@@ -71,7 +73,7 @@ def _check_resize(edit: Resize, tensors: dict[str, Tensor]) -> None:
             f"cannot resize {edit.tensor!r}: the model has no such parameter or buffer."
             f"{nearest(edit.tensor, tensors)}"
         )
-    if edit.axis >= tensor.ndim or tensor.shape[edit.axis] != edit.size:
+    if not 0 <= edit.axis < tensor.ndim or tensor.shape[edit.axis] != edit.size:
         raise RewriteError(
             f"cannot resize axis {edit.axis} of {edit.tensor}: expected size {edit.size}, "
             f"got shape {tuple(tensor.shape)}"
@@ -133,7 +135,10 @@ def _set_attribute(module: nn.Module, name: str, value: int) -> None:
         return
     old = getattr(module, base)
     items = [value if i == int(index) else item for i, item in enumerate(old)]
-    setattr(module, base, items if isinstance(old, list) else type(old)(items))
+    if hasattr(old, "_make"):  # a named tuple
+        setattr(module, base, old._make(items))
+    else:
+        setattr(module, base, items if isinstance(old, list) else type(old)(items))
 
 
 def _follow(module: nn.Module, changed: set[int]) -> None:
