@@ -223,4 +223,6 @@ class ChannelGroups:
             if shown:
                 rest = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
                 lines.append(f"    moves with {', '.join(shown[:12])}{rest}")
-        return lines
+        return lines or [
+            f"{tensor} axis {axis} ({atoms.size}): left alone, the forward never reads it"
+        ]
