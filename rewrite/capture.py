@@ -56,7 +56,6 @@ from pocketize.inputs import Inputs, as_inputs, guess_inputs, to_model
 
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(__file__) + os.sep
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -306,10 +305,11 @@ def _collect_tensors(value: Any, found: list[Tensor], seen: set[int]) -> None:
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor):
             found.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
-            if id(leaf) not in seen:  # objects may refer to each other
-                seen.add(id(leaf))
-                _collect_tensors(list(vars(leaf).values()), found, seen)
+            continue
+        opaque = not hasattr(leaf, "__dict__") or isinstance(leaf, type | nn.Module)
+        if not opaque and id(leaf) not in seen:  # objects may refer to each other
+            seen.add(id(leaf))
+            _collect_tensors(list(vars(leaf).values()), found, seen)
 
 
 def _structure(value: Any) -> Any:
@@ -365,8 +365,10 @@ def quiet_recording(model: nn.Module) -> Iterator[None]:
 def _source() -> str:
     frame = sys._getframe(2)
     while frame.f_back is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith((_TORCH, _HERE, "<")):
+        file, module = frame.f_code.co_filename, str(frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] == "pocketize":
+            return ""  # nobody's forward is in between: a graph was run
+        if not file.startswith((_TORCH, "<")):
             return f"{os.path.basename(file)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
