@@ -315,10 +315,23 @@ def _check_order(passes: Sequence[Pass]) -> None:
                 raise OrderError(f"{given.name} cannot be applied together with {other}")
         late = [name for name in given.after if name in names[index + 1 :]]
         if late:
-            right = [*late, given.name]
-            raise OrderError(
-                f"{given.name} must come after {', '.join(late)}; give them as {', '.join(right)}"
-            )
+            right = _right_order(passes)
+            advice = f"give them as {', '.join(right)}" if right else "no order suits all of them"
+            raise OrderError(f"{given.name} must come after {', '.join(late)}; {advice}")
+
+
+def _right_order(passes: Sequence[Pass]) -> list[str]:
+    """Return the names in the order that changes least and suits all; empty if there is none."""
+    right: list[str] = []
+    left = list(passes)
+    while left:
+        names = [p.name for p in left]
+        free = next((p for p in left if not any(n in names for n in p.after if n != p.name)), None)
+        if free is None:
+            return []
+        left.remove(free)
+        right.append(free.name)
+    return right
 
 
 def _generator(model: nn.Module, seed: int | None) -> torch.Generator | None:
