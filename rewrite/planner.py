@@ -15,7 +15,7 @@ from torch import fx, nn
 from pocketize.base import Change, Pass, Proposal, Target
 from pocketize.capture import capture
 from pocketize.channels import Analysis
-from pocketize.edits import Edit, SetAttribute
+from pocketize.edits import Edit, Resize, SetAttribute
 from pocketize.errors import VerifyError
 from pocketize.groups import ChannelGroups
 from pocketize.inputs import Inputs
@@ -61,7 +61,8 @@ class _Planner:
         mismatch: Mismatch | None = None
         for _ in range(_ATTEMPTS):
             proposal = self.given.propose(self._target())
-            channels = self._channels() if self.analysis else None
+            resizes = any(isinstance(edit, Resize | SetAttribute) for edit in proposal.edits)
+            channels = self._channels() if self.analysis or resizes else None
             if channels is None or not proposal.edits:
                 return proposal
             self.repairs = [r for r in self.repairs if r not in proposal.edits]
