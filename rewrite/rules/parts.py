@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from pocketize.labels import FROZEN, Value
+from pocketize.labels import FROZEN, Atoms, Value
 from pocketize.rules.table import Call, Result, channel_rule
 
 
@@ -54,15 +54,22 @@ def split(call: Call) -> Result:
     if atoms is None:
         return [Value(shape, value.labels) for shape in shapes]
     if len({shape[axis] for shape in shapes}) == 1:
-        parts = atoms.reshape(len(shapes), -1)
-        call.unite(parts, parts[:1])
+        runs = atoms.reshape(len(shapes), -1)
+        call.unite(runs, runs[:1])
     cuts = np.cumsum([shape[axis] for shape in shapes])[:-1]
-    along = [-1 if a == axis else 1 for a in range(value.ndim)]
+    parts = zip(shapes, np.split(atoms, cuts), strict=True)
+    return [_part(call, value, axis, part, shape) for shape, part in parts]
+
+
+def _part(call: Call, value: Value, axis: int, atoms: Atoms, shape: tuple[int, ...]) -> Value:
+    """Return a part of a value; an axis of size 1 has no label, so a single channel must stay."""
     rest = value.off(axis)
-    return [
-        Value(shape, (*rest, part.reshape(along)) if part.size > 1 else rest)
-        for shape, part in zip(shapes, np.split(atoms, cuts), strict=True)
-    ]
+    if atoms.size == 1:
+        call.algebra.freeze(atoms, f"{call.where} takes it alone")
+    if atoms.size < 2:
+        return Value(shape, rest)
+    along = atoms.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
+    return Value(shape, (*rest, along))
 
 
 @channel_rule("aten.slice", "aten.narrow")
@@ -85,14 +92,12 @@ def slice_(call: Call) -> Result:
             call.unite(runs, runs[:, :1])
         else:
             call.algebra.freeze(atoms, f"{call.where} takes every {step}th of a part")
-    elif size and full % size == 0 and start % size == 0:
+    elif size > 1 and full % size == 0 and start % size == 0:
         parts = atoms.reshape(-1, size)
         call.unite(parts, parts[:1])
     if step == 1 and start:
         call.expect("start", atoms[:start])
-    part = atoms[start::step][:size]
-    along = part.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
-    return Value(call.shape, (*value.off(axis), along) if part.size > 1 else value.off(axis))
+    return _part(call, value, axis, atoms[start::step][:size], call.shape)
 
 
 @channel_rule("aten.select", "aten.unbind")
