@@ -11,6 +11,7 @@ __all__ = ["clone", "fake_clone", "quiet_hooks"]
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -94,7 +95,9 @@ def quiet_hooks(*models: nn.Module) -> Iterator[None]:
 
 def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
-        return copy.deepcopy(model, memo)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch copies its own exported programs with warnings
+            return copy.deepcopy(model, memo)
     except Exception as error:  # a user's __deepcopy__ or __reduce__ may raise anything
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. "

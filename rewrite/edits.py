@@ -6,7 +6,15 @@ can be written to JSON and read again, so that a saved model can be rebuilt by s
 
 from __future__ import annotations
 
-__all__ = ["Edit", "Redraw", "Resize", "SetAttribute", "edit_from_json", "read_attribute"]
+__all__ = [
+    "Edit",
+    "Redraw",
+    "Resize",
+    "SetArgument",
+    "SetAttribute",
+    "edit_from_json",
+    "read_attribute",
+]
 
 import dataclasses
 from dataclasses import dataclass
@@ -86,6 +94,33 @@ class SetAttribute(Edit):
 
 
 @dataclass(frozen=True)
+class SetArgument(Edit):
+    """Give an argument of an operator in a ``GraphModule`` another value.
+
+    Exported programs have sizes as literals in their graph.
+
+    Attributes:
+        module: path of the ``GraphModule``.
+        node: name of the node.
+        argument: name of the argument in the operator's schema.
+        old: the numbers before; one for a number, several for a list.
+        new: the numbers after, as many.
+    """
+
+    kind: ClassVar[str] = "set-argument"
+    module: str
+    node: str
+    argument: str
+    old: tuple[int, ...]
+    new: tuple[int, ...]
+
+    @property
+    def path(self) -> str:
+        """Path of the ``GraphModule``."""
+        return self.module
+
+
+@dataclass(frozen=True)
 class Redraw(Edit):
     """Draw all weights anew from the distribution that the model was initialised with."""
 
@@ -104,8 +139,9 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
             f"unknown kind of edit {data.get('edit')!r}; this version knows {sorted(_KINDS)}"
         )
     fields = {f.name: data.get(f.name) for f in dataclasses.fields(kind)}
-    if kind is Resize and isinstance(fields["keep"], list):
-        fields["keep"] = tuple(fields["keep"])
+    for name, value in fields.items():
+        if isinstance(value, list) and all(isinstance(item, int) for item in value):
+            fields[name] = tuple(value)
     expected = {"str": str, "int": int, "tuple[int, ...]": tuple}
     for f in dataclasses.fields(kind):
         if not isinstance(fields[f.name], expected[str(f.type)]):

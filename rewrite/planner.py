@@ -5,9 +5,7 @@ from __future__ import annotations
 __all__ = ["settle_proposal"]
 
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -15,10 +13,11 @@ from torch import fx, nn
 from pocketize.base import Change, Pass, Proposal, Target
 from pocketize.capture import capture
 from pocketize.channels import Analysis
-from pocketize.edits import Edit, Resize, SetAttribute
+from pocketize.edits import Edit, Resize, SetArgument, SetAttribute
 from pocketize.errors import VerifyError
 from pocketize.groups import ChannelGroups
 from pocketize.inputs import Inputs
+from pocketize.repairs import candidates
 from pocketize.verify import Mismatch, check_backward, check_edits
 
 logger = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ class _Planner:
         self.analysis: Analysis | None = None
         self.frozen: dict[int, str] = {}
         self.trailing: frozenset[str] = frozenset()
-        self.repairs: list[SetAttribute] = []
+        self.repairs: list[Edit] = []
         self.settled: ChannelGroups | None = None
         self.seen: dict[str, int] = {}
 
@@ -100,13 +99,15 @@ class _Planner:
         return (*proposal.edits, *self.repairs)
 
     def _repair(self, channels: ChannelGroups, proposal: Proposal, at: Mismatch) -> bool:
-        """Let a Python attribute follow, if that carries the recording further."""
-        for candidate in _candidates(self.model, at):
-            if any((r.module, r.name) == (candidate.module, candidate.name) for r in self.repairs):
+        """Let a size in the module's code follow, if that carries the recording further."""
+        captured = channels.recordings[at.position[0]]
+        done = {_place(edit) for edit in self.repairs}
+        for candidate in candidates(self.model, captured, at):
+            if any(_place(edit) in done for edit in candidate):
                 continue
-            after = check_edits(self.model, channels, (*self._edits(proposal), candidate))
+            after = check_edits(self.model, channels, (*self._edits(proposal), *candidate))
             if after is None or after.position > at.position:
-                self.repairs.append(candidate)
+                self.repairs += candidate
                 return True
         return False
 
@@ -132,34 +133,26 @@ class _Planner:
         return self.analysis.algebra.pending_keys() if self.analysis else ()
 
     def _finished(self, proposal: Proposal) -> Proposal:
-        rows = tuple(
-            Change(r.module, f"{r.name} {r.old} -> {r.new}", "its forward reads it")
-            for r in self.repairs
-        )
+        rows = tuple(_row(edit) for edit in self.repairs)
         return replace(proposal, edits=self._edits(proposal), changes=proposal.changes + rows)
 
 
-def _candidates(model: nn.Module, at: Mismatch) -> Iterator[SetAttribute]:
-    """Yield attributes of the module at fault and its owners that hold a size that changed."""
-    path = str(at.node.meta["module"])
-    sizes = dict(sorted(at.sizes))
-    while True:
-        for name, value in vars(model.get_submodule(path)).items():
-            for suffix, number in _numbers(value):
-                if number in sizes and not name.startswith("_"):
-                    yield SetAttribute(path, f"{name}{suffix}", number, sizes[number])
-        if not path:
-            return
-        path = path.rpartition(".")[0]
+def _place(edit: Edit) -> tuple[str, ...]:
+    """Return what an edit changes, without the value."""
+    if isinstance(edit, SetArgument):
+        return edit.module, edit.node, edit.argument
+    if isinstance(edit, SetAttribute):
+        return edit.module, edit.name
+    return (edit.path,)
 
 
-def _numbers(value: Any) -> Iterator[tuple[str, int]]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        yield "", value
-    elif isinstance(value, tuple | list):
-        for index, item in enumerate(value):
-            if isinstance(item, int) and not isinstance(item, bool):
-                yield f".{index}", item
+def _row(edit: Edit) -> Change:
+    if isinstance(edit, SetArgument):
+        before, after = (", ".join(map(str, numbers)) for numbers in (edit.old, edit.new))
+        what = f"{edit.argument} of {edit.node}: {before} -> {after}"
+        return Change(edit.module, what, "a literal in its graph")
+    assert isinstance(edit, SetAttribute)
+    return Change(edit.module, f"{edit.name} {edit.old} -> {edit.new}", "its forward reads it")
 
 
 def _around(channels: ChannelGroups, node: fx.Node, tried: int) -> tuple[int, ...]:

@@ -104,7 +104,32 @@ def module_of(program: ExportedProgram) -> nn.Module:
     # newer versions refuse other sizes than the recorded ones before an operator even ran
     free = "check_guards" in inspect.signature(program.module).parameters
     with _quiet():
-        return program.module(check_guards=False) if free else program.module()
+        module = program.module(check_guards=False) if free else program.module()
+    _drop_aliases(module)
+    return module
+
+
+def _drop_aliases(module: nn.Module) -> None:
+    """Delete the second names of tied tensors, which the program's graph does not read.
+
+    A module that is registered twice is exported under both its paths; resizing what the graph
+    reads would leave the other name with the old size.
+    """
+    read = {n.target for n in module.graph.nodes if n.op == "get_attr"}  # type: ignore[union-attr]
+    tensors = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    by_shape: dict[object, list[torch.Tensor]] = {}
+    for name, tensor in tensors:
+        if name in read:
+            by_shape.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
+    for name, tensor in tensors:
+        # read from a file the two names are two tensors, equal to the bit
+        twins = by_shape.get((tensor.shape, tensor.dtype), ())
+        if name not in read and any(torch.equal(tensor, twin) for twin in twins):
+            path, _, attribute = name.rpartition(".")
+            delattr(module.get_submodule(path), attribute)
 
 
 def _look_through(path: str | os.PathLike[str]) -> None:

@@ -12,14 +12,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from pocketize.edits import Edit, Redraw, Resize, SetAttribute, read_attribute
+from pocketize.edits import Edit, Redraw, Resize, SetArgument, SetAttribute, read_attribute
 from pocketize.errors import RewriteError, nearest
 from pocketize.initial import infer_laws
-
+from pocketize.literals import find_literal, set_argument
 
 _OTHER = (torch.float32, torch.float64)
 
@@ -50,6 +50,8 @@ def apply_edits(
             resizes[edit.tensor][edit.axis] = edit
         elif isinstance(edit, SetAttribute):
             _check_attribute(edit, model)
+        elif isinstance(edit, SetArgument):
+            find_literal(_module(model, edit), edit)
         elif not isinstance(edit, Redraw):
             raise RewriteError(f"no surgery for an edit of kind {type(edit).__name__}")
     redraw = any(isinstance(edit, Redraw) for edit in edits)
@@ -58,7 +60,8 @@ def apply_edits(
         _resize(tensors[name], axes.values())
     for edit in edits:
         if isinstance(edit, SetAttribute):
-            _set_attribute(model.get_submodule(edit.module), edit.name, edit.new)
+            _set_attribute(_module(model, edit), edit.name, edit.new)
+    _set_arguments(model, [edit for edit in edits if isinstance(edit, SetArgument)])
     changed = {id(tensors[name]) for name in resizes}
     for module in model.modules():
         _follow(module, changed)
@@ -86,11 +89,26 @@ def _check_resize(edit: Resize, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _check_attribute(edit: SetAttribute, model: nn.Module) -> None:
+def _module(model: nn.Module, edit: SetAttribute | SetArgument) -> nn.Module:
     try:
-        module = model.get_submodule(edit.module)
+        return model.get_submodule(edit.module)
     except AttributeError as error:
-        raise RewriteError(f"cannot set {edit.name} of {edit.module!r}: {error}") from None
+        raise RewriteError(f"cannot change {edit.module!r}: {error}") from None
+
+
+def _set_arguments(model: nn.Module, edits: Sequence[SetArgument]) -> None:
+    graphs = {}
+    for edit in edits:
+        module = _module(model, edit)
+        assert isinstance(module, fx.GraphModule)  # checked before anything was changed
+        set_argument(module, edit)
+        graphs[edit.module] = module
+    for module in graphs.values():
+        module.recompile()
+
+
+def _check_attribute(edit: SetAttribute, model: nn.Module) -> None:
+    module = _module(model, edit)
     found = read_attribute(module, edit.name)
     if found != edit.old:
         raise RewriteError(

@@ -40,6 +40,8 @@ class Mismatch:
         units: units that were to shrink and that this operator touches.
         text: what was expected and what came.
         sizes: sizes before and after of the axes that were to shrink here.
+        expected: the predicted shapes of the results, -1 for a size that nothing determines.
+        arguments: the predicted values of arguments that count channels.
     """
 
     node: fx.Node
@@ -47,6 +49,8 @@ class Mismatch:
     units: tuple[int, ...]
     text: str
     sizes: frozenset[tuple[int, int]]
+    expected: tuple[tuple[int, ...], ...]
+    arguments: dict[str, int]
 
 
 def predicted_shape(value: Value, stays: NDArray[np.bool_]) -> tuple[int, ...]:
@@ -226,6 +230,8 @@ def _mismatch(
         tuple(int(unit) for unit in units),
         f"{node.target} at {where}: {' '.join(text.split())[:300]}",
         frozenset(sizes),
+        tuple(_shapes(values[node], stays, channels) or ()),
+        {name: int(stays[a].sum()) for name, a in channels.expected.get(node, {}).items()},
     )
 
 

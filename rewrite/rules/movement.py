@@ -230,6 +230,7 @@ def pixel_shuffle(call: Call) -> Result:
     """Channels move to space (or back) in runs of factor squared that stay whole."""
     value: Value = call.values()[0]
     axis = value.ndim - 3
+    value = call.whole(value, [axis + 1, axis + 2])
     atoms = call.alone(value, axis)
     if atoms is None:
         return Value(call.shape, value.labels)
@@ -264,7 +265,9 @@ def channel_shuffle(call: Call) -> Result:
 def im2col(call: Call) -> Result:
     """Each channel becomes one run of kernel positions."""
     value: Value = call.values()[0]
-    atoms = call.alone(value, value.ndim - 3)
+    axis = value.ndim - 3
+    value = call.whole(value, [a for a in range(value.ndim) if a != axis])
+    atoms = call.alone(value, axis)
     if atoms is None:
         return Value(call.shape)
     run = np.repeat(atoms, math.prod(call["kernel_size"]))

@@ -109,8 +109,17 @@ class Call:
 
     @property
     def module(self) -> str:
-        """Path of the module whose forward ran."""
-        return str(self.node.meta["module"])
+        """Path of the module whose forward ran.
+
+        In a model that is one graph (an exported program) that is always the root; there it is the
+        owner of the first parameter.
+        """
+        path = str(self.node.meta["module"])
+        for node in () if path else self.node.all_input_nodes:
+            owner = str(node.meta.get("tensor") or "").rpartition(".")[0]
+            if owner:
+                return owner
+        return path
 
     @property
     def where(self) -> str:
