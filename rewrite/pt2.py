@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from pocketize.errors import ArtifactError, RewriteError
@@ -99,7 +99,7 @@ def write_exported(model: nn.Module, inputs: Inputs, path: Path) -> None:
         torch.export.save(program, file)
 
 
-def module_of(program: ExportedProgram) -> nn.Module:
+def module_of(program: ExportedProgram) -> fx.GraphModule:
     """Return the program as a module that takes any inputs its operators take."""
     # newer versions refuse other sizes than the recorded ones before an operator even ran
     free = "check_guards" in inspect.signature(program.module).parameters
@@ -109,13 +109,15 @@ def module_of(program: ExportedProgram) -> nn.Module:
     return module
 
 
-def _drop_aliases(module: nn.Module) -> None:
+def _drop_aliases(module: fx.GraphModule) -> None:
     """Delete the second names of tied tensors, which the program's graph does not read.
 
     A module that is registered twice is exported under both its paths; resizing what the graph
     reads would leave the other name with the old size.
     """
-    read = {n.target for n in module.graph.nodes if n.op == "get_attr"}  # type: ignore[union-attr]
+    graph = module.graph
+    reads = graph.find_nodes(op="get_attr")
+    read = {node.target for node in reads if node.users}
     tensors = [
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
@@ -130,6 +132,10 @@ def _drop_aliases(module: nn.Module) -> None:
         if name not in read and any(torch.equal(tensor, twin) for twin in twins):
             path, _, attribute = name.rpartition(".")
             delattr(module.get_submodule(path), attribute)
+            for node in reads:
+                if node.target == name:
+                    graph.erase_node(node)
+    module.recompile()
 
 
 def _look_through(path: str | os.PathLike[str]) -> None:
