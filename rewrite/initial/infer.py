@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Laws", "infer_laws"]
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,11 +29,14 @@ from pocketize.initial.laws import (
     Resampled,
     ZeroRow,
 )
-from pocketize.initial.moments import JUDGED, Array, Moments, measure, sample
+from pocketize.initial.moments import JUDGED, UNEVEN, Array, Moments, measure, sample
 from pocketize.initial.redraw import magnitude, redraw
 from pocketize.initial.slots import Slot, find_slots, has_own_reset, has_values, real, stock_law
 from pocketize.initial.structure import find_repeats, find_structure, is_lone_orthogonal
 from pocketize.initial.table import Table
+
+#: Elements of a tensor in a trained model from which a match with a known law is no accident.
+SURE = 4096
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,6 @@ class _Finding:
     slot: Slot
     values: Tensor
     geometry: Geometry
-    elements: Array
     moments: Moments
     law: Law | None = None
     repeats: int = 1
@@ -118,9 +120,10 @@ def infer_laws(model: nn.Module) -> Laws:
         findings = [found for slot in slots if (found := _look(slot)) is not None]
         _settle_lone_orthogonals(findings)
         unexplained = [found for found in findings if found.law is None]
+        _fit([found for found in unexplained if _expects_constant(found)])
         trained = _is_trained(findings)
-        _fit(unexplained, trained)
-        _settle_small(findings, trained)
+        _fit([found for found in unexplained if not _expects_constant(found)], free=not trained)
+        _distrust(findings, trained)
     by_name = {name: found for found in findings for name in found.slot.names}
     laws: dict[str, Law] = {}
     for slot in slots:
@@ -150,7 +153,7 @@ def _look(slot: Slot) -> _Finding | None:
     elements = sample(values)
     if not np.isfinite(elements).all():
         return None
-    found = _Finding(slot, values, geometry, elements, measure(values, elements))
+    found = _Finding(slot, values, geometry, measure(values, elements))
     found.repeats, found.hole = repeats, hole
     found.law = find_structure(values, elements, geometry.groups, _gates(slot))
     # a single number is only a constant if somebody may have written it down
@@ -179,17 +182,37 @@ def _settle_lone_orthogonals(findings: Sequence[_Finding]) -> None:
                 found.law = Orthogonal(gain)
 
 
+def _expects_constant(found: _Finding) -> bool:
+    return isinstance(stock_law(found.slot), Constant)
+
+
 def _is_trained(findings: Sequence[_Finding]) -> bool:
-    """Whether most weights have channels of differing variance, which no initialisation makes."""
+    """Whether the values were trained; norms and the like are fitted already.
+
+    Two signs: scales and shifts of norms, which begin as constants, differ and share no law; and
+    channels differ in variance, which no initialisation makes.
+    """
+    constant = [found for found in findings if _expects_constant(found)]
+    drawn = Counter(f.slot.population for f in constant if not _is_fixed(f.law))
+    shared = Counter((f.slot.population, f.law) for f in constant if isinstance(f.law, Random))
+    # an owner who draws scales at random draws most of them alike
+    alike = {key for (key, law), n in shared.items() if not law.lone and n > 0.8 * drawn[key]}
+    lawless = [not _is_fixed(f.law) and f.slot.population not in alike for f in constant]
+    if any(lawless) and 2 * sum(lawless) >= len(lawless):
+        return True
     judged = [
-        found.law is None and found.moments.uneven >= 6
+        found.law is None and found.moments.uneven >= UNEVEN
         for found in findings
         if found.moments.count >= JUDGED and not isinstance(found.law, Constant)
     ]
     return 2 * sum(judged) > len(judged)
 
 
-def _fit(findings: Sequence[_Finding], trained: bool) -> None:
+def _is_fixed(law: Law | None) -> bool:
+    return law is not None and not isinstance(law, Random)
+
+
+def _fit(findings: Sequence[_Finding], *, free: bool = True) -> None:
     """Fit the populations, the largest first, so that small ones may follow its laws."""
     populations: dict[tuple[str, str], list[_Finding]] = {}
     for found in findings:
@@ -203,14 +226,18 @@ def _fit(findings: Sequence[_Finding], trained: bool) -> None:
             table,
             stock,
             list(carried.values()),
-            free=not trained,
-            samples=[f.elements for f in members].__getitem__,
+            free=free,
+            samples=_sampler(members),
         )
         for found, law in zip(members, laws, strict=True):
             found.law = law
             if law is not None and not law.lone:
                 carried[law.family.name, law.fan, law.gain] = replace(law, source="")
         _follow(members, stock)
+
+
+def _sampler(members: Sequence[_Finding]) -> Callable[[int], Array]:
+    return lambda index: sample(members[index].values)
 
 
 def _follow(members: Sequence[_Finding], stock: Random | None) -> None:
@@ -222,27 +249,26 @@ def _follow(members: Sequence[_Finding], stock: Random | None) -> None:
         if found.law is None and found.moments.count < TINY:
             for law in [*leaders, *([stock] if stock else [])]:
                 centre, std = law.location, law.std(found.geometry)
-                reach = float(np.abs(found.elements - centre - law.family.offset * std).max())
+                reach = float(np.abs(sample(found.values) - centre - law.family.offset * std).max())
                 if reach <= min(law.family.bound, 6.0) * std * (1 + found.moments.rounding):
                     found.law = replace(law, source="as others of its kind, too few to tell")
                     break
 
 
-def _settle_small(findings: Sequence[_Finding], trained: bool) -> None:
-    """Take back what small tensors seem to say where their surroundings say otherwise."""
+def _distrust(findings: Sequence[_Finding], trained: bool) -> None:
+    """Take back laws that values seem to obey where chance is likelier than a law."""
     weights = {f.slot.path: f for f in findings if f.slot.leaf == "weight"}
     for found in findings:
-        stock, weight = stock_law(found.slot), weights.get(found.slot.path)
-        if stock is None:
-            continue
-        small = found.moments.count < JUDGED
+        weight = weights.get(found.slot.path)
         # a layer is trained as a whole: only a large, lawful weight vouches for the rest
-        vouched = weight is not None and weight.law is not None and weight.moments.count >= JUDGED
-        random = isinstance(found.law, Random)
-        if isinstance(found.law, Random) and found.law.lone and isinstance(stock, Constant):
-            # norms drawn at random are rare, trained ones are not
-            found.law = None
-        elif small and trained and not vouched and (random or found.moments.count == 1):
+        vouched = weight is not None and weight.law is not None and weight.moments.count >= SURE
+        law = found.law
+        if isinstance(law, Random) and _expects_constant(found):
+            doubtful = trained or law.lone
+        else:
+            chance = isinstance(law, Random) or found.moments.count == 1
+            doubtful = chance and trained and not vouched and stock_law(found.slot) is not None
+        if doubtful:
             found.law = None
 
 
@@ -270,7 +296,7 @@ def _without_law(slot: Slot, found: _Finding | None, trained: bool) -> Law:
     stock = stock_law(slot)
     fresh = found is not None and not trained
     # channels that are alike were not trained: the owner's scheme beats the layer's default
-    alike = found is not None and found.moments.count >= JUDGED and found.moments.uneven < 6
+    alike = found is not None and found.moments.count >= JUDGED and found.moments.uneven < UNEVEN
     law: Law
     if isinstance(stock, (Random, Constant)) and not (fresh and alike):
         law = replace(stock, source=f"torch's default, as {reason}")
@@ -279,12 +305,12 @@ def _without_law(slot: Slot, found: _Finding | None, trained: bool) -> Law:
     elif found is None or not slot.tensor.requires_grad:
         return Keep(reason)
     elif found.moments.count == 1:
-        return Constant(float(found.elements[0]))
+        return Constant(found.moments.mean)
     elif slot.tensor.dim() == 1 and bool((found.values.diff() > 0).all()):
         return Keep("an ascending sequence")
     else:
         own = Random(
-            gather_family(found.elements),
+            gather_family(sample(found.values)),
             "constant",
             found.moments.variance**0.5,
             found.moments.mean,

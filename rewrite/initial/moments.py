@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["JUDGED", "Array", "Moments", "measure", "sample"]
+__all__ = ["JUDGED", "UNEVEN", "Array", "Moments", "measure", "sample"]
 
 import math
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ Array = npt.NDArray[np.float64]
 SAMPLE = 2**18
 #: Elements from which the shape of a tensor's distribution can be judged.
 JUDGED = 512
+#: Standard errors beyond which channels of differing variance are no accident.
+UNEVEN = 6.0
 
 
 @dataclass(frozen=True)

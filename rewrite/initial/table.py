@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pocketize.initial.families import NORMAL, ONE_SIDED, SQRT3, TRUNCATED, UNIFORM, Family
 from pocketize.initial.laws import FANS, Geometry
-from pocketize.initial.moments import JUDGED, Array, Moments
+from pocketize.initial.moments import JUDGED, UNEVEN, Array, Moments
 
 #: Nats by which a law may miss one tensor's own best fit before it no longer explains it.
 OUTLIER = 14.0
@@ -71,7 +71,7 @@ class Table:
     @cached_property
     def even(self) -> npt.NDArray[np.bool_]:
         """Whether the channels' variances agree, as those of fresh weights do."""
-        return ~self.judged | (self.uneven < 6)
+        return ~self.judged | (self.uneven < UNEVEN)
 
     def shaped(self, family: Family) -> npt.NDArray[np.bool_]:
         """Whether tensors may come from this family: kurtosis, and channels alike."""
