@@ -53,7 +53,7 @@ from pocketize.version import VERSION as __version__
 if TYPE_CHECKING:
     from pocketize.artifact import load, save
     from pocketize.memory import measure
-    from pocketize.report.compare import compare
+    from pocketize.report import compare
 
 _LATER = {
     "compare": "pocketize.report",
