@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pocketize import zoo
 from pocketize.artifact import load
 from pocketize.pipeline import history
 from pocketize.pt2 import module_of, read_exported
@@ -56,6 +57,14 @@ def test_a_rewritten_model_is_saved_with_its_recipe(run: Run) -> None:
     small = load("small.safetensors", my_nets.Net)
     assert small.wide.out_channels == 4
     assert [record.name for record in history(small)] == ["pocket"]
+
+
+def test_a_network_of_the_zoo_becomes_the_pocket_net_of_the_paper(run: Run) -> None:
+    code, out, err = run("apply", "zoo:pocketnet_unet3d", "--pass", "pocket", "-o", "s.safetensors")
+    assert (code, err) == (0, "")
+    assert "s.safetensors: 5,470,850 -> 150,066 parameters (0.027x)" in out
+    pocket = zoo.build("pocketnet_unet3d", pocket=True)
+    pocket.load_state_dict(load_file("s.safetensors"), strict=True)
 
 
 def test_the_seed_decides_the_weights(run: Run) -> None:
