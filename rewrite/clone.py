@@ -24,7 +24,9 @@ from pocketize.errors import CaptureError
 
 
 def clone(model: nn.Module) -> nn.Module:
-    """Return a deep copy of a model with weights, buffers, gradients, hooks, modes and ties.
+    """Return a deep copy of a model with weights, buffers, hooks, modes and ties.
+
+    As with ``copy.deepcopy``, parameters come without gradients and without hooks of their own.
 
     Raises:
         CaptureError: the model holds something that cannot be copied.
@@ -97,13 +99,23 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch copies its own exported programs with warnings
-            return copy.deepcopy(model, memo)
+            copied = copy.deepcopy(model, memo)
+        _copy_notes(model, copied, memo)
     except Exception as error:  # a user's __deepcopy__ or __reduce__ may raise anything
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. "
             "pocketize works on a copy, so copy.deepcopy(model) must work; remove or replace the "
             "attribute that cannot be copied (an open file, a lock, a generator)"
         ) from error
+    return copied
+
+
+def _copy_notes(model: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> None:
+    """Copy the Python attributes of parameters, such as an optimiser's marks; torch does not."""
+    for old, new in zip(model.parameters(), copied.parameters(), strict=False):
+        for name, value in vars(old).items():
+            if name not in vars(new):
+                setattr(new, name, copy.deepcopy(value, memo))
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device | None) -> Tensor:
