@@ -44,7 +44,9 @@ _CONSTANTS = {0.02: 0.0, 0.01: 0.0, 1.0: 0.5} | {
 }
 
 
-def known_laws(table: Table, stock: Random | None, carried: Sequence[Random]) -> Candidates:
+def known_laws(
+    table: Table, stock: Random | None, carried: Sequence[tuple[Random, float]]
+) -> Candidates:
     """Every law of the literature and the libraries, with a price for how unusual it is."""
     rows: list[tuple[Family, int, float, float, float]] = []
     for index, fan in enumerate(table.fans):
@@ -72,7 +74,7 @@ def known_laws(table: Table, stock: Random | None, carried: Sequence[Random]) ->
         rows.append((UNIFORM, constant, value / SQRT3, 0.0, 1 + extra))
         rows.append((ONE_SIDED, constant, value / 2 / SQRT3, 0.0, 3 + extra))
         rows.append((TRUNCATED, constant, value * TRUNCATED_STD, 0.0, 2 + extra))
-    for law, price in [(law, 0.5) for law in carried] + ([(stock, 0.0)] if stock else []):
+    for law, price in [*carried, *([(stock, 0.0)] if stock else [])]:
         if law.fan in table.fans and law.family in FAMILIES:
             rows.append((law.family, table.fans.index(law.fan), law.gain, law.location, price))
     return Candidates.of(rows)

@@ -80,7 +80,7 @@ def _refined(table: Table, law: Random, members: npt.NDArray[np.bool_]) -> Rando
 def fit_population(
     table: Table,
     stock: Random | None = None,
-    carried: Sequence[Random] = (),
+    carried: Sequence[tuple[Random, float]] = (),
     *,
     free: bool = True,
     samples: Callable[[int], Array] | None = None,
@@ -90,7 +90,7 @@ def fit_population(
     Args:
         table: The tensors' moments and geometries.
         stock: The default law of their layer type, preferred where several fit.
-        carried: Laws that were found elsewhere in the same net, preferred likewise.
+        carried: Laws that were found elsewhere in the same net, with their prices.
         free: Whether laws with an unknown gain may be found.
         samples: Gives a tensor's elements by its index, for distributions of unknown shape.
 
@@ -160,7 +160,7 @@ def _settle_loners(table: Table, found: list[Random | None]) -> None:
 def _fit_unknown_shapes(
     table: Table,
     found: list[Random | None],
-    carried: Sequence[Random],
+    carried: Sequence[tuple[Random, float]],
     samples: Callable[[int], Array],
 ) -> None:
     """Laws for fresh tensors of no known family: shape from the samples, scale from the fans.
@@ -184,7 +184,7 @@ def _fit_unknown_shapes(
     def alike(kurtosis: float) -> npt.NDArray[np.bool_]:
         return ~table.judged | (np.abs(np.log(table.kurtosis / kurtosis)) < 0.25)
 
-    for law in carried:
+    for law, _ in carried:
         if law.family not in FAMILIES and law.fan in table.fans:
             distance = np.abs(np.log(gains[table.fans.index(law.fan)] / law.gain))
             explained = open_ & alike(law.family.kurtosis) & (distance < 6 * error + 0.005)

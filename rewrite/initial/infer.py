@@ -218,21 +218,26 @@ def _fit(findings: Sequence[_Finding], *, free: bool = True) -> None:
     for found in findings:
         if not found.slot.direction:
             populations.setdefault(found.slot.population, []).append(found)
-    carried: dict[tuple[str, str, float], Random] = {}
+    carried: dict[tuple[str, str, float], tuple[Random, str]] = {}
     for members in sorted(populations.values(), key=lambda m: -sum(f.moments.count for f in m)):
-        table = Table([f.moments for f in members], [f.geometry for f in members])
         stock = next((law for f in members if isinstance(law := stock_law(f.slot), Random)), None)
+        table = Table(
+            [f.moments for f in members],
+            [f.geometry for f in members],
+            likeliest=stock.fan if stock else "fan_in",
+        )
         laws = fit_population(
             table,
             stock,
-            list(carried.values()),
+            [(law, 0.5 if role == members[0].slot.role else 2.5) for law, role in carried.values()],
             free=free,
             samples=_sampler(members),
         )
         for found, law in zip(members, laws, strict=True):
             found.law = law
             if law is not None and not law.lone:
-                carried[law.family.name, law.fan, law.gain] = replace(law, source="")
+                key = law.family.name, law.fan, law.gain
+                carried[key] = replace(law, source=""), found.slot.role
         _follow(members, stock)
 
 

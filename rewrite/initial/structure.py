@@ -38,16 +38,15 @@ def find_structure(values: Tensor, elements: Array, groups: int = 1, gates: int 
     replicated = _replicated(values)
     if replicated is not None:
         return replicated
-    gain = _orthogonal_gain(values)
-    if gain is not None:
-        return Orthogonal(gain)
+    # blocks first: orthogonal blocks of one gain are, stacked, orthogonal columns as well
     if gates > 1 and len(values) % gates == 0:
         blocks = values.chunk(gates)
         laws = [find_structure(block, sample(block)) for block in blocks]
         known = tuple(law for law in laws if law is not None)
         if len(known) == gates:
             return Blocks(known)
-    return None
+    gain = _orthogonal_gain(values)
+    return None if gain is None else Orthogonal(gain)
 
 
 def _constant_blocks(values: Tensor) -> Law | None:

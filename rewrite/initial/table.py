@@ -49,7 +49,9 @@ class Candidates:
 class Table:
     """The moments and fans of a population, as arrays over its tensors."""
 
-    def __init__(self, moments: Sequence[Moments], geometries: Sequence[Geometry]) -> None:
+    def __init__(
+        self, moments: Sequence[Moments], geometries: Sequence[Geometry], likeliest: str = "fan_in"
+    ) -> None:
         def column(name: str) -> Array:
             return np.array([getattr(row, name) for row in moments], dtype=np.float64)
 
@@ -58,7 +60,9 @@ class Table:
         self.kurtosis, self.uneven = column("kurtosis"), column("uneven")
         self.judged = self.count >= JUDGED
         units: dict[str, Array] = {}
-        for name, fan in FANS.items():
+        # of fans that cannot be told apart here only the first is kept
+        for name in dict.fromkeys((likeliest, *FANS)):
+            fan = FANS[name]
             unit = np.array([fan(geometry) for geometry in geometries], dtype=np.float64) ** -0.5
             same = any(
                 np.allclose(unit, other, rtol=1e-9, equal_nan=True) for other in units.values()
