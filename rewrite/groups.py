@@ -136,6 +136,10 @@ class ChannelGroups:
         units[self.roots[~mask]] = False
         return np.where(fresh, units[self.roots], mask)
 
+    def members_of(self, group: ChannelGroup) -> Atoms:
+        """Return all atoms of a group's units."""
+        return np.flatnonzero(np.isin(self.roots, group.roots))
+
     def edits(self, stays: NDArray[np.bool_]) -> tuple[Edit, ...]:
         """Return the edits that drop every atom that does not stay."""
         edits: list[Edit] = []

@@ -30,7 +30,7 @@ def find_literal(module: nn.Module, edit: SetArgument) -> fx.Node:
     where = f"cannot set {edit.argument} of node {edit.node} in {edit.module or 'the model'}"
     if not isinstance(module, fx.GraphModule):
         raise RewriteError(f"{where}: it is a {type(module).__name__}, not a GraphModule")
-    node = next((n for n in module.graph.nodes if n.name == edit.node), None)
+    node: fx.Node | None = next((n for n in module.graph.nodes if n.name == edit.node), None)
     if node is None:
         raise RewriteError(f"{where}: the graph has no such node")
     value = bind(node.target, node.args, node.kwargs).get(edit.argument)
@@ -51,5 +51,5 @@ def set_argument(module: fx.GraphModule, edit: SetArgument) -> None:
     if edit.argument in node.kwargs:
         node.update_kwarg(edit.argument, new)
     else:
-        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-        node.update_arg(names.index(edit.argument), new)
+        schema = node.target._schema  # type: ignore[union-attr]
+        node.update_arg([a.name for a in schema.arguments].index(edit.argument), new)

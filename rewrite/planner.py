@@ -5,8 +5,10 @@ from __future__ import annotations
 __all__ = ["settle_proposal"]
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -15,10 +17,10 @@ from pocketize.capture import capture
 from pocketize.channels import Analysis
 from pocketize.edits import Edit, Resize, SetArgument, SetAttribute
 from pocketize.errors import VerifyError
-from pocketize.groups import ChannelGroups
+from pocketize.groups import ChannelGroup, ChannelGroups
 from pocketize.inputs import Inputs
 from pocketize.repairs import candidates
-from pocketize.verify import Mismatch, check_backward, check_edits
+from pocketize.verify import Mismatch, backward_failure, check_edits
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class _Planner:
         self.seen: dict[str, int] = {}
 
     def settle(self) -> Proposal:
-        mismatch: Mismatch | None = None
+        last = ""
         for _ in range(_ATTEMPTS):
             proposal = self.given.propose(self._target())
             resizes = any(isinstance(edit, Resize | SetAttribute) for edit in proposal.edits)
@@ -69,14 +71,18 @@ class _Planner:
             while mismatch is not None and self._repair(channels, proposal, mismatch):
                 mismatch = check_edits(self.model, channels, self._edits(proposal))
             if mismatch is None:
-                check_backward(self.model, channels, self._edits(proposal))
-                return self._finished(proposal)
-            logger.debug("%s: %s", self.given.name, mismatch.text)
-            self._freeze(channels, mismatch)
-        assert mismatch is not None
+                failure = backward_failure(self.model, channels, self._edits(proposal))
+                if failure is None:
+                    return self._finished(proposal)
+                last = f"its backward: {type(failure).__name__}: {failure}"
+                self._freeze_backward(channels, proposal, last)
+            else:
+                last = mismatch.text
+                self._freeze(channels, mismatch)
+            logger.debug("%s: %s", self.given.name, last)
         raise VerifyError(
             f"{self.given.name}: the rewritten model does not run as predicted, whatever is left "
-            f"out; last at {mismatch.text}"
+            f"out; last at {last}"
         )
 
     def _target(self) -> Target:
@@ -128,6 +134,31 @@ class _Planner:
             units = _around(channels, at.node, tried)
         for unit in units:
             self.frozen.setdefault(unit, reason)
+
+    def _freeze_backward(self, channels: ChannelGroups, proposal: Proposal, why: str) -> None:
+        """Freeze the group whose resizing breaks the backward; it is found by halving."""
+        dropped = ~channels.survivors_of(proposal.edits)
+        suspects = [g for g in channels.groups if dropped[channels.members_of(g)].any()]
+
+        def breaks(groups: Sequence[ChannelGroup]) -> bool:
+            stays = np.ones(len(dropped), dtype=bool)
+            for group in groups:
+                atoms = channels.members_of(group)
+                stays[atoms] = ~dropped[atoms]
+            edits = (*channels.edits(stays), *self.repairs)
+            runs = check_edits(self.model, channels, edits) is None
+            return runs and backward_failure(self.model, channels, edits) is not None
+
+        while len(suspects) > 1:
+            half = len(suspects) // 2
+            broken = next((g for g in (suspects[:half], suspects[half:]) if breaks(g)), None)
+            if broken is None:
+                break  # it takes several groups together
+            suspects = broken
+        self.repairs, self.settled = [], None
+        for group in suspects:
+            for unit in group.roots.tolist():
+                self.frozen.setdefault(unit, f"the check found that it cannot change: {why}")
 
     def _pending(self) -> tuple[str, ...]:
         return self.analysis.algebra.pending_keys() if self.analysis else ()

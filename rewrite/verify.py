@@ -8,7 +8,7 @@ otherwise run and be silently wrong.
 
 from __future__ import annotations
 
-__all__ = ["Mismatch", "check_backward", "check_edits", "predicted_shape"]
+__all__ = ["Mismatch", "backward_failure", "check_edits", "predicted_shape"]
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from pocketize.capture import Captured, find_tensors, quiet_recording, record
 from pocketize.clone import clone, fake_clone
 from pocketize.edits import Edit
-from pocketize.errors import CaptureError, VerifyError
+from pocketize.errors import CaptureError
 from pocketize.groups import ChannelGroups
 from pocketize.labels import Value, axes_of
 from pocketize.rules import bind, operator_name
@@ -243,24 +243,22 @@ def _flat(items: Sequence[Any]) -> Iterator[Value]:
             yield from _flat(item)
 
 
-def check_backward(model: nn.Module, channels: ChannelGroups, edits: Sequence[Edit]) -> None:
-    """Run a backward through a fake copy of the rewritten model in training mode.
+def backward_failure(
+    model: nn.Module, channels: ChannelGroups, edits: Sequence[Edit]
+) -> Exception | None:
+    """Run a backward through a copy of the rewritten model, without memory, in training mode.
 
-    Raises:
-        VerifyError: the backward fails, and that of the original does not.
+    Returns:
+        What it raised; ``None`` if it ran, or if that of the original does not run either.
     """
     captured = channels.recordings[-1]
     if captured.real:
-        return  # real memory for a whole step is the user's to spend
+        return None  # real memory for a whole step is the user's to spend
     with torch.inference_mode(False):  # in the caller's there would be nothing to go back through
         failure = _backward(model, captured, edits)
-        planned_for = failure is not None and _backward(model, captured, ()) is None
-    if failure is not None and planned_for:
-        raise VerifyError(
-            f"the rewritten model runs forward but not backward: "
-            f"{type(failure).__name__}: {failure}. Leave the layers that its own autograd code "
-            "knows out with keep=[...]"
-        ) from failure
+        if failure is None or _backward(model, captured, ()) is not None:
+            return None
+    return failure
 
 
 def _backward(model: nn.Module, captured: Captured, edits: Sequence[Edit]) -> Exception | None:

@@ -108,7 +108,8 @@ def _place(label: Atoms, term: str, letters: list[str]) -> Atoms:
     """Return a label with its axes where their letters are among all letters."""
     here = [x for x in letters if x in term]
     sizes = [label.shape[term.index(x)] if x in term else 1 for x in letters]
-    return label.transpose([term.index(x) for x in here]).reshape(sizes)
+    placed: Atoms = label.transpose([term.index(x) for x in here]).reshape(sizes)
+    return placed
 
 
 @channel_rule("aten.scaled_dot_product_attention")

@@ -150,7 +150,7 @@ def repeat(call: Call) -> Result:
     extra = len(times) - value.ndim
     spread = [label.reshape((1,) * extra + label.shape) for label in value.labels]
     labels = [
-        np.tile(label, [n if size > 1 else 1 for size, n in zip(label.shape, times, strict=True)])
+        np.tile(label, [n if label.shape[axis] > 1 else 1 for axis, n in enumerate(times)])
         for label in spread
     ]
     grown = [a for a in range(len(times)) if a < extra or value.shape[a - extra] == 1]
