@@ -26,12 +26,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pocketize.artifact import load
+from pocketize.artifact import load, load_weights, read_header
 from pocketize.errors import ArtifactError, ModelError, nearest
 from pocketize.inputs import Inputs
 from pocketize.pt2 import module_of, read_exported
-from pocketize.safefile import read_header
-from pocketize.weights import load_weights
 
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 _FORMS = "package.module:factory, zoo:NAME, or a file ending in .pt2"

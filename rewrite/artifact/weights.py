@@ -13,9 +13,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from pocketize.artifact.safefile import read_header
+from pocketize.artifact.states import describe_mismatch
 from pocketize.errors import ArtifactError
-from pocketize.safefile import read_header
-from pocketize.states import describe_mismatch
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 

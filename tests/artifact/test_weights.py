@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from pocketize.artifact.weights import load_weights
 from pocketize.errors import ArtifactError
-from pocketize.weights import load_weights
 
 
 def assert_loaded(model: nn.Module, like: nn.Module) -> None:

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pocketize import artifact, skeleton
-from pocketize.artifact import load, save
+from pocketize.artifact import load, save, skeleton
+from pocketize.artifact import store as artifact
 from pocketize.base import PassRecord
 from pocketize.edits import Edit, Resize, SetAttribute
 from pocketize.errors import ArtifactError

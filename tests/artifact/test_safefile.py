@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pocketize.artifact.safefile import read_header
 from pocketize.errors import ArtifactError
-from pocketize.safefile import read_header
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pocketize.artifact.skeleton import build
 from pocketize.errors import ArtifactError
-from pocketize.skeleton import build
 
 
 class Buffers(nn.Module):

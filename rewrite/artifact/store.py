@@ -26,13 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pocketize.artifact.safefile import read_header
+from pocketize.artifact.skeleton import build
+from pocketize.artifact.states import MEMORY_FORMATS, apply_state, describe_mismatch, describe_state
 from pocketize.base import PassRecord
 from pocketize.errors import ArtifactError, PocketizeError
 from pocketize.files import atomic_write
 from pocketize.pipeline import history, replay
-from pocketize.safefile import read_header
-from pocketize.skeleton import build
-from pocketize.states import MEMORY_FORMATS, apply_state, describe_mismatch, describe_state
 from pocketize.version import VERSION
 
 FORMAT = 1
