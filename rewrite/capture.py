@@ -363,15 +363,13 @@ def quiet_recording(model: nn.Module) -> Iterator[None]:
 
 
 def _source() -> str:
-    frame = sys._getframe(2)
-    while frame.f_back is not None:
-        file, module = frame.f_code.co_filename, str(frame.f_globals.get("__name__", ""))
-        if module.partition(".")[0] == "pocketize":
-            return ""  # nobody's forward is in between: a graph was run
+    frame = sys._getframe(3)  # what called the operator
+    while frame.f_back is not None and frame.f_code is not Inputs.call.__code__:
+        file = frame.f_code.co_filename
         if not file.startswith((_TORCH, "<")):
             return f"{os.path.basename(file)}:{frame.f_lineno}"
         frame = frame.f_back
-    return ""
+    return ""  # nobody's forward is in between: a graph was run
 
 
 def _brief(error: Exception) -> str:
