@@ -97,7 +97,13 @@ class Cbam(nn.Module):
         return x * torch.sigmoid(self.space(pooled))
 
 
-@net("cbam reuse", inputs=_INPUT, width=8, movable=["stem.0", "block.mlp.1"], frozen=_HEAD)
+@net(
+    "cbam reuse channel-statistics",
+    inputs=_INPUT,
+    width=8,
+    movable=["stem.0", "block.mlp.1"],
+    frozen=_HEAD,
+)
 def cbam() -> nn.Module:
     return Trunk(Cbam(32))
 

@@ -370,7 +370,7 @@ class MaDecoder(nn.Module):
 
 
 @net(
-    "smp resnet",
+    "smp resnet attention",
     inputs=_INPUT,
     width=8,
     movable=[*_ENCODER, "decoder.center.top", "decoder.blocks.2.conv.0"],

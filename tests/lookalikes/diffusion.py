@@ -113,7 +113,7 @@ class DiffusionUNet(nn.Module):
 
 
 @net(
-    "diffusion channel-statistics",
+    "diffusion counts-channels",
     inputs=lambda: (image()(), torch.tensor([3, 400]), torch.tensor([1, 4])),
     width=8,
     shrinks=["conv_in", "down.0.conv1", "down.0.time_emb_proj", "time_embedding.0"],

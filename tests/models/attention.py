@@ -180,7 +180,7 @@ for _first in (True, False):
 
 
 @net(
-    "attention multihead channel-statistics",
+    "attention multihead counts-channels",
     inputs=lambda: (image(2, 6, 5)(), image(2, 4, 3)()),
     width=8,
     movable=["hidden"],

@@ -184,9 +184,9 @@ class ScalarOutput(Body):
         return self.head(self.features(x)).square().mean()
 
 
-@net("outputs", **_MOVES)
-class SumOverChannelsOutput(Body):
-    """What reaches the output has lost its channel axis on the way: the head may still not move."""
+@net("outputs integer-output", **_MOVES)
+class ClassMapOutput(Body):
+    """Class numbers: the channel axis is gone, and the head may still not move."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x)).argmax(dim=1)

@@ -169,9 +169,9 @@ def rms_norm() -> nn.Module:
     return around(LastAxis(nn.RMSNorm(16)))
 
 
-@net("norm channel-statistics", **_STEM)
+@net("norm frozen", movable=["tail"], frozen={"stem": "avg_pool", "head": "output"})
 def local_response_norm() -> nn.Module:
-    """Mixes neighbouring channels: a window over the channel axis, of any width."""
+    """A window slides over the channel axis: whose neighbour one is, is part of the function."""
     return around(nn.LocalResponseNorm(3))
 
 

@@ -104,14 +104,14 @@ class SortChannels(nn.Module):
         return x.sort(dim=1).values
 
 
-@net("opaque", movable=["stem", "tail"], frozen=_HEAD)
+@net("opaque channel-statistics", movable=["stem", "tail"], frozen=_HEAD)
 def cumulative_sum_over_channels() -> nn.Module:
     return around(CumulativeSum())
 
 
 class CumulativeSum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.cumsum(1) / x.shape[1]
+        return x.cumsum(1)
 
 
 @net("inplace", movable=["stem", "middle", "tail"], frozen=_HEAD)

@@ -18,7 +18,7 @@ T = TypeVar("T", bound="Callable[[], nn.Module]")
 _SEED = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Net:
     """One test net and what a width clamp must do to it.
 

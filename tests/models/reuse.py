@@ -97,7 +97,12 @@ class TiedModule(nn.Module):
         return self.head(self.again(self.conv(self.stem(x).relu())))
 
 
-@net("ties", inputs=image(2, 4, 6), movable=["encode", "decode"], frozen={"out": "output"})
+@net(
+    "ties transposed-tie",
+    inputs=image(2, 4, 6),
+    movable=["encode", "decode"],
+    frozen={"out": "output"},
+)
 class TransposedTie(nn.Module):
     """An autoencoder whose decoder is the encoder's weight, transposed in the forward."""
 

@@ -77,7 +77,7 @@ class MixedPrecisionByHand(Plain):
         return self.head(self.tail(x).relu().float())
 
 
-@net("dtype", **_MOVES)
+@net("dtype low-precision", **_MOVES)
 class AutocastInside(Plain):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -285,7 +285,7 @@ class ExpandLiteral(ExpandSingle):
         return self.head(self.tail(y).relu())
 
 
-@net("view", movable=["stem", "tail"], frozen=_HEAD)
+@net("view channel-statistics", movable=["stem", "tail"], frozen=_HEAD)
 class SplitByLayerSizes(nn.Module):
     """Uneven split with sizes read from the layers that made the parts."""
 
