@@ -97,7 +97,8 @@ def quiet_hooks(*models: nn.Module) -> Iterator[None]:
 
 def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
-        with warnings.catch_warnings():
+        # Without no_grad, TorchScript modules come out with parameters that are no leaves.
+        with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch copies its own exported programs with warnings
             copied = copy.deepcopy(model, memo)
         _copy_notes(model, copied, memo)
