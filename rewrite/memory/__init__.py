@@ -9,8 +9,8 @@
 
 from __future__ import annotations
 
-__all__ = ["MemoryProfile", "count_macs", "format_bytes", "measure", "top_modules"]
+__all__ = ["MemoryProfile", "count_macs", "measure", "top_modules"]
 
 from pocketize.memory.macs import count_macs
 from pocketize.memory.meter import measure
-from pocketize.memory.profile import MemoryProfile, format_bytes, top_modules
+from pocketize.memory.profile import MemoryProfile, top_modules

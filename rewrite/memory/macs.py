@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Macs", "count_macs"]
+__all__ = ["Macs", "count_macs", "count_on_fakes"]
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from pocketize.errors import PocketizeError
 from pocketize.inputs import Inputs
 from pocketize.memory.stage import explained, fake_inputs, real_stage
 from pocketize.memory.step import fixed_surroundings
-from pocketize.memory.tracker import is_composite, storages_of
+from pocketize.memory.tracker import is_composite, run_parts, storages_of
 
 aten = torch.ops.aten
 
@@ -59,12 +59,9 @@ def count_macs(model: nn.Module, inputs: Any) -> Macs:
         CaptureError: the model cannot be copied.
         MeasureError: the model does not run in evaluation mode.
     """
-    fakes = FakeTensorMode(allow_non_fake_inputs=True)
     with fixed_surroundings():
         try:
-            copy = fake_clone(model, fakes, device=_CPU)
-            with fakes:
-                return _count(copy, fake_inputs(inputs, copy, _CPU))
+            return count_on_fakes(model, inputs)
         except PocketizeError:
             raise
         except Exception:  # whatever a user's forward raises when it meets fake tensors
@@ -72,6 +69,14 @@ def count_macs(model: nn.Module, inputs: Any) -> Macs:
             described = stage.inputs.describe()
             with explained(model, described, train=False, estimate=False):
                 return _count(stage.model, stage.inputs)
+
+
+def count_on_fakes(model: nn.Module, inputs: Any) -> Macs:
+    """Count as :func:`count_macs` does, on fake tensors only; the model's errors come through."""
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    copy = fake_clone(model, fakes, device=_CPU)
+    with fakes:
+        return _count(copy, fake_inputs(inputs, copy, _CPU))
 
 
 def _count(copy: nn.Module, inputs: Inputs) -> Macs:
@@ -105,7 +110,7 @@ class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet = getattr(func, "overloadpacket", None)
         if packet not in _WHOLE and is_composite(func, "cpu"):
             with self:
-                return func.decompose(*args, **kwargs)
+                return run_parts(func, args, kwargs)
         out = func(*args, **kwargs)
         if packet in (aten.convolution, aten._convolution):
             data, weight = args[0], args[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["loaded_bytes", "measure", "measure_here"]
+__all__ = ["loaded_bytes", "measure", "measure_here", "measure_on"]
 
 import dataclasses
 import statistics
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pocketize.memory.cuda import CudaCounters
 from pocketize.memory.isolate import measure_isolated
-from pocketize.memory.macs import count_macs
+from pocketize.memory.macs import count_macs, count_on_fakes
 from pocketize.memory.modules import ModulePaths, held_tensors
 from pocketize.memory.process import ProcessMemory
 from pocketize.memory.profile import MemoryProfile, thin_out
@@ -110,7 +110,7 @@ def measure_here(request: Request, *, own: bool = False) -> MemoryProfile:
             stage = fake_stage(request.model, request.inputs, request.device)
         else:
             stage = real_stage(request.model, request.inputs, request.device, own=own)
-        macs = count_macs(request.model, stage.inputs)
+        count = count_on_fakes if request.estimate else count_macs
         with (
             explained(
                 request.model,
@@ -118,14 +118,24 @@ def measure_here(request: Request, *, own: bool = False) -> MemoryProfile:
                 train=request.train,
                 estimate=request.estimate,
             ),
-            stage.active,
         ):
-            return _measure_on(stage, request, macs.weights, counters, own)
+            macs = count(request.model, stage.inputs).weights
+            with stage.active:
+                return measure_on(stage, request, macs, counters, own=own)
 
 
-def _measure_on(
-    stage: Stage, request: Request, macs: int, counters: CudaCounters | None, own: bool
+def measure_on(
+    stage: Stage, request: Request, macs: int, counters: CudaCounters | None, *, own: bool
 ) -> MemoryProfile:
+    """Take every figure of a model and inputs that are ready to run.
+
+    Args:
+        stage: the copies; they are trained.
+        request: what to measure.
+        macs: multiply-accumulates, counted before.
+        counters: those of the GPU that the stage is on.
+        own: see :func:`measure_here`.
+    """
     step = make_step(
         stage.model,
         stage.inputs,

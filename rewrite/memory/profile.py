@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MemoryProfile", "format_bytes", "thin_out", "top_modules"]
+__all__ = ["MemoryProfile", "thin_out", "top_modules"]
 
 import dataclasses
 import itertools
@@ -13,6 +13,7 @@ from typing import Any
 from tabulate import tabulate
 
 from pocketize.errors import MeasureError
+from pocketize.units import bytes_text, count_text, seconds_text
 
 _MODULES_SHOWN = 5
 _TIMELINE_POINTS = 300
@@ -125,32 +126,24 @@ class MemoryProfile:
         ]
         lines += ["", _table(["largest modules", "memory", "share"], largest), ""]
         lines.append(
-            f"parameters {self.parameters:,} ({format_bytes(self.weight_bytes)} with buffers), "
-            f"{self.macs:,} MACs"
+            f"parameters {count_text(self.parameters)} ({bytes_text(self.weight_bytes)} with "
+            f"buffers), {count_text(self.macs)} MACs"
         )
         if self.reserved is not None:
-            lines.append(f"reserved by the allocator {format_bytes(self.reserved)}")
+            lines.append(f"reserved by the allocator {bytes_text(self.reserved)}")
         if self.rss is not None:
-            lines.append(f"process memory (RSS) {format_bytes(self.rss)}")
+            lines.append(f"process memory (RSS) {bytes_text(self.rss)}")
         if self.step_seconds is not None:
             median, spread = self.step_seconds
-            lines.append(f"step time {median * 1e3:.1f} ms (quartiles {spread * 1e3:.1f} apart)")
+            spread_text = seconds_text(spread)
+            lines.append(f"step time {seconds_text(median)} (quartiles {spread_text} apart)")
         if self.why_not_isolated is not None:
             lines.append(f"not isolated: {self.why_not_isolated}")
         return "\n".join(lines)
 
     def _share(self, count: int) -> list[str]:
         percent = 100 * count / self.peak if self.peak else 0.0
-        return [format_bytes(count), f"{percent:.1f} %"]
-
-
-def format_bytes(count: int) -> str:
-    """Write a number of bytes in MiB: ``"1888.2 MiB"``, small ones with more digits."""
-    mebibytes = count / 2**20
-    for digits in (1, 2, 3):
-        if abs(mebibytes) >= 10 ** (1 - digits):
-            return f"{mebibytes:.{digits}f} MiB"
-    return f"{mebibytes:.4f} MiB"
+        return [bytes_text(count), f"{percent:.1f} %"]
 
 
 def top_modules(profile: MemoryProfile, n: int = 10) -> list[tuple[str, int]]:

@@ -13,7 +13,7 @@ __all__ = [
 ]
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,7 @@ from pocketize.capture import settle_inputs
 from pocketize.clone import clone, fake_clone
 from pocketize.errors import MeasureError, PocketizeError
 from pocketize.inputs import Inputs, as_inputs, to_model
+from pocketize.memory.inplace import is_dense
 
 _VALUES_WANTED = (DataDependentOutputException, DynamicOutputShapeException)
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
@@ -115,6 +116,8 @@ def fake_stage(model: nn.Module, inputs: Any, device: torch.device | None) -> St
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     copy = fake_clone(model, fakes, device=place)
     with fakes:
+        if place.type == "cpu":
+            _keep_scalars(model, copy)
         moved = fake_inputs(given, copy, place)
     name = _describe(place) if present else f"{wanted.type} (on CPU fakes)"
     return Stage(
@@ -154,7 +157,7 @@ def fake_inputs(given: Any, model: nn.Module, place: torch.device) -> Inputs:
         shape, stride = tensor.shape, tensor.stride()
         made = (
             torch.empty_strided(shape, stride, dtype=tensor.dtype, device=place)
-            if _is_dense(shape, stride)
+            if is_dense(shape, stride)
             else torch.empty(shape, dtype=tensor.dtype, device=place)
         )
         return made.requires_grad_(tensor.requires_grad)
@@ -202,6 +205,23 @@ def _advice(text: str, estimate: bool) -> str:
     return ""
 
 
+def _keep_scalars(model: nn.Module, copy: nn.Module) -> None:
+    """Let the fakes of buffers with one element know its value, as some modules ask for it.
+
+    Norms with a cumulative average read how many batches they have seen, others whether they were
+    initialised. To be called under the fake mode, in which such constants stay fake tensors.
+    """
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.numel() == 1 and buffer.device.type == "cpu":
+                if isinstance(buffer, FakeTensor):
+                    continue
+                with torch.utils._python_dispatch._disable_current_modes():
+                    value = buffer.tolist()
+                known = torch.tensor(value, dtype=buffer.dtype)
+                copy.get_submodule(path)._buffers[name] = known
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first tensor; the CPU if it has none."""
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -221,17 +241,6 @@ def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return device.type
-
-
-def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Tell whether a tensor fills its memory without gaps, in whatever order of the axes."""
-    expected = 1
-    for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
 
 
 def _once(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

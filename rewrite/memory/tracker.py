@@ -12,7 +12,7 @@ known what became of it: see :meth:`LiveTracker.finish`.
 
 from __future__ import annotations
 
-__all__ = ["CATEGORIES", "LiveTracker", "Trace", "is_composite", "storages_of"]
+__all__ = ["CATEGORIES", "LiveTracker", "Trace", "is_composite", "run_parts", "storages_of"]
 
 import functools
 import math
@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from pocketize.memory.inplace import in_place_twin, sole_holders
 
 #: What live bytes are divided into, in the order of the reports.
 CATEGORIES = (
@@ -83,6 +85,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, device: torch.device, where: Callable[[], str], *, fake: bool = False
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._sole = sole_holders()
         self._device = device.type
         self._memory = "meta" if fake else device.type
         self._where = where
@@ -142,8 +145,10 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # Only without autograd do composite operators arrive whole: what they allocate inside
             # counts just as it does in training, where their parts arrive here one by one.
             with self:
-                return func.decompose(*args, **kwargs)
+                return run_parts(func, args, kwargs)
         self._look((args, kwargs))
+        if self._phase == "backward":
+            func = in_place_twin(func, args, self._sole) or func
         out = func(*args, **kwargs)
         # An operator that writes in place returns what it was given; it may have resized it.
         self._look((args, kwargs) if _writes(func) else out)
@@ -226,6 +231,15 @@ def is_composite(func: Any, device: str) -> bool:
     if not torch._C._dispatch_has_kernel(name):  # TorchScript's own, such as prim::device
         return False
     return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, own)
+
+
+def run_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a composite operator as the operators that it is made of.
+
+    By its kernel, as the dispatcher would: ``func.decompose`` may prefer a decomposition written in
+    Python for the compiler, which makes many more tensors.
+    """
+    return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
 
 
 @functools.cache

@@ -1,0 +1,54 @@
+"""Resident memory of the process, where the system tells, and where it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pocketize.memory import process
+from pocketize.memory.process import ProcessMemory
+
+LINUX = Path("/proc/self/status").exists()
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_a_large_tensor_shows_in_current_and_peak() -> None:
+    memory = ProcessMemory()
+    memory.reset_peak()
+    before = memory.current()
+    assert before is not None
+    block = torch.ones(16 * 2**20)  # 64 MiB, written to
+    held, peak = memory.current(), memory.peak()
+    assert held is not None
+    assert peak is not None
+    assert 60 * 2**20 < held - before < 80 * 2**20
+    assert peak >= held
+    del block
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_the_peak_can_be_reset() -> None:
+    memory = ProcessMemory()
+    torch.ones(32 * 2**20).sum()
+    high = memory.peak()
+    if not memory.reset_peak():
+        return  # a container may forbid it; then the peak stays an upper bound
+    low = memory.peak()
+    assert high is not None
+    assert low is not None
+    assert low <= high
+
+
+def test_elsewhere_the_peak_of_the_whole_life_stands_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(process, "_STATUS", tmp_path / "missing")
+    monkeypatch.setattr(process, "_CLEAR", tmp_path / "missing" / "too")
+    memory = ProcessMemory()
+    assert not memory.reset_peak()
+    peak = memory.peak()
+    assert peak is None or peak > 2**20
+    current = memory.current()
+    assert current is None or current > 2**20
