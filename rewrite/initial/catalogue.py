@@ -19,8 +19,9 @@ from pocketize.initial.families import (
 from pocketize.initial.laws import FANS, Random
 from pocketize.initial.table import FAMILIES, Candidates, Table
 
-FAMILY_PRICE = {NORMAL.name: 0.0, UNIFORM.name: 0.0, TRUNCATED.name: 1.0, ONE_SIDED.name: 2.0}
-FAN_PRICE = dict.fromkeys(FANS, 2.5) | {
+# Prices are in nats, about minus the logarithm of how often a law is met.
+FAMILY_PRICE = {NORMAL.name: 0.0, UNIFORM.name: 0.0, TRUNCATED.name: 2.0, ONE_SIDED.name: 3.0}
+FAN_PRICE = dict.fromkeys(FANS, 5.0) | {
     "fan_in": 0.0,
     "constant": 0.0,
     "fan_out": 0.5,
@@ -30,12 +31,12 @@ FAN_PRICE = dict.fromkeys(FANS, 2.5) | {
     "fan_in * groups": 1.5,
     "fan_avg by groups": 1.5,
     "fan_avg by thirds": 1.5,
-    "last axis": 2.0,
+    "last axis": 2.5,
 }
 _RELU = math.sqrt(2.0)
 _LEAKY = {slope: math.sqrt(2 / (1 + slope**2)) for slope in (0.1, 0.2, 0.25)}
-_KAIMING_GAINS = {_RELU: 0.5, 1.0: 0.5, 5 / 3: 1.5, 0.75: 1.5} | dict.fromkeys(_LEAKY.values(), 1.5)
-_XAVIER_GAINS = {1.0: 0.0, _RELU: 1.0, 5 / 3: 1.5, _RELU / 2: 1.5, 0.02: 1.5, _LEAKY[0.2]: 1.5}
+_KAIMING_GAINS = {_RELU: 0.5, 1.0: 0.5, 5 / 3: 2.5, 0.75: 2.5} | dict.fromkeys(_LEAKY.values(), 2.5)
+_XAVIER_GAINS = {1.0: 0.0, _RELU: 1.5, 5 / 3: 2.5, _RELU / 2: 3.5, 0.02: 2.5, _LEAKY[0.2]: 2.5}
 _CONSTANTS = {0.02: 0.0, 0.01: 0.0, 1.0: 0.5} | {
     digit * 10.0**power: 2.0 if digit == 1 else 2.5
     for power in (-6, -5, -4, -3, -2, -1)
@@ -59,6 +60,9 @@ def known_laws(
         else:
             gains = {1.0: 0.5, _RELU: 1.0}
         price = 1.0 + FAN_PRICE[fan]
+        if stock is None and fan != "last axis":
+            # a raw parameter, a positional table say, has no inputs and outputs to count
+            price += 2.0
         for gain, extra in gains.items():
             rows.append((NORMAL, index, gain, 0.0, price + extra))
             rows.append((UNIFORM, index, gain, 0.0, price + extra))

@@ -14,7 +14,7 @@ __all__ = ["TINY", "fit_population"]
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -25,30 +25,35 @@ from pocketize.initial.laws import Random
 from pocketize.initial.moments import Array
 from pocketize.initial.table import FAMILIES, OUTLIER, Candidates, Table
 
+Flags = npt.NDArray[np.bool_]
+
 #: Elements below which a tensor says nothing about a law.
 TINY = 8
 
 
-def _free(table: Table, open_: npt.NDArray[np.bool_]) -> Candidates:
+def _free(table: Table, open_: Flags) -> Candidates:
     """Laws with unknown gain, guessed from the largest tensors that are still unexplained."""
     rows: list[tuple[Family, int, float, float, float]] = []
     order = np.argsort(-table.count * open_, kind="stable")[:8]
     largest = [int(index) for index in order if open_[index]]
-    price = 3.0 + 0.5 * math.log(max(2.0, float(table.count[open_].sum())))
+    price = 5.0 + 0.5 * math.log(float(table.count[open_].max()))
     constant = table.fans.index("constant")
     for family in FAMILIES:
         stds, fits = table.own_std(family), table.shaped(family)
-        # the largest sample falls short of the bound by about bound / count: leave room
-        room = 1 + (0.0 if family is NORMAL else 6.0) / table.count
+        # the largest sample falls short of the bound by about bound / count: leave room for the
+        # other tensors' extremes, or little of it, which a tensor that stays alone prefers
+        rooms = (0.0,) if family is NORMAL else (1.0, 6.0)
         for index in largest:
             if not fits[index] or stds[index] <= 0:
                 continue
             for fan, name in enumerate(table.fans):
-                gain = float(stds[index] * room[index] / table.units[fan, index])
+                gain = float(stds[index] / table.units[fan, index])
                 if math.isfinite(gain):
                     cost = price + FAN_PRICE[name] + FAMILY_PRICE[family.name]
                     cost += 0.5 * (fan != constant)
-                    rows.append((family, fan, gain, 0.0, cost))
+                    for room in rooms:
+                        wide = gain * (1 + room / table.count[index])
+                        rows.append((family, fan, wide, 0.0, cost))
             if family is NORMAL:
                 mean, std = float(table.mean[index]), math.sqrt(table.variance[index])
                 if abs(mean) * math.sqrt(table.count[index]) > 5 * std:
@@ -56,7 +61,7 @@ def _free(table: Table, open_: npt.NDArray[np.bool_]) -> Candidates:
     return Candidates.of(rows)
 
 
-def _refined(table: Table, law: Random, members: npt.NDArray[np.bool_]) -> Random:
+def _pooled(table: Table, law: Random, members: Flags) -> Random:
     """The same law with the gain that all tensors it explains agree on best."""
     unit = table.units[table.fans.index(law.fan)][members]
     count, total = table.count[members], float(table.count[members].sum())
@@ -74,7 +79,7 @@ def _refined(table: Table, law: Random, members: npt.NDArray[np.bool_]) -> Rando
         reach = np.maximum(table.high, -table.low)[members] / unit / law.family.bound
         return replace(law, gain=max(pooled, float(reach.max())))
     reach = table.own_std(law.family)[members] / unit
-    return replace(law, gain=float(reach.max()) * (1 + 1 / total))
+    return replace(law, gain=float(reach.max()) * (1 + 3 / total))
 
 
 def fit_population(
@@ -102,38 +107,72 @@ def fit_population(
     known = known_laws(table, stock, carried)
     known_deviance = table.deviance(known)
     while open_.any():
-        tries = [(known, known_deviance)]
+        best = _best(table, open_, known, known_deviance)
         if free:
             guesses = _free(table, open_)
-            tries.append((guesses, table.deviance(guesses)))
-        best, best_score, best_members, guessed = None, 0.0, open_, False
-        for candidates, deviance in tries:
-            if not candidates.gain:
-                continue
-            score = (deviance + OUTLIER)[:, open_].sum(axis=1) - np.array(candidates.price)
-            row = int(score.argmax())
-            if score[row] > best_score:
-                fan = table.fans[candidates.fan[row]]
-                best_score, guessed = float(score[row]), candidates is not known
-                best = Random(
-                    candidates.family[row], fan, candidates.gain[row], candidates.location[row]
-                )
-                best_members = open_ & (deviance[row] > -OUTLIER)
-        if best is None:
+            deviance = table.deviance(guesses)
+            refined = _refined(table, open_, guesses, deviance)
+            best = _best(table, open_, guesses, deviance, best, guessed=True)
+            best = _best(table, open_, refined, table.deviance(refined), best, guessed=True)
+        if best.law is None:
             break
-        if guessed:
-            best = _refined(table, best, best_members)
-        _assign(found, best, best_members, guessed)
-        open_ &= ~best_members
+        _assign(found, best.law, best.members, best.guessed)
+        open_ &= ~best.members
     _settle_loners(table, found)
     if free and samples is not None:
         _fit_unknown_shapes(table, found, carried, samples)
     return found
 
 
-def _assign(
-    found: list[Random | None], law: Random, members: npt.NDArray[np.bool_], guessed: bool = True
-) -> None:
+@dataclass(frozen=True)
+class _Best:
+    """The candidate that explains most: more than nothing, and more than others before it."""
+
+    law: Random | None
+    score: float
+    members: Flags
+    guessed: bool
+
+
+def _best(
+    table: Table,
+    open_: Flags,
+    candidates: Candidates,
+    deviance: Array,
+    so_far: _Best | None = None,
+    *,
+    guessed: bool = False,
+) -> _Best:
+    so_far = so_far or _Best(None, 0.0, open_, False)
+    if not candidates.gain:
+        return so_far
+    score = _scores(open_, candidates, deviance)
+    row = int(score.argmax())
+    if score[row] <= so_far.score:
+        return so_far
+    members = open_ & (deviance[row] > -OUTLIER)
+    return _Best(candidates.row(row, table.fans), float(score[row]), members, guessed)
+
+
+def _scores(open_: Flags, candidates: Candidates, deviance: Array) -> Array:
+    scores: Array = (deviance + OUTLIER)[:, open_].sum(axis=1) - np.array(candidates.price)
+    return scores
+
+
+def _refined(table: Table, open_: Flags, candidates: Candidates, deviance: Array) -> Candidates:
+    """The best guess of each family and fan, with the gain that all its tensors agree on."""
+    rows: dict[tuple[str, int], tuple[Family, int, float, float, float]] = {}
+    for row in np.argsort(-_scores(open_, candidates, deviance), kind="stable").tolist():
+        family, fan = candidates.family[row], candidates.fan[row]
+        members = open_ & (deviance[row] > -OUTLIER)
+        if (family.name, fan) not in rows and members.any():
+            law = _pooled(table, candidates.row(row, table.fans), members)
+            price = candidates.price[row]
+            rows[family.name, fan] = family, fan, law.gain, law.location, price
+    return Candidates.of(list(rows.values()))
+
+
+def _assign(found: list[Random | None], law: Random, members: Flags, guessed: bool = True) -> None:
     size = int(members.sum())
     source = f"from {size} tensors" if size > 1 else "from this tensor alone"
     for index in np.flatnonzero(members):
@@ -181,7 +220,7 @@ def _fit_unknown_shapes(
     std = np.sqrt(table.variance)
     gains = std[None] / table.units
 
-    def alike(kurtosis: float) -> npt.NDArray[np.bool_]:
+    def alike(kurtosis: float) -> Flags:
         return ~table.judged | (np.abs(np.log(table.kurtosis / kurtosis)) < 0.25)
 
     for law, _ in carried:

@@ -238,26 +238,32 @@ def _fit(findings: Sequence[_Finding], *, free: bool = True) -> None:
             if law is not None and not law.lone:
                 key = law.family.name, law.fan, law.gain
                 carried[key] = replace(law, source=""), found.slot.role
-        _follow(members, stock)
+        _follow(members, stock, free)
 
 
 def _sampler(members: Sequence[_Finding]) -> Callable[[int], Array]:
     return lambda index: sample(members[index].values)
 
 
-def _follow(members: Sequence[_Finding], stock: Random | None) -> None:
-    """Tensors too small to judge follow the commonest law of their population."""
+def _follow(members: Sequence[_Finding], stock: Random | None, fresh: bool) -> None:
+    """Let tensors that are too small to judge, or nearly lawful, follow the commonest law."""
     laws = [f.law for f in members if isinstance(f.law, Random) and not f.law.lone]
     keys = Counter((law.family.name, law.fan, law.gain) for law in laws)
     leaders = sorted(laws, key=lambda law: -keys[law.family.name, law.fan, law.gain])[:1]
     for found in members:
-        if found.law is None and found.moments.count < TINY:
+        moments = found.moments
+        if found.law is None and moments.count < TINY:
             for law in [*leaders, *([stock] if stock else [])]:
                 centre, std = law.location, law.std(found.geometry)
                 reach = float(np.abs(sample(found.values) - centre - law.family.offset * std).max())
-                if reach <= min(law.family.bound, 6.0) * std * (1 + found.moments.rounding):
+                if reach <= min(law.family.bound, 6.0) * std * (1 + moments.rounding):
                     found.law = replace(law, source="as others of its kind, too few to tell")
                     break
+        elif found.law is None and fresh and leaders:
+            # one in many thousands is an outlier by chance
+            std = leaders[0].std(found.geometry)
+            if abs(moments.variance**0.5 / std - 1) < 0.1 + 2 / moments.count**0.5:
+                found.law = replace(leaders[0], source="as others of its kind, if not quite")
 
 
 def _distrust(findings: Sequence[_Finding], trained: bool) -> None:

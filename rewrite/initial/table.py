@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketize.initial.families import NORMAL, ONE_SIDED, SQRT3, TRUNCATED, UNIFORM, Family
-from pocketize.initial.laws import FANS, Geometry
+from pocketize.initial.laws import FANS, Geometry, Random
 from pocketize.initial.moments import JUDGED, UNEVEN, Array, Moments
 
 #: Nats by which a law may miss one tensor's own best fit before it no longer explains it.
@@ -44,6 +44,11 @@ class Candidates:
         """Turn rows of (family, fan, gain, location, price) into columns."""
         columns = zip(*rows, strict=True) if rows else ([], [], [], [], [])
         return Candidates(*map(list, columns))
+
+    def row(self, index: int, fans: Sequence[str]) -> Random:
+        """One of them as a law."""
+        fan = fans[self.fan[index]]
+        return Random(self.family[index], fan, self.gain[index], self.location[index])
 
 
 class Table:
@@ -80,7 +85,10 @@ class Table:
     def shaped(self, family: Family) -> npt.NDArray[np.bool_]:
         """Whether tensors may come from this family: kurtosis, and channels alike."""
         error = np.sqrt(family.kurtosis_variance / self.count)
-        return self.even & (~self.judged | (np.abs(self.kurtosis - family.kurtosis) < 6 * error))
+        distance = (self.kurtosis - family.kurtosis) / error
+        # a kurtosis scatters further up than down, the more so in small samples
+        close = (distance > -6) & (distance < 6 + 96 / np.sqrt(self.count))
+        return self.even & (~self.judged | close)
 
     def own_std(self, family: Family) -> Array:
         """Standard deviation of each tensor's best fit of this family with mean 0 or its offset."""

@@ -144,3 +144,34 @@ def test_a_fan_in_squared_law_of_complex_weights_is_found() -> None:
     assert drawn.min() >= 0
     assert float(drawn.max()) == pytest.approx(1 / 42, rel=0.02)
     assert math.isclose(float(drawn.mean()), 0.5 / 42, rel_tol=0.05)
+
+
+class Others(nn.Module):
+    """Layer types that each have a default of their own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 4, add_bias_kv=True)
+        self.lstm = nn.LSTM(2 * width, width)
+        self.cell = nn.GRUCell(3, width)
+        self.bilinear = nn.Bilinear(width, 6, width)
+        self.embedding = nn.Embedding(30, width)
+        self.slope = nn.PReLU(width, init=0.1)
+        self.table = nn.Parameter(init.trunc_normal_(torch.empty(1, 50, width), std=0.02))
+        self.query = nn.Parameter(torch.randn(4, 10, width) * width**-0.5)
+        self.layer_scale = nn.Parameter(torch.full((width, 1, 1), 1e-6))
+
+
+def test_other_layer_types_and_raw_parameters_match_those_built_by_hand() -> None:
+    torch.manual_seed(1)
+    full = Others(40)
+    laws = infer_laws(full)
+    truth = [values(Others(8)) for _ in range(DRAWS)]
+    small = shrink(full, Others(8))
+    small.lstm.hidden_size = small.cell.hidden_size = 8
+    drawn = []
+    for seed in range(DRAWS):
+        laws.redraw(small, generator=torch.Generator().manual_seed(seed))
+        drawn.append(values(small))
+    wrong = disagreements(drawn, truth)
+    assert wrong == [], {key: laws.explain(key) for key in wrong}
