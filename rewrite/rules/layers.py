@@ -59,6 +59,8 @@ _ACTIVATIONS = [
     "aten.where",
     "aten.masked_fill",
     *(f"aten.{name}" for name in _ACTIVATIONS),
+    "aten.complex",
+    "aten.polar",
     "aten.real",
     "aten.imag",
     "aten.conj",
