@@ -190,3 +190,21 @@ def reduce(call: Call) -> Result:
     if isinstance(out, tuple | list):
         return [Value(shape, tuple(labels)) for shape in call.shapes]
     return Value(call.shape, tuple(labels))
+
+
+@channel_rule("aten.mse_loss", "aten.l1_loss", "aten.smooth_l1_loss", "aten.huber_loss")
+def distance(call: Call) -> Result:
+    """Distances are element by element, then averaged or summed over all axes."""
+    left, right = call.values()[:2]
+    joined = call.algebra.align([left, right], [max(n) for n in _sizes(left, right)], call.reason)
+    if call.shape:
+        return joined
+    for label in joined.labels:
+        call.algebra.share(label, axes_of(label), call.reason)
+    return Value(())
+
+
+def _sizes(left: Value, right: Value) -> list[tuple[int, ...]]:
+    rank = max(left.ndim, right.ndim)
+    padded = [(1,) * (rank - value.ndim) + value.shape for value in (left, right)]
+    return list(zip(*padded, strict=True))

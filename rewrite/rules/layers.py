@@ -43,6 +43,7 @@ _ACTIVATIONS = [
     "aten.alpha_dropout",
     "aten.feature_alpha_dropout",
     "aten.native_dropout",
+    "aten.broadcast_tensors",
     "aten.contiguous",
     "aten.clone",
     "aten.detach",

@@ -215,7 +215,7 @@ def has_rule(target: Any) -> bool:
 def sums_or_maps(target: Any) -> bool:
     """Whether an operator is a reduction or element-wise."""
     rule = _RULES.get(operator_name(target))
-    kinds = {_RULES["pointwise"], _RULES["aten.sum"]}
+    kinds = {_RULES["pointwise"], _RULES["aten.sum"], _RULES["aten.mse_loss"]}
     return rule in kinds or torch.Tag.pointwise in getattr(target, "tags", ())
 
 

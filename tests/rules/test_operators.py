@@ -150,6 +150,10 @@ CASES = [
     Case("cat", lambda a, b: torch.cat([a, b], 1)[:, 3:], {"a": (3, 3), "b": (3, 4)}, "a0 b1",
          "a0=b0"),
     # movement
+    Case("broadcast", lambda a, b: torch.broadcast_tensors(a, b)[1], {"a": (3, 4), "b": (1, 4)},
+         "a0 a1", "a1=b1"),
+    Case("distance", lambda a, b: a + F.mse_loss(a, b), {"a": (3, 4), "b": (3, 4)}, "a0 a1",
+         "a0=b0 a1=b1"),
     Case("roll", lambda a: a.roll(1, 1), {"a": (3, 4)}, "a0 -", frozen={"a1": _WHOLE}),
     Case("flatten of two", lambda a: a.flatten(), {"a": (3, 4)}, "-",
          frozen={"a0": "merges two axes", "a1": "merges two axes"}),
