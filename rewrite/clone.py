@@ -32,7 +32,9 @@ def clone(model: nn.Module) -> nn.Module:
         CaptureError: the model holds something that cannot be copied.
     """
     memo: dict[int, Any] = {}
-    with torch.inference_mode(False):  # what is made inside it can never be trained
+    # What is made under inference_mode can never be trained; a user's __deepcopy__ that builds the
+    # module anew draws random numbers, which must not be the caller's.
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         for tensor in _plain_tensors(model):
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach().clone()
@@ -114,6 +116,8 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def _copy_notes(model: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> None:
     """Copy the Python attributes of parameters, such as an optimiser's marks; torch does not."""
     for old, new in zip(model.parameters(), copied.parameters(), strict=False):
+        if new.is_leaf and new.requires_grad != old.requires_grad:  # of a TorchScript module
+            new.requires_grad_(old.requires_grad)
         for name, value in vars(old).items():
             if name not in vars(new):
                 setattr(new, name, copy.deepcopy(value, memo))
