@@ -43,8 +43,9 @@ def redraw(
         _renew_magnitudes(slots, {slot.name for slot in chosen}, laws)
         _renew_spectral_vectors(model, wanted, generator)
         for path, module in model.named_modules(remove_duplicate=False):
+            buffers = dict(module.named_buffers(recurse=False))
             for leaf, value in _RUNNING.items():
-                statistic = module._buffers.get(leaf)
+                statistic = buffers.get(leaf)
                 if statistic is not None and f"{path}.{leaf}".lstrip(".") in wanted:
                     statistic.fill_(value)
 
