@@ -151,7 +151,7 @@ class Residual(nn.Module):
         return self.head(torch.add(self.b(x), self.project(x), alpha=0.5).relu())
 
 
-@net("join frozen", movable=["other"], frozen={"same": "input"})
+@net("join frozen", movable=["other"], frozen={"same": "output"})
 class ResidualOnInput(nn.Module):
     """What is added to the input has the input's channels, and they are the output's too."""
 

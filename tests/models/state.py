@@ -109,8 +109,8 @@ def channels_last_3d() -> nn.Module:
 class Dropout(Plain):
     def forward(self, x: Tensor) -> Tensor:
         x = F.dropout2d(self.norm(self.stem(x)).relu(), 0.2, self.training)
-        x = F.dropout(self.tail(x).relu(), 0.5, self.training, inplace=True)
-        return self.head(x)
+        x = F.dropout(self.tail(x), 0.5, self.training, inplace=True)
+        return self.head(x.relu())
 
 
 @net("random", movable=["stem", "middle", "tail"], frozen={"head": "output"})
