@@ -25,7 +25,7 @@ from pocketize.errors import CaptureError
 from pocketize.groups import ChannelGroup, ChannelGroups, Member
 from pocketize.inputs import Inputs
 from pocketize.labels import Algebra, Atoms, Value
-from pocketize.rules import Call, Site, apply_rule, bind, sums_or_maps
+from pocketize.rules import Call, Site, apply_rule, bind, sums_or_maps, unlabelled
 
 logger = logging.getLogger(__name__)
 
@@ -194,10 +194,7 @@ class Analysis:
             logger.warning("channel rule of %s failed: %r", call.where, error)
             for value in call.values():
                 call.freeze(value, f"has a channel rule that failed ({error!r})")
-            out = node.meta["val"]
-            if isinstance(out, torch.Tensor):
-                return Value(tuple(out.shape))
-            return [Value(tuple(getattr(v, "shape", ()))) for v in out or ()]
+            return unlabelled(node.meta["val"])
 
     def _second_size(self, studio: Studio) -> list[Captured]:
         """Record at another size and batch: at 1x1 bottlenecks constraints hide."""

@@ -64,6 +64,14 @@ class Value:
         """Whether the size of this axis is the user's: more than 1, and no label."""
         return self.shape[axis] > 1 and self.label_on(axis) is None
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether the shape is this one and the labels can live on it."""
+        return self.shape == shape and all(
+            label.ndim == len(shape)
+            and all(size in (1, full) for size, full in zip(label.shape, shape, strict=True))
+            for label in self.labels
+        )
+
     def off(self, axis: int) -> tuple[Atoms, ...]:
         """Return the labels that do not live on an axis."""
         return tuple(label for label in self.labels if label.shape[axis] == 1)

@@ -12,6 +12,7 @@ __all__ = [
     "has_rule",
     "operator_name",
     "sums_or_maps",
+    "unlabelled",
 ]
 
 from pocketize.rules import contractions, layers, movement, parts  # noqa: F401  (fill the table)
@@ -25,4 +26,5 @@ from pocketize.rules.table import (
     has_rule,
     operator_name,
     sums_or_maps,
+    unlabelled,
 )

@@ -51,7 +51,6 @@ _ACTIVATIONS = [
     "aten.to",
     "aten._to_copy",
     "aten.type_as",
-    "aten.float",
     "aten.lift_fresh",
     "aten.lift_fresh_copy",
     "aten.copy",
@@ -69,7 +68,6 @@ _ACTIVATIONS = [
     "aten._softmax",
     "aten.log_softmax",
     "aten._log_softmax",
-    "aten.softmin",
     "aten.cumsum",
     "aten.cumprod",
     "aten.nan_to_num",
@@ -83,7 +81,7 @@ _ACTIVATIONS = [
     "aten.lerp",
     "aten.addcmul",
     "aten.addcdiv",
-    "aten._fake_quantize_per_tensor_affine",
+    "aten.fake_quantize_per_tensor_affine",
     "aten.square",
     "aten.div",
     "aten.multiply",
@@ -323,13 +321,15 @@ def _spatial_rank(operator: str) -> int:
             ("max_pool", ""),
             ("max_pool", "_with_indices"),
             ("adaptive_avg_pool", ""),
-            ("_adaptive_avg_pool", ""),
             ("adaptive_max_pool", ""),
             ("upsample_nearest", ""),
             ("_upsample_nearest_exact", ""),
-            ("max_unpool", ""),
-            ("fractional_max_pool", ""),
         )
+    ),
+    *(
+        f"aten.{name}{n}d"
+        for n in (2, 3)
+        for name in ("_adaptive_avg_pool", "max_unpool", "fractional_max_pool")
     ),
     "aten.upsample_linear1d",
     "aten.upsample_bilinear2d",

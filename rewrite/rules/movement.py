@@ -189,11 +189,7 @@ def roll(call: Call) -> Result:
 @channel_rule(
     "aten.pad",
     "aten.constant_pad_nd",
-    *(
-        f"aten.{kind}_pad{n}d"
-        for kind in ("reflection", "replication", "circular")
-        for n in (1, 2, 3)
-    ),
+    *(f"aten.{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
 )
 def pad(call: Call) -> Result:
     """Channels that padding adds are frozen; other padding passes channels by."""

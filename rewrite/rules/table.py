@@ -15,7 +15,7 @@ underscore) are found by the name of the plain one.
 
 from __future__ import annotations
 
-__all__ = ["Call", "Rule", "Site", "apply_rule", "channel_rule", "has_rule"]
+__all__ = ["Call", "Rule", "Site", "apply_rule", "channel_rule", "has_rule", "unlabelled"]
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -225,15 +225,30 @@ def apply_rule(call: Call) -> Result:
     if rule is None and torch.Tag.pointwise in getattr(call.node.target, "tags", ()):
         rule = _RULES["pointwise"]
     if rule is not None:
-        return rule(call)
+        return _checked(call, rule(call))
     for value in call.values():
         call.freeze(value)
-    out = call.node.meta["val"]
-    if isinstance(out, Tensor):
-        return Value(tuple(out.shape))
+    return unlabelled(call.node.meta["val"])
+
+
+def unlabelled(out: Any) -> Result:
+    """Return the value of a result, or of several, of which nothing is known."""
     if isinstance(out, tuple | list):
         return [Value(tuple(v.shape) if isinstance(v, Tensor) else ()) for v in out]
-    return Value(())
+    return Value(tuple(out.shape) if isinstance(out, Tensor) else ())
+
+
+def _checked(call: Call, result: Any) -> Result:
+    """Return what a rule has answered, if it can be true of what the operator returned."""
+    out = call.node.meta["val"]
+    several = isinstance(out, tuple | list)
+    pairs = zip(out, result, strict=True) if several else [(out, result)]
+    for tensor, value in pairs:
+        if not isinstance(value, Value):
+            raise TypeError(f"expected a Value for each result, got {type(value).__name__}")
+        if isinstance(tensor, Tensor) and not value.fits(tuple(tensor.shape)):
+            raise ValueError(f"expected labels that fit shape {tuple(tensor.shape)}, got {value}")
+    return list(result) if several else result
 
 
 def bind(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
