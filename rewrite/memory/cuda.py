@@ -17,13 +17,14 @@ class CudaCounters:
 
     Args:
         device: a CUDA device.
+        alone: everything that this process holds on the device belongs to the measurement.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, alone: bool = False) -> None:
         self._device = device
         self._empty()
-        self._allocated_before = torch.cuda.memory_allocated(device)
-        self._reserved_before = torch.cuda.memory_reserved(device)
+        self._allocated_before = 0 if alone else torch.cuda.memory_allocated(device)
+        self._reserved_before = 0 if alone else torch.cuda.memory_reserved(device)
 
     def reset(self) -> None:
         """Begin to count: give back what is cached, and forget earlier peaks."""

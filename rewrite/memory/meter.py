@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["loaded_bytes", "measure", "measure_here", "measure_on"]
+__all__ = ["measure", "measure_here", "measure_on"]
 
 import dataclasses
 import statistics
@@ -105,20 +105,14 @@ def measure_here(request: Request, *, own: bool = False) -> MemoryProfile:
         place = request.device or device_of(request.model)
         counters = None
         if place.type == "cuda" and torch.cuda.is_available() and not request.estimate:
-            counters = CudaCounters(place)
+            counters = CudaCounters(place, alone=own)
         if request.estimate:
             stage = fake_stage(request.model, request.inputs, request.device)
         else:
             stage = real_stage(request.model, request.inputs, request.device, own=own)
         count = count_on_fakes if request.estimate else count_macs
-        with (
-            explained(
-                request.model,
-                stage.inputs.describe(),
-                train=request.train,
-                estimate=request.estimate,
-            ),
-        ):
+        described = stage.inputs.describe()
+        with explained(request.model, described, train=request.train, estimate=request.estimate):
             macs = count(request.model, stage.inputs).weights
             with stage.active:
                 return measure_on(stage, request, macs, counters, own=own)
@@ -148,19 +142,20 @@ def measure_on(
     resident = process.current() if process else None
     step.run()  # the first step: from here on there is optimizer state
 
-    reserved = rss = allocated = None
+    # Untracked steps, for the clock, the allocator and the system at once.
+    steps = 0 if request.estimate else request.time_steps
+    step.clear()
     if counters is not None:
-        step.clear()
         counters.reset()
-        step.run()
-        allocated, reserved = counters.read()
-    if process is not None and resident is not None:
-        step.clear()
+    if process is not None:
         process.reset_peak()
-        step.run()
-        highest = process.peak()
-        if highest is not None:
-            rss = highest - resident + loaded_bytes(stage)
+    watched = counters is not None or process is not None
+    seconds = [_timed(stage, step) for _ in range(max(steps, 1 if watched else 0))]
+    allocated, reserved = counters.read() if counters is not None else (None, None)
+    highest = process.peak() if process is not None else None
+    rss = None
+    if highest is not None and resident is not None:
+        rss = highest - resident + _loaded_bytes(stage)
 
     trace = _track(stage, step)
     categories = dict(trace.categories)
@@ -186,7 +181,7 @@ def measure_on(
         parameters=sum(p.numel() for p in parameters),
         weight_bytes=sum(t.numel() * t.element_size() for t in weights),
         macs=macs,
-        step_seconds=None if request.estimate else _time(stage, step, request.time_steps),
+        step_seconds=_median_and_spread(seconds[:steps]),
     )
 
 
@@ -219,25 +214,26 @@ def _track(stage: Stage, step: Step) -> Trace:
     return tracker.finish()
 
 
-def _time(stage: Stage, step: Step, steps: int) -> tuple[float, float] | None:
-    """Return median and interquartile range of the seconds of a step, gradients dropped before."""
-    if steps == 0:
+def _timed(stage: Stage, step: Step) -> float:
+    """Do a step and return its seconds, from the forward to the end of the update."""
+    moments: list[float] = []
+
+    def note(phase: str) -> None:
+        if phase in ("forward", "end"):
+            _synchronize(stage.device)
+            moments.append(time.perf_counter())
+
+    step.clear()
+    step.run(note)
+    return moments[1] - moments[0]
+
+
+def _median_and_spread(seconds: list[float]) -> tuple[float, float] | None:
+    if not seconds:
         return None
-    taken: list[float] = []
-    for _ in range(steps):
-        moments: list[float] = []
-
-        def note(phase: str, moments: list[float] = moments) -> None:
-            if phase in ("forward", "end"):
-                _synchronize(stage.device)
-                moments.append(time.perf_counter())
-
-        step.clear()
-        step.run(note)
-        taken.append(moments[1] - moments[0])
-    if steps == 1:
-        return taken[0], 0.0
-    low, median, high = statistics.quantiles(taken, n=4, method="inclusive")
+    if len(seconds) == 1:
+        return seconds[0], 0.0
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return median, high - low
 
 
@@ -246,8 +242,8 @@ def _synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def loaded_bytes(stage: Stage) -> int:
-    """Return the bytes of a model and its inputs, which are there before the first step."""
+def _loaded_bytes(stage: Stage) -> int:
+    """Bytes of the model and its inputs, which are there before the first step."""
     tensors = [t for module in stage.model.modules() for t in held_tensors(module)]
     storages = {s._cdata: s for t in [*tensors, *stage.inputs.tensors()] for s in storages_of(t)}
     return sum(storage.nbytes() for storage in storages.values())

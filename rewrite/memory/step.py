@@ -174,8 +174,9 @@ def fixed_surroundings() -> Iterator[None]:
     python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if _uses_cuda() else None
     collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
+    if collecting:  # otherwise an outer context has just done it, and it takes its time
+        gc.collect()
+        gc.disable()
     try:
         with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
             warnings.simplefilter("ignore")

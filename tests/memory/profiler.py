@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
-from pocketize.memory.meter import loaded_bytes
+from pocketize.memory.modules import held_tensors
 from pocketize.memory.stage import real_stage
-from pocketize.memory.step import fixed_surroundings, make_step
+from pocketize.memory.step import Step, fixed_surroundings, make_step
 from pocketize.memory.tracker import is_composite, storages_of
 
 
@@ -46,17 +47,27 @@ def profiled_peak(
         )
         step.run()
         step.clear()
-        before = loaded_bytes(stage)
-        if step.optimizer is not None:
-            for state in step.optimizer.state.values():
-                before += sum(s.nbytes() for t in state.values() for s in storages_of(t))
+        before = _held(step)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             step.run()
+        # The profiler does not tell of the release of what it has not seen allocated, such as the
+        # weight that a weight norm's hook replaces.
+        held = sum(nbytes for storage, nbytes in before if not storage.expired())
     # Stable: where the clock ticks too slowly, the order of the tree is that of time.
     changes = sorted(_changes(profiled), key=lambda change: change.when)
     return ProfiledPeak(
-        before + _highest(changes), before + _highest(list(_without_workspaces(changes)))
+        held + _highest(changes), held + _highest(list(_without_workspaces(changes)))
     )
+
+
+def _held(step: Step) -> list[tuple[StorageWeakRef, int]]:
+    """The storages of the model, its inputs and the optimizer's state, with their bytes."""
+    tensors = [t for module in step.model.modules() for t in held_tensors(module)]
+    tensors += step.inputs.tensors()
+    if step.optimizer is not None:
+        tensors += [t for state in step.optimizer.state.values() for t in state.values()]
+    storages = {s._cdata: s for t in tensors for s in storages_of(t)}
+    return [(StorageWeakRef(s), s.nbytes()) for s in storages.values()]
 
 
 def _changes(profiled: Any) -> Iterator[_Change]:

@@ -40,6 +40,11 @@ def test_what_others_hold_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counters.read() == (8000, 16384 - 4096)
 
 
+def test_in_a_process_of_its_own_nothing_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeAllocator(monkeypatch)
+    assert CudaCounters(torch.device("cuda"), alone=True).read() == (9000, 16384)
+
+
 def test_the_device_is_idle_and_its_cache_empty_when_counting_begins(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -220,10 +221,10 @@ NETS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 @pytest.mark.parametrize("mode", ["train", "infer"])
 @pytest.mark.parametrize("name", NETS)
-def test_peak_is_that_of_the_profiler(name: str, mode: str) -> None:
+def test_peak_is_that_of_the_profiler(name: str, mode: Any) -> None:
     make, inputs = NETS[name]
     net = make()
-    tracked = measure(net, inputs, mode).peak  # type: ignore[arg-type]
+    tracked = measure(net, inputs, mode).peak
     profiled = profiled_peak(net, inputs, mode)
     assert 0 <= profiled.tensors - tracked <= PYTHON_NUMBER
 
@@ -247,42 +248,59 @@ def same(measured: MemoryProfile, estimated: MemoryProfile) -> None:
 
 @pytest.mark.parametrize("mode", ["train", "infer"])
 @pytest.mark.parametrize("name", NETS)
-def test_estimate_equals_measurement_to_the_byte(name: str, mode: str) -> None:
+def test_estimate_equals_measurement_to_the_byte(name: str, mode: Any) -> None:
     make, inputs = NETS[name]
     net = make()
     same(
-        measure(net, inputs, mode),  # type: ignore[arg-type]
-        measure(net, inputs, mode, estimate=True),  # type: ignore[arg-type]
+        measure(net, inputs, mode),
+        measure(net, inputs, mode, estimate=True),
     )
 
 
-#: oneDNN's recurrent layers keep a workspace whose size torch's fake kernels do not know.
-WORKSPACE_UNKNOWN = {"recurrent_middle", "lstm_over_image"}
+#: Nets that caught a tracker, and a sample of the others.
+AWKWARD = {
+    net.name: net
+    for net in [
+        *(
+            zoo.get(name)
+            for name in (
+                "unet_add",  # composite operators that have a second, Python-made decomposition
+                "pools",
+                "squeeze_excite",  # gradients that are added in place
+                "shortcut_by_padding",
+                "learnt_permutation",  # gradients that are scattered in place
+                "in_place",  # scalars that become tensors
+                "threshold_mask",
+                "fourier_over_space",
+                "batch_norm_cumulative",  # asks a buffer for its value
+                "frozen_parameters",
+                "tied_weights",
+                "weight_norm_parametrized",
+            )
+        ),
+        *zoo.nets()[::6],
+    ]
+}
+#: What torch's fake kernels get wrong: the workspace of oneDNN's recurrent layers, and the dtype of
+#: the statistics that a batch norm keeps of bfloat16 data.
+WRONG_FAKES = {"recurrent_middle", "lstm_over_image", "autocast_inside"}
+#: Tensors from before the step are replaced in it, and the profiler does not see their release.
+UNSEEN_RELEASE = {"weight_norm_legacy", "spectral_norm_legacy"}
 #: No floating-point output to train on.
 NO_LOSS = {"sum_over_channels_output"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "infer"])
-@pytest.mark.parametrize("net", zoo.nets(), ids=lambda net: net.name)
-def test_estimate_equals_measurement_on_awkward_nets(net: zoo.Net, mode: str) -> None:
-    if mode == "train" and net.name in WORKSPACE_UNKNOWN | NO_LOSS:
-        return
-    same(
-        measure(net.build(), net.inputs(), mode),  # type: ignore[arg-type]
-        measure(net.build(), net.inputs(), mode, estimate=True),  # type: ignore[arg-type]
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["train", "infer"])
-@pytest.mark.parametrize("net", zoo.nets(), ids=lambda net: net.name)
-def test_peak_is_that_of_the_profiler_on_awkward_nets(net: zoo.Net, mode: str) -> None:
-    if mode == "train" and net.name in NO_LOSS:
-        return
-    tracked = measure(net.build(), net.inputs(), mode).peak  # type: ignore[arg-type]
-    profiled = profiled_peak(net.build(), net.inputs(), mode)
-    assert 0 <= profiled.tensors - tracked <= PYTHON_NUMBER
+@pytest.mark.parametrize("name", sorted(AWKWARD.keys() - NO_LOSS))
+def test_awkward_nets_agree_with_the_estimate_and_the_profiler(name: str, mode: Any) -> None:
+    net = AWKWARD[name]
+    measured = measure(net.build(), net.inputs(), mode)
+    if name not in WRONG_FAKES:
+        same(measured, measure(net.build(), net.inputs(), mode, estimate=True))
+    if name not in UNSEEN_RELEASE:
+        profiled = profiled_peak(net.build(), net.inputs(), mode)
+        assert 0 <= profiled.tensors - measured.peak <= PYTHON_NUMBER
 
 
 @pytest.mark.slow
