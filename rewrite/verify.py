@@ -95,9 +95,9 @@ def check_edits(
                 raise
             done = [n for n in error.recorder.graph.nodes if n.op == "call_function"]
             position = _reached(captured, done)
-            found = _compare(channels, stays, index, done)
+            found = _compare(channels, stays, index, done, finished=False)
             return found or _mismatch(channels, stays, (index, position), str(error.__cause__))
-        found = _compare(channels, stays, index, again.operators())
+        found = _compare(channels, stays, index, again.operators(), finished=True)
         if found is not None:
             return found
         if again.structure != captured.structure:
@@ -121,7 +121,12 @@ def _mode_of(captured: Captured) -> FakeTensorMode:
 
 
 def _compare(
-    channels: ChannelGroups, stays: NDArray[np.bool_], index: int, new: Sequence[fx.Node]
+    channels: ChannelGroups,
+    stays: NDArray[np.bool_],
+    index: int,
+    new: Sequence[fx.Node],
+    *,
+    finished: bool,
 ) -> Mismatch | None:
     """Return the first operator that differs from the prediction, among those that ran."""
     captured = channels.recordings[index]
@@ -149,8 +154,13 @@ def _compare(
             if given != count:
                 text = f"expected {argument}={count}, got {given}"
                 return _mismatch(channels, stays, where, text)
-    if len(again) > len(numbers) and not captured.real:
+    if captured.real:
+        return None
+    if len(again) > len(numbers):
         return _mismatch(channels, stays, (index, len(old) - 1), "more operators ran than before")
+    if finished and len(again) < len(numbers):
+        where = index, numbers[len(again)]
+        return _mismatch(channels, stays, where, "fewer operators ran than before")
     return None
 
 
