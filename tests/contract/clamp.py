@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
 from pocketize.channels import ChannelGroups, analyse
 from pocketize.pipeline import PassPlan
 from tests.contract.case import Case
@@ -17,10 +20,11 @@ def clamped(case: Case) -> None:
     """Layers are as wide as the net's author expects, and the plan tells of every other one."""
     assert case.net is not None, "this case states no expectations"
     assert case.plan is not None, "this case has no plan"
-    require([*_unexpected(case), *_untold(case)])
+    groups = analyse(case.original, case.inputs)
+    require([*_unexpected(case, groups), *_untold(case, groups)])
 
 
-def _unexpected(case: Case) -> Iterator[str]:
+def _unexpected(case: Case, groups: ChannelGroups) -> Iterator[str]:
     net, plan = case.net, case.plan
     assert net is not None
     assert plan is not None
@@ -31,7 +35,6 @@ def _unexpected(case: Case) -> Iterator[str]:
     for path in net.shrinks:
         if width_of(new, path) >= width_of(old, path):
             yield f"{path}: {width_of(old, path)} -> {width_of(new, path)}, expected fewer"
-    groups = analyse(old, case.inputs)
     for path, reason in net.frozen.items():
         before, after = width_of(old, path), width_of(new, path)
         if before != after:
@@ -44,16 +47,25 @@ def _unexpected(case: Case) -> Iterator[str]:
 
 def _refusal(plan: PassPlan, groups: ChannelGroups, path: str) -> str:
     """What the plan says of the groups that a layer belongs to; a group goes by its first layer."""
-    together = {layer for group in groups.matching(path) for layer in group.layers}
+    together = _together(groups, path)
     return "; ".join(row.why for row in plan.refused if row.path in together) or "(no refusal)"
 
 
-def _untold(case: Case) -> Iterator[str]:
-    """Groups of the rewritten net that are still too wide, without a refusal."""
+def _untold(case: Case, groups: ChannelGroups) -> Iterator[str]:
+    """Layers that are as wide as they were, and too wide, of which the plan says nothing."""
     assert case.net is not None
     assert case.plan is not None
     told = {row.path for row in case.plan.refused}
-    for group in analyse(case.rewritten, case.inputs).groups:
-        too_wide = group.layers and group.channels > case.net.width
-        if too_wide and told.isdisjoint(group.layers):
-            yield f"{group.name}: {group.channels} channels, and the plan says nothing of it"
+    for path, module in case.original.named_modules():
+        if not isinstance(module, _ConvNd | nn.Linear) or f"{path}.weight" in groups.unreached:
+            continue
+        before, after = width_of(case.original, path), width_of(case.rewritten, path)
+        if all(group.channels <= case.net.width for group in groups.matching(path)):
+            continue  # a fused layer: several groups side by side, each narrow enough
+        if before == after > case.net.width and told.isdisjoint(_together(groups, path)):
+            yield f"{path}: stays at {after} channels, and the plan says nothing of it"
+
+
+def _together(groups: ChannelGroups, path: str) -> set[str]:
+    """Layers that share a group with this one; a group goes by its first layer in the plan."""
+    return {layer for group in groups.matching(path) for layer in group.layers}

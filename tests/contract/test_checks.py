@@ -479,7 +479,9 @@ class TestClamp:
         model = NET.build()
         assert case.plan is not None
         silent = replace(case, rewritten=model, original=model)
-        with pytest.raises(AssertionError, match=r"stem: 8 channels, and the plan says nothing"):
+        with pytest.raises(
+            AssertionError, match=r"stem: stays at 8 channels, and the plan says nothing"
+        ):
             clamped(silent)
         told = replace(case.plan.proposal, refused=(Refusal("stem", "r"), Refusal("a", "r")))
         clamped(replace(silent, plan=replace(case.plan, proposal=told)))
