@@ -20,7 +20,7 @@ from pocketize.errors import VerifyError
 from pocketize.groups import ChannelGroup, ChannelGroups
 from pocketize.inputs import Inputs
 from pocketize.repairs import candidates
-from pocketize.verify import Mismatch, backward_failure, check_edits
+from pocketize.verify import Mismatch, backward_failure, check_edits, split_channel
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,8 @@ class _Planner:
             channels = self._channels() if self.analysis or resizes else None
             if channels is None or not proposal.edits:
                 return proposal
+            if split := split_channel(channels, proposal.edits):
+                raise VerifyError(f"{self.given.name}: {split}")
             self.repairs = [r for r in self.repairs if r not in proposal.edits]
             mismatch = check_edits(self.model, channels, self._edits(proposal))
             while mismatch is not None and self._repair(channels, proposal, mismatch):

@@ -8,7 +8,7 @@ otherwise run and be silently wrong.
 
 from __future__ import annotations
 
-__all__ = ["Mismatch", "backward_failure", "check_edits", "predicted_shape"]
+__all__ = ["Mismatch", "backward_failure", "check_edits", "predicted_shape", "split_channel"]
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -104,6 +104,21 @@ def check_edits(
             last = len(captured.operators()) - 1
             return _mismatch(channels, stays, (index, last), "the outputs have other shapes")
     return None
+
+
+def split_channel(channels: ChannelGroups, edits: Sequence[Edit]) -> str:
+    """Say where edits keep a channel in one tensor and drop it in another; ``""`` if nowhere."""
+    end = channels.fresh_from
+    units, stays = channels.roots[:end], channels.survivors_of(edits)[:end]
+    split = np.bincount(units, stays) * np.bincount(units, ~stays) > 0
+    if not split[units].any():
+        return ""
+    places: dict[bool, str] = {}
+    unit = int(np.flatnonzero(split)[0])
+    for (tensor, axis), atoms in channels.axes.items():
+        for index in np.flatnonzero(units[atoms] == unit).tolist():
+            places.setdefault(bool(stays[atoms[index]]), f"index {index} of {tensor} axis {axis}")
+    return f"{places[False]} is dropped, but {places[True]}, which is the same channel, stays"
 
 
 def _edited(model: nn.Module, captured: Captured, edits: Sequence[Edit]) -> nn.Module:
