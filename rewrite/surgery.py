@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from pocketize.edits import Edit, Redraw, Resize, SetArgument, SetAttribute, read_attribute
 from pocketize.errors import RewriteError, nearest
@@ -67,6 +69,22 @@ def apply_edits(
         _follow(module, changed)
     if laws is not None:
         laws.redraw(model, generator=generator)
+    for module in model.modules():
+        _recompute(module)
+
+
+def _recompute(module: nn.Module) -> None:
+    """Renew the weight that torch's older weight_norm and spectral_norm keep beside its parts.
+
+    Their hooks compute it before every forward; until then it would have its old shape.
+    """
+    for hook in module._forward_pre_hooks.values():
+        with torch.no_grad():
+            if isinstance(hook, WeightNorm):
+                setattr(module, hook.name, hook.compute_weight(module))
+            elif isinstance(hook, SpectralNorm):
+                weight = hook.compute_weight(module, do_power_iteration=False)
+                setattr(module, hook.name, weight)
 
 
 def _check_resize(edit: Resize, tensors: dict[str, Tensor]) -> None:
