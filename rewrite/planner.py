@@ -134,8 +134,11 @@ class _Planner:
             # The culprit is not among the operator's own tensors: widen the circle.
             tried = self.seen[at.node.name] = self.seen.get(at.node.name, 0) + 1
             units = _around(channels, at.node, tried)
-        for unit in units:
-            self.frozen.setdefault(unit, reason)
+        hit = set(units)
+        for group in channels.groups:
+            if not hit.isdisjoint(group.roots.tolist()):
+                for unit in group.roots.tolist():
+                    self.frozen.setdefault(unit, reason)
 
     def _freeze_backward(self, channels: ChannelGroups, proposal: Proposal, why: str) -> None:
         """Freeze the group whose resizing breaks the backward; it is found by halving."""
