@@ -33,6 +33,9 @@ Atoms: TypeAlias = NDArray[np.int64]
 
 FROZEN = 0
 
+#: Pairs from which on it pays to look for repeated ones.
+_MANY = 2**16
+
 
 @dataclass(frozen=True, eq=False)
 class Value:
@@ -122,14 +125,15 @@ class Algebra:
             b: a shape that broadcasts with ``a``.
             reason: why, told where one of the two is frozen.
         """
-        left, right = (np.ravel(x) for x in np.broadcast_arrays(a, b))
-        for here, there in ((left, right), (right, left)):
-            met = here[there == FROZEN]
-            if met.size:
-                self.freeze(met, reason)
-        live = (left != FROZEN) & (right != FROZEN) & (left != right)
-        if live.any():
-            self._edges.append((left[live], right[live]))
+        for one, other in _meetings(a, b):
+            left, right = (np.ravel(x) for x in np.broadcast_arrays(one, other))
+            for here, there in ((left, right), (right, left)):
+                met = here[there == FROZEN]
+                if met.size:
+                    self.freeze(met, reason)
+            live = (left != FROZEN) & (right != FROZEN) & (left != right)
+            if live.any():
+                self._edges.append(_distinct(left[live], right[live]))
 
     def freeze(self, atoms: Atoms, reason: str, *, first: bool = False) -> None:
         """Forbid that any of these atoms is dropped, and say why.
@@ -163,7 +167,7 @@ class Algebra:
         if len(here) == len(axes_of(label)):
             self.freeze(label, reason)
             return np.full((1,) * label.ndim, FROZEN, dtype=np.int64)
-        first = label[tuple(slice(0, 1) if a in here else slice(None) for a in range(label.ndim))]
+        first = _first(label, here)
         self.unite(label, first, reason)
         return first
 
@@ -276,18 +280,47 @@ def _pad_rank(value: Value, rank: int) -> Value:
     )
 
 
+def _meetings(a: Atoms, b: Atoms) -> list[tuple[Atoms, Atoms]]:
+    """Return pairs of arrays that unite what ``a`` and ``b`` do, without forming their product.
+
+    Where ``a`` alone has some axes and ``b`` alone others, everything on the former meets
+    everything on the latter. It is enough that all of ``a`` meets the first of ``b``, and all of
+    ``b`` the first of ``a``. (If such a first is frozen, what meets it is frozen one by one.)
+    """
+    rank = max(a.ndim, b.ndim)
+    a, b = (x.reshape((1,) * (rank - x.ndim) + x.shape) for x in (a, b))
+    only_a, only_b = (
+        [axis for axis in range(rank) if x.shape[axis] > 1 and y.shape[axis] == 1]
+        for x, y in ((a, b), (b, a))
+    )
+    if not only_a or not only_b:
+        return [(a, b)]
+    return [(a, _first(b, only_b)), (_first(a, only_a), b)]
+
+
+def _first(label: Atoms, axes: Sequence[int]) -> Atoms:
+    """Return the first index of some axes, which stay with size 1."""
+    return label[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(label.ndim))]
+
+
+def _distinct(left: Atoms, right: Atoms) -> tuple[Atoms, Atoms]:
+    """Drop pairs that occur again: labels that live on many axes meet in few ways, many times."""
+    if left.size < _MANY:
+        return left, right
+    base = int(right.max()) + 1
+    pairs = np.unique(left * base + right)
+    return pairs // base, pairs % base
+
+
 def _varies(label: Atoms, axis: int) -> bool:
-    first = label[tuple(slice(0, 1) if a == axis else slice(None) for a in range(label.ndim))]
-    return bool((label != first).any())
+    return bool((label != _first(label, [axis])).any())
 
 
 def squeeze_constant(label: Atoms) -> Atoms:
     """Give size 1 to the axes along which a label does not vary."""
     for axis in axes_of(label):
         if not _varies(label, axis):
-            label = label[
-                tuple(slice(0, 1) if a == axis else slice(None) for a in range(label.ndim))
-            ]
+            label = _first(label, [axis])
     return label
 
 
