@@ -192,6 +192,7 @@ _monai(
         "num_heads": 4,
         "norm_name": "batch",
     },
+    tags="slow",
     width=8,
     movable=["decoder4.conv_block.conv1.conv"],
 )
@@ -256,6 +257,7 @@ _monai(
         "pretrained": False,
         "decoder_channels": (64, 32, 16, 16, 8),
     },
+    tags="slow",
     width=16,
 )
 _monai(
@@ -263,6 +265,7 @@ _monai(
     "FlexibleUNet",
     (2, 1, 32, 32),
     {"in_channels": 1, "out_channels": 2, "backbone": "resnet18", "pretrained": False},
+    tags="slow",
     width=64,
 )
 _monai(
@@ -278,6 +281,7 @@ _monai(
         "depths": (2, 2, 1, 1),
         "num_heads": (2, 2, 4, 4),
     },
+    tags="slow",
     width=12,
 )
 _monai(

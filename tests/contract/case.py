@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ class Case:
         before: that module as it was before the rewrite.
         rewritten: what came back.
         again: runs the same pass on another module.
-        again_in_place: the same, changing that module.
+        in_place: carries the same plan out on a module of that kind itself.
         plan: the plan the rewrite followed; None for rewrites that are no passes.
         net: the test net with its expectations; None for nets that state none.
         repeatable: two runs of the net in eval mode give the same values.
@@ -47,7 +46,7 @@ class Case:
     before: Snapshot
     rewritten: nn.Module
     again: Callable[[nn.Module], nn.Module]
-    again_in_place: Callable[[nn.Module], nn.Module]
+    in_place: Callable[[nn.Module], nn.Module]
     plan: PassPlan | None = None
     net: Net | None = None
     repeatable: bool = True
@@ -104,13 +103,11 @@ def make_case(net: Net, given: Pass, seed: int | None = None) -> Case:
     planned = plan(original, given, inputs=inputs, seed=seed)
     rewritten = planned.apply()
 
-    def again(model: nn.Module, **options: Any) -> nn.Module:
-        return rewrite(model, given, inputs=inputs, seed=seed, **options)
+    def again(model: nn.Module) -> nn.Module:
+        return rewrite(model, given, inputs=inputs, seed=seed)
 
-    def again_in_place(model: nn.Module) -> nn.Module:
-        with warnings.catch_warnings():  # nets in which nothing moves are checked elsewhere
-            warnings.simplefilter("ignore")
-            return again(model, inplace=True)
+    def in_place(model: nn.Module) -> nn.Module:
+        return replace(planned, model=model).apply(inplace=True)
 
     return Case(
         build=net.build,
@@ -120,7 +117,7 @@ def make_case(net: Net, given: Pass, seed: int | None = None) -> Case:
         before=before,
         rewritten=rewritten,
         again=again,
-        again_in_place=again_in_place,
+        in_place=in_place,
         plan=planned.passes[0],
         net=net,
         repeatable=net.repeatable,

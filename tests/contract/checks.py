@@ -37,15 +37,20 @@ def check(function: Check) -> Check:
     return function
 
 
-def failures(case: Case, names: Iterable[str] | None = None) -> list[str]:
-    """Run the checks and say which failed, all of them."""
-    reports = (_report(name, case) for name in (names if names is not None else CHECKS))
+def failures(
+    case: Case, names: Iterable[str] | None = None, promise: Check | None = None
+) -> list[str]:
+    """Run the checks, and what one pass promises beyond them, and say which failed, all of them."""
+    chosen = dict(CHECKS) if names is None else {name: CHECKS[name] for name in names}
+    if promise is not None:
+        chosen[promise.__name__] = promise
+    reports = (_report(name, check, case) for name, check in chosen.items())
     return [report for report in reports if report]
 
 
-def _report(name: str, case: Case) -> str:
+def _report(name: str, check: Check, case: Case) -> str:
     try:
-        CHECKS[name](case)
+        check(case)
     except AssertionError as error:
         return f"{name}: {error}"
     except Exception as error:  # a rewritten model may fail in any way; tell which check met it
@@ -392,7 +397,7 @@ def in_place(case: Case) -> None:
     identities = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     modules = {path: id(m) for path, m in model.named_modules(remove_duplicate=False)}
-    result = case.again_in_place(model)
+    result = case.in_place(model)
     assert result is model, "inplace=True returned another module"
     for name, parameter in model.named_parameters(remove_duplicate=False):
         assert id(parameter) == identities[name], f"{name} is another Parameter now"

@@ -88,7 +88,7 @@ def fake_case(
         warnings.warn("fake changed nothing", NoEffectWarning, stacklevel=2)
         return copy.deepcopy(model)
 
-    def again_in_place(model: nn.Module) -> nn.Module:
+    def in_place(model: nn.Module) -> nn.Module:
         fault(model)
         return model
 
@@ -100,7 +100,7 @@ def fake_case(
         before=before,
         rewritten=rewritten,
         again=again,
-        again_in_place=again_in_place,
+        in_place=in_place,
         net=NET,
     )
 
@@ -421,7 +421,7 @@ def test_idempotent_sees_a_second_change_and_a_missing_warning() -> None:
 
 
 def test_in_place_sees_a_copy() -> None:
-    case = replace(fake_case(), again_in_place=copy.deepcopy)
+    case = replace(fake_case(), in_place=copy.deepcopy)
     assert "returned another module" in failures(case, ["in_place"])[0]
 
 
