@@ -98,14 +98,17 @@ def measure_isolated(request: Request) -> MemoryProfile | str:
         except Exception as error:  # a user's __reduce__ may raise anything
             return f"it cannot be pickled: {_brief(error)}"
         command = [sys.executable, "-c", _BOOT, str(settings), str(payload), str(answer)]
-        done = subprocess.run(
-            command,
-            env={**os.environ, **_ALLOCATOR},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                command,
+                env={**os.environ, **_ALLOCATOR},
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+            )
+        except OSError as error:
+            return f"no other process could be started: {_brief(error)}"
         try:
             reply = json.loads(answer.read_text())
         except (OSError, ValueError):

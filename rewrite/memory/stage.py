@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pocketize.capture import settle_inputs
 from pocketize.clone import clone, fake_clone
@@ -133,12 +134,12 @@ def fake_stage(model: nn.Module, inputs: Any, device: torch.device | None) -> St
 
 def real_inputs(given: Inputs, model: nn.Module, place: torch.device) -> Inputs:
     """Return copies of inputs as a model wants them: on its device, floating ones in its dtype."""
-    taken = {id(t): t.untyped_storage()._cdata for t in given.tensors()}
+    taken = {t.untyped_storage()._cdata for t in given.tensors()}
     moved = to_model(given, model)
 
     def copied(tensor: Tensor) -> Tensor:
         there = tensor.detach().to(place)
-        if there.untyped_storage()._cdata in taken.values():
+        if there.untyped_storage()._cdata in taken:
             there = there.clone()
         return there.requires_grad_(tensor.requires_grad)
 
@@ -190,9 +191,8 @@ def explained(model: nn.Module, inputs: str, *, train: bool, estimate: bool) -> 
     except Exception as error:  # a user's forward, loss or hooks may raise anything
         text = " ".join(str(error).split())
         text = text if len(text) <= 300 else text[:297] + "..."
-        raise MeasureError(
-            f"{what}: {type(error).__name__}: {text}{_advice(text, estimate)}"
-        ) from (error)
+        text += _advice(text, estimate)
+        raise MeasureError(f"{what}: {type(error).__name__}: {text}") from error
 
 
 def _advice(text: str, estimate: bool) -> str:
@@ -211,15 +211,18 @@ def _keep_scalars(model: nn.Module, copy: nn.Module) -> None:
     Norms with a cumulative average read how many batches they have seen, others whether they were
     initialised. To be called under the fake mode, in which such constants stay fake tensors.
     """
+    known: dict[int, Tensor] = {}
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.numel() == 1 and buffer.device.type == "cpu":
-                if isinstance(buffer, FakeTensor):
-                    continue
-                with torch.utils._python_dispatch._disable_current_modes():
+            if buffer is None or buffer.numel() != 1 or buffer.device.type != "cpu":
+                continue
+            if isinstance(buffer, FakeTensor):
+                continue
+            if id(buffer) not in known:
+                with _disable_current_modes():
                     value = buffer.tolist()
-                known = torch.tensor(value, dtype=buffer.dtype)
-                copy.get_submodule(path)._buffers[name] = known
+                known[id(buffer)] = torch.tensor(value, dtype=buffer.dtype)
+            copy.get_submodule(path)._buffers[name] = known[id(buffer)]
 
 
 def device_of(model: nn.Module) -> torch.device:
