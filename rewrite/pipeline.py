@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pocketize.base import Change, Guarantee, Pass, PassRecord, Proposal, Refusal
@@ -147,7 +147,7 @@ class Plan:
             apply_edits(model, edits, generator=generator)
         records = tuple(p.record() for p in self.passes if p.edits)
         if records:
-            setattr(model, _HISTORY, history(model) + records)
+            _remember(model, history(self.model) + records)
         return model
 
 
@@ -272,7 +272,10 @@ def plan(
 
 def history(model: nn.Module) -> tuple[PassRecord, ...]:
     """Return what was done to a model, oldest first; empty for one that was never rewritten."""
-    records: tuple[PassRecord, ...] = vars(model).get(_HISTORY, ())
+    held = vars(model)
+    if isinstance(model, fx.GraphModule):
+        held = {**model.meta, **held}
+    records: tuple[PassRecord, ...] = held.get(_HISTORY, ())
     return records
 
 
@@ -296,7 +299,13 @@ def replay(model: nn.Module, records: Sequence[PassRecord]) -> None:
     for edits in shapes:
         apply_edits(model, edits)
     if records:
-        setattr(model, _HISTORY, history(model) + tuple(records))
+        _remember(model, history(model) + tuple(records))
+
+
+def _remember(model: nn.Module, records: tuple[PassRecord, ...]) -> None:
+    setattr(model, _HISTORY, records)
+    if isinstance(model, fx.GraphModule):  # whose copies keep nothing else
+        model.meta[_HISTORY] = records
 
 
 def _rehearse(model: nn.Module, steps: Sequence[Sequence[Edit]]) -> None:

@@ -92,8 +92,8 @@ def _replicated(values: Tensor) -> Law | None:
 
 def find_repeats(values: Tensor) -> int:
     """How many neighbouring slices of the first axis are equal throughout; 1 for none."""
-    count = len(values)
-    if values.dim() < 2 or count < 4 or not torch.equal(values[0], values[1]):
+    count = len(values) if values.dim() > 1 else 0
+    if count < 4 or not torch.equal(values[0], values[1]):
         return 1
     same = (values == values[:1]).flatten(1).all(dim=1).tolist()
     times = same.index(False) if False in same else count
