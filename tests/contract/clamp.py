@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from pocketize.channels import ChannelGroups, analyse
+from pocketize.channels import analyse
+from pocketize.groups import ChannelGroup, ChannelGroups
 from pocketize.pipeline import PassPlan
 from tests.contract.case import Case
 from tests.contract.checks import require
@@ -41,8 +42,8 @@ def _unexpected(case: Case, groups: ChannelGroups) -> Iterator[str]:
             yield f"{path}: {before} -> {after}, expected to stay"
         elif before > net.width and reason not in _refusal(plan, groups, path):
             yield f"{path}: expected to stay because of {reason!r}: {_refusal(plan, groups, path)}"
-        elif before <= net.width and reason not in groups.explain(path):
-            yield f"{path}: explain does not say {reason!r}: {groups.explain(path)}"
+        elif before <= net.width and reason not in groups.explain(path or "weight"):
+            yield f"{path}: explain does not say {reason!r}: {groups.explain(path or 'weight')}"
 
 
 def _refusal(plan: PassPlan, groups: ChannelGroups, path: str) -> str:
@@ -60,12 +61,27 @@ def _untold(case: Case, groups: ChannelGroups) -> Iterator[str]:
         if not isinstance(module, _ConvNd | nn.Linear) or f"{path}.weight" in groups.unreached:
             continue
         before, after = width_of(case.original, path), width_of(case.rewritten, path)
-        if all(group.channels <= case.net.width for group in groups.matching(path)):
+        made = groups.matching(path) if path else groups.groups
+        if all(group.channels <= case.net.width for group in made):
             continue  # a fused layer: several groups side by side, each narrow enough
         if before == after > case.net.width and told.isdisjoint(_together(groups, path)):
             yield f"{path}: stays at {after} channels, and the plan says nothing of it"
 
 
+def _groups_of(groups: ChannelGroups, path: str) -> list[ChannelGroup]:
+    """The groups that a layer's weights, or one parameter, take part in."""
+    name, _, axis = path.partition("@")
+    prefix = f"{name}." if name else ""
+    return [
+        group
+        for group in groups.groups
+        if any(
+            (m.tensor == name and str(m.axis) == axis) if axis else m.tensor.startswith(prefix)
+            for m in group.members
+        )
+    ]
+
+
 def _together(groups: ChannelGroups, path: str) -> set[str]:
     """Layers that share a group with this one; a group goes by its first layer in the plan."""
-    return {layer for group in groups.matching(path) for layer in group.layers}
+    return {layer for group in _groups_of(groups, path) for layer in group.layers}

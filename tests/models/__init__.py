@@ -12,6 +12,7 @@ from tests.models import (  # noqa: F401  (importing registers)
     convs,
     joins,
     norms,
+    odd,
     opaque,
     reuse,
     sizes,
