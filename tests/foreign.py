@@ -49,7 +49,7 @@ _monai(
         "strides": (2, 2, 2),
     },
     width=8,
-    movable=["model.0.conv", "model.1.submodule.0.conv", "model.1.submodule.1.submodule.0.conv"],
+    movable=["model.1.submodule.0.conv", "model.1.submodule.1.submodule.0.conv"],
     frozen={"model.2.conv": "output"},
 )
 _monai(
@@ -75,7 +75,7 @@ _monai(
     (1, 1, 16, 32, 32),
     {"spatial_dims": 3, "features": (8, 8, 16, 32, 64, 8)},
     width=8,
-    movable=["down_2.convs.conv_0.conv", "upcat_2.upsample.deconv"],
+    movable=["down_2.convs.conv_0.conv", "upcat_3.upsample.deconv"],
     frozen={"final_conv": "output"},
 )
 _monai(
@@ -130,7 +130,7 @@ _monai(
     (1, 2, 16, 16, 16),
     {"in_channels": 2, "init_filters": 8, "blocks_down": (1, 2, 2), "blocks_up": (1, 1)},
     width=8,
-    movable=["convInit.conv", "down_layers.1.0.conv"],
+    movable=["down_layers.1.0.conv"],
 )
 _monai(
     "monai_segresnet_deconv_dropout",

@@ -67,12 +67,12 @@ def instance_norm_statistics() -> nn.Module:
     return around(nn.InstanceNorm2d(16, affine=True, track_running_stats=True))
 
 
-@net("norm channel-statistics", width=8, **_MOVES)
+@net("norm channel-statistics", width=8, **{**_MOVES, "movable": ["stem", "middle"]})
 def group_norm() -> nn.Module:
     return around(nn.GroupNorm(4, 16))
 
 
-@net("norm channel-statistics", width=8, **_MOVES)
+@net("norm channel-statistics", width=8, **{**_MOVES, "movable": ["stem", "middle"]})
 def group_norm_no_affine() -> nn.Module:
     return around(nn.GroupNorm(4, 16, affine=False))
 

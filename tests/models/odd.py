@@ -112,7 +112,7 @@ class Temperature(Frame):
         return super().forward(x) * self.temperature.exp() / self.factor
 
 
-@net("odd opaque", movable=["tail"], frozen=_HEAD)
+@net("odd opaque single-precision", movable=["tail"], frozen=_HEAD)
 def fourier_neural_operator() -> nn.Module:
     return around(SpectralConv(16, 16))
 
@@ -134,7 +134,7 @@ class SpectralConv(nn.Module):
         return torch.fft.irfft2(out, s=(h, w))
 
 
-@net("odd frozen", movable=["tail"], frozen=_HEAD)
+@net("odd frozen single-precision", movable=["tail"], frozen=_HEAD)
 class UnregisteredLayer(Frame):
     """A layer in a plain list, unknown to state_dict and to .to(): nothing next to it can move."""
 
@@ -224,6 +224,6 @@ def half_precision() -> nn.Module:
     return Frame().half()
 
 
-@net("odd", width=20, frozen={"stem": "", "tail": "", **_HEAD})
+@net("odd frozen", width=20, frozen={"stem": "", "tail": "", **_HEAD})
 class NarrowerThanTheClamp(Frame):
     """Nothing is as wide as the clamp: nothing changes."""

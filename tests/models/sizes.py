@@ -101,7 +101,7 @@ class LayerAttributes(Frame):
         return flat.reshape(b, self.stem.weight.shape[0], h, w)
 
 
-@net("owner", width=8, movable=["stem", "tail"], frozen=_HEAD)
+@net("owner", width=8, movable=["stem"], frozen=_HEAD)
 class OwnerHeads(Frame):
     """head_dim and heads kept by the owner: the product of two attributes is the width."""
 
