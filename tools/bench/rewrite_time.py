@@ -3,6 +3,7 @@
     pip install torch-pruning==1.6.1
     python tools/bench/rewrite_time.py                    # every net of tests/foreign.py
     python tools/bench/rewrite_time.py 'monai_unet*' --repeat 5
+    python tools/bench/rewrite_time.py --published        # the same at their owners' widths
     python tools/bench/rewrite_time.py --depth            # time against the number of nodes
 
 Ours is one ``pocketize(model, width, inputs=...)`` with all its checks: recording in both modes and
@@ -40,11 +41,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the networks are those of 
 
 from tests.foreign import foreign_nets
 from tests.models.registry import Net
+from tools.bench.networks import published_nets
 
 #: Seconds after which the peer is taken to have failed.
 LIMIT = 120
 
-#: What the seconds are read from; on a busy machine ``--cpu`` makes it the process' own time.
+#: What the seconds are read from. On a busy machine ``--cpu`` makes it the process' own time; with
+#: it goes ``OMP_NUM_THREADS=1``, because threads that wait for each other spin, and that counts.
 CLOCK = time.perf_counter
 
 
@@ -78,6 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time rewrites against torch-pruning.")
     parser.add_argument("pattern", nargs="?", default="*", help="networks, as an fnmatch pattern")
     parser.add_argument("--repeat", type=int, default=3, help="runs, of which the median is taken")
+    parser.add_argument(
+        "--published", action="store_true", help="the architectures at their published widths"
+    )
     parser.add_argument("--depth", action="store_true", help="double the depth of a chain instead")
     parser.add_argument("--cpu", action="store_true", help="seconds of CPU, not of the wall clock")
     parser.add_argument("--no-peer", action="store_true", help="time only ours")
@@ -88,7 +94,8 @@ def main() -> None:
     if arguments.depth:
         depth(arguments.repeat)
         return
-    nets = [net for net in foreign_nets() if fnmatch.fnmatch(net.name, arguments.pattern)]
+    nets = published_nets() if arguments.published else foreign_nets()
+    nets = [net for net in nets if fnmatch.fnmatch(net.name, arguments.pattern)]
     if not nets:
         sys.exit(f"no network is called {arguments.pattern!r}")
     _ours(nets[0], 1)  # imports, and operators that are looked up once
