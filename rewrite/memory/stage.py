@@ -191,17 +191,18 @@ def explained(model: nn.Module, inputs: str, *, train: bool, estimate: bool) -> 
     except Exception as error:  # a user's forward, loss or hooks may raise anything
         text = " ".join(str(error).split())
         text = text if len(text) <= 300 else text[:297] + "..."
-        text += _advice(text, estimate)
-        raise MeasureError(f"{what}: {type(error).__name__}: {text}") from error
+        told = f"{what}: {type(error).__name__}: {text}"
+        advice = _advice(text, estimate)
+        raise MeasureError(f"{told.rstrip('.')}. {advice}" if advice else told) from error
 
 
 def _advice(text: str, estimate: bool) -> str:
     if "Expected more than 1 value per channel" in text:
-        return " A norm has one value per channel here: give a batch of 2, or a larger input."
+        return "A norm has one value per channel here: give a batch of 2, or a larger input."
     if any(sign in text for sign in _NO_MEMORY):
-        return " There is not enough memory to measure; estimate=True needs none."
+        return "There is not enough memory to measure; estimate=True needs none."
     if estimate:
-        return " This was on fake tensors; if the model runs on real ones, use estimate=False."
+        return "This was on fake tensors; if the model runs on real ones, use estimate=False."
     return ""
 
 

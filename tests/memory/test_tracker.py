@@ -287,7 +287,7 @@ WRONG_FAKES = {"recurrent_middle", "lstm_over_image", "autocast_inside"}
 #: Tensors from before the step are replaced in it, and the profiler does not see their release.
 UNSEEN_RELEASE = {"weight_norm_legacy", "spectral_norm_legacy"}
 #: No floating-point output to train on.
-NO_LOSS = {"sum_over_channels_output"}
+NO_LOSS = {"class_map_output", "sum_over_channels_output"}
 
 
 @pytest.mark.slow
