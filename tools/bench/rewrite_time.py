@@ -120,6 +120,8 @@ def _ours(net: Net, repeat: int) -> Result:
         started = CLOCK()
         planned = plan(model, Pocket(width=max(1, width)), inputs=inputs)
         middle = CLOCK()
+        if not planned.passes[0].edits:
+            sys.exit(f"{net.name}: the plan changes nothing, so its time says nothing")
         planned.apply()
         applied.append(CLOCK() - middle)
         taken.append(CLOCK() - started)
