@@ -293,7 +293,7 @@ def test_aligned_operands_share_their_channels_or_freeze_on_fixed_axes(
 # -- movement ------------------------------------------------------------------------------------
 
 
-@settings(fixed, max_examples=120)
+@settings(fixed, max_examples=80)
 @given(chains())
 def test_labels_move_as_integer_tensors_do(chain: Chain) -> None:
     board = Board(chain, a=chain.shape)
@@ -310,7 +310,7 @@ def test_labels_move_as_integer_tensors_do(chain: Chain) -> None:
 _LOSSLESS = ("permute", "flip", "unflatten", "unsqueeze", "squeeze", "cat")
 
 
-@settings(fixed, max_examples=50)
+@settings(fixed, max_examples=40)
 @given(chains((*_LOSSLESS, "channel_shuffle", "repeat_interleave")))
 def test_movement_that_merges_no_channels_freezes_none(chain: Chain) -> None:
     assert not Board(chain, a=chain.shape).reasons

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -353,11 +352,3 @@ def test_labels_do_not_grow_with_the_image() -> None:
         return sum(label.size for label in labels_in(analysis.values[0].values()))
 
     assert size("1x3x8x8") == size("1x3x512x512")
-
-
-def test_settling_a_long_residual_chain_takes_few_rounds() -> None:
-    """Units of a hundred tensors that follow each other: the worst case of label propagation."""
-    analysis = Analysis(Residual(100), as_inputs("1x3x4x4"))
-    start = time.process_time()
-    analysis.settle()
-    assert time.process_time() - start < 2

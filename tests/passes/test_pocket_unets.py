@@ -121,7 +121,7 @@ def up(recipe: Recipe, before: int, width: int) -> nn.Module:
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
     dims = draw(st.sampled_from([2, 2, 3]))
-    even = st.sampled_from([2, 4, 6, 8, 12])
+    even = st.sampled_from([2, 4, 6, 8, 10])
     return Recipe(
         dims=dims,
         widths=tuple(draw(st.lists(even, min_size=1, max_size=3))),
@@ -149,7 +149,7 @@ def layers(model: nn.Module) -> dict[str, int]:
     return {p: width_of(model, p) for p, m in model.named_modules() if isinstance(m, kinds)}
 
 
-@settings(fixed, max_examples=12)
+@settings(fixed, max_examples=8)
 @given(recipes())
 def test_a_random_unet_runs_is_as_narrow_as_asked_and_keeps_the_right_indices(
     recipe: Recipe,
@@ -169,11 +169,13 @@ def test_a_random_unet_runs_is_as_narrow_as_asked_and_keeps_the_right_indices(
         assert path == "head" or width >= full, f"{path} is narrower than it need be"
 
     found = case.output()
-    assert difference(found, case.reference) < TOLERANCE
-    if recipe.norm != "group":  # its statistics are over channels, and change with them
+    if recipe.norm == "group":  # its statistics are over channels, and change with them
+        reference = case.reference
+    else:
         original = clone(case.original)
         silence(original, case.edits)
-        assert difference(found, case.output(original)) < TOLERANCE
+        reference = case.output(original)
+    assert difference(found, reference) < TOLERANCE
     if before != after:
         assert difference(found, case.output(clone(case.original))) > SEEN
         assert history(small)
