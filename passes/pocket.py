@@ -62,6 +62,7 @@ class Pocket(Pass):
         }
         wanted: dict[ChannelGroup, int] = {}
         refused: list[Refusal] = []
+        again = False
         for group in channels.groups:
             if not group.layers and (group.frozen or group.channels <= width):
                 continue  # an axis of a raw parameter, of which there is nothing to tell
@@ -73,6 +74,7 @@ class Pocket(Pass):
                 continue
             units = max(1, width // group.step)
             if units * group.step > width:
+                again = True
                 refused.append(
                     Refusal(
                         group.name,
@@ -94,7 +96,7 @@ class Pocket(Pass):
                 "a branch of the forward depends on values; only the branch taken was seen"
             )
         resized = resize_groups(channels, wanted, weights=self.weights)
-        return Proposal(resized.edits, resized.changes, tuple(refused), tuple(notes))
+        return Proposal(resized.edits, resized.changes, tuple(refused), tuple(notes), again)
 
 
 def _finest_width(channels: ChannelGroups) -> tuple[int, str]:

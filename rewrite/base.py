@@ -95,12 +95,15 @@ class Proposal:
         changes: the same for the plan's reader, a row per module.
         refused: what was left alone, with reasons.
         notes: sentences about the whole, such as which width was chosen and why.
+        again: the pass wants to look at its own result, which may allow what the model did not:
+            a grouped convolution with one channel left in each group can lose whole groups.
     """
 
     edits: tuple[Edit, ...] = ()
     changes: tuple[Change, ...] = ()
     refused: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
+    again: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

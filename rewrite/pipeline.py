@@ -110,7 +110,8 @@ class Plan:
 
     Attributes:
         model: the caller's model.
-        passes: one plan for each pass, in the order in which they are applied.
+        passes: one plan for each pass, in the order in which they are applied; more than one where
+            a pass had something left to do on its own result.
         seed: seed of whatever is drawn at random, ``None`` for torch's own generator.
     """
 
@@ -259,11 +260,18 @@ def plan(
     settled = settle_inputs(model, inputs)
     plans: list[PassPlan] = []
     current = model
-    for index, given in enumerate(made):
+    queue = list(made)
+    repeated = False
+    while queue:
+        given = queue.pop(0)
         with _own_randomness(current, seed) as generator:
             proposal = settle_proposal(current, given, settled, generator)
-        plans.append(PassPlan(given, proposal))
-        if proposal.edits and index + 1 < len(made):
+        if proposal.edits or not repeated:
+            plans.append(PassPlan(given, proposal))
+        repeated = proposal.again and bool(proposal.edits)
+        if repeated:
+            queue.insert(0, given)
+        if proposal.edits and queue:
             current = clone(current)
             with _own_randomness(current, seed) as generator:
                 apply_edits(current, proposal.edits, generator=generator)

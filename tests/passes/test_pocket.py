@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketize import plan, pocketize, rewrite, zoo
+from pocketize import history, plan, pocketize, rewrite, zoo
 from pocketize.errors import OptionError, PatternError, RewriteError
 from pocketize.passes import Pocket
 
@@ -88,14 +88,18 @@ def test_frozen_groups_are_listed_with_their_reasons() -> None:
     ]
 
 
-def test_a_step_wider_than_the_width_shrinks_to_one_step_and_is_listed() -> None:
+def test_groups_of_one_channel_are_dropped_in_a_second_round() -> None:
     net = nn.Sequential(
         nn.Conv2d(1, 4, 1), nn.Conv2d(4, 32, 1), nn.GroupNorm(8, 32), nn.Conv2d(32, 2, 1)
     )
+    first, second = plan(net, "pocket", inputs="1x1x4x4").passes
+    assert [c.what for c in first.changes] == ["32 -> 8 channels"]
+    assert any("8 channels instead of 4" in r.why and "steps of 8" in r.why for r in first.refused)
+    assert [c.what for c in second.changes] == ["8 -> 4 channels"]
     small = rewrite(net, "pocket", inputs="1x1x4x4")
-    assert small[1].out_channels == 8
-    (step,) = plan(net, "pocket", inputs="1x1x4x4").passes
-    assert any("8 channels instead of 4" in r.why and "steps of 8" in r.why for r in step.refused)
+    assert (small[1].out_channels, small[2].num_groups, small[2].num_channels) == (4, 4, 4)
+    assert [record.name for record in history(small)] == ["pocket", "pocket"]
+    assert not plan(small, "pocket:width=4", inputs="1x1x4x4").passes[0].edits
 
 
 @pytest.mark.parametrize("width", [0, -3])
