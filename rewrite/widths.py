@@ -6,6 +6,7 @@ __all__ = ["Resized", "resize_groups"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from pocketize.base import Change
 from pocketize.edits import Edit, Redraw
 from pocketize.groups import ChannelGroup, ChannelGroups
 from pocketize.ranking import rank_units, strongest
+
+Slices: TypeAlias = list[tuple[Tensor, int, NDArray[np.int64]]]
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,12 @@ def resize_groups(
     """
     if not wanted:
         return Resized((), ())
-    tensors: dict[str, Tensor] = dict(channels.model.named_parameters())
-    selection = {
-        group: strongest(rank_units(_weights_of(channels, group, tensors)), units)
-        for group, units in wanted.items()
-    }
+    parameters: dict[str, Tensor] = dict(channels.model.named_parameters())
+    buffers = dict(channels.model.named_buffers())
+    selection = {}
+    for group, units in wanted.items():
+        slices = _weights_of(channels, group, parameters, buffers)
+        selection[group] = _choose(slices, units)
     changes = []
     for group, units in wanted.items():
         for layer in group.layers or (group.name,):
@@ -72,12 +76,32 @@ def _layer_width(
     return group.channels, units * group.step
 
 
+def _choose(weights: Slices, units: int) -> NDArray[np.int64]:
+    """Return the units to keep, ascending."""
+    if any(tensor.is_meta for tensor, _, _ in weights):
+        return np.arange(units)  # a model without values, planned for its shapes
+    return strongest(rank_units(weights), units)
+
+
 def _weights_of(
-    channels: ChannelGroups, group: ChannelGroup, tensors: dict[str, Tensor]
-) -> list[tuple[Tensor, int, NDArray[np.int64]]]:
-    """The weights that make a group's channels: first axes; any tensor if there are none."""
-    parameters = [m for m in group.members if m.tensor in tensors]
+    channels: ChannelGroups,
+    group: ChannelGroup,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+) -> Slices:
+    """The weights that make a group's channels: first axes; any tensor if there are none.
+
+    Buffers count only where nothing else does, as in a bank of fixed filters.
+    """
+    members = [m for m in group.members if m.tensor in parameters] or list(group.members)
     sites = [site.atoms for site in channels.producers if site.module in group.layers]
     made = np.concatenate(sites) if sites else np.empty(0, dtype=np.int64)
-    makers = [m for m in parameters if np.isin(channels.axes[m.tensor, m.axis], made).any()]
-    return [(tensors[m.tensor].detach(), m.axis, m.positions) for m in makers or parameters]
+    makers = [m for m in members if np.isin(channels.axes[m.tensor, m.axis], made).any()]
+    return [
+        (
+            (parameters if m.tensor in parameters else buffers)[m.tensor].detach(),
+            m.axis,
+            m.positions,
+        )
+        for m in makers or members
+    ]

@@ -190,3 +190,36 @@ def test_what_stays_keeps_its_order_and_its_statistics() -> None:
     assert torch.equal(small.stem.weight, model.stem.weight)
     behind_the_skip = model.join.weight[:, [0, 1, 2, 3, 4, 5, 6, 7]]
     assert torch.equal(small.join.weight, behind_the_skip)
+
+
+class FixedFilters(nn.Module):
+    """A bank of fixed filters kept in buffers, then learnt layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bank: Tensor
+        self.mix: Tensor
+        self.register_buffer("bank", torch.randn(8, 3, 3, 3))
+        self.register_buffer("mix", torch.randn(6, 8, 1, 1))
+        self.conv, self.head = nn.Conv2d(6, 16, 1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.conv2d(nn.functional.conv2d(x, self.bank), self.mix)
+        return self.head(self.conv(x))
+
+
+def test_fixed_filters_in_buffers_are_chosen_by_their_strength_too() -> None:
+    model = FixedFilters()
+    model.bank[[1, 4, 5]] *= 100
+    small = pocketize(model, 3, inputs=INPUT)
+    assert torch.equal(small.bank, model.bank[[1, 4, 5]])
+    assert small.mix.shape == (3, 3, 1, 1)
+    assert small.conv.weight.shape == (3, 3, 1, 1)
+
+
+def test_a_model_without_values_is_planned_and_rewritten_for_its_shapes() -> None:
+    with torch.device("meta"):
+        model = Net()
+    small = pocketize(model, inputs=INPUT)
+    assert small.widths() == [4, 4, 4, 2]
+    assert {t.device.type for t in small.parameters()} == {"meta"}
