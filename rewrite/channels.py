@@ -106,7 +106,7 @@ class Analysis:
             path for path, m in self.model.named_modules() if isinstance(m, torch.jit.ScriptModule)
         ]
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            if not tensor.is_floating_point():
+            if not (tensor.is_floating_point() or tensor.is_complex()):
                 continue
             for axis, size in enumerate(tensor.shape):
                 if size > 1 and not (name in kernels and axis >= 2):

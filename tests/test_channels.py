@@ -176,6 +176,28 @@ def test_constraints_that_hide_at_the_given_size_are_found_at_a_larger_one() -> 
     assert "aten.sort" in frozen
 
 
+class Spectral(nn.Module):
+    """Mixes channels by complex weights in the frequency domain, as Fourier neural operators do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.mix = nn.Parameter(torch.randn(8, 6, dtype=torch.complex64))
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.einsum("bixy,io->boxy", torch.fft.rfft2(self.stem(x)), self.mix)
+        return self.head(torch.fft.irfft2(y, s=x.shape[-2:]))
+
+
+def test_complex_parameters_have_channels_too() -> None:
+    channels = analyse(Spectral(), INPUT)
+    places = {(m.tensor, m.axis) for m in group_of(channels, "stem").members}
+    assert places == {("stem.weight", 0), ("stem.bias", 0), ("mix", 0)}
+    (out,) = (g for g in channels.groups if ("mix", 1) in {(m.tensor, m.axis) for m in g.members})
+    assert out.frozen is None
+
+
 # -- selections ----------------------------------------------------------------------------------
 
 
