@@ -84,4 +84,6 @@ def _groups_of(groups: ChannelGroups, path: str) -> list[ChannelGroup]:
 
 def _together(groups: ChannelGroups, path: str) -> set[str]:
     """Layers that share a group with this one; a group goes by its first layer in the plan."""
-    return {layer for group in _groups_of(groups, path) for layer in group.layers}
+    sharing = {layer for group in _groups_of(groups, path) for layer in group.layers}
+    # A tied weight is known by its first name only; the layer itself is known by what it makes.
+    return sharing | {path}
