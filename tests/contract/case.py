@@ -15,6 +15,7 @@ from pocketize.base import Guarantee, Pass
 from pocketize.clone import clone
 from pocketize.inputs import Inputs, as_inputs
 from pocketize.pipeline import PassPlan, plan, rewrite
+from tests.contract.rounds import whole
 from tests.contract.snapshot import Snapshot
 from tests.models.registry import Net
 
@@ -118,7 +119,7 @@ def make_case(net: Net, given: Pass, seed: int | None = None) -> Case:
         rewritten=rewritten,
         again=again,
         in_place=in_place,
-        plan=planned.passes[0],
+        plan=whole(planned),
         net=net,
         repeatable=net.repeatable,
     )

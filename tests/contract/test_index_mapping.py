@@ -30,6 +30,7 @@ from pocketize.pipeline import plan
 from pocketize.surgery import apply_edits
 from tests.contract import trees
 from tests.contract.masked import masked_output
+from tests.contract.rounds import whole
 from tests.contract.widths import tensors_of
 from tests.contract.zoo import every_net
 from tests.models.registry import Net
@@ -57,7 +58,7 @@ class Sliced:
         inputs = as_inputs(net.inputs(), self.original)
         self.inputs: Inputs = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
         planned = plan(self.original, Pocket(width=net.width), inputs=self.inputs)
-        self.edits: tuple[Edit, ...] = planned.passes[0].edits
+        self.edits: tuple[Edit, ...] = whole(planned).edits
         self.model = planned.apply().eval()
 
     def output(self, model: nn.Module | None = None) -> list[Tensor]:
