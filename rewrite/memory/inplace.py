@@ -7,6 +7,9 @@ fresh zeros. Under *any* dispatch mode it does neither, since it cannot tell wha
 its tensors (``isTensorSubclassLike`` in PyTorch's ``InputBuffer.cpp`` and ``FunctionsManual.cpp``).
 A tracker that is a mode would see more memory than there is without it; so it must recognise these
 operators and run them in place itself, under the conditions that autograd has for it.
+
+Left as they are, being rare and small: the backward of products over an axis and of cumulative
+products, and the bias of a linear layer on non-contiguous data of three or more axes.
 """
 
 from __future__ import annotations

@@ -23,10 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pocketize.memory.inplace import in_place_twin, sole_holders
+
+aten = torch.ops.aten
 
 #: What live bytes are divided into, in the order of the reports.
 CATEGORIES = (
@@ -78,7 +81,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         device: only tensors on devices of this type count.
         where: tells the path of the module at work when a tensor is made.
-        fake: follow fake tensors, and not the real scalars that are about to become fake.
+        fake: the tensors are fake, save those that a model hides from ``state_dict`` and brings in.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._sole = sole_holders()
         self._device = device.type
-        self._memory = "meta" if fake else device.type
+        self._fake = fake
         self._where = where
         self._phase = ""
         self._live: dict[int, _Record] = {}
@@ -146,7 +149,8 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # counts just as it does in training, where their parts arrive here one by one.
             with self:
                 return run_parts(func, args, kwargs)
-        self._look((args, kwargs))
+        if func is not aten.lift_fresh.default or not self._fake:
+            self._look((args, kwargs))  # but not at the real data of a fake constant
         if self._phase == "backward":
             func = in_place_twin(func, args, self._sole) or func
         out = func(*args, **kwargs)
@@ -163,7 +167,9 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _storages(self, tensor: Tensor) -> list[torch.UntypedStorage]:
         if tensor.device.type != self._device:
             return []
-        return [s for s in storages_of(tensor) if s.device.type == self._memory]
+        if self._fake and tensor.dim() == 0 and not isinstance(tensor, FakeTensor):
+            return []  # a Python number on its way into an operator
+        return storages_of(tensor)
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, storage.nbytes()

@@ -91,7 +91,8 @@ def _is_kernel(name: str) -> bool:
     packet = getattr(torch.ops.aten, name.removeprefix("aten::"), None)
     if not name.startswith("aten::") or packet is None:
         return False
-    return not all(is_composite(getattr(packet, each), "cpu") for each in packet.overloads())
+    overloads = [getattr(packet, each) for each in packet.overloads() if "out" not in each]
+    return not all(is_composite(each, "cpu") for each in overloads)
 
 
 def _without_workspaces(changes: list[_Change]) -> Iterator[_Change]:
