@@ -1,0 +1,1 @@
+"""What rewritten networks contain: modules, autograd functions and hooks, one idea a file."""
