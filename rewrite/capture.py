@@ -25,6 +25,7 @@ __all__ = [
     "quiet_recording",
     "record",
     "settle_inputs",
+    "structure_of",
 ]
 
 import contextlib
@@ -230,7 +231,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Close the graph with the model's outputs."""
         tensors = find_tensors(output)
         self.graph.output([self._node_of(tensor) for tensor in tensors])
-        return Captured(self.graph, inputs, train, _structure(output))
+        return Captured(self.graph, inputs, train, structure_of(output))
 
     @contextlib.contextmanager
     def module_paths(self) -> Iterator[None]:
@@ -312,7 +313,7 @@ def _collect_tensors(value: Any, found: list[Tensor], seen: set[int]) -> None:
             _collect_tensors(list(vars(leaf).values()), found, seen)
 
 
-def _structure(value: Any) -> Any:
+def structure_of(value: Any) -> Any:
     """Return nesting and shapes of an output in a form that compares equal across recordings."""
     leaves, spec = pytree.tree_flatten(value)
     return (

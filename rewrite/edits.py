@@ -7,6 +7,7 @@ can be written to JSON and read again, so that a saved model can be rebuilt by s
 from __future__ import annotations
 
 __all__ = [
+    "Convert",
     "Edit",
     "Redraw",
     "Resize",
@@ -127,6 +128,27 @@ class Redraw(Edit):
     kind: ClassVar[str] = "redraw"
 
 
+@dataclass(frozen=True)
+class Convert(Edit):
+    """Let a module run another way, by a conversion that a pass has registered in code.
+
+    Attributes:
+        module: path of the module, ``""`` for the model itself.
+        conversion: name of the conversion, see :mod:`pocketize.conversions`.
+        options: what the conversion is told: text, numbers, lists and dicts, as JSON has them.
+    """
+
+    kind: ClassVar[str] = "convert"
+    module: str
+    conversion: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    @property
+    def path(self) -> str:
+        """Path of the module."""
+        return self.module
+
+
 def edit_from_json(data: dict[str, Any]) -> Edit:
     """Read an edit that :meth:`Edit.to_json` wrote.
 
@@ -142,7 +164,7 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
     for name, value in fields.items():
         if isinstance(value, list) and all(isinstance(item, int) for item in value):
             fields[name] = tuple(value)
-    expected = {"str": str, "int": int, "tuple[int, ...]": tuple}
+    expected = {"str": str, "int": int, "tuple[int, ...]": tuple, "dict[str, Any]": dict}
     for f in dataclasses.fields(kind):
         if not isinstance(fields[f.name], expected[str(f.type)]):
             raise ArtifactError(f"edit {data!r:.200}: {f.name} must be {f.type}")

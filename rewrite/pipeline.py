@@ -25,8 +25,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pocketize.base import Change, Guarantee, Pass, PassRecord, Proposal, Refusal
 from pocketize.capture import settle_inputs
 from pocketize.clone import clone, fake_clone
-from pocketize.edits import Edit, Redraw, edit_from_json
-from pocketize.errors import NoEffectWarning, OrderError, RewriteError
+from pocketize.edits import Convert, Edit, Redraw, edit_from_json
+from pocketize.errors import (
+    ArtifactError,
+    NoEffectWarning,
+    OrderError,
+    RegistryError,
+    RewriteError,
+)
 from pocketize.planner import settle_proposal
 from pocketize.registry import get_pass, parse_pass
 from pocketize.surgery import apply_edits
@@ -302,12 +308,29 @@ def replay(model: nn.Module, records: Sequence[PassRecord]) -> None:
         RewriteError: an edit does not fit the model.
     """
     steps = [[edit_from_json(dict(edit)) for edit in record.edits] for record in records]
+    for record, edits in zip(records, steps, strict=True):
+        if any(isinstance(edit, Convert) for edit in edits):
+            _bring(record)
     shapes = [[edit for edit in edits if not isinstance(edit, Redraw)] for edits in steps]
     _rehearse(model, shapes)
     for edits in shapes:
         apply_edits(model, edits)
     if records:
         _remember(model, history(model) + tuple(records))
+
+
+def _bring(record: PassRecord) -> None:
+    """Import the pass that made a record, and with it the conversions that it registers.
+
+    Only an installed pass is imported, by the name it is registered under.
+    """
+    try:
+        get_pass(record.name)
+    except RegistryError as error:
+        raise ArtifactError(
+            f"the model was rewritten by the pass {record.name!r}, which is not to be had here: "
+            f"{error}"
+        ) from None
 
 
 def _remember(model: nn.Module, records: tuple[PassRecord, ...]) -> None:

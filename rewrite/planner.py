@@ -15,10 +15,11 @@ from torch import fx, nn
 from pocketize.base import Change, Pass, Proposal, Target
 from pocketize.capture import capture
 from pocketize.channels import Analysis
-from pocketize.edits import Edit, Resize, SetArgument, SetAttribute
+from pocketize.edits import Convert, Edit, Resize, SetArgument, SetAttribute
 from pocketize.errors import VerifyError
 from pocketize.groups import ChannelGroup, ChannelGroups
 from pocketize.inputs import Inputs
+from pocketize.rehearsal import Rehearsal
 from pocketize.repairs import candidates
 from pocketize.verify import Mismatch, backward_failure, check_edits, split_channel
 
@@ -62,6 +63,8 @@ class _Planner:
         last = ""
         for _ in range(_ATTEMPTS):
             proposal = self.given.propose(self._target())
+            if any(isinstance(edit, Convert) for edit in proposal.edits):
+                return self._rehearsed(proposal)
             resizes = any(isinstance(edit, Resize | SetAttribute) for edit in proposal.edits)
             channels = self._channels() if self.analysis or resizes else None
             if channels is None or not proposal.edits:
@@ -86,6 +89,16 @@ class _Planner:
             f"{self.given.name}: the rewritten model does not run as predicted, whatever is left "
             f"out; last at {last}"
         )
+
+    def _rehearsed(self, proposal: Proposal) -> Proposal:
+        """Check a proposal that converts modules by running it."""
+        failure = Rehearsal(self.model, self.inputs).failure(proposal.edits)
+        if failure:
+            raise VerifyError(
+                f"{self.given.name}: the converted model does not run as the original does: "
+                f"{failure}. The model is as it was"
+            )
+        return proposal
 
     def _target(self) -> Target:
         return Target(

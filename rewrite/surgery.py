@@ -18,7 +18,16 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from pocketize.edits import Edit, Redraw, Resize, SetArgument, SetAttribute, read_attribute
+from pocketize.conversions import convert, find_conversion
+from pocketize.edits import (
+    Convert,
+    Edit,
+    Redraw,
+    Resize,
+    SetArgument,
+    SetAttribute,
+    read_attribute,
+)
 from pocketize.errors import RewriteError, nearest
 from pocketize.initial import infer_laws
 from pocketize.literals import find_literal, set_argument
@@ -31,7 +40,7 @@ def apply_edits(
 ) -> None:
     """Change a model in place.
 
-    Everything is checked before anything is changed.
+    Everything is checked before anything is changed, but for what a conversion itself finds.
 
     Args:
         model: the model; on any device, ``meta`` and fake tensors included.
@@ -54,6 +63,9 @@ def apply_edits(
             _check_attribute(edit, model)
         elif isinstance(edit, SetArgument):
             find_literal(_module(model, edit), edit)
+        elif isinstance(edit, Convert):
+            _module(model, edit)
+            find_conversion(edit.conversion)
         elif not isinstance(edit, Redraw):
             raise RewriteError(f"no surgery for an edit of kind {type(edit).__name__}")
     redraw = any(isinstance(edit, Redraw) for edit in edits)
@@ -71,6 +83,9 @@ def apply_edits(
         laws.redraw(model, generator=generator)
     for module in model.modules():
         _recompute(module)
+    for edit in edits:
+        if isinstance(edit, Convert):
+            convert(model, edit.module, edit.conversion, edit.options)
 
 
 def _recompute(module: nn.Module) -> None:
@@ -107,7 +122,7 @@ def _check_resize(edit: Resize, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _module(model: nn.Module, edit: SetAttribute | SetArgument) -> nn.Module:
+def _module(model: nn.Module, edit: SetAttribute | SetArgument | Convert) -> nn.Module:
     try:
         return model.get_submodule(edit.module)
     except AttributeError as error:
