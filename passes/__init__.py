@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Pocket"]
+__all__ = ["Amp", "Pocket"]
 
+from pocketize.passes.amp import Amp
 from pocketize.passes.pocket import Pocket

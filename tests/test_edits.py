@@ -53,7 +53,7 @@ def test_an_edit_knows_the_module_it_changes() -> None:
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ({}, r"unknown kind of edit None; this version knows \['redraw', 'resize'"),
+        ({}, r"unknown kind of edit None; this version knows \['convert', 'redraw'"),
         ({"edit": "explode"}, "unknown kind of edit 'explode'"),
         ({"edit": ["resize"]}, r"unknown kind of edit \['resize'\]"),
         ({"edit": "resize"}, "tensor must be str"),
