@@ -1,0 +1,106 @@
+"""What stands in place of a module's ``forward``: the one thing that the wrapping passes share.
+
+``module.forward`` of one instance is set to an object that runs the forward it replaces inside
+something: an autocast region, a checkpoint, hooks on saved tensors. The module stays the object it
+was, with its class, its hooks (which run outside, once), its keys and its modes. A pair of forward
+hooks would do less: torch runs no hook when a forward is interrupted from the keyboard, so that
+autocast would stay switched on in the rest of a notebook, and hooks registered before ours would
+see other values than they used to.
+
+The objects hold the module, as bound methods do, so that ``copy.deepcopy`` and pickle, which come
+here by way of the module, bind the copy's forward to the copy.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Forward", "first_parameter", "obstacle", "wrapping"]
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+F = TypeVar("F", bound="Forward")
+
+
+class Forward:
+    """Runs in place of a module's forward; by itself it does just what that does.
+
+    Args:
+        module: the module; :meth:`install` puts the object into its place.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        #: A forward that somebody else, or another pass, has set on the instance before.
+        self.inner: Any = vars(module).get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the arguments of the module's forward and return what it returns."""
+        return self.original(*args, **kwargs)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward that this one stands in place of."""
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        # Looked up on every call: fully_shard, for one, gives a module another class.
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def install(self) -> None:
+        """Become the module's forward."""
+        vars(self.module)["forward"] = self
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature of the forward itself, for whoever binds arguments by it."""
+        if self.inner is not None:
+            return inspect.signature(self.inner)
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+
+def wrapping(module: nn.Module, kind: type[F]) -> F | None:
+    """Return the object of a kind that stands in place of a module's forward, if there is one.
+
+    Args:
+        module: the module.
+        kind: a subclass of :class:`Forward`; it may stand below others.
+    """
+    for forward in _layers(module):
+        if isinstance(forward, kind):
+            return forward
+    return None
+
+
+def _layers(module: nn.Module) -> Iterator[Any]:
+    forward = vars(module).get("forward")
+    while isinstance(forward, Forward):
+        yield forward
+        forward = forward.inner
+
+
+def obstacle(module: nn.Module) -> str:
+    """Say why a module's forward cannot be replaced on the instance; ``""`` if it can."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return (
+            "it is TorchScript, whose forward is compiled code; rewrite the Python module and "
+            "script or trace the result"
+        )
+    if isinstance(module, fx.GraphModule):
+        return (
+            "it is a torch.fx GraphModule, and copies of one lose what is attached to it; rewrite "
+            "the module that it was traced from, or make it a submodule of a module of your own"
+        )
+    return ""
+
+
+def first_parameter(module: nn.Module) -> torch.Tensor | None:
+    """Return the first floating-point parameter, or buffer: it tells where a module works."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            return buffer
+    return None
