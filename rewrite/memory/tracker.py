@@ -184,6 +184,20 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             resized = _Record(nbytes, 0, record.phase, record.module, record.role, record.kept)
             self._begin(key, resized)
 
+    def _see_resized(self) -> None:
+        """Look for storages whose memory was taken away without an operator."""
+        for key, watch in list(self._watches.items()):
+            storage, record = watch(), self._live.get(key)
+            if storage is not None and record is not None and storage.nbytes() < record.nbytes:
+                record.died = len(self._events)
+                self._bytes -= record.nbytes - storage.nbytes()
+                left = _Record(
+                    storage.nbytes(), 0, record.phase, record.module, record.role, record.kept
+                )
+                left.born = len(self._events)
+                self._live[key] = left
+                self._records.append(left)
+
     def _begin(self, key: int, record: _Record) -> None:
         record.born = len(self._events)
         self._live[key] = record
@@ -205,6 +219,8 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _log(self, label: str) -> None:
         if not self._phase:  # what is there before the step begins: one event stands for all of it
             return
+        if self._bytes > self._peak:
+            self._see_resized()
         if self._bytes > self._peak:
             self._peak, self._peak_at = self._bytes, len(self._events)
         self._events.append((label, self._bytes))

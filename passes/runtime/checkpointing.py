@@ -1,0 +1,97 @@
+"""What a checkpointed module contains: a forward that is run again in the backward pass.
+
+Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174. The machinery
+is ``torch.utils.checkpoint``'s, which replays random states and autocast; the buffers that a forward
+updates (running statistics, the vectors of spectral norms) are looked after here.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointedForward"]
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pocketize.passes.runtime.forwards import Forward
+
+#: Buffers up to this many elements are kept whether or not they are known to have been written to:
+#: batch norm writes to its running statistics behind the back of torch's version counters.
+_SMALL = 2**16
+
+
+class CheckpointedForward(Forward):
+    """A module's forward of which only the inputs are kept for the backward pass.
+
+    Without gradients it is the forward itself.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward, and remember how to run it again."""
+        if not torch.is_grad_enabled():
+            return self.original(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            # The compiler recomputes operators, not modules, and none that writes to a buffer.
+            return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            before = _Buffers(self.module)
+            return before.watched(), before.again()
+
+        return checkpoint(
+            self.original, *args, use_reentrant=False, context_fn=contexts, **kwargs
+        )
+
+
+class _Buffers:
+    """The buffers of a module as one forward found them, so that it can be run again as it was.
+
+    The second run gets stand-ins with the old values. What it writes goes into them and is dropped;
+    the buffers themselves, which later forwards may have updated further, are not touched.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._places = [
+            (owner, name, buffer)
+            for owner in module.modules()
+            for name, buffer in owner._buffers.items()
+            if buffer is not None
+        ]
+        self._versions = {id(buffer): _version(buffer) for _, _, buffer in self._places}
+        self._values: dict[int, Tensor] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Surround the first run: keep the values of what it writes to."""
+        values = {id(buffer): buffer.detach().clone() for _, _, buffer in self._places}
+        yield
+        self._places = [place for place in self._places if self._may_have_changed(*place)]
+        self._values = {id(buffer): values[id(buffer)] for _, _, buffer in self._places}
+
+    def _may_have_changed(self, owner: nn.Module, name: str, buffer: Tensor) -> bool:
+        return (
+            owner._buffers.get(name) is not buffer
+            or _version(buffer) != self._versions[id(buffer)]
+            or buffer.numel() <= _SMALL
+        )
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Surround the second run, and any further one: the buffers are as the first found them."""
+        stand_ins = {key: value.clone() for key, value in self._values.items()}
+        now = [(owner, name, owner._buffers.get(name)) for owner, name, _ in self._places]
+        for owner, name, buffer in self._places:
+            owner._buffers[name] = stand_ins[id(buffer)]
+        try:
+            yield
+        finally:
+            for owner, name, current in now:
+                owner._buffers[name] = current
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,157 @@
+"""Activations that can be undone, and how the net's own activation learns that it has been done.
+
+A norm that works in place returns the *activated* tensor. The net's own activation then has
+nothing left to do, but only then: in evaluation, under ``torch.compile`` or inside a checkpoint the
+norm computes the norm alone. So the tensor carries a mark that tells which activation it has had,
+and the activation, wherever in the net it is called, takes the mark off and passes the tensor on. A
+tensor without a mark is activated as it always was. Nothing depends on who calls whom how often,
+and a norm that somebody replaces later loses no activation.
+"""
+
+from __future__ import annotations
+
+__all__ = ["KINDS", "Activation", "Skipping", "mark", "marked", "take_mark"]
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_ATEN = torch.ops.aten
+_MARK = "_pocketize_activation"
+KINDS = ("identity", "leaky_relu", "elu")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation with an inverse.
+
+    Attributes:
+        kind: one of :data:`KINDS`.
+        slope: the negative slope of a leaky ReLU, or ELU's alpha; above 0.
+    """
+
+    kind: str
+    slope: float = 1.0
+
+    def __str__(self) -> str:
+        """``"leaky_relu(0.01)"``."""
+        return self.kind if self.kind == "identity" else f"{self.kind}({self.slope:g})"
+
+    def apply_(self, z: Tensor) -> Tensor:
+        """Activate a tensor in place and return it."""
+        if self.kind == "leaky_relu":
+            return F.leaky_relu(z, self.slope, inplace=True)
+        if self.kind == "elu":
+            return F.elu(z, self.slope, inplace=True)
+        return z
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Return what was activated; a new tensor, or ``y`` itself for the identity.
+
+        ELU's inverse is ``log1p(y / alpha)`` below 0. Where ``y`` has been rounded to ``-alpha``
+        that would be minus infinity, so it stops at the logarithm of the precision.
+        """
+        if self.kind == "leaky_relu":
+            return F.leaky_relu(y, 1.0 / self.slope)
+        if self.kind == "elu":
+            least = torch.finfo(y.dtype).eps - 1.0
+            return torch.where(y > 0, y, (y / self.slope).clamp_(least, 0.0).log1p_())
+        return y
+
+    def backward(self, grad: Tensor, value: Tensor, *, activated: bool) -> Tensor:
+        """Return the gradient before the activation, a tensor of its own.
+
+        Args:
+            grad: the gradient after it.
+            value: the tensor after the activation or before it.
+            activated: it is the one after it. A leaky ReLU keeps the sign, so it need not know.
+        """
+        if self.kind == "leaky_relu":
+            before: Tensor = _ATEN.leaky_relu_backward(grad, value, self.slope, False)
+        elif self.kind == "elu":
+            before = _ATEN.elu_backward(grad, self.slope, 1.0, 1.0, activated, value)
+        else:
+            before = grad.clone()
+        return before
+
+
+def mark(tensor: Tensor, activation: Activation) -> Tensor:
+    """Note on a tensor that it has been activated, and return it."""
+    if activation.kind != "identity":
+        setattr(tensor, _MARK, activation)
+    return tensor
+
+
+def marked(tensor: Any) -> bool:
+    """Whether a tensor has been activated and nobody has taken the mark off yet."""
+    return getattr(tensor, _MARK, None) is not None
+
+
+def take_mark(tensor: Any, activation: Activation) -> bool:
+    """Whether this activation has been applied to a tensor already; takes the mark off.
+
+    Args:
+        tensor: the input of an activation.
+        activation: that activation.
+
+    Raises:
+        RuntimeError: another activation has been applied, because an attribute was changed since.
+    """
+    found = getattr(tensor, _MARK, None)
+    if found is None:
+        return False
+    if found != activation:
+        raise RuntimeError(
+            f"in-place-norm: the norm before this activation applied {found} in its stead, but it "
+            f"is {activation} now; set the activation first, then apply the pass"
+        )
+    if not torch.compiler.is_compiling():
+        delattr(tensor, _MARK)
+    return True
+
+
+class Skipping(TorchFunctionMode):
+    """While active, calls of activation functions on marked tensors return the tensor.
+
+    This is for activations that a forward calls as functions, ``F.leaky_relu(self.norm(x))``. All
+    other calls go through, and so do these on tensors that no norm has activated.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function, or return its input if it is an activation that has been applied."""
+        kwargs = kwargs or {}
+        entry = _FUNCTIONS.get(func)
+        if entry is not None:
+            tensor = args[0] if args else kwargs.get("input")
+            if marked(tensor):
+                kind, name, default = entry
+                slope = args[1] if len(args) > 1 else kwargs.get(name, default)
+                if take_mark(tensor, Activation(kind, float(slope))):
+                    return tensor
+        return func(*args, **kwargs)
+
+
+#: Function -> kind of activation, name of its second parameter and that one's default.
+_FUNCTIONS: dict[Any, tuple[str, str, float]] = {
+    **dict.fromkeys(
+        (
+            F.leaky_relu,
+            F.leaky_relu_,
+            torch._C._nn.leaky_relu,
+            torch._C._nn.leaky_relu_,
+            torch.ops.aten.leaky_relu.default,
+            torch.ops.aten.leaky_relu_.default,
+        ),
+        ("leaky_relu", "negative_slope", 0.01),
+    ),
+    **dict.fromkeys(
+        (F.elu, F.elu_, torch._C._nn.elu, torch._C._nn.elu_),
+        ("elu", "alpha", 1.0),
+    ),
+}
