@@ -1,8 +1,8 @@
 """What a checkpointed module contains: a forward that is run again in the backward pass.
 
-Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174. The machinery
-is ``torch.utils.checkpoint``'s, which replays random states and autocast; the buffers that a forward
-updates (running statistics, the vectors of spectral norms) are looked after here.
+Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174. The
+machinery is ``torch.utils.checkpoint``'s, which replays random states and autocast; the buffers
+that a forward updates (running statistics, vectors of spectral norms) are looked after here.
 """
 
 from __future__ import annotations
@@ -27,24 +27,26 @@ _SMALL = 2**16
 class CheckpointedForward(Forward):
     """A module's forward of which only the inputs are kept for the backward pass.
 
-    Without gradients it is the forward itself.
+    Without gradients it is the forward itself. Under ``torch.compile`` a module without buffers is
+    part of the compiled graph, and the compiler recomputes its operators; a module with buffers
+    runs outside of it, because nobody else would keep them from being updated twice.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward, and remember how to run it again."""
         if not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            # The compiler recomputes operators, not modules, and none that writes to a buffer.
-            return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
+        if next(self.module.buffers(), None) is not None:
+            return self._with_buffers(*args, **kwargs)
+        return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
 
+    @torch.compiler.disable(recursive=False)
+    def _with_buffers(self, *args: Any, **kwargs: Any) -> Any:
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             before = _Buffers(self.module)
             return before.watched(), before.again()
 
-        return checkpoint(
-            self.original, *args, use_reentrant=False, context_fn=contexts, **kwargs
-        )
+        return checkpoint(self.original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 class _Buffers:

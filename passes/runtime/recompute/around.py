@@ -7,12 +7,15 @@ __all__ = ["Recording", "recording_of"]
 import contextlib
 import importlib
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from pocketize.conversions import conversion
+from pocketize.errors import RewriteError
 from pocketize.passes.runtime.recompute.fusing import Fusing
 from pocketize.passes.runtime.recompute.tape import Tape
 from pocketize.passes.runtime.recompute.values import Meter
@@ -31,13 +34,22 @@ class Recording:
         rebuilt: see :class:`Tape`.
         frees: likewise.
         min_bytes: likewise.
+        meter: likewise.
     """
 
     def __init__(
-        self, rebuilt: frozenset[str], frees: dict[str, tuple[int, ...]], min_bytes: int
+        self,
+        rebuilt: frozenset[str],
+        frees: Mapping[str, tuple[int, ...]],
+        min_bytes: int,
+        meter: Meter | None = None,
     ) -> None:
-        self.rebuilt, self.frees, self.min_bytes = rebuilt, frees, min_bytes
-        self.meter: Meter | None = None
+        self.rebuilt, self.frees, self.min_bytes, self.meter = rebuilt, frees, min_bytes, meter
+
+    def attach(self, model: nn.Module) -> None:
+        """Put the hooks on a model: the first to run before its forward, the last after it."""
+        model.register_forward_pre_hook(self.begin)
+        model.register_forward_hook(self.end, always_call=True)
 
     def begin(self, model: nn.Module, args: Any) -> None:
         """Start recording, as a forward pre-hook."""
@@ -65,6 +77,22 @@ class Recording:
         opened = _stacks()
         if opened and opened[-1][0] is self:
             opened.pop()[2].close()
+
+
+@conversion("recompute")
+def convert(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
+    """Give a model its recording.
+
+    Raises:
+        RewriteError: it has one, or is a kind of module that has no hooks.
+    """
+    if recording_of(module) is not None:
+        raise RewriteError("the model recomputes already")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise RewriteError("TorchScript modules take no hooks, so they cannot recompute")
+    frees = {name: tuple(parts) for name, parts in options["frees"].items()}
+    Recording(frozenset(options["rebuilt"]), frees, options["min_bytes"]).attach(module)
+    return module
 
 
 def recording_of(model: nn.Module) -> Recording | None:

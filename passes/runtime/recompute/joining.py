@@ -36,7 +36,9 @@ def join(
     given = dict(zip(names, args, strict=False)) | kwargs
     weight, bias = given.get("weight"), given.get("bias")
     dims = data.ndim - 2
-    geometry = [given.get(name, default) for name, default in zip(names[3:6], (1, 0, 1), strict=True)]
+    geometry = [
+        given.get(name, default) for name, default in zip(names[3:6], (1, 0, 1), strict=True)
+    ]
     if given.get("groups", 1) != 1 or isinstance(geometry[1], str) or len(parts) < 2:
         return None
     if not isinstance(weight, Tensor) or weight.ndim != data.ndim:
@@ -119,9 +121,7 @@ class Join(torch.autograd.Function):
     """The result, which was computed in one go, as the sum of the shares and the bias."""
 
     @staticmethod
-    def forward(
-        ctx: Any, content: tuple[Tensor], bias: Tensor | None, *tokens: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, content: tuple[Tensor], bias: Tensor | None, *tokens: Tensor) -> Tensor:
         """Return the result."""
         ctx.tokens, ctx.bias = len(tokens), None if bias is None else bias.dtype
         return content[0]

@@ -211,12 +211,9 @@ def _whole(
         normed = ctx.call.run(*tensors[:5], ctx.call.groups)
         made = ctx.activation(normed, *tensors[5:])
     asked = [t for t, n in zip(tensors, needed, strict=True) if n and t is not None]
-    found = iter(
-        torch.autograd.grad(made, asked, gradient, allow_unused=True, create_graph=True)
-    )
+    found = iter(torch.autograd.grad(made, asked, gradient, allow_unused=True, create_graph=True))
     return tuple(
-        next(found) if n and t is not None else None
-        for t, n in zip(tensors, needed, strict=True)
+        next(found) if n and t is not None else None for t, n in zip(tensors, needed, strict=True)
     )
 
 

@@ -27,9 +27,19 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pocketize.passes.runtime.recompute.operators import Kind, Operator, describe
-from pocketize.passes.runtime.recompute.values import Geometry, Handle, Meter, Step, Value
+from pocketize.passes.runtime.recompute.values import (
+    Geometry,
+    Handle,
+    Meter,
+    Step,
+    Value,
+    flops_of,
+)
 
 aten = torch.ops.aten
+#: Operations for each number of a result from which on building it again is costly: those of a
+#: 1x1 convolution of 128 channels, or of a 3x3x3 convolution of 5.
+_COSTLY = 256
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 #: Operators through which a weight stays the weight it was.
 _CASTS = {aten._to_copy.default, aten.t.default, aten.detach.default, aten.alias.default}
@@ -120,6 +130,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value = self.value_of(tensor)
             if value is None:
                 return tensor.detach()
+            if self.meter is not None:
+                self.meter.store(value)
             handle = Handle(value, self.stage, self.meter)
             self._packed.append(handle)
             return handle
@@ -173,6 +185,9 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 kept = True
             if not kept and results and max(map(_bytes, results)) >= self.min_bytes:
                 step = self._step(func, operator, recorded, kwargs, state)
+                if operator.heavy:
+                    flops = flops_of(func, args, kwargs, made)
+                    step.costly = flops >= _COSTLY * sum(t.numel() for t in results)
                 self._note(step, made, self.stage)
         if operator.resamples and results:
             self._advance(results[0])
@@ -202,8 +217,10 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             if _bytes(result) < self.min_bytes:
                 continue  # kept when asked for
-            value = Value(stage, step, index if several else None)
             memory, geometry = self._memory(result), _geometry(result)
+            if step.operator.kind is Kind.VIEW and geometry in memory.values:
+                continue  # it lies there just as what it is a view of
+            value = Value(stage, step, index if several else None)
             value.home = memory.watch, geometry
             memory.values[geometry] = value
             memory.version = result._version
@@ -444,9 +461,7 @@ def _name_goes_on(func: Any, given: list[Tensor], made: list[Tensor]) -> bool:
     return func in _CASTS and len(given) == 1 and len(made) == 1 and not _share(given, made)
 
 
-def _state_of(
-    tensors: list[Tensor], kwargs: dict[str, Any]
-) -> tuple[torch.device, Tensor] | None:
+def _state_of(tensors: list[Tensor], kwargs: dict[str, Any]) -> tuple[torch.device, Tensor] | None:
     """Return the state of the generator that an operator is about to draw from, where it is known."""
     if kwargs.get("generator") is not None:
         return None

@@ -4,20 +4,20 @@ A :class:`Value` is kept (it holds its tensor) or can be built again by a :class
 that made it, from other values. Autograd is given a :class:`Handle` in place of every tensor that it
 would save; in the backward pass the handle gives the tensor back.
 
-What is built again is built for one reader and dropped, except where another reader of the same
-stage of the forward pass is still to come: then it is held for that one. (A stage is a stretch of
-the forward pass at one resolution.) Readers in other stages come so much later that building anew
-costs less than holding.
+What is built again is built for one reader and dropped, except where it was costly and another
+reader of the same stage of the forward pass is still to come: then it is held for that one. (A
+stage is a stretch of the forward pass at one resolution.) Readers in other stages come so much
+later that building anew costs less than holding.
 """
 
 from __future__ import annotations
 
-__all__ = ["Handle", "Meter", "Step", "Value"]
+__all__ = ["Handle", "Meter", "Step", "Value", "flops_of"]
 
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,20 +27,35 @@ from torch.utils.flop_counter import flop_registry
 
 from pocketize.passes.runtime.recompute.operators import Kind, Operator, in_place_variant
 
-
 Geometry = tuple[Any, ...]
 """Where in its storage a tensor lies: offset, shape, strides, dtype."""
 
 
 @dataclass
 class Meter:
-    """What rebuilding costs, counted where somebody asks for it.
+    """What recomputing stores and costs, counted where somebody asks for it.
 
     Attributes:
         flops: floating-point operations of convolutions and matrix products that ran again.
+        stored: the tensors that are kept for the backward pass, if they are to be collected.
     """
 
     flops: int = 0
+    stored: list[Tensor] | None = None
+    _seen: set[Value] = field(default_factory=set)
+
+    def store(self, value: Value) -> None:
+        """Collect what has to be kept so that a value can be had."""
+        queue = [value]
+        while queue and self.stored is not None:
+            value = queue.pop()
+            if value in self._seen:
+                continue
+            self._seen.add(value)
+            if value.tensor is not None:
+                self.stored.append(value.tensor)
+            elif value.step is not None:
+                queue += value.step.parents
 
 
 class Step:
@@ -53,9 +68,10 @@ class Step:
         kwargs: likewise.
         order: its place in the forward pass.
         random_state: the state of the generator it drew from, with the device.
+        costly: running it again takes much longer than reading and writing its tensors.
     """
 
-    __slots__ = ("args", "func", "kwargs", "operator", "order", "parents", "random_state")
+    __slots__ = ("args", "costly", "func", "kwargs", "operator", "order", "parents", "random_state")
 
     def __init__(
         self,
@@ -65,7 +81,9 @@ class Step:
         kwargs: dict[str, Any],
         order: int,
         random_state: tuple[torch.device, Tensor] | None = None,
+        costly: bool = False,
     ) -> None:
+        self.costly = costly
         self.func, self.operator, self.order = func, operator, order
         self.args, self.kwargs, self.random_state = args, kwargs, random_state
         self.parents = tuple(v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Value))
@@ -88,10 +106,14 @@ class Step:
         with _random_state(self.random_state):
             made = func(*args, **kwargs)
         if meter is not None and self.operator.heavy:
-            formula = flop_registry.get(func.overloadpacket)
-            if formula is not None:
-                meter.flops += int(formula(*args, **kwargs, out_val=made))
+            meter.flops += flops_of(func, args, kwargs, made)
         return made
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, made: Any) -> int:
+    """Return the floating-point operations of a convolution or product; 0 for other operators."""
+    formula = flop_registry.get(func.overloadpacket)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=made))
 
 
 class Value:
@@ -206,9 +228,12 @@ class Value:
         return contents[self]
 
     def is_awaited(self, stage: int) -> bool:
-        """Whether it costs more to build than to read, and the stage at work will read it again."""
-        heavy = self.step is not None and self.step.operator.heavy
-        return heavy and self.stage == stage and self.pending.get(stage, 0) > 0
+        """Whether it is costly to build, and the stage at work or the next will read it again.
+
+        The backward pass comes to the stages in falling order.
+        """
+        costly = self.step is not None and self.step.costly
+        return costly and 0 <= stage - self.stage <= 1 and self.pending.get(self.stage, 0) > 0
 
 
 class Handle:
@@ -220,39 +245,49 @@ class Handle:
         meter: counts the work of building it again.
     """
 
-    __slots__ = ("_open", "meter", "stage", "value")
+    __slots__ = ("_awaits", "meter", "stage", "value")
 
     def __init__(self, value: Value, stage: int, meter: Meter | None) -> None:
         self.value, self.stage, self.meter = value, stage, meter
-        self._open = value.tensor is None
-        if self._open:
-            value.pending[stage] = value.pending.get(stage, 0) + 1
+        self._awaits: tuple[Value, ...] = tuple(_bases(value))
+        self._count(stage, 1)
 
     def unpack(self) -> Tensor:
         """Give the tensor back."""
         tensor = self.value.content(self.stage, self.meter)
         self._close()
-        if self.value.tensor is None and self.value.is_awaited(self.stage):
+        if self.value.is_awaited(self.stage):
             self.value.held = tensor
         return tensor
 
     def restage(self, stage: int) -> None:
         """Say that it belongs to a later stage than it seemed when it was made."""
-        if self._open:
-            pending = self.value.pending
-            pending[self.stage] -= 1
-            pending[stage] = pending.get(stage, 0) + 1
+        self._count(self.stage, -1)
+        self._count(stage, 1)
         self.stage = stage
 
     def __del__(self) -> None:
         self._close()
 
     def _close(self) -> None:
-        if self._open:
-            self._open = False
-            self.value.pending[self.stage] -= 1
-            if not self.value.pending.get(self.value.stage, 0):
-                self.value.held = None
+        self._count(self.stage, -1)
+        for value in self._awaits:
+            if not value.pending.get(value.stage):
+                value.held = None
+        self._awaits = ()
+
+    def _count(self, stage: int, change: int) -> None:
+        for value in self._awaits:
+            value.pending[stage] = value.pending.get(stage, 0) + change
+
+
+def _bases(value: Value) -> Iterator[Value]:
+    """Yield a value and what it is a view of, as far as that is built and not kept."""
+    while value.step is not None:
+        yield value
+        if value.step.operator.kind is not Kind.VIEW:
+            return
+        value = value.step.parents[0]
 
 
 def _missing(value: Value) -> list[Step]:

@@ -1,0 +1,296 @@
+"""Checkpointing as a pass: the submodules that free most for the least work are run twice.
+
+Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Checkpoint"]
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
+from pocketize.clone import fake_clone
+from pocketize.conversions import conversion
+from pocketize.edits import Convert
+from pocketize.errors import OptionError, PatternError, RewriteError, nearest
+from pocketize.memory import measure
+from pocketize.passes.regions import Region, Survey, survey
+from pocketize.passes.runtime.checkpointing import CheckpointedForward
+from pocketize.passes.runtime.forwards import obstacle, wrapping
+from pocketize.pipeline import history
+from pocketize.rehearsal import Rehearsal
+from pocketize.surgery import apply_edits
+from pocketize.units import UNITS, bytes_text, large_text, quantity
+
+#: Choices that are estimated before the search gives up; each costs two steps on fake tensors.
+_TRIES = 8
+#: Peaks this close to the smallest one found are as good, if they cost less work.
+_NEAR = 1.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Pass):
+    """Keep only the inputs of some submodules and run their forward again in the backward pass.
+
+    Which submodules is a search: those that free most activation bytes per floating-point operation
+    are taken until the estimated peak of a training step meets the target. Outputs, gradients and
+    running statistics stay what they were.
+
+    Attributes:
+        target: the peak to reach at the least cost, as a size ("4GiB") or a share of the present
+            peak ("75%"); none is the smallest peak that is found.
+        only: patterns (fnmatch) of the modules to checkpoint; the target then plays no part.
+        keep: patterns of modules that are not to be run twice.
+        optimizer: whose state counts in the estimate; none for a step without an update.
+    """
+
+    name: ClassVar[str] = "checkpoint"
+    summary: ClassVar[str] = "Run chosen blocks again in backward instead of keeping activations"
+    after: ClassVar[tuple[str, ...]] = ("pocket", "in-place-norm", "amp")
+    conflicts: ClassVar[tuple[str, ...]] = ("recompute",)
+
+    target: str | None = None
+    only: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    optimizer: Literal["adam", "sgd"] | None = "adam"
+
+    def validate(self) -> None:
+        """Refuse targets that are no size and no share."""
+        if self.target is not None:
+            _target_bytes(self.target, 1)
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """The same operators on the same numbers, some of them twice."""
+        return Guarantee.EXACT
+
+    def propose(self, target: Target) -> Proposal:
+        """Choose the submodules.
+
+        Raises:
+            PatternError: a pattern matches no module.
+            RewriteError: no choice reaches the target, or the model cannot be surveyed.
+        """
+        reason = _refusal(target.model)
+        if reason:
+            return Proposal(refused=(Refusal("", reason),))
+        kept = _matching(target.model, self.keep, "keep")
+        wanted = _matching(target.model, self.only, "only")
+        surveyed = survey(target.model, target.inputs)
+        possible, refused = _candidates(surveyed, kept, wanted)
+        rehearsal = Rehearsal(target.model, target.inputs)
+        while True:
+            notes: list[str] = []
+            if wanted:
+                chosen = _outermost(possible)
+            else:
+                chosen, notes = _Search(self, target, surveyed, possible).run()
+            broken = list(_broken(rehearsal, chosen))
+            if not broken:
+                break
+            refused += broken
+            lost = {row.path for row in broken}
+            possible = [region for region in possible if region.path not in lost]
+        changes = tuple(
+            Change(region.path, "runs again in backward", _why(region)) for region in chosen
+        )
+        edits = tuple(Convert(region.path, "checkpoint", {}) for region in chosen)
+        return Proposal(edits, changes, tuple(refused), tuple(notes))
+
+
+def _refusal(model: nn.Module) -> str:
+    already = [path for path, m in model.named_modules() if wrapping(m, CheckpointedForward)]
+    if already:
+        shown = ", ".join(already[:3]) + (", ..." if len(already) > 3 else "")
+        return f"{len(already)} modules of it are already checkpointed ({shown})"
+    if any(record.name in Checkpoint.conflicts for record in history(model)):
+        return "it was rewritten by recompute, which already keeps less than checkpoints would"
+    return ""
+
+
+def _why(region: Region) -> str:
+    return f"frees {bytes_text(region.frees)} for {large_text(region.work)} operations more"
+
+
+def _matching(model: nn.Module, patterns: Sequence[str], option: str) -> set[str]:
+    """Return the paths of the submodules that patterns match."""
+    paths = [path for path, _ in model.named_modules() if path]
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = {path for path in paths if fnmatchcase(path, pattern)}
+        if not matches:
+            raise PatternError(
+                f"checkpoint: {option}={pattern!r} matches no module of {type(model).__name__}."
+                f"{nearest(pattern, paths)}"
+            )
+        found |= matches
+    return found
+
+
+def _candidates(
+    surveyed: Survey, kept: set[str], wanted: set[str]
+) -> tuple[list[Region], list[Refusal]]:
+    """Return the regions that may be chosen, and those that somebody would miss among them."""
+    possible: list[Region] = []
+    refused: dict[str, str] = {}
+    for path in sorted(wanted - surveyed.regions.keys()):
+        refused[path] = "its forward does not run"
+    for path, region in surveyed.regions.items():
+        if wanted and path not in wanted:
+            continue
+        if not wanted and not (region.composite and region.frees):
+            continue  # a layer alone keeps little but its input, which a checkpoint keeps too
+        held = [k for k in kept if k == path or k.startswith(f"{path}.")]
+        reason = region.obstacle
+        if held:
+            reason = f"keep names {'it' if path in held else held[0]}"
+        elif wanted and not region.frees and not reason:
+            reason = "nothing would be freed: autograd keeps nothing of it but its inputs"
+        if reason:
+            refused[path] = reason
+        else:
+            possible.append(region)
+    rows = []
+    for path, reason in refused.items():
+        above = {path[: m.start()] for m in re.finditer(r"\.", path)}
+        if not any(refused.get(outer) == reason for outer in above):
+            rows.append(Refusal(path, reason))
+    return possible, rows
+
+
+def _outermost(regions: Sequence[Region]) -> list[Region]:
+    return [r for r in regions if not any(other.contains(r) for other in regions)]
+
+
+def _broken(rehearsal: Rehearsal, chosen: Sequence[Region]) -> Iterator[Refusal]:
+    """Find the regions that do not train once they are checkpointed."""
+
+    def failure(regions: Sequence[Region]) -> str:
+        return rehearsal.failure([Convert(region.path, "checkpoint", {}) for region in regions])
+
+    if not chosen or not failure(chosen):
+        return
+    for region in chosen:
+        if text := failure([region]):
+            yield Refusal(region.path, f"run again it does not do what it did: {text}")
+
+
+class _Search:
+    """Looks for the cheapest choice of regions that meets the target.
+
+    Choices are predicted from the survey, and the best of them estimated by a whole training step
+    on fake tensors, whose figure corrects the predictions, until one holds.
+    """
+
+    def __init__(
+        self, given: Checkpoint, target: Target, surveyed: Survey, possible: list[Region]
+    ) -> None:
+        self.given, self.surveyed, self.inputs = given, surveyed, target.inputs
+        # Of the caller's weights only the shapes are wanted, once for all tries.
+        self.model = fake_clone(target.model, FakeTensorMode(allow_non_fake_inputs=True))
+        self.choices = sorted(
+            _choices(possible), key=lambda choice: sum(region.work for region in choice)
+        )
+        self.predictions = [surveyed.predicted(choice) for choice in self.choices]
+
+    def run(self) -> tuple[list[Region], list[str]]:
+        """Return the choice, and sentences about it.
+
+        Raises:
+            RewriteError: no choice meets the target.
+        """
+        before = self._peak(())
+        target = self.given.target
+        goal = 0 if target is None else _target_bytes(target, before)
+        if before <= goal:
+            return [], [f"the estimated peak, {bytes_text(before)}, is within {target} already"]
+        # What the step needs beyond kept activations: weights, state, gradients, temporaries.
+        surplus = before - self.surveyed.predicted(())
+        tried: dict[int, int] = {}
+        while (
+            len(tried) < min(_TRIES, len(self.choices))
+            and min(tried.values(), default=before) > goal
+        ):
+            index = self._next(goal - surplus, tried)
+            tried[index] = self._peak(self.choices[index])
+            surplus = max(surplus, tried[index] - self.predictions[index])
+        smallest = min(tried.values(), default=before)
+        if target is not None and smallest > goal:
+            raise RewriteError(
+                f"checkpoint: no choice of modules brings the training peak from "
+                f"{bytes_text(before)} to {target} ({bytes_text(goal)}); the smallest found is "
+                f"{bytes_text(min(smallest, before))}. Ask for that, or apply amp before"
+            )
+        if smallest >= before:
+            return [], ["running submodules again would not lower the estimated training peak"]
+        # The indices ascend with the work: of choices that are as good, the cheapest.
+        best = min(index for index, peak in tried.items() if peak <= _NEAR * smallest)
+        chosen = list(self.choices[best])
+        more = 100 * sum(region.work for region in chosen) / max(self.surveyed.work, 1)
+        return chosen, [
+            f"estimated training peak {bytes_text(before)} -> {bytes_text(tried[best])} "
+            f"(optimizer {self.given.optimizer or 'none'}), for {more:.0f} % of a forward more"
+        ]
+
+    def _next(self, goal: int, tried: Mapping[int, int]) -> int:
+        """Return the cheapest choice that is predicted to fit, or else the smallest."""
+        left = [index for index in range(len(self.choices)) if index not in tried]
+        fitting = [index for index in left if self.predictions[index] <= goal]
+        return min(fitting) if fitting else min(left, key=lambda index: self.predictions[index])
+
+    def _peak(self, chosen: Sequence[Region]) -> int:
+        copy = fake_clone(self.model, FakeTensorMode(allow_non_fake_inputs=True))
+        apply_edits(copy, [Convert(region.path, "checkpoint", {}) for region in chosen])
+        given = self.given.optimizer
+        return measure(copy, self.inputs, "train", given, estimate=True).peak
+
+
+def _choices(possible: Sequence[Region]) -> Iterator[tuple[Region, ...]]:
+    """Yield choices of regions that are worth a look, none with one region inside another.
+
+    For every size the largest regions up to that size: what a region frees comes back, for a
+    while, when it is run again, so small ones may do better than large ones. Of each such set, the
+    ones that free most per operation, from one region to all.
+    """
+    seen = set()
+    for cap in sorted({region.frees for region in possible}):
+        regions = _outermost([region for region in possible if region.frees <= cap])
+        regions.sort(key=lambda region: -region.frees / max(region.work, 1))
+        for count in range(1, len(regions) + 1):
+            choice = tuple(sorted(regions[:count], key=lambda region: region.begin))
+            key = frozenset(region.path for region in choice)
+            if key not in seen:
+                seen.add(key)
+                yield choice
+
+
+def _target_bytes(text: str, peak: int) -> int:
+    """Read a target: a share of a peak, or a size."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
+        share = float(match[1])
+        if 0 < share <= 100:
+            return int(peak * share / 100)
+    elif (size := quantity(text, "bytes")) and size > 0:
+        return int(size)
+    units = ", ".join(UNITS["bytes"])
+    raise OptionError(
+        f"checkpoint: option 'target': expected a size such as '4GiB' (units: {units}) or a share "
+        f"of the present peak such as '50%', got {text!r}"
+    )
+
+
+@conversion("checkpoint")
+def _convert(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
+    reason = obstacle(module)
+    if reason or wrapping(module, CheckpointedForward):
+        raise RewriteError(f"checkpoint: {reason or 'the module is already checkpointed'}")
+    CheckpointedForward(module).install()
+    return module

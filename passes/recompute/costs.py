@@ -1,0 +1,99 @@
+"""What is stored for the backward pass, and what rebuilding the rest costs, on tensors without memory."""
+
+from __future__ import annotations
+
+__all__ = ["Cost", "Costs"]
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from pocketize.capture import find_tensors, quiet_recording
+from pocketize.clone import fake_clone
+from pocketize.inputs import Inputs
+from pocketize.passes.runtime.recompute.around import Recording
+from pocketize.passes.runtime.recompute.values import Meter
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One training step's bill.
+
+    Attributes:
+        stored: bytes kept from the forward pass for the backward pass, without parameters, buffers
+            and the model's inputs.
+        flops: floating-point operations of convolutions and products: of the forward pass for the
+            model as it is, of what runs again for one that recomputes.
+    """
+
+    stored: int
+    flops: int
+
+
+class Costs:
+    """Works out bills for one model.
+
+    Args:
+        model: never changed, never run.
+        inputs: example inputs.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self._model, self._inputs = model, inputs
+
+    def plain(self) -> Cost | None:
+        """The bill of the model as it is; ``None`` if it does not run on fake tensors."""
+        saved: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        def prepare(copy: nn.Module) -> None:
+            """Nothing."""
+
+        counter = FlopCounterMode(display=False)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), counter:
+            fixed = self._run(prepare, backward=False)
+        return None if fixed is None else Cost(_bytes(saved, fixed), counter.get_total_flops())
+
+    def recomputed(
+        self, rebuilt: frozenset[str], min_bytes: int, frees: dict[str, tuple[int, ...]]
+    ) -> Cost | None:
+        """The bill of the model with a recording; ``None`` if it does not run on fake tensors."""
+        meter = Meter(stored=[])
+
+        def prepare(copy: nn.Module) -> None:
+            Recording(rebuilt, frees, min_bytes, meter).attach(copy)
+
+        fixed = self._run(prepare, backward=True)
+        if fixed is None or meter.stored is None:
+            return None
+        return Cost(_bytes(meter.stored, fixed), meter.flops)
+
+    def _run(self, prepare: Callable[[nn.Module], None], *, backward: bool) -> set[int] | None:
+        """Run a step; return the storages that are there whether or not anything is stored."""
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        copy = fake_clone(self._model, mode)
+        prepare(copy)
+        copy.train()
+        with torch.inference_mode(False), mode, quiet_recording(copy), torch.enable_grad():
+            inputs = self._inputs.map(lambda t: mode.from_tensor(t.detach().clone()))
+            try:
+                output = inputs.call(copy)
+                losses = [t.sum() for t in find_tensors(output) if t.requires_grad and t.numel()]
+                if losses and backward:
+                    torch.autograd.backward(losses)
+            except Exception:  # a user's forward may raise anything; then there is no bill
+                return None
+        known = [*copy.parameters(), *copy.buffers(), *inputs.tensors()]
+        return {t.untyped_storage()._cdata for t in known}
+
+
+def _bytes(tensors: list[Tensor], fixed: set[int]) -> int:
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for key, size in sizes.items() if key not in fixed)

@@ -1,0 +1,235 @@
+"""Where a network's expensive results are made, and which of them are worth storing.
+
+A *site* is one use of a convolution or linear layer, named by its weight. The names are what the
+plan, the edit and the recording of a forward pass have in common.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Site", "chosen", "find_sites", "freed"]
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from pocketize.capture import Captured, find_tensors
+from pocketize.rules import operator_name
+
+#: Operators with a weight of their own, with its position among the arguments.
+_WEIGHTED = {
+    "aten.conv1d": 1,
+    "aten.conv2d": 1,
+    "aten.conv3d": 1,
+    "aten.conv_transpose1d": 1,
+    "aten.conv_transpose2d": 1,
+    "aten.conv_transpose3d": 1,
+    "aten.convolution": 1,
+    "aten.linear": 1,
+    "aten.matmul": 1,
+    "aten.mm": 1,
+    "aten.bmm": 1,
+    "aten.addmm": 2,
+}
+#: Further operators whose results are always stored.
+_PRODUCTS = ("aten.scaled_dot_product_attention", "aten._scaled_dot_product")
+#: No more than so many sites of one resolution are rebuilt one from the other.
+_DEPTH = 3
+
+
+@dataclass(eq=False)
+class Site:
+    """One use of a weight.
+
+    Attributes:
+        name: the parameter's name; ``"name#1"`` for the second use.
+        path: the module that runs it.
+        order: how many sites ran before it.
+        stage: how often the resolution had changed before it.
+        node: its node in the recording.
+        nbytes: size of the result, for the recorded batch.
+        positions: number of spatial positions of the result; of tokens for a linear layer.
+        sources: the sites that its input is made of.
+        source_bytes: size of what it is made of, inputs of the model included.
+        readers: the sites that are made of its result.
+        ends: its result reaches an output of the model, or is made use of by nothing known.
+        movable: whether it may be rebuilt; results of unnamed weights are always stored.
+        why: why it is rebuilt, once that has been decided.
+    """
+
+    name: str
+    path: str
+    order: int
+    stage: int
+    node: fx.Node
+    nbytes: int
+    positions: int
+    sources: list[Site] = field(default_factory=list)
+    source_bytes: int = 0
+    readers: list[Site] = field(default_factory=list)
+    ends: bool = False
+    movable: bool = True
+    why: str = ""
+
+
+def find_sites(captured: Captured) -> list[Site]:
+    """Return a recording's sites in the order in which they run, with who reads whom."""
+    uses: dict[str, int] = {}
+    stage, positions = 0, 0
+    sites: dict[fx.Node, Site] = {}
+    origins: dict[fx.Node, tuple[set[Site], int]] = {}
+    for node in captured.graph.nodes:
+        if node.op == "placeholder":
+            origins[node] = set(), _nbytes(node)
+        elif node.op == "call_function":
+            made, size = set[Site](), 0
+            for parent in node.all_input_nodes:
+                above, extra = origins.get(parent, (set(), 0))
+                made |= above
+                size = max(size, extra)
+            operator = operator_name(node.target)
+            if operator in _WEIGHTED or operator.startswith(_PRODUCTS):
+                site = sites[node] = _site(node, operator, len(sites), uses)
+                if positions not in (0, site.positions):
+                    stage += 1
+                site.stage, positions = stage, site.positions
+                data = _data(node, operator)
+                above, extra = origins.get(data, (made, size)) if data else (made, size)
+                site.sources = sorted(above, key=lambda s: s.order)
+                site.source_bytes = sum(s.nbytes for s in above) + (extra if not above else 0)
+                for source in made:
+                    source.readers.append(site)
+                origins[node] = {site}, 0
+            else:
+                origins[node] = made, size
+        elif node.op == "output":
+            for parent in node.all_input_nodes:
+                for site in origins.get(parent, (set(), 0))[0]:
+                    site.ends = True
+    return list(sites.values())
+
+
+def chosen(sites: Sequence[Site], keep: str) -> tuple[Site, ...]:
+    """Return the sites whose results are rebuilt.
+
+    Args:
+        sites: all of them.
+        keep: ``"conv"``: none. ``"block"``: those inside a chain at one resolution, which nobody
+            but the next site of the chain reads. ``"level"``: all but those that cross to another
+            resolution by the cheaper way: what is made smaller is stored after, what is made larger
+            before.
+
+    No more than three in a row at one resolution are rebuilt, as rebuilding the last of them needs
+    all at once.
+    """
+    rebuilt: dict[Site, int] = {}
+    for site in sites:
+        depth = 1 + max((rebuilt.get(s, 0) for s in site.sources if s.stage == site.stage), default=0)
+        wanted = {"block": _inside, "level": _within}.get(keep, lambda site: "")(site)
+        if site.movable and wanted and depth <= _DEPTH:
+            rebuilt[site] = depth
+            site.why = wanted
+    return tuple(rebuilt)
+
+
+def _inside(site: Site) -> str:
+    if site.ends or len(site.readers) != 1:
+        return ""
+    (reader,) = site.readers
+    return f"read by {reader.path or reader.name} only" if _level(site, reader) else ""
+
+
+def _within(site: Site) -> str:
+    if site.ends and not site.readers:
+        return ""  # an output of the model is there anyway
+    if 2 * site.nbytes < site.source_bytes:
+        return ""
+    if any(reader.nbytes >= 2 * site.nbytes for reader in site.readers):
+        return ""
+    if site.nbytes >= 2 * site.source_bytes:
+        return "larger than what it is made of"
+    return "stays within its resolution"
+
+
+def _level(one: Site, other: Site) -> bool:
+    return one.positions == other.positions
+
+
+def freed(captured: Captured, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+    """Say which inputs nobody reads again.
+
+    Returns:
+        For a site's name: ``-1`` if its input has no reader after it; ``n`` if the n-th part of the
+        concatenation that is its input has none after the concatenation.
+    """
+    order = {node: index for index, node in enumerate(captured.graph.nodes)}
+    last: dict[int, int] = {}
+    for node in order:
+        for storage in _storages(node):
+            reads = [order[user] for user in node.users]
+            last[storage] = max([last.get(storage, 0), *reads])
+    fixed = {s for n in order if n.op in ("placeholder", "get_attr") for s in _storages(n)}
+
+    def dead(node: fx.Node, at: fx.Node) -> bool:
+        found = _storages(node)
+        return bool(found) and all(last[s] <= order[at] and s not in fixed for s in found)
+
+    frees = {}
+    for site in sites:
+        data = _data(site.node, operator_name(site.node.target))
+        if data is None or not site.movable:
+            continue
+        parts = [-1] if dead(data, site.node) else []
+        if operator_name(data.target) == "aten.cat":
+            listed = data.args[0]
+            if isinstance(listed, tuple | list):
+                parts += [
+                    i for i, p in enumerate(listed) if isinstance(p, fx.Node) and dead(p, data)
+                ]
+        if parts:
+            frees[site.name] = tuple(parts)
+    return frees
+
+
+def _site(node: fx.Node, operator: str, order: int, uses: dict[str, int]) -> Site:
+    position = _WEIGHTED.get(operator)
+    weight = node.args[position] if position is not None and len(node.args) > position else None
+    name = weight.meta.get("tensor") if isinstance(weight, fx.Node) else None
+    made: Any = node.meta["val"]
+    result = made if isinstance(made, Tensor) else find_tensors(made)[0]
+    spatial = result.shape[2:] if ".conv" in operator else result.shape[:-1]
+    count = 0
+    if name is not None:
+        count = uses[name] = uses.get(name, -1) + 1
+    return Site(
+        name=f"{name}#{count}" if count else str(name),
+        path=str(node.meta["module"]),
+        order=order,
+        stage=0,
+        node=node,
+        nbytes=_nbytes(node),
+        positions=math.prod(spatial),
+        movable=name is not None,
+    )
+
+
+def _data(node: fx.Node, operator: str) -> fx.Node | None:
+    position = 1 if _WEIGHTED.get(operator) == 2 else 0
+    data = node.args[position] if len(node.args) > position else None
+    return data if isinstance(data, fx.Node) else None
+
+
+def _nbytes(node: fx.Node) -> int:
+    return sum(t.numel() * t.element_size() for t in find_tensors(node.meta.get("val")))
+
+
+def _storages(node: fx.Node) -> list[int]:
+    found = []
+    for tensor in find_tensors(node.meta.get("val")):
+        try:
+            found.append(tensor.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):  # a wrapper that owns no memory itself
+            return []
+    return found
