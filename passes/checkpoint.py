@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = ["Checkpoint"]
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,13 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
-from pocketize.clone import fake_clone
 from pocketize.conversions import conversion
 from pocketize.edits import Convert
 from pocketize.errors import OptionError, PatternError, RewriteError, nearest
 from pocketize.memory import measure
+from pocketize.memory.modules import held_tensors
 from pocketize.passes.regions import Region, Survey, survey
 from pocketize.passes.runtime.checkpointing import CheckpointedForward
 from pocketize.passes.runtime.forwards import obstacle, wrapping
@@ -30,8 +30,8 @@ from pocketize.rehearsal import Rehearsal
 from pocketize.surgery import apply_edits
 from pocketize.units import UNITS, bytes_text, large_text, quantity
 
-#: Choices that are estimated before the search gives up; each costs two steps on fake tensors.
-_TRIES = 8
+#: Of the choices predicted to need least, how many are estimated where the target is not met.
+_LAST = 6
 #: Peaks this close to the smallest one found are as good, if they cost less work.
 _NEAR = 1.01
 
@@ -85,7 +85,7 @@ class Checkpoint(Pass):
         kept = _matching(target.model, self.keep, "keep")
         wanted = _matching(target.model, self.only, "only")
         surveyed = survey(target.model, target.inputs)
-        possible, refused = _candidates(surveyed, kept, wanted)
+        possible, refused = _candidates(target.model, surveyed, kept, wanted)
         rehearsal = Rehearsal(target.model, target.inputs)
         while True:
             notes: list[str] = []
@@ -136,13 +136,13 @@ def _matching(model: nn.Module, patterns: Sequence[str], option: str) -> set[str
 
 
 def _candidates(
-    surveyed: Survey, kept: set[str], wanted: set[str]
+    model: nn.Module, surveyed: Survey, kept: set[str], wanted: set[str]
 ) -> tuple[list[Region], list[Refusal]]:
     """Return the regions that may be chosen, and those that somebody would miss among them."""
     possible: list[Region] = []
     refused: dict[str, str] = {}
     for path in sorted(wanted - surveyed.regions.keys()):
-        refused[path] = "its forward does not run"
+        refused[path] = obstacle(model.get_submodule(path)) or "its forward does not run"
     for path, region in surveyed.regions.items():
         if wanted and path not in wanted:
             continue
@@ -186,20 +186,17 @@ def _broken(rehearsal: Rehearsal, chosen: Sequence[Region]) -> Iterator[Refusal]
 class _Search:
     """Looks for the cheapest choice of regions that meets the target.
 
-    Choices are predicted from the survey, and the best of them estimated by a whole training step
-    on fake tensors, whose figure corrects the predictions, until one holds.
+    Every choice is predicted from the survey. Of those that no other one beats in both work and
+    memory, a few are estimated by a whole training step on fake tensors, by bisection.
     """
 
     def __init__(
         self, given: Checkpoint, target: Target, surveyed: Survey, possible: list[Region]
     ) -> None:
         self.given, self.surveyed, self.inputs = given, surveyed, target.inputs
-        # Of the caller's weights only the shapes are wanted, once for all tries.
-        self.model = fake_clone(target.model, FakeTensorMode(allow_non_fake_inputs=True))
-        self.choices = sorted(
-            _choices(possible), key=lambda choice: sum(region.work for region in choice)
-        )
-        self.predictions = [surveyed.predicted(choice) for choice in self.choices]
+        self.model = target.model
+        self.front = _front(possible, surveyed)
+        self.tried: dict[int, int] = {}
 
     def run(self) -> tuple[list[Region], list[str]]:
         """Return the choice, and sentences about it.
@@ -207,22 +204,12 @@ class _Search:
         Raises:
             RewriteError: no choice meets the target.
         """
-        before = self._peak(())
-        target = self.given.target
+        before, target = self._estimated(()), self.given.target
         goal = 0 if target is None else _target_bytes(target, before)
         if before <= goal:
             return [], [f"the estimated peak, {bytes_text(before)}, is within {target} already"]
-        # What the step needs beyond kept activations: weights, state, gradients, temporaries.
-        surplus = before - self.surveyed.predicted(())
-        tried: dict[int, int] = {}
-        while (
-            len(tried) < min(_TRIES, len(self.choices))
-            and min(tried.values(), default=before) > goal
-        ):
-            index = self._next(goal - surplus, tried)
-            tried[index] = self._peak(self.choices[index])
-            surplus = max(surplus, tried[index] - self.predictions[index])
-        smallest = min(tried.values(), default=before)
+        found = self._bisected(goal)
+        smallest = min(self.tried.values(), default=before)
         if target is not None and smallest > goal:
             raise RewriteError(
                 f"checkpoint: no choice of modules brings the training peak from "
@@ -231,26 +218,55 @@ class _Search:
             )
         if smallest >= before:
             return [], ["running submodules again would not lower the estimated training peak"]
-        # The indices ascend with the work: of choices that are as good, the cheapest.
-        best = min(index for index, peak in tried.items() if peak <= _NEAR * smallest)
-        chosen = list(self.choices[best])
+        if found is None:  # as small as can be: of choices that are as good, the cheapest
+            found = min(i for i, peak in self.tried.items() if peak <= _NEAR * smallest)
+        chosen = list(self.front[found])
         more = 100 * sum(region.work for region in chosen) / max(self.surveyed.work, 1)
         return chosen, [
-            f"estimated training peak {bytes_text(before)} -> {bytes_text(tried[best])} "
+            f"estimated training peak {bytes_text(before)} -> {bytes_text(self.tried[found])} "
             f"(optimizer {self.given.optimizer or 'none'}), for {more:.0f} % of a forward more"
         ]
 
-    def _next(self, goal: int, tried: Mapping[int, int]) -> int:
-        """Return the cheapest choice that is predicted to fit, or else the smallest."""
-        left = [index for index in range(len(self.choices)) if index not in tried]
-        fitting = [index for index in left if self.predictions[index] <= goal]
-        return min(fitting) if fitting else min(left, key=lambda index: self.predictions[index])
+    def _bisected(self, goal: int) -> int | None:
+        """Return the index of the cheapest choice that meets a goal; ``None`` if none does."""
+        last = len(self.front) - 1
+        fits = next(
+            (i for i in range(last, max(-1, last - _LAST), -1) if self._peak(i) <= goal), None
+        )
+        if fits is None:
+            return None
+        low, high = 0, fits
+        while low < high:
+            middle = (low + high) // 2
+            if self._peak(middle) <= goal:
+                high = middle
+            else:
+                low = middle + 1
+        return high
 
-    def _peak(self, chosen: Sequence[Region]) -> int:
-        copy = fake_clone(self.model, FakeTensorMode(allow_non_fake_inputs=True))
-        apply_edits(copy, [Convert(region.path, "checkpoint", {}) for region in chosen])
+    def _peak(self, index: int) -> int:
+        if index not in self.tried:
+            self.tried[index] = self._estimated(self.front[index])
+        return self.tried[index]
+
+    def _estimated(self, chosen: Sequence[Region]) -> int:
+        # Its modules are copied, its tensors are not: the estimate wants their shapes only.
+        tensors = {id(t): t for module in self.model.modules() for t in held_tensors(module)}
+        copied = copy.deepcopy(self.model, dict(tensors))
+        apply_edits(copied, [Convert(region.path, "checkpoint", {}) for region in chosen])
         given = self.given.optimizer
-        return measure(copy, self.inputs, "train", given, estimate=True).peak
+        return measure(copied, self.inputs, "train", given, estimate=True).peak
+
+
+def _front(possible: Sequence[Region], surveyed: Survey) -> list[tuple[Region, ...]]:
+    """Return the choices that are predicted to need less than all cheaper ones, cheapest first."""
+    front, least = [], surveyed.predicted(())
+    for choice in sorted(_choices(possible), key=lambda c: sum(region.work for region in c)):
+        predicted = surveyed.predicted(choice)
+        if predicted < least:
+            front.append(choice)
+            least = predicted
+    return front
 
 
 def _choices(possible: Sequence[Region]) -> Iterator[tuple[Region, ...]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 __all__ = ["Region", "Survey", "survey"]
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pocketize.capture import find_tensors, quiet_recording
-from pocketize.clone import fake_clone
 from pocketize.errors import RewriteError
 from pocketize.inputs import Inputs
+from pocketize.memory.stage import fake_stage
 from pocketize.passes.runtime.forwards import obstacle
 
 _RUNTIME = "pocketize.passes.runtime."
@@ -44,6 +43,7 @@ class Region:
         frees: bytes that autograd keeps of it and would not keep if it were run again.
         begin: position of its forward in the order in which autograd kept tensors.
         end: position of the end.
+        inside: paths of the regions that were running when it was called.
     """
 
     path: str
@@ -54,12 +54,13 @@ class Region:
     frees: int = 0
     begin: int = 0
     end: int = 0
+    inside: frozenset[str] = frozenset()
     _arguments: dict[int, int] = field(default_factory=dict)
     _random: Any = None
 
     def contains(self, other: Region) -> bool:
-        """Tell whether another region lies inside this one."""
-        return other.path.startswith(f"{self.path}.")
+        """Tell whether another region ran inside this one, whatever their paths say."""
+        return self.path in other.inside
 
 
 class Survey:
@@ -119,16 +120,15 @@ def survey(model: nn.Module, inputs: Inputs) -> Survey:
     Raises:
         RewriteError: the model does not run on tensors without values.
     """
-    fakes = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.inference_mode(False):
-        copy = fake_clone(model, fakes)
-        copy.train()
+        stage = fake_stage(model, inputs, None)
+        copy, given = stage.model.train(), stage.inputs
         surveyor = _Surveyor(copy)
-        with fakes, quiet_recording(copy), torch.enable_grad(), surveyor.watching():
-            given = inputs.map(lambda t: fakes.from_tensor(t.detach()).clone())
-            surveyor.born(given.tensors())
+        surveyor.born(given.tensors())
+        hooks = torch.autograd.graph.saved_tensors_hooks(surveyor.keep, _same)
+        with stage.active, quiet_recording(copy), torch.enable_grad(), surveyor.watching():
             try:
-                with torch.autograd.graph.saved_tensors_hooks(surveyor.keep, _same), surveyor:
+                with hooks, surveyor:
                     given.call(copy)
             except Exception as error:  # a user's forward may raise anything
                 text = " ".join(str(error).split())
@@ -162,7 +162,10 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Take stock."""
         modules = dict(self.model.named_modules())
         for path, region in self.regions.items():
-            region.obstacle = region.obstacle or _standing(modules[path])
+            ran = [other.path for other in self.regions.values() if region.contains(other)]
+            inner = {f"{path}.{name}": m for name, m in modules[path].named_modules() if name}
+            inner |= {name: modules[name] for name in ran}
+            region.obstacle = region.obstacle or _standing(modules[path], inner)
             if region.calls > 1:
                 region.obstacle = f"it runs {region.calls} times in one forward"
         return Survey(self.regions, list(self._kept.values()), self.work)
@@ -212,10 +215,11 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
             region = self.regions.setdefault(path, Region(path))
             region.calls += 1
             region.begin = len(self._kept)
+            region.inside = frozenset(self._stack)
             for tensor in find_tensors((args, kwargs)):
                 region._arguments[_key(tensor)] = tensor.untyped_storage().nbytes()
                 self._alive.append(tensor)
-            region._random = random.getstate(), np.random.get_state()[1:3]
+            region._random = random.getstate(), _numpy_state()
             self._stack.append(path)
 
         return hook
@@ -224,7 +228,7 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         region = self.regions[self._stack.pop()]
         region.end = len(self._kept)
         python, (keys, position) = region._random
-        now = np.random.get_state()[1:3]
+        now = _numpy_state()
         if python != random.getstate() or position != now[1] or (keys != now[0]).any():
             self._bar(
                 region, "it draws random numbers from Python or NumPy, which cannot be drawn again"
@@ -266,6 +270,11 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         region.obstacle = region.obstacle or why
 
 
+def _numpy_state() -> tuple[Any, int]:
+    state: Any = np.random.get_state()
+    return state[1], state[2]
+
+
 def _key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
@@ -278,16 +287,15 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
             yield from find_tensors(given)
 
 
-def _standing(module: nn.Module) -> str:
-    """Say what about a module itself forbids to run it twice; ``""`` if nothing does."""
+def _standing(module: nn.Module, inner: Mapping[str, nn.Module]) -> str:
+    """Say what forbids to run a module and those inside it twice; ``""`` if nothing does."""
     if reason := obstacle(module):
         return reason
-    for path, inner in module.named_modules():
-        if type(inner).__module__.startswith(_RUNTIME):
-            return f"{path or 'it'} is a {type(inner).__name__}, which saves memory in its own way"
-        if not path:
-            continue
-        for hook in [*inner._forward_hooks.values(), *inner._forward_pre_hooks.values()]:
+    for path, held in {"it": module, **inner}.items():
+        if type(held).__module__.startswith(_RUNTIME):
+            return f"{path} is a {type(held).__name__}, which saves memory in its own way"
+    for path, held in inner.items():
+        for hook in [*held._forward_hooks.values(), *held._forward_pre_hooks.values()]:
             if not type(hook).__module__.startswith("torch.nn.utils") and not _ours(hook):
                 return f"{path} has forward hooks, which would run twice"
     return ""

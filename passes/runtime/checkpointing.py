@@ -40,11 +40,11 @@ class CheckpointedForward(Forward):
             return self._with_buffers(*args, **kwargs)
         return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def _with_buffers(self, *args: Any, **kwargs: Any) -> Any:
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            before = _Buffers(self.module)
-            return before.watched(), before.again()
+            buffers = _Buffers(self.module)
+            return buffers.watched(), buffers
 
         return checkpoint(self.original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
@@ -53,7 +53,8 @@ class _Buffers:
     """The buffers of a module as one forward found them, so that it can be run again as it was.
 
     The second run gets stand-ins with the old values. What it writes goes into them and is dropped;
-    the buffers themselves, which later forwards may have updated further, are not touched.
+    the buffers themselves, which later forwards may have updated further, are not touched. As a
+    context it surrounds the second run, and any further one.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -63,36 +64,34 @@ class _Buffers:
             for name, buffer in owner._buffers.items()
             if buffer is not None
         ]
-        self._versions = {id(buffer): _version(buffer) for _, _, buffer in self._places}
         self._values: dict[int, Tensor] = {}
+        self._now: list[list[Tensor | None]] = []
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Surround the first run: keep the values of what it writes to."""
-        values = {id(buffer): buffer.detach().clone() for _, _, buffer in self._places}
+        before = {id(b): (b.detach().clone(), _version(b)) for _, _, b in self._places}
         yield
-        self._places = [place for place in self._places if self._may_have_changed(*place)]
-        self._values = {id(buffer): values[id(buffer)] for _, _, buffer in self._places}
-
-    def _may_have_changed(self, owner: nn.Module, name: str, buffer: Tensor) -> bool:
-        return (
-            owner._buffers.get(name) is not buffer
-            or _version(buffer) != self._versions[id(buffer)]
+        self._places = [
+            (owner, name, buffer)
+            for owner, name, buffer in self._places
+            if owner._buffers.get(name) is not buffer
+            or _version(buffer) != before[id(buffer)][1]
             or buffer.numel() <= _SMALL
-        )
+        ]
+        self._values = {id(buffer): before[id(buffer)][0] for _, _, buffer in self._places}
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Surround the second run, and any further one: the buffers are as the first found them."""
+    def __enter__(self) -> None:
+        """Put the stand-ins into their places."""
         stand_ins = {key: value.clone() for key, value in self._values.items()}
-        now = [(owner, name, owner._buffers.get(name)) for owner, name, _ in self._places]
+        self._now.append([owner._buffers.get(name) for owner, name, _ in self._places])
         for owner, name, buffer in self._places:
             owner._buffers[name] = stand_ins[id(buffer)]
-        try:
-            yield
-        finally:
-            for owner, name, current in now:
-                owner._buffers[name] = current
+
+    def __exit__(self, *error: object) -> None:
+        """Put the buffers back."""
+        for (owner, name, _), current in zip(self._places, self._now.pop(), strict=True):
+            owner._buffers[name] = current
 
 
 def _version(tensor: Tensor) -> int:
