@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["Amp", "Checkpoint", "InPlaceNorm", "Pocket", "Recompute"]
+__all__ = ["Amp", "Checkpoint", "InPlaceNorm", "Offload", "Pocket", "Recompute"]
 
 from pocketize.passes.amp import Amp
 from pocketize.passes.checkpoint import Checkpoint
 from pocketize.passes.in_place_norm import InPlaceNorm
+from pocketize.passes.offload import Offload
 from pocketize.passes.pocket import Pocket
 from pocketize.passes.recompute import Recompute

@@ -68,12 +68,14 @@ class Survey:
 
     Attributes:
         regions: by path; those whose forward ran, without the model itself.
+        kept: bytes of every tensor that autograd keeps and that is no weight.
         work: floating-point operations of the whole forward.
     """
 
     def __init__(self, regions: dict[str, Region], kept: Sequence[_Kept], work: int) -> None:
         self.regions, self.work = regions, work
-        self._bytes = np.array([item.nbytes for item in kept], dtype=np.int64)
+        self.kept = tuple(item.nbytes for item in kept)
+        self._bytes = np.array(self.kept, dtype=np.int64)
         self._owned: dict[str, Any] = {}
         known = {item.key for item in kept}
         self._extra: dict[str, int] = {}

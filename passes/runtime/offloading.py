@@ -1,0 +1,174 @@
+"""What a network that offloads contains: a forward whose saved tensors wait elsewhere.
+
+Source: Rhu et al., "vDNN: Virtualized Deep Neural Networks for Scalable, Memory-Efficient Neural
+Network Design", MICRO 2016. The machinery is ``torch.autograd.graph.saved_tensors_hooks``; unlike
+``save_on_cpu`` it moves a tensor that several operators keep only once, and leaves weights, inputs
+and small tensors where they are.
+"""
+
+from __future__ import annotations
+
+__all__ = ["OffloadedForward"]
+
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from pocketize.capture import find_tensors
+from pocketize.passes.runtime.forwards import Forward
+
+
+class OffloadedForward(Forward):
+    """A forward whose large saved tensors wait in host memory, or in files, for the backward pass.
+
+    Args:
+        module: the model.
+        min_bytes: tensors from this size on are moved.
+        disk: to files instead of host memory; also from a model on the CPU.
+        folder: for the files; ``None`` is where the system has its temporary ones.
+    """
+
+    def __init__(
+        self, module: nn.Module, min_bytes: int, *, disk: bool = False, folder: str | None = None
+    ) -> None:
+        super().__init__(module)
+        self.min_bytes, self.disk, self.folder = min_bytes, disk, folder
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward."""
+        if not torch.is_grad_enabled():
+            return self.original(*args, **kwargs)
+        return self._hooked(*args, **kwargs)
+
+    # The compiler takes no hooks on saved tensors in its graphs; what runs inside is compiled.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
+    def _hooked(self, *args: Any, **kwargs: Any) -> Any:
+        own = [*self.module.parameters(), *self.module.buffers(), *find_tensors((args, kwargs))]
+        desk = _Desk(self, own)
+        with torch.autograd.graph.saved_tensors_hooks(desk.pack, _unpack):
+            return self.original(*args, **kwargs)
+
+    def place(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Move a tensor away and return what brings it back."""
+        if isinstance(tensor, FakeTensor):
+            return _Nowhere(tensor)
+        return _File(tensor, self.folder) if self.disk else _Host(tensor)
+
+
+def _unpack(kept: Tensor | _Ticket) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept.fetch()
+
+
+class _Desk:
+    """Takes what autograd saves in one forward, and hands out one ticket for each tensor."""
+
+    def __init__(self, forward: OffloadedForward, own: Iterable[Tensor]) -> None:
+        self._forward = forward
+        self._own = {_key(tensor) for tensor in own if tensor.layout is torch.strided}
+        self._tickets: weakref.WeakValueDictionary[Any, _Ticket] = weakref.WeakValueDictionary()
+
+    def pack(self, tensor: Tensor) -> Tensor | _Ticket:
+        """Return what autograd keeps instead of a tensor."""
+        if not self._moves(tensor):
+            return tensor
+        layout = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+        key = _key(tensor), tensor._version, layout
+        ticket = self._tickets.get(key)
+        if ticket is None or ticket.storage() is None:  # the address may be somebody else's by now
+            ticket = self._tickets[key] = _Ticket(tensor, self._forward.place(tensor.detach()))
+        return ticket
+
+    def _moves(self, tensor: Tensor) -> bool:
+        if type(tensor) not in (Tensor, nn.Parameter, FakeTensor):
+            return False
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_inference():
+            return False
+        if tensor.device.type == "cpu" and not self._forward.disk:
+            return False
+        nbytes = tensor.numel() * tensor.element_size()
+        # An expanded tensor is smaller in memory than it says; so moved, it would grow.
+        if not self._forward.min_bytes <= nbytes <= tensor.untyped_storage().nbytes():
+            return False
+        return _key(tensor) not in self._own
+
+
+class _Ticket:
+    """One tensor that waits elsewhere; brought back once for all who ask at the same time."""
+
+    def __init__(self, tensor: Tensor, place: Callable[[], Tensor]) -> None:
+        self.storage = weakref.ref(tensor.untyped_storage())
+        self._place = place
+        self._back: Callable[[], Tensor | None] = lambda: None
+
+    def fetch(self) -> Tensor:
+        tensor = self._back()
+        if tensor is None:
+            tensor = self._place()
+            self._back = weakref.ref(tensor)
+        return tensor
+
+
+class _Host:
+    """A copy in host memory: pinned, so that the copies wait for nobody but their stream."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._device = tensor.device
+        self._pinned = tensor.is_cuda
+        self._copy = torch.empty_like(tensor, device="cpu", pin_memory=self._pinned)
+        self._copy.copy_(tensor, non_blocking=self._pinned)
+
+    def __call__(self) -> Tensor:
+        return self._copy.to(self._device, non_blocking=self._pinned)
+
+
+class _File:
+    """The bytes in a temporary file, which is gone when the last reader is."""
+
+    def __init__(self, tensor: Tensor, folder: str | None) -> None:
+        self._empty = tensor.new_empty(0)
+        self._shape, self._stride = tensor.shape, tensor.stride()
+        # It has no name, so that none is left behind; closed with the last who may read it.
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        flat = tensor if _is_dense(tensor) else tensor.contiguous()
+        self._stride = flat.stride()
+        # In the order of memory, as bytes: NumPy has no bfloat16.
+        linear = flat.as_strided((flat.numel(),), (1,)).cpu().view(torch.uint8)
+        linear.numpy().tofile(self._file)
+
+    def __call__(self) -> Tensor:
+        self._file.seek(0)
+        read = torch.from_numpy(np.fromfile(self._file, dtype=np.uint8)).view(self._empty.dtype)
+        return read.to(self._empty.device).as_strided(self._shape, self._stride)
+
+
+class _Nowhere:
+    """Stands for a place in estimates, where tensors have no values."""
+
+    def __init__(self, tensor: FakeTensor) -> None:
+        self._like = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.fake_mode
+
+    def __call__(self) -> Tensor:
+        shape, stride, dtype, device, mode = self._like
+        with mode:
+            return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
