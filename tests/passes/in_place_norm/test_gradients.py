@@ -1,4 +1,4 @@
-"""The gradients are those of the ordinary pair, whatever the norm, the activation and the values."""
+"""Gradients are those of the ordinary pair, whatever the norm, the activation and the values."""
 
 from __future__ import annotations
 
