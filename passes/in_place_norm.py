@@ -235,13 +235,14 @@ class _Trial:
         return self.why
 
     def _run(self, model: nn.Module, inputs: Inputs, sites: Sequence[Site]) -> None:
-        with torch.inference_mode(False), torch.enable_grad(), quiet_recording(model):
+        with torch.inference_mode(False), torch.enable_grad():
             apply_edits(model, self.edits)
             model.train()
             for site in sites:
                 layer = model.get_submodule(site.norm)
                 layer.register_forward_hook(_Watch(self, site.norm))
-            inputs.call(model)
+            with quiet_recording(model):
+                inputs.call(model)
 
 
 class _Watch:

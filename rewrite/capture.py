@@ -35,6 +35,7 @@ import operator
 import os
 import random
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -48,6 +49,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -336,7 +338,8 @@ def _tensor_names(model: nn.Module) -> dict[int, str]:
 def quiet_recording(model: nn.Module) -> Iterator[None]:
     """Fix what makes recordings differ, and put it back: random states, fast paths, warnings.
 
-    What hooks of the model write into their closures is undone too.
+    What hooks of the model write into their closures is undone too, and synchronised batch norms
+    run alone: a copy without memory has nothing to tell the other processes.
     """
     python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
@@ -350,7 +353,7 @@ def quiet_recording(model: nn.Module) -> Iterator[None]:
     np.random.seed(0)
     torch.default_generator.manual_seed(0)
     try:
-        with warnings.catch_warnings(), quiet_hooks(model):
+        with warnings.catch_warnings(), quiet_hooks(model), _alone(model):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -361,6 +364,20 @@ def quiet_recording(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if devices:
             torch.cuda.set_rng_state_all(devices)
+
+
+@contextlib.contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """Let SyncBatchNorm do what it does in a single process; it refuses CPU tensors in several."""
+    layers = [m for m in model.modules() if type(m).forward is nn.SyncBatchNorm.forward]
+    layers = [m for m in layers if "forward" not in vars(m)]
+    for layer in layers:
+        vars(layer)["forward"] = types.MethodType(_BatchNorm.forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]
 
 
 def _source() -> str:

@@ -158,7 +158,7 @@ class NormInPlace(_Converted):
         reason = plain_reason(self)
         if group is None or input.is_cuda:
             if reason or not _saves(self, input, kind):
-                return cast(Tensor, super().forward(input))
+                return self._plain(input, alone=group is None)
         else:
             _check_shape(self, input)  # torch has no SyncBatchNorm on a CPU to fall back to
         activation = Activation("identity") if reason else self.absorbed
@@ -176,6 +176,12 @@ class NormInPlace(_Converted):
                 if old is not None and value is not None:
                     old.copy_(value)
         return mark(output, activation)
+
+    def _plain(self, input: Tensor, *, alone: bool) -> Tensor:
+        """Run the forward of the class from before."""
+        if alone and isinstance(self, nn.SyncBatchNorm):
+            return _BatchNorm.forward(self, input)  # its own insists on other devices than a CPU
+        return cast(Tensor, super().forward(input))
 
     def _title(self) -> str:
         return f"{self.converted_from.__name__}({super().extra_repr()})"
