@@ -369,7 +369,8 @@ def quiet_recording(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _alone(model: nn.Module) -> Iterator[None]:
     """Let SyncBatchNorm do what it does in a single process; it refuses CPU tensors in several."""
-    layers = [m for m in model.modules() if type(m).forward is nn.SyncBatchNorm.forward]
+    layers = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    layers = [m for m in layers if type(m).forward is nn.SyncBatchNorm.forward]
     layers = [m for m in layers if "forward" not in vars(m)]
     for layer in layers:
         vars(layer)["forward"] = types.MethodType(_BatchNorm.forward, layer)
