@@ -26,6 +26,7 @@ from pocketize.passes.runtime.autocasting import (
     keeps_low_statistics,
 )
 from pocketize.passes.runtime.forwards import first_parameter, obstacle, wrapping
+from pocketize.rehearsal import Rehearsal
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NORMS = ("aten.batch_norm", "aten.instance_norm", "aten.group_norm", "aten.layer_norm")
@@ -81,6 +82,9 @@ class Amp(Pass):
                 edits.append(Convert(path, "amp-norm", {}))
                 why = f"it has no weight, so torch would keep them in {name} on the CPU"
                 changes.append(Change(path, "statistics in float32", why))
+        failure = Rehearsal(target.model, target.inputs).failure(edits)
+        if failure:  # an operator that torch's lists forgot
+            return Proposal(refused=(Refusal("", f"under {name} autocast, {failure}"),))
         return Proposal(tuple(edits), tuple(changes), notes=tuple(_notes(target, self)))
 
 

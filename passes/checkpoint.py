@@ -19,7 +19,7 @@ from torch import nn
 from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.conversions import conversion
 from pocketize.edits import Convert
-from pocketize.errors import OptionError, PatternError, RewriteError, nearest
+from pocketize.errors import MeasureError, OptionError, PatternError, RewriteError, nearest
 from pocketize.memory import measure
 from pocketize.memory.modules import held_tensors
 from pocketize.passes.regions import Region, Survey, survey
@@ -77,14 +77,17 @@ class Checkpoint(Pass):
 
         Raises:
             PatternError: a pattern matches no module.
-            RewriteError: no choice reaches the target, or the model cannot be surveyed.
+            RewriteError: no choice reaches the target.
         """
         reason = _refusal(target.model)
         if reason:
             return Proposal(refused=(Refusal("", reason),))
         kept = _matching(target.model, self.keep, "keep")
         wanted = _matching(target.model, self.only, "only")
-        surveyed = survey(target.model, target.inputs)
+        try:
+            surveyed = survey(target.model, target.inputs)
+        except RewriteError as error:
+            return Proposal(refused=(Refusal("", str(error)),))
         possible, refused = _candidates(target.model, surveyed, kept, wanted)
         rehearsal = Rehearsal(target.model, target.inputs)
         while True:
@@ -92,7 +95,11 @@ class Checkpoint(Pass):
             if wanted:
                 chosen = _outermost(possible)
             else:
-                chosen, notes = _Search(self, target, surveyed, possible).run()
+                try:
+                    chosen, notes = _Search(self, target, surveyed, possible).run()
+                except MeasureError as error:
+                    refusal = Refusal("", f"its training step cannot be estimated: {error}")
+                    return Proposal(refused=(refusal,))
             broken = list(_broken(rehearsal, chosen))
             if not broken:
                 break
@@ -107,6 +114,8 @@ class Checkpoint(Pass):
 
 
 def _refusal(model: nn.Module) -> str:
+    if not any(model.children()):
+        return "it has no submodules, and to run it whole once more would free nothing"
     already = [path for path, m in model.named_modules() if wrapping(m, CheckpointedForward)]
     if already:
         shown = ", ".join(already[:3]) + (", ..." if len(already) > 3 else "")

@@ -110,13 +110,16 @@ def _unbatched(norm: Any) -> int:
 
 def keeps_low_statistics(module: nn.Module) -> bool:
     """Tell whether torch would keep the statistics of a norm in the type of a 16-bit input."""
-    if type(module).forward not in _FORWARDS or "forward" in vars(module):
-        return False  # no norm of torch's, or one whose forward is somebody's own
+    if not isinstance(module, _NORMS) or "forward" in vars(module):
+        return False
+    if type(module).forward not in _FORWARDS:
+        return False  # a norm whose forward is somebody's own
     if getattr(module, "weight", None) is not None:
         return False
     return not isinstance(module, _BatchNorm) or module.running_mean is None
 
 
+_NORMS = (_InstanceNorm, _BatchNorm, nn.GroupNorm, nn.LayerNorm)
 _FORWARDS = (
     _InstanceNorm.forward,
     _BatchNorm.forward,

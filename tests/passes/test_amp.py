@@ -258,6 +258,29 @@ def test_a_model_without_floating_point_tensors_is_refused():
         rewrite(Doubling(), Amp(), inputs=X)
 
 
+def test_a_model_that_does_not_run_under_autocast_is_refused_with_what_it_raised():
+    class TwoInputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.top = nn.Conv2d(1, 4, 1), nn.Bilinear(4, 4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x).mean((2, 3))
+            return self.top(y, y)
+
+    with pytest.warns(
+        NoEffectWarning, match="under bfloat16 autocast, .* must have the same dtype"
+    ):
+        rewrite(TwoInputs(), Amp(), inputs=X)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_part_that_is_torchscript_runs_under_autocast_too():
+    model = net().eval()
+    model[0] = torch.jit.script(model[0])
+    assert rewrite(model, Amp(), inputs=X)(X).dtype is torch.float32
+
+
 def test_a_second_application_is_refused():
     once = rewrite(net(), Amp(), inputs=X)
     with pytest.warns(NoEffectWarning, match="already runs under bfloat16 autocast"):

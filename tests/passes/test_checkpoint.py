@@ -233,6 +233,28 @@ def test_of_nested_matches_the_outer_one_is_taken():
     assert checkpointed(rewrite(net(), Checkpoint(only=("*",)), inputs=inputs())) == list(BLOCKS)
 
 
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.sum() > -1e9 else x
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: nn.Conv2d(1, 1, 1), "it has no submodules"),
+        (lambda: net().requires_grad_(False), "cannot be estimated.*unfreeze parameters"),
+        (Branching, "does not run on tensors without values"),
+    ],
+)
+def test_models_that_cannot_be_searched_are_refused_with_the_reason(make: Any, why: str):
+    with pytest.warns(NoEffectWarning, match=why):
+        rewrite(make(), Checkpoint(), inputs=inputs())
+
+
 def test_a_second_application_is_refused():
     once = rewrite(net(), Checkpoint(only=("encoder",)), inputs=inputs())
     with pytest.warns(NoEffectWarning, match="1 modules of it are already checkpointed"):
