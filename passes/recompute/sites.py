@@ -126,7 +126,9 @@ def chosen(sites: Sequence[Site], keep: str) -> tuple[Site, ...]:
     """
     rebuilt: dict[Site, int] = {}
     for site in sites:
-        depth = 1 + max((rebuilt.get(s, 0) for s in site.sources if s.stage == site.stage), default=0)
+        depth = 1 + max(
+            (rebuilt.get(s, 0) for s in site.sources if s.stage == site.stage), default=0
+        )
         wanted = {"block": _inside, "level": _within}.get(keep, lambda site: "")(site)
         if site.movable and wanted and depth <= _DEPTH:
             rebuilt[site] = depth

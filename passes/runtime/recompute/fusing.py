@@ -17,7 +17,7 @@ __all__ = ["Fusing"]
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -114,7 +114,10 @@ class Fusing(TorchFunctionMode):
 
     def _norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = NormCall.bind(func, args, kwargs)
+        self.tape.statistics = None
         made = func(*args, **kwargs)
+        if call is not None and self.tape.statistics is not None and made.dtype == call.x.dtype:
+            call = replace(call, statistics=self.tape.statistics)
         if call is not None and made.requires_grad and made.grad_fn is not None:
             made._pocketize_norm = _Made(call, made._version, self.tape.views_of(made))
         return made
@@ -130,7 +133,9 @@ class Fusing(TorchFunctionMode):
         activation, extra, in_place = taken
         if in_place and self.tape.views_of(normed) != made.views:
             return func(*args, **kwargs)  # somebody would see it through a view
-        fused: Tensor = NormAct.run(made.call, normed, activation, extra)
+        named = {name: value for name, value in kwargs.items() if name not in ("input", "self")}
+        write = partial(_apply, func, args[1:], named) if in_place else None
+        fused: Tensor = NormAct.run(made.call, normed, activation, extra, write)
         if not in_place:
             return fused
         del normed._pocketize_norm

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pocketize.passes.runtime.recompute.operators import Kind, Operator, describe
+from pocketize.passes.runtime.recompute.statistics import Statistics, normalise, statistics_of
 from pocketize.passes.runtime.recompute.values import (
     Geometry,
     Handle,
@@ -94,6 +95,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.rebuilt, self.frees, self.min_bytes, self.meter = rebuilt, frees, min_bytes, meter
         self.stage = 0
+        #: Of the last norm that ran with the statistics of its input.
+        self.statistics: Statistics | None = None
         self._positions = 0
         self._largest = 0
         self._packed: list[Handle] = []
@@ -177,7 +180,11 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = [t for t in pytree.tree_leaves(made) if isinstance(t, Tensor)]
         if _name_goes_on(func, tensors, results):
             self._memory(results[0]).name = self._memory(tensors[0]).name
-        if _share(tensors, results):
+        found = statistics_of(func, args, made)
+        if found is not None:
+            self.statistics = found
+            self._normed(found, args, made[0])
+        elif _share(tensors, results):
             self._view(func, args, kwargs, tensors[0], made)
         else:
             kept = operator.heavy and site not in self.rebuilt
@@ -224,6 +231,12 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value.home = memory.watch, geometry
             memory.values[geometry] = value
             memory.version = result._version
+
+    def _normed(self, found: Statistics, args: tuple[Any, ...], made: Tensor) -> None:
+        """A norm is built again with the statistics of the first time."""
+        if _bytes(made) >= self.min_bytes:
+            again = (*args[:3], found.mean, found.rstd, found.eps, found.groups)
+            self._note(self._step(normalise, Operator(Kind.PURE), again, {}), made, self.stage)
 
     def _view(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], base: Tensor, made: Any

@@ -228,12 +228,14 @@ class Value:
         return contents[self]
 
     def is_awaited(self, stage: int) -> bool:
-        """Whether it is costly to build, and the stage at work or the next will read it again.
+        """Whether it is worth holding for readers in the stage that made it, still to come.
 
-        The backward pass comes to the stages in falling order.
+        The backward pass comes to the stages in falling order: now it is in ``stage``. What is
+        costly is held from the stage before on.
         """
-        costly = self.step is not None and self.step.costly
-        return costly and 0 <= stage - self.stage <= 1 and self.pending.get(self.stage, 0) > 0
+        if self.step is None or not self.step.operator.heavy or not self.pending.get(self.stage):
+            return False
+        return stage == self.stage or (self.step.costly and stage == self.stage + 1)
 
 
 class Handle:
