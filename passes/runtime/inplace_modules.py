@@ -101,14 +101,15 @@ def plain_reason(module: nn.Module) -> str:
 
 
 class _Converted(nn.Module):
-    """Base of what conversions make of a module: knows the class from before."""
+    """Base of what conversions make of a module: knows the class from before, and itself."""
 
     converted_from: type[nn.Module]
+    converted_by: type[_Converted]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by way of the class from before, as this one was made at run time."""
         reduced: Any = super().__reduce_ex__(max(2, int(protocol)))
-        return (_remake, (type(self).__mro__[1], self.converted_from), *reduced[2:])
+        return (_remake, (self.converted_by, self.converted_from), *reduced[2:])
 
 
 def _remake(mixin: type[_Converted], original: type[nn.Module]) -> nn.Module:
@@ -125,7 +126,12 @@ def converted_class(mixin: type[_Converted], original: type[nn.Module]) -> type[
     """
     key = mixin, original
     if key not in _CLASSES:
-        held = {"converted_from": original, "__module__": __name__}
+        # In the module of the original: torch.fx takes what torch.nn defines as a unit.
+        held = {
+            "converted_by": mixin,
+            "converted_from": original,
+            "__module__": original.__module__,
+        }
         _CLASSES[key] = type(f"InPlace{original.__name__}", key, held)
     return _CLASSES[key]
 

@@ -350,6 +350,32 @@ def test_function_transforms_and_tracing_use_the_ordinary_functions() -> None:
     assert torch.allclose(traced(x), plain(x * 1))
 
 
+def test_torch_fx_and_export_take_the_layers_as_they_took_the_originals() -> None:
+    plain, net = pair("instance-2d")
+    x = batch("instance-2d")
+    traced = torch.fx.symbolic_trace(net)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0", "1"]
+    assert torch.allclose(traced(x.requires_grad_() * 1), plain(x * 1))
+    exported = torch.export.export(net, (x.detach(),), strict=False)
+    assert torch.allclose(exported.module()(x.detach()), plain(x.detach()))
+
+
+def test_monais_tensors_with_metadata_go_through() -> None:
+    from monai.data import MetaTensor
+
+    plain, net = pair("instance-2d")
+    x = batch("instance-2d")
+    outputs = [
+        module(MetaTensor(x.clone(), meta={"name": "scan"}).requires_grad_() * 1)
+        for module in (plain, net)
+    ]
+    assert _fused(outputs[1])
+    assert not marked(outputs[1])
+    assert type(outputs[0]) is type(outputs[1])
+    assert torch.allclose(*(o.as_tensor() for o in outputs))
+    outputs[1].sum().backward()
+
+
 class _Functional(nn.Module):
     """Calls its activations as functions, on the norm's output and elsewhere."""
 
@@ -382,6 +408,11 @@ def test_functions_on_what_a_norm_has_activated_are_skipped_and_others_run(kind:
     assert worst(expected, run(net, x, weight)) < 1e-12
     assert worst(expected, run(twin, x, weight)) < 1e-12
     assert twin.forward.module is twin
+    torch._dynamo.reset()
+    compiled = cast(nn.Module, torch.compile(net, backend="aot_eager", fullgraph=True))
+    plain.eval()
+    net.eval()
+    assert torch.allclose(compiled(x), plain(x))
 
 
 @pytest.mark.parametrize("norm", ["batch-0d", "batch-2d", "instance-2d", "group-2d"])
