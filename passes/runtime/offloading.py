@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from pocketize.capture import find_tensors
+from pocketize.errors import RewriteError
 from pocketize.passes.runtime.forwards import Forward
 
 
@@ -50,6 +51,12 @@ class OffloadedForward(Forward):
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def _hooked(self, *args: Any, **kwargs: Any) -> Any:
         own = [*self.module.parameters(), *self.module.buffers(), *find_tensors((args, kwargs))]
+        if any(hasattr(tensor, "device_mesh") for tensor in own):
+            raise RewriteError(
+                f"offload: the weights of {type(self.module).__name__} are sharded, and gathered "
+                "weights cannot be told from activations; shard the model without this pass, e.g. "
+                "with fully_shard(model, offload_policy=CPUOffloadPolicy())"
+            )
         desk = _Desk(self, own)
         with torch.autograd.graph.saved_tensors_hooks(desk.pack, _unpack):
             return self.original(*args, **kwargs)

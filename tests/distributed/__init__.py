@@ -1,0 +1,1 @@
+"""Rewritten networks in several processes, on the CPU."""

@@ -1,0 +1,102 @@
+"""Under fully_shard (FSDP2) a rewritten net trains as one process does, or says why it cannot."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from pocketize import rewrite
+from pocketize.base import Pass
+from pocketize.errors import RewriteError
+from pocketize.passes import Amp, Checkpoint, Offload
+from tests.distributed.group import PROCESSES, SyncNorm, Unet, batch, result_of, run, train
+
+pytestmark = pytest.mark.slow
+
+BLOCKS = ("encoder", "bottom", "decoder")
+CASES: dict[str, tuple[Any, type[nn.Module], tuple[Pass, ...], tuple[str, ...]]] = {
+    "untouched": (SyncNorm, nn.ReLU, (), BLOCKS),
+    "checkpoint": (SyncNorm, nn.ReLU, (Checkpoint(only=BLOCKS),), BLOCKS),
+    "checkpoint, model sharded whole": (SyncNorm, nn.ReLU, (Checkpoint(only=BLOCKS),), ()),
+    "checkpoint, layers sharded": (
+        SyncNorm,
+        nn.ReLU,
+        (Checkpoint(only=BLOCKS),),
+        tuple(f"{block}.{index}" for block in BLOCKS for index in (0, 3)),
+    ),
+}
+
+
+def sharded(model: nn.Module, units: tuple[str, ...]) -> nn.Module:
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for path in units:
+        fully_shard(model.get_submodule(path), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def net(name: str) -> nn.Module:
+    norm, activation, passes, _ = CASES[name]
+    torch.manual_seed(0)
+    model: nn.Module = Unet(norm, activation).double()
+    return rewrite(model, *passes, inputs="2x1x12x12") if passes else model
+
+
+def together(name: str) -> dict[str, Any]:
+    model = sharded(net(name), CASES[name][3])
+    return train(model, model, batch())
+
+
+def mixed() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = rewrite(Unet(nn.InstanceNorm2d, nn.ReLU), Amp(), inputs="2x1x12x12")
+    model = sharded(model, BLOCKS)
+    return train(model, model, batch(torch.float32))
+
+
+def offloaded() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = rewrite(
+        Unet(nn.InstanceNorm2d, nn.ReLU), Offload(to="disk", min_bytes="1B"), inputs="2x1x12x12"
+    )
+    model = sharded(model, BLOCKS)
+    try:
+        model(batch(torch.float32))
+    except RewriteError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("fsdp")
+    work: dict[str, Any] = {name: functools.partial(together, name) for name in CASES}
+    run(work | {"amp": mixed, "offload": offloaded}, made)
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_gradients_and_statistics_are_those_of_one_process(name: str, folder: Path):
+    model = net("untouched")
+    expected = train(model, model, batch())
+    for found in result_of(name, folder):
+        for key in ("losses", "gradients", "state"):
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-9, atol=1e-12)
+
+
+def test_mixed_precision_keeps_float32_weights(folder: Path):
+    first, second = result_of("amp", folder)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert {t.dtype for t in first["state"].values()} == {torch.float32}
+
+
+def test_offloading_refuses_sharded_weights_with_the_way_to_do_it(folder: Path):
+    for found in result_of("offload", folder):
+        assert "offload_policy" in found["error"]
