@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,18 +25,23 @@ __all__ = ["Case", "make_case", "seeded"]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A net before and after one pass.
+    """A net before and after one pass, or several in a row.
 
     Attributes:
         build: makes the original anew, with the same weights.
         inputs: example inputs.
-        guarantee: what the pass claims to keep.
+        guarantee: what the pass claims to keep; of several, the weakest claim.
         original: the very module that was handed to the rewrite.
         before: that module as it was before the rewrite.
         rewritten: what came back.
-        again: runs the same pass on another module.
+        again: runs the same passes on another module.
         in_place: carries the same plan out on a module of that kind itself.
         plan: the plan the rewrite followed; None for rewrites that are no passes.
+        passes: how many passes were given.
+        reference: makes the net that the rewritten one must equal exactly: the original where all
+            passes are EXACT, and otherwise the net as the passes that are not leave it. None where
+            no pass is.
+        known: what was found out about the reference, shared by the cases that have it in common.
         net: the test net with its expectations; None for nets that state none.
         repeatable: two runs of the net in eval mode give the same values.
     """
@@ -49,6 +55,9 @@ class Case:
     again: Callable[[nn.Module], nn.Module]
     in_place: Callable[[nn.Module], nn.Module]
     plan: PassPlan | None = None
+    passes: int = 1
+    reference: Callable[[], nn.Module] | None = None
+    known: dict[object, Any] = field(default_factory=dict)
     net: Net | None = None
     repeatable: bool = True
 
@@ -96,30 +105,51 @@ def seeded(seed: int = 7) -> Iterator[None]:
         yield
 
 
-def make_case(net: Net, given: Pass, seed: int | None = None) -> Case:
-    """Plan and apply a pass to a test net, watching the original."""
+def make_case(net: Net, *given: Pass, seed: int | None = None) -> Case:
+    """Plan and apply passes to a test net, watching the original."""
     inputs: Inputs = as_inputs(net.inputs(), net.build())
     original = net.build()
     before = Snapshot(original)
-    planned = plan(original, given, inputs=inputs, seed=seed)
+    planned = plan(original, *given, inputs=inputs, seed=seed)
     rewritten = planned.apply()
 
     def again(model: nn.Module) -> nn.Module:
-        return rewrite(model, given, inputs=inputs, seed=seed)
+        return rewrite(model, *given, inputs=inputs, seed=seed)
 
     def in_place(model: nn.Module) -> nn.Module:
         return replace(planned, model=model).apply(inplace=True)
 
+    inexact = tuple(p for p in given if p.guarantee is not Guarantee.EXACT)
+    base: Callable[[], nn.Module] | None = None
+    if not inexact:
+        base = net.build
+    elif len(inexact) < len(given):
+        base = plan(net.build(), *inexact, inputs=inputs, seed=seed).apply
     return Case(
         build=net.build,
         inputs=inputs,
-        guarantee=given.guarantee,
+        guarantee=weakest(p.guarantee for p in given),
         original=original,
         before=before,
         rewritten=rewritten,
         again=again,
         in_place=in_place,
         plan=whole(planned),
+        passes=len(given),
+        reference=base,
+        known=_shared((net.name, *map(str, inexact))),
         net=net,
         repeatable=net.repeatable,
     )
+
+
+def weakest(claims: Iterable[Guarantee]) -> Guarantee:
+    """What several passes keep together; guarantees are listed from the most to the least."""
+    order = list(Guarantee)
+    return max(claims, key=order.index)
+
+
+@functools.lru_cache(maxsize=8)
+def _shared(key: tuple[str, ...]) -> dict[object, Any]:
+    """What is known of the latest references: the rows of a net follow each other."""
+    return {}

@@ -1,36 +1,92 @@
-"""Which options each registered pass is tried with. A pass without a row fails the suite."""
+"""Which options each registered pass is tried with, alone and together with others.
+
+A pass without a row of its own fails the suite.
+"""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pocketize.base import Pass
-from pocketize.passes import Pocket
+from pocketize.passes import Amp, Checkpoint, InPlaceNorm, Offload, Pocket, Recompute
 from tests.contract.case import Case
 from tests.contract.clamp import clamped
+from tests.contract.precision import as_amp_alone, as_autocast_by_hand
 from tests.models.registry import Net
 
-__all__ = ["CASES", "Row"]
+__all__ = ["CASES", "COMBINATIONS", "Extent", "Row"]
+
+
+class Extent(enum.IntEnum):
+    """On which nets a row is tried: every step costs minutes.
+
+    What is left out runs with ``pytest --whole-contract``.
+    """
+
+    SAMPLE = 0
+    """All checks on the nets of the sample."""
+    EVERYWHERE = 1
+    """And on every other net, but the slow, the decisive ones."""
+    THOROUGH = 2
+    """All checks on every net."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to try a pass.
+    """One way to try a pass, or several in a row.
 
     Attributes:
-        make: the pass for a net; a clamp, for one, depends on the width the net's author states.
+        make: the passes for a net; a clamp, for one, depends on the width the net's author states.
         promise: a check of what this pass promises beyond the contract of all.
+        extent: on which nets.
     """
 
-    make: Callable[[Net], Pass]
+    make: Callable[[Net], tuple[Pass, ...]]
     promise: Callable[[Case], None] | None = None
+    extent: Extent = Extent.SAMPLE
 
+
+def _every_child(net: Net) -> Checkpoint:
+    """Every part that the model's own forward calls, where there is one."""
+    return Checkpoint(only=tuple(path for path, _ in net.build().named_children()))
+
+
+# Small nets: with a lower bound there would be nothing to recompute in them.
+_CONV, _BLOCK, _LEVEL = (Recompute(keep=keep, min_bytes=0) for keep in ("conv", "block", "level"))
 
 CASES: dict[str, dict[str, Row]] = {
     "pocket": {
-        "slice": Row(lambda net: Pocket(width=net.width), clamped),
-        "reset": Row(lambda net: Pocket(width=net.width, weights="reset")),
+        "slice": Row(lambda net: (Pocket(width=net.width),), clamped, Extent.THOROUGH),
+        "reset": Row(
+            lambda net: (Pocket(width=net.width, weights="reset"),), extent=Extent.THOROUGH
+        ),
     },
+    "in-place-norm": {"native": Row(lambda net: (InPlaceNorm(),), extent=Extent.EVERYWHERE)},
+    "recompute": {
+        "conv": Row(lambda net: (_CONV,)),
+        "block": Row(lambda net: (_BLOCK,)),
+        "level": Row(lambda net: (_LEVEL,), extent=Extent.EVERYWHERE),
+    },
+    "checkpoint": {
+        "every-child": Row(lambda net: (_every_child(net),), extent=Extent.EVERYWHERE),
+        "smallest": Row(lambda net: (Checkpoint(),)),
+    },
+    "offload": {"disk": Row(lambda net: (Offload(min_bytes="256B", to="disk"),))},
+    "amp": {"bf16": Row(lambda net: (Amp(),), as_autocast_by_hand)},
 }
 """Name of a pass -> label -> row."""
+
+COMBINATIONS: dict[str, Row] = {
+    "pocket+in-place-norm": Row(lambda net: (Pocket(width=net.width), InPlaceNorm())),
+    "pocket+recompute": Row(lambda net: (Pocket(width=net.width), _LEVEL)),
+    "amp+recompute": Row(lambda net: (Amp(), _LEVEL), as_amp_alone),
+    "checkpoint+offload": Row(
+        lambda net: (_every_child(net), Offload(min_bytes="256B", to="disk"))
+    ),
+    "in-place-norm+amp+checkpoint": Row(
+        lambda net: (InPlaceNorm(), Amp(), _every_child(net)), as_amp_alone
+    ),
+}
+"""Label -> row of several passes; what they keep together is the weakest that one of them keeps."""

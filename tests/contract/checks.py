@@ -1,4 +1,4 @@
-"""What every rewrite must keep, one function for each promise.
+"""What every rewrite must keep, one function for each promise. What is computed: see ``exact.py``.
 
 Each takes a :class:`~tests.contract.case.Case` and raises ``AssertionError`` with what it found.
 ``test_checks.py`` plants a fault for every one of them, so that none can pass by not looking.
@@ -12,7 +12,7 @@ import json
 import pickle
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,48 +22,13 @@ from pocketize.clone import clone
 from pocketize.errors import NoEffectWarning
 from pocketize.pipeline import history, replay
 from tests.contract import trees
-from tests.contract.case import Case, seeded
+from tests.contract.case import Case
+from tests.contract.checking import check, require
+from tests.contract.hooks import hook_names
 from tests.contract.layers import disagreements
 from tests.contract.snapshot import HOOK_TABLES, Snapshot, plain_attributes
 from tests.contract.training import step
 from tests.contract.widths import tensors_of
-
-Check = Callable[[Case], None]
-CHECKS: dict[str, Check] = {}
-
-
-def check(function: Check) -> Check:
-    CHECKS[function.__name__] = function
-    return function
-
-
-def failures(
-    case: Case, names: Iterable[str] | None = None, promise: Check | None = None
-) -> list[str]:
-    """Run the checks, and what one pass promises beyond them, and say which failed, all of them."""
-    chosen = dict(CHECKS) if names is None else {name: CHECKS[name] for name in names}
-    if promise is not None:
-        chosen[promise.__name__] = promise
-    reports = (_report(name, check, case) for name, check in chosen.items())
-    return [report for report in reports if report]
-
-
-def _report(name: str, check: Check, case: Case) -> str:
-    try:
-        check(case)
-    except AssertionError as error:
-        return f"{name}: {error}"
-    except Exception as error:  # a rewritten model may fail in any way; tell which check met it
-        return f"{name}: {type(error).__name__}: {error}"
-    return ""
-
-
-def require(problems: Iterable[str]) -> None:
-    """Raise if there is any problem, listing the first few."""
-    listed = list(problems)
-    if listed:
-        more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-        raise AssertionError("; ".join(listed[:8]) + more)
 
 
 @check
@@ -139,7 +104,7 @@ def same_outputs_in_shape(case: Case) -> None:
 def same_tensor_kinds(case: Case) -> None:
     """dtype, device, memory format, requires_grad, Parameter or buffer, persistence."""
     before, after = tensors_of(case.original), tensors_of(case.rewritten)
-    scripted = _scripted(case.original)
+    scripted = scripted_prefixes(case.original)
     problems = []
     for name in before.keys() & after.keys():
         old, new = before[name], after[name]
@@ -159,7 +124,7 @@ def same_tensor_kinds(case: Case) -> None:
     require(problems)
 
 
-def _scripted(model: nn.Module) -> tuple[str, ...]:
+def scripted_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of TorchScript parts, which torch itself copies as wrappers of another kind."""
     return tuple(
         f"{path}." if path else path
@@ -190,12 +155,16 @@ def same_modes(case: Case) -> None:
 
 @check
 def same_python_attributes(case: Case) -> None:
-    """Attributes keep their names; values change only where they count channels."""
-    after = dict(case.rewritten.named_modules())
+    """Attributes keep their names; values change only where they count channels.
+
+    A module of another class is held to it as far as it claims to be one of the old class; what
+    else may become of it, same_classes says.
+    """
+    after = dict(case.rewritten.named_modules(remove_duplicate=False))
     problems = []
     for path, module in case.original.named_modules():
-        if path not in after or _class(after[path]) is not _class(module):
-            continue  # same_classes has its say
+        if path not in after or not isinstance(after[path], _class(module)):
+            continue
         if isinstance(module, torch.jit.ScriptModule | fx.GraphModule):
             continue  # whose copies are made anew by torch
         missing = vars(module).keys() - vars(after[path]).keys()
@@ -214,55 +183,6 @@ def _counts(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return any(type(item) is int for item in value)
     return type(value) is int
-
-
-def _hook_name(hook: Any) -> str:
-    hook = getattr(hook, "hook", hook)  # torch wraps some
-    hook = getattr(hook, "__func__", hook)  # a bound method, of the copy's own object
-    return getattr(hook, "__qualname__", type(hook).__qualname__)
-
-
-@check
-def hooks_survive(case: Case) -> None:
-    """The same hooks stand in the same tables, bound to the copy, and as many of them fire."""
-    after = dict(case.rewritten.named_modules())
-    theirs = {id(module) for module in case.original.modules()}
-    problems = []
-    for path, module in case.original.named_modules():
-        for table in HOOK_TABLES:
-            old = list(vars(module).get(table, {}).values())
-            new = list(vars(after[path]).get(table, {}).values())
-            if [_hook_name(hook) for hook in old] != [_hook_name(hook) for hook in new]:
-                problems.append(f"{path}.{table}: {len(old)} hooks -> {len(new)}")
-            problems += [
-                f"{path}.{table}: a hook is bound to the original"
-                for hook in new
-                if id(getattr(hook, "__self__", None)) in theirs
-            ]
-    require(problems)
-    before, now = _fired(case, case.build()), _fired(case, case.fresh())
-    assert before == now, f"hooks fired {before}, after the rewrite {now}"
-
-
-def _fired(case: Case, model: nn.Module) -> dict[str, int]:
-    """How often each hook runs in one training step, by module path and table."""
-    counts: dict[str, int] = defaultdict(int)
-
-    def counted(hook: Callable[..., Any], key: str) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            counts[key] += 1
-            return hook(*args, **kwargs)
-
-        return wrapper
-
-    for path, module in model.named_modules():
-        for table in HOOK_TABLES[:4]:
-            hooks = vars(module).get(table) or {}
-            for number, hook in hooks.items():
-                hooks[number] = counted(hook, f"{path}.{table}")
-    if any(vars(m).get(table) for m in model.modules() for table in HOOK_TABLES[:4]):
-        step(model, case.inputs)
-    return dict(counts)
 
 
 def _ties(items: Iterable[tuple[str, Any]]) -> set[frozenset[str]]:
@@ -284,7 +204,7 @@ def ties_survive(case: Case) -> None:
 
 @check
 def idempotent(case: Case) -> None:
-    """The same pass again changes nothing, and says so."""
+    """The same passes again change nothing, and each says so."""
     once = case.fresh()
     before = Snapshot(once)
     with warnings.catch_warnings(record=True) as caught:
@@ -295,9 +215,27 @@ def idempotent(case: Case) -> None:
     after = {name: tuple(t.shape) for name, t in tensors_of(twice).items()}
     changed = [f"{n}: {s} -> {after[n]}" for n, s in shapes.items() if after[n] != s]
     assert not changed, f"a second run changed {'; '.join(changed[:6])}"
-    assert any(w.category is NoEffectWarning for w in caught), (
-        "a second run gave no NoEffectWarning"
+    assert history(twice) == history(once), "a second run changed the history"
+    require(
+        f"a second run made {old} of {path or 'the model'} into {new}"
+        for path, old, new in _reclassed(once, twice)
     )
+    require(
+        f"a second run changed {path}.{table}"
+        for path, module in once.named_modules()
+        for table in HOOK_TABLES
+        if hook_names(module, table) != hook_names(twice.get_submodule(path), table)
+    )
+    silent = case.passes - sum(w.category is NoEffectWarning for w in caught)
+    assert silent <= 0, f"a second run gave no NoEffectWarning for {silent} of {case.passes} passes"
+
+
+def _reclassed(before: nn.Module, after: nn.Module) -> Iterable[tuple[str, str, str]]:
+    now = dict(after.named_modules(remove_duplicate=False))
+    for path, module in before.named_modules(remove_duplicate=False):
+        old, new = _class(module), _class(now[path]) if path in now else None
+        if old is not new:
+            yield path, old.__name__, new.__name__ if new else "nothing"
 
 
 def _same_values(case: Case, twin: nn.Module) -> None:
@@ -418,41 +356,3 @@ def in_place(case: Case) -> None:
     if case.guarantee.name != "RETRAIN":
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), f"{name}: in place another value"
-
-
-@check
-def exact_where_claimed(case: Case) -> None:
-    """EXACT: in float64 outputs, loss, gradients and buffers after a step equal the original's."""
-    if case.guarantee.name != "EXACT" or not case.repeatable:
-        return
-    inputs = case.inputs.map(lambda t: t.double() if t.is_floating_point() else t)
-    models = [case.build().double(), case.fresh().double()]
-    for mode in (False, True):
-        pairs = [list(trees.tensors(_forward(inputs, clone(m), mode))) for m in models]
-        for index, (a, b) in enumerate(zip(*pairs, strict=True)):
-            _close(a, b, f"train={mode}: output {index}")
-    first, second = (step(model, inputs) for model in models)
-    _close(first.loss, second.loss, "loss")
-    for name, gradient in first.gradients.items():
-        assert name in second.gradients, f"{name}: no gradient"
-        _close(gradient, second.gradients[name], f"gradient of {name}")
-    before, after = tensors_of(models[0]), tensors_of(models[1])
-    for name, tensor in before.items():
-        if tensor.is_floating_point():
-            _close(tensor.detach(), after[name].detach(), f"{name} after the step")
-
-
-def _forward(inputs: Any, model: nn.Module, mode: bool) -> Any:
-    model.train(mode)
-    with seeded(), torch.no_grad():
-        return inputs.call(model)
-
-
-def _close(a: Tensor, b: Tensor, what: str, tolerance: float = 1e-9) -> None:
-    assert a.shape == b.shape, f"{what}: {tuple(a.shape)} against {tuple(b.shape)}"
-    if a.numel() and a.is_floating_point():
-        scale = float(a.abs().max()) or 1.0
-        error = float((a - b).abs().max()) / scale
-        assert error <= tolerance, f"{what} differs by {error:.1e} of its largest value"
-    else:
-        assert torch.equal(a, b), f"{what} differs"

@@ -11,7 +11,7 @@ from pocketize.channels import analyse
 from pocketize.groups import ChannelGroup, ChannelGroups
 from pocketize.pipeline import PassPlan
 from tests.contract.case import Case
-from tests.contract.checks import require
+from tests.contract.checking import require
 from tests.contract.widths import width_of
 
 __all__ = ["clamped"]

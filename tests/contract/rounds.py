@@ -1,4 +1,4 @@
-"""A pass may look at its own result and go on: its rounds, told as one."""
+"""A pass may look at its own result and go on, and others may follow: all rounds, told as one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ __all__ = ["composed", "whole"]
 
 
 def whole(plan: Plan) -> PassPlan:
-    """One plan of all rounds: every change, and what the last round still refused."""
+    """One plan of all rounds: every change, and what the last round of each pass still refused."""
     return reduce(_follow, plan.passes)
 
 
 def _follow(first: PassPlan, then: PassPlan) -> PassPlan:
+    another_round = first.rewrite == then.rewrite
     proposal = replace(
         then.proposal,
         edits=composed(first.edits, then.edits),
         changes=first.changes + then.changes,
+        refused=then.refused if another_round else first.refused + then.refused,
     )
     return replace(then, proposal=proposal)
 

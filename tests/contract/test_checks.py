@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,14 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from pocketize.base import Change, Guarantee, PassRecord, Proposal, Refusal
+from pocketize.edits import Convert
 from pocketize.errors import NoEffectWarning
 from pocketize.inputs import as_inputs
 from pocketize.passes import Pocket
 from pocketize.pipeline import PassPlan
 from tests.contract.case import Case, make_case
-from tests.contract.checks import CHECKS, failures
 from tests.contract.clamp import clamped
+from tests.contract.everything import CHECKS, failures
+from tests.contract.hooks import RUNTIME
 from tests.contract.snapshot import Snapshot
+from tests.contract.test_exact_checks import EXACT_FAULTS
 from tests.models.registry import Net, image
 
 
@@ -83,8 +87,6 @@ def fake_case(
     on_original(original)
 
     def again(model: nn.Module) -> nn.Module:
-        import warnings
-
         warnings.warn("fake changed nothing", NoEffectWarning, stacklevel=2)
         return copy.deepcopy(model)
 
@@ -101,6 +103,7 @@ def fake_case(
         rewritten=rewritten,
         again=again,
         in_place=in_place,
+        reference=NET.build,
         net=NET,
     )
 
@@ -268,6 +271,15 @@ def thaw_norm(model: Victim) -> None:
     model.norm.train()
 
 
+class Reshaped(nn.Conv2d):
+    """A converted layer, which is one of the old class still."""
+
+
+def lose_attribute_in_converting(model: Victim) -> None:
+    model.head.__class__ = Reshaped
+    model.head.stride = "wide"
+
+
 def lose_attribute(model: Victim) -> None:
     del model.flavour
 
@@ -361,6 +373,7 @@ FAULTS: list[tuple[str, Callable[[Any], None]]] = [
     ("same_modes", thaw_norm),
     ("same_python_attributes", set_text),
     ("same_python_attributes", lose_attribute),
+    ("same_python_attributes", lose_attribute_in_converting),
     ("hooks_survive", drop_hook),
     ("hooks_survive", add_hook),
     ("hooks_survive", hook_that_does_not_fire),
@@ -378,8 +391,8 @@ FAULTS: list[tuple[str, Callable[[Any], None]]] = [
     ("in_place", rebuild_weight),
     ("in_place", replace_layer),
     ("in_place", drop_gradient),
-    ("exact_where_claimed", shift),
-    ("exact_where_claimed", shift_statistics),
+    ("exact_outputs", shift),
+    ("exact_outputs", shift_statistics),
 ]
 
 
@@ -420,6 +433,69 @@ def test_idempotent_sees_a_second_change_and_a_missing_warning() -> None:
     assert "no NoEffectWarning" in failures(case, ["idempotent"])[0]
 
 
+def test_idempotent_sees_a_second_conversion() -> None:
+    def wrap(model: Any) -> None:
+        model.head.__class__ = type("Wrapped", (nn.Conv2d,), {})
+
+    for convert, found in (
+        (wrap, "a second run made Conv2d of head into Wrapped"),
+        (add_runtime_hook, "a second run changed stem._forward_hooks"),
+        (forge_history, "a second run changed the history"),
+    ):
+
+        def convert_again(model: nn.Module, convert: Any = convert) -> nn.Module:
+            warnings.warn("fake changed nothing", NoEffectWarning, stacklevel=2)
+            model = copy.deepcopy(model)
+            convert(model)
+            return model
+
+        case = replace(fake_case(), again=convert_again)
+        assert found in failures(case, ["idempotent"])[0]
+
+
+def test_idempotent_wants_a_warning_of_every_pass() -> None:
+    case = replace(fake_case(), passes=2)
+    assert "no NoEffectWarning for 1 of 2 passes" in failures(case, ["idempotent"])[0]
+
+
+class RuntimeHook:
+    """Of the kind that passes put into rewritten nets."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        return None
+
+
+RuntimeHook.__module__ = f"{RUNTIME}.fake"
+
+
+def add_runtime_hook(model: Any) -> None:
+    model.stem.register_forward_hook(RuntimeHook(), prepend=True)
+
+
+def drop_hook_and_add_ours(model: Any) -> None:
+    drop_hook(model)
+    add_runtime_hook(model)
+
+
+def swap_hooks(model: Any) -> None:
+    add_runtime_hook(model)
+    model.stem._forward_hooks.move_to_end(next(iter(model.stem._forward_hooks)))
+    model.stem.register_forward_hook(scale, prepend=True)
+
+
+def test_hooks_survive_lets_only_a_conversion_add_hooks_and_only_of_the_runtime() -> None:
+    def plan(path: str) -> PassPlan:
+        return PassPlan(Pocket(), Proposal((Convert(path, "fake"),)))
+
+    ours = fake_case(add_runtime_hook)
+    assert failures(ours, ["hooks_survive"])
+    assert failures(replace(ours, plan=plan("head")), ["hooks_survive"])
+    assert failures(replace(ours, plan=plan("stem")), ["hooks_survive"]) == []
+    assert failures(replace(ours, plan=plan("")), ["hooks_survive"]) == []
+    for fault in (add_hook, drop_hook_and_add_ours, swap_hooks):
+        assert failures(replace(fake_case(fault), plan=plan("")), ["hooks_survive"]), fault
+
+
 def test_in_place_sees_a_copy() -> None:
     case = replace(fake_case(), in_place=copy.deepcopy)
     assert "returned another module" in failures(case, ["in_place"])[0]
@@ -445,7 +521,7 @@ def test_changes_that_the_plan_states_are_no_fault() -> None:
 
 
 def test_every_check_has_a_fault() -> None:
-    tried = {name for name, _ in FAULTS}
+    tried = {name for name, _ in [*FAULTS, *EXACT_FAULTS]}
     alone = {"original_untouched", "independent", "idempotent"}
     assert tried | alone == set(CHECKS)
 

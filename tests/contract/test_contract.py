@@ -1,4 +1,4 @@
-"""Every registered pass on every test net keeps what all rewrites promise.
+"""Every registered pass, alone and with others, keeps on every net what all rewrites promise.
 
 A net's checks run as one test, because making the case costs more than all of them; the message
 lists every check that failed.
@@ -6,23 +6,40 @@ lists every check that failed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from pocketize.pipeline import rewrite
 from pocketize.registry import list_passes
+from tests.conftest import whole_contract
 from tests.contract.case import make_case
-from tests.contract.cases import CASES, Row
-from tests.contract.checks import failures
-from tests.contract.zoo import parameters
+from tests.contract.cases import CASES, COMBINATIONS, Extent, Row
+from tests.contract.everything import failures
+from tests.contract.sample import DECISIVE, SAMPLE
+from tests.contract.zoo import every_net, parameters
 from tests.models.registry import Net
 
 ROWS = [
     pytest.param(row, id=f"{name}-{label}")
     for name, rows in CASES.items()
     for label, row in rows.items()
-]
+] + [pytest.param(row, id=label) for label, row in COMBINATIONS.items()]
+
+
+def _pairs() -> Iterator[Any]:
+    """Every net with every row; net by net, so that what is known of a net serves all rows."""
+    for net in parameters():
+        slow = any(mark.name == "slow" for mark in net.marks)
+        for row in ROWS:
+            in_sample = net.values[0].name in SAMPLE
+            extent = row.values[0].extent
+            wanted = in_sample or (extent is Extent.EVERYWHERE and not slow)
+            rare = [] if wanted or extent is Extent.THOROUGH else [pytest.mark.whole_contract]
+            yield pytest.param(
+                *net.values, *row.values, id=f"{net.id}-{row.id}", marks=[*net.marks, *rare]
+            )
 
 
 def test_every_pass_of_this_distribution_has_a_row_and_no_row_is_stale() -> None:
@@ -30,10 +47,21 @@ def test_every_pass_of_this_distribution_has_a_row_and_no_row_is_stale() -> None
     assert set(CASES) == shipped
 
 
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("net", parameters())
-def test_contract(net: Net, row: Row) -> None:
-    found = failures(make_case(net, row.make(net), seed=3), promise=row.promise)
+def test_a_row_of_a_pass_tries_it_alone_and_a_combination_several() -> None:
+    net = next(net for net in every_net() if net.name == "unet")
+    for name, rows in CASES.items():
+        assert {tuple(p.name for p in row.make(net)) for row in rows.values()} == {(name,)}
+    assert all(len(row.make(net)) > 1 for row in COMBINATIONS.values())
+
+
+@pytest.mark.parametrize(("net", "row"), list(_pairs()))
+def test_contract(net: Net, row: Row, request: pytest.FixtureRequest) -> None:
+    case = make_case(net, *row.make(net), seed=3)
+    assert case.plan is not None
+    names = None
+    if not (net.name in SAMPLE or row.extent is Extent.THOROUGH or whole_contract(request.config)):
+        names = DECISIVE if case.plan.edits else ("original_untouched",)
+    found = failures(case, names, promise=row.promise)
     assert not found, "\n" + "\n".join(found)
 
 
@@ -44,5 +72,5 @@ def test_nets_that_cannot_be_rewritten_raise_and_stay_as_they_are(net: Net, row:
     before = sorted(vars(model))
     assert net.error is not None
     with pytest.raises(net.error):
-        rewrite(model, row.make(net), inputs=net.inputs())
+        rewrite(model, *row.make(net), inputs=net.inputs())
     assert sorted(vars(model)) == before

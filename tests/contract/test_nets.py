@@ -7,6 +7,7 @@ import torch
 
 from pocketize.inputs import as_inputs
 from tests.contract import trees
+from tests.contract.sample import SAMPLE
 from tests.contract.widths import tensors_of, width_of
 from tests.contract.zoo import every_net, parameters
 from tests.foreign import foreign_nets
@@ -111,6 +112,29 @@ def test_net_is_built_alike_every_time_and_leaves_the_random_state(net: Net) -> 
     first, second = tensors_of(net.build()), tensors_of(net.build())
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+# Tags of what concerns the number of channels only, which the sample need not have.
+_WIDTHS = {"counts-channels", "depthwise", "concat", "linear", "pad", "mask", "unfold", "gather"}
+_WIDTHS |= {"matmul", "hard-coded", "bottleneck", "shuffle", "pixel", "repeat"}
+
+
+def test_the_sample_has_every_norm_activation_and_dropout_and_every_habit() -> None:
+    families = ("activation", "batchnorm", "instancenorm", "normalization", "dropout")
+    kinds, tags = [], []
+    for net in nets():
+        tags += [(tag, net.name) for tag in net.tags - _WIDTHS]
+        if net.error is None:
+            modules = {type(module) for module in net.build().modules()}
+            kinds += [
+                (kind.__name__, net.name)
+                for kind in modules
+                if kind.__module__.rpartition(".")[2] in families
+            ]
+    for listed in (kinds, tags):
+        everything = {habit for habit, _ in listed}
+        assert everything == {habit for habit, name in listed if name in SAMPLE}
+    assert {net.name for net in every_net()} >= SAMPLE
 
 
 def test_awkward_nets_are_small() -> None:
