@@ -11,6 +11,7 @@ from pocketize.report.document import Document, dump, load
 from pocketize.report.gate import Threshold, Violation, check
 from pocketize.report.html import html
 from pocketize.report.layout import layout, verdict
+from pocketize.report.remarks import remarks
 from pocketize.report.render import markdown, text
 
 
@@ -34,6 +35,11 @@ class Comparison:
     def verdict(self) -> str:
         """One line: both peaks, the parameters as a figure of their own, and what is promised."""
         return verdict(self.document)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What became slower or bigger on the machine that was measured, a sentence each."""
+        return remarks(self.document)
 
     def check(self, thresholds: str | Iterable[Threshold | str]) -> list[Violation]:
         """Find the thresholds that the second network is over.

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from pocketize.memory.tracker import CATEGORIES
 from pocketize.report.document import Document, Peak, Rewrite, RewriteRow
+from pocketize.report.remarks import remarks
 from pocketize.units import (
     bytes_text,
     count_text,
@@ -110,6 +111,7 @@ def layout(document: Document) -> list[Block]:
     return [
         Heading(f"pocketize report: {title}", level=1),
         Paragraph(verdict(document), strong=True),
+        *(Paragraph(remark) for remark in remarks(document)),
         _figures(document),
         Bars(
             ("training, before", "training, after", "inference, before", "inference, after"),
