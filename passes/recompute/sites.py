@@ -33,6 +33,8 @@ _WEIGHTED = {
     "aten.bmm": 1,
     "aten.addmm": 2,
 }
+#: Operators through which a weight stays the weight it was; autocast makes use of them.
+_CASTS = ("aten._to_copy", "aten.to", "aten.t", "aten.transpose", "aten.view", "aten.clone")
 #: Further operators whose results are always stored.
 _PRODUCTS = ("aten.scaled_dot_product_attention", "aten._scaled_dot_product")
 #: No more than so many sites of one resolution are rebuilt one from the other.
@@ -198,6 +200,8 @@ def freed(captured: Captured, sites: Sequence[Site]) -> dict[str, tuple[int, ...
 def _site(node: fx.Node, operator: str, order: int, uses: dict[str, int]) -> Site:
     position = _WEIGHTED.get(operator)
     weight = node.args[position] if position is not None and len(node.args) > position else None
+    while isinstance(weight, fx.Node) and operator_name(weight.target) in _CASTS:
+        weight = weight.args[0]
     name = weight.meta.get("tensor") if isinstance(weight, fx.Node) else None
     made: Any = node.meta["val"]
     result = made if isinstance(made, Tensor) else find_tensors(made)[0]

@@ -116,8 +116,8 @@ class Fusing(TorchFunctionMode):
         call = NormCall.bind(func, args, kwargs)
         self.tape.statistics = None
         made = func(*args, **kwargs)
-        if call is not None and self.tape.statistics is not None and made.dtype == call.x.dtype:
-            call = replace(call, statistics=self.tape.statistics)
+        if call is not None:
+            call = replace(call, dtype=made.dtype, statistics=self.tape.statistics)
         if call is not None and made.requires_grad and made.grad_fn is not None:
             made._pocketize_norm = _Made(call, made._version, self.tape.views_of(made))
         return made

@@ -34,6 +34,7 @@ class NormCall:
         groups: number of groups of channels that are normalised together; ``None`` where channels
             are independent.
         eps: added to the variance.
+        dtype: of its result.
         statistics: what it found in ``x``; ``None`` if that is not known, or was not asked for.
     """
 
@@ -45,6 +46,7 @@ class NormCall:
     var: Tensor | None
     groups: int | None
     eps: float
+    dtype: torch.dtype = torch.float32
     statistics: Statistics | None = None
 
     @classmethod

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 Gradients = tuple[Tensor | None, ...]
 
 #: Pieces are not larger than this, as far as channels allow.
-_PIECE_BYTES = 4 * 2**20
+_PIECE_BYTES = 2 * 2**20
 
 
 def piecewise(
@@ -43,11 +43,13 @@ def piecewise(
         needed: which of them need a gradient.
         gradient: of the result, shape of ``x``.
 
+    Sixteen bits are worked on in float32, as the norms themselves do.
+
     Returns:
         The gradients; ``None`` where this way is not open.
     """
     x, weight, bias, mean, var, found_mean, found_rstd, *extra = tensors
-    if x is None or not x.is_contiguous() or (mean is None) is (found_mean is None):
+    if x is None or not x.is_contiguous():
         return None
     if any(p.numel() not in (1, x.shape[1]) for p in extra if p is not None):
         return None
@@ -55,10 +57,11 @@ def piecewise(
     by_sample = call.func is F.instance_norm
     times = count if by_sample else 1
     rows = x.view(1, count * channels, *x.shape[2:]) if by_sample else x
+    kind = torch.float64 if x.dtype is torch.float64 else torch.float32
     total = rows.shape[1]
     unit = channels // call.groups if call.groups else 1
     steps = total // unit
-    pieces = max(1, min(steps, x.numel() * x.element_size() // _PIECE_BYTES))
+    pieces = max(1, min(steps, x.numel() * kind.itemsize // _PIECE_BYTES))
     grads = gradient.reshape(rows.shape)
     whole = torch.empty_like(rows) if needed[0] else None
     wide = [_spread(t, times, channels) for t in (weight, bias, mean, var)]
@@ -67,15 +70,17 @@ def piecewise(
     parts: list[Gradients] = []
     for low, high in pairwise(steps * i // pieces for i in range(pieces + 1)):
         here = slice(low * unit, high * unit)
-        piece = rows[:, here]
-        if count > 1 and not by_sample:
-            piece = piece.contiguous()
-        own = [_cut(t, here, total) for t in wide]
+        piece = rows[:, here].to(kind).contiguous()
+        own = [_cut(t, here, total, kind) for t in wide]
         knobs = [_cut(t, here, total) for t in wide_extra]
-        stats = _statistics(call, found_mean, found_rstd, slice(low, high), here)
-        normed = _normed(call, piece, own, stats, high - low)
+        stats = None
+        if mean is None:
+            stats = _cut_statistics(call, found_mean, found_rstd, slice(low, high), here)
+            stats = stats or _statistics(call, piece, high - low)
+        normed = _normed(call, piece, own, stats, high - low).to(call.dtype)
         by_normed, by_knobs = _activated(activation, normed, knobs, needed[7:], grads[:, here])
         del normed
+        by_normed = by_normed.to(kind).contiguous()
         by_piece, by_weight, by_bias = _back(call, by_normed, piece, own, stats, high - low, want)
         if whole is not None:
             whole[:, here] = by_piece
@@ -95,11 +100,27 @@ def _spread(tensor: Tensor | None, times: int, channels: int) -> Tensor | None:
     return tensor.repeat(times)
 
 
-def _cut(tensor: Tensor | None, here: slice, total: int) -> Tensor | None:
-    return tensor if tensor is None or tensor.numel() != total else tensor[here]
+def _cut(
+    tensor: Tensor | None, here: slice, total: int, kind: torch.dtype | None = None
+) -> Tensor | None:
+    if tensor is None:
+        return None
+    part = tensor[here] if tensor.numel() == total else tensor
+    return part if kind is None else part.to(kind)
 
 
-def _statistics(
+def _statistics(call: Any, piece: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Find the statistics of a few channels, shapes as :class:`Statistics` has them."""
+    if call.groups:
+        grouped = piece.view(piece.shape[0], groups, -1)
+        var, mean = torch.var_mean(grouped, 2, correction=0)
+    else:
+        dims = [d for d in range(piece.ndim) if d != 1]
+        var, mean = torch.var_mean(piece, dims, correction=0)
+    return mean, var.add_(call.eps).rsqrt_()
+
+
+def _cut_statistics(
     call: Any, mean: Tensor | None, rstd: Tensor | None, steps: slice, here: slice
 ) -> tuple[Tensor, Tensor] | None:
     if mean is None or rstd is None:
@@ -157,7 +178,6 @@ def _back(
     want: list[bool],
 ) -> Gradients:
     weight, _, mean, var = own
-    gradient = gradient.contiguous()
     if call.groups and stats is not None:
         count, channels = piece.shape[:2]
         positions = piece.shape[2:].numel()
@@ -182,5 +202,5 @@ def _joined(
         return None
     if whole.numel() * times == total:
         joined = torch.cat(given) if len(given) > 1 else given[0]
-        return joined.view(times, -1).sum(0) if times > 1 else joined
-    return torch.stack(given).sum(0)
+        return (joined.view(times, -1).sum(0) if times > 1 else joined).to(whole.dtype)
+    return torch.stack(given).sum(0).to(whole.dtype)
