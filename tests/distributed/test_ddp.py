@@ -34,10 +34,15 @@ CASES: dict[str, tuple[Any, type[nn.Module], tuple[Pass, ...]]] = {
 }
 
 
-def net(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    norm, activation, passes = CASES[name]
+def original(name: str) -> nn.Module:
+    norm, activation, _ = CASES[name]
     torch.manual_seed(0)
-    model: nn.Module = Unet(norm, activation).to(dtype)
+    return Unet(norm, activation).double()
+
+
+def rewritten(name: str) -> nn.Module:
+    _, _, passes = CASES[name]
+    model = original(name)
     with warnings.catch_warnings():
         # A pass that changes nothing would make the comparison one of the original with itself.
         warnings.simplefilter("error", PocketizeWarning)
@@ -45,7 +50,7 @@ def net(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def together(name: str) -> dict[str, Any]:
-    model = net(name)
+    model = rewritten(name)
     return train(DistributedDataParallel(model), model, batch())
 
 
@@ -66,17 +71,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_gradients_and_statistics_are_those_of_one_process(name: str, folder: Path):
-    model = net("untouched") if CASES[name][0] is SyncNorm else plain(name)
+    model = original(name)
     expected = train(model, model, batch())
     for found in result_of(name, folder):
         for key in ("losses", "gradients", "state"):
             torch.testing.assert_close(found[key], expected[key], rtol=1e-9, atol=1e-12)
-
-
-def plain(name: str) -> nn.Module:
-    norm, activation, _ = CASES[name]
-    torch.manual_seed(0)
-    return Unet(norm, activation).double()
 
 
 def test_mixed_precision_keeps_float32_weights_that_agree_in_both_processes(folder: Path):

@@ -15,12 +15,13 @@ from torch.distributed.fsdp import fully_shard
 from pocketize import rewrite
 from pocketize.base import Pass
 from pocketize.errors import RewriteError
-from pocketize.passes import Amp, Checkpoint, Offload
+from pocketize.passes import Amp, Checkpoint, InPlaceNorm, Offload
 from tests.distributed.group import PROCESSES, SyncNorm, Unet, batch, result_of, run, train
 
 pytestmark = pytest.mark.slow
 
 BLOCKS = ("encoder", "bottom", "decoder")
+#: Label -> the norm, the activation, the passes, and what is sharded by itself.
 CASES: dict[str, tuple[Any, type[nn.Module], tuple[Pass, ...], tuple[str, ...]]] = {
     "untouched": (SyncNorm, nn.ReLU, (), BLOCKS),
     "checkpoint": (SyncNorm, nn.ReLU, (Checkpoint(only=BLOCKS),), BLOCKS),
@@ -30,6 +31,12 @@ CASES: dict[str, tuple[Any, type[nn.Module], tuple[Pass, ...], tuple[str, ...]]]
         nn.ReLU,
         (Checkpoint(only=BLOCKS),),
         tuple(f"{block}.{index}" for block in BLOCKS for index in (0, 3)),
+    ),
+    "in-place norm": (
+        functools.partial(nn.GroupNorm, 2),
+        nn.LeakyReLU,
+        (InPlaceNorm(),),
+        BLOCKS,
     ),
 }
 
@@ -42,15 +49,16 @@ def sharded(model: nn.Module, units: tuple[str, ...]) -> nn.Module:
     return model
 
 
-def net(name: str) -> nn.Module:
-    norm, activation, passes, _ = CASES[name]
+def original(name: str) -> nn.Module:
+    norm, activation, _, _ = CASES[name]
     torch.manual_seed(0)
-    model: nn.Module = Unet(norm, activation).double()
-    return rewrite(model, *passes, inputs="2x1x12x12") if passes else model
+    return Unet(norm, activation).double()
 
 
 def together(name: str) -> dict[str, Any]:
-    model = sharded(net(name), CASES[name][3])
+    _, _, passes, units = CASES[name]
+    model = original(name)
+    model = sharded(rewrite(model, *passes, inputs="2x1x12x12") if passes else model, units)
     return train(model, model, batch())
 
 
@@ -84,7 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_gradients_and_statistics_are_those_of_one_process(name: str, folder: Path):
-    model = net("untouched")
+    model = original(name)
     expected = train(model, model, batch())
     for found in result_of(name, folder):
         for key in ("losses", "gradients", "state"):
