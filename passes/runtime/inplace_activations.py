@@ -5,12 +5,14 @@ nothing left to do, but only then: in evaluation, under ``torch.compile`` or ins
 norm computes the norm alone. So the tensor carries a mark that tells which activation it has had,
 and the activation, wherever in the net it is called, takes the mark off and passes the tensor on. A
 tensor without a mark is activated as it always was. Nothing depends on who calls whom how often,
-and a norm that somebody replaces later loses no activation.
+and a norm that somebody replaces later loses no activation. The norm's backward looks whether the
+mark was taken off, so a forward that goes another way than the one that was planned is noticed
+before a weight has moved.
 """
 
 from __future__ import annotations
 
-__all__ = ["KINDS", "Activation", "Skipping", "mark", "marked", "take_mark"]
+__all__ = ["KINDS", "Activation", "Mark", "Skipping", "marked", "take_mark"]
 
 from dataclasses import dataclass
 from typing import Any
@@ -79,11 +81,38 @@ class Activation:
         return before
 
 
-def mark(tensor: Tensor, activation: Activation) -> Tensor:
-    """Note on a tensor that it has been activated, and return it."""
-    if activation.kind != "identity":
-        setattr(tensor, _MARK, activation)
-    return tensor
+class Mark:
+    """Tells on a tensor what it has been activated with.
+
+    Args:
+        activation: what with.
+        layer: what an error calls the norm that did it.
+    """
+
+    def __init__(self, activation: Activation, layer: str) -> None:
+        self.activation, self.layer = activation, layer
+        #: The net's own activation has seen the tensor, or there is none.
+        self.taken = activation.kind == "identity"
+
+    def put_on(self, tensor: Tensor) -> Tensor:
+        """Put the mark on a tensor, and return that."""
+        if not self.taken:
+            setattr(tensor, _MARK, self)
+        return tensor
+
+    def check(self) -> None:
+        """See to it that the activation has been skipped.
+
+        Raises:
+            RuntimeError: it has not.
+        """
+        if not self.taken:
+            raise RuntimeError(
+                f"in-place-norm: {self.layer} returned an activated tensor, but {self.activation} "
+                "was not called on it, as it was when the pass was applied: the forward went "
+                "another way, or what stands between the two was changed. Leave the layer out with "
+                "keep=(...), or apply the pass to the model as it is now"
+            )
 
 
 def marked(tensor: Any) -> bool:
@@ -101,14 +130,15 @@ def take_mark(tensor: Any, activation: Activation) -> bool:
     Raises:
         RuntimeError: another activation has been applied, because an attribute was changed since.
     """
-    found = getattr(tensor, _MARK, None)
+    found: Mark | None = getattr(tensor, _MARK, None)
     if found is None:
         return False
-    if found != activation:
+    if found.activation != activation:
         raise RuntimeError(
-            f"in-place-norm: the norm before this activation applied {found} in its stead, but it "
-            f"is {activation} now; set the activation first, then apply the pass"
+            f"in-place-norm: the norm before this activation applied {found.activation} in its "
+            f"stead, but it is {activation} now; set the activation first, then apply the pass"
         )
+    found.taken = True
     if not torch.compiler.is_compiling():
         delattr(tensor, _MARK)
     return True

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pocketize.passes.runtime.inplace_activations import Activation
+from pocketize.passes.runtime.inplace_activations import Activation, Mark
 from pocketize.passes.runtime.inplace_guard import Guard, Kept, unsafe_channels
 from pocketize.passes.runtime.inplace_statistics import normalise, sum_over_processes
 
@@ -94,9 +94,8 @@ class NormActivation(Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         norm: Norm,
-        activation: Activation,
+        mark: Mark,
         guard: Guard,
-        name: str,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Normalise and activate.
 
@@ -108,19 +107,19 @@ class NormActivation(Function):
             running_mean: of shape (C,), or None; not written to.
             running_var: of shape (C,), or None; not written to.
             norm: the norm.
-            activation: the activation.
+            mark: tells the activation; the caller puts it on the output.
             guard: decides what is kept.
-            name: what a warning calls the layer.
 
         Returns:
             The activated tensor, shaped and laid out as torch's own norm would, and the new running
             mean and variance, None where there are none.
         """
         done = normalise(x, weight, bias, running_mean, running_var, norm)
+        activation = mark.activation
         y = activation.apply_(done.output)
-        ctx.norm, ctx.activation, ctx.guard = norm, activation, guard
+        ctx.norm, ctx.mark, ctx.guard = norm, mark, guard
         ctx.shape, ctx.dtype, ctx.count = x.shape, x.dtype, done.count
-        kept = _choose(y, weight, bias, norm, activation, guard, name)
+        kept = _choose(y, weight, bias, norm, activation, guard, mark.layer)
         ctx.everything = kept.everything
         if kept.everything:
             source, aside = x, None
@@ -138,12 +137,13 @@ class NormActivation(Function):
         """Return the gradients of input, weight and bias; ``grad`` is only read."""
         source, aside, index, weight, bias, mean, invstd = ctx.saved_tensors
         norm: Norm = ctx.norm
+        ctx.mark.check()
         ctx.guard.stepped()
         exact = _accumulation(source.dtype)
         channels = ctx.shape[1]
         cells = _Cells(
             norm=norm,
-            activation=ctx.activation,
+            activation=ctx.mark.activation,
             grad=norm.cells(grad),
             source=norm.cells(source),
             is_input=ctx.everything,
@@ -165,7 +165,7 @@ class NormActivation(Function):
             dx.reshape(ctx.shape) if needs[0] else None,
             dweight.reshape(-1).to(weight.dtype) if needs[1] else None,
             dbias.reshape(-1).to(bias.dtype) if needs[2] else None,
-            *(None,) * 6,
+            *(None,) * 5,
         )
 
 

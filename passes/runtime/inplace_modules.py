@@ -34,8 +34,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from pocketize.passes.runtime.forwards import Forward
 from pocketize.passes.runtime.inplace_activations import (
     Activation,
+    Mark,
     Skipping,
-    mark,
     take_mark,
 )
 from pocketize.passes.runtime.inplace_functions import Norm, NormActivation
@@ -167,21 +167,21 @@ class NormInPlace(_Converted):
                 return self._plain(input, alone=group is None)
         else:
             _check_shape(self, input)  # torch has no SyncBatchNorm on a CPU to fall back to
-        activation = Activation("identity") if reason else self.absorbed
+        mark = Mark(Activation("identity") if reason else self.absorbed, self._title())
         norm, running = _settings(self, kind, group)
         input = _autocast(input, kind)
         if self.backend == "inplace_abn" and not reason:
-            done = run_package(input, self.weight, self.bias, running, norm, activation, self.guard)
+            done = run_package(input, self.weight, self.bias, running, norm, mark, self.guard)
             if done is not None:
-                return mark(done, activation)
+                return mark.put_on(done)
         output, *new = NormActivation.apply(  # type: ignore[no-untyped-call]
-            input, self.weight, self.bias, *running, norm, activation, self.guard, self._title()
+            input, self.weight, self.bias, *running, norm, mark, self.guard
         )
         with torch.no_grad():
             for old, value in zip(running, new, strict=True):
                 if old is not None and value is not None:
                     old.copy_(value)
-        return mark(output, activation)
+        return mark.put_on(cast(Tensor, output))
 
     def _plain(self, input: Tensor, *, alone: bool) -> Tensor:
         """Run the forward of the class from before."""

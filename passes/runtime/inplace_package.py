@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from pocketize.passes.runtime.inplace_activations import Activation
+from pocketize.passes.runtime.inplace_activations import Activation, Mark
 from pocketize.passes.runtime.inplace_guard import Guard, unsafe_channels
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def run_package(
     bias: Tensor | None,
     running: tuple[Tensor | None, Tensor | None],
     norm: Norm,
-    activation: Activation,
+    mark: Mark,
     guard: Guard,
 ) -> Tensor | None:
     """Run norm and activation in the memory of ``x``.
@@ -81,11 +81,11 @@ def run_package(
     if weight is not None:
         gamma, beta = weight.detach(), None if bias is None else bias.detach()
         unsafe, nearly = (
-            unsafe_channels(gamma, beta, activation, None, x.dtype, margin=margin)
+            unsafe_channels(gamma, beta, mark.activation, None, x.dtype, margin=margin)
             | (gamma <= least)
             for margin, least in ((False, 2 * norm.eps), (True, 0.1))
         )
-        kept = guard.select(unsafe, nearly, (weight, bias), "a norm")
+        kept = guard.select(unsafe, nearly, (weight, bias), mark.layer)
         guard.stepped()  # the package's backward does not tell
         if kept.everything or kept.index is not None:
             return None
@@ -98,7 +98,7 @@ def run_package(
         training=norm.from_input,
         momentum=norm.momentum,
         eps=norm.eps,
-        activation=activation.kind,
-        activation_param=activation.slope,
+        activation=mark.activation.kind,
+        activation_param=mark.activation.slope,
     )
     return activated
