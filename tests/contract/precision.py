@@ -13,7 +13,7 @@ __all__ = ["as_amp_alone", "as_autocast_by_hand"]
 
 OUTPUTS = 0.005
 """Root of the mean square deviation, of the largest value. A bfloat16 is good for 0.004."""
-GRADIENTS = 0.04
+GRADIENTS = 0.1
 """The same of gradients, of the largest of all: they go back through roundings of their own."""
 
 
