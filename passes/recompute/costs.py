@@ -1,4 +1,4 @@
-"""What is stored for the backward pass, and what rebuilding the rest costs, on tensors without memory."""
+"""What is stored for the backward pass, and what rebuilding the rest costs, on fake tensors."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def chosen(sites: Sequence[Site], keep: str) -> tuple[Site, ...]:
         depth = 1 + max(
             (rebuilt.get(s, 0) for s in site.sources if s.stage == site.stage), default=0
         )
-        wanted = {"block": _inside, "level": _within}.get(keep, lambda site: "")(site)
+        wanted = _inside(site) if keep == "block" else _within(site) if keep == "level" else ""
         if site.movable and wanted and depth <= _DEPTH:
             rebuilt[site] = depth
             site.why = wanted
@@ -232,10 +232,8 @@ def _nbytes(node: fx.Node) -> int:
 
 
 def _storages(node: fx.Node) -> list[int]:
-    found = []
-    for tensor in find_tensors(node.meta.get("val")):
-        try:
-            found.append(tensor.untyped_storage()._cdata)
-        except (NotImplementedError, RuntimeError):  # a wrapper that owns no memory itself
-            return []
-    return found
+    tensors = find_tensors(node.meta.get("val"))
+    try:
+        return [tensor.untyped_storage()._cdata for tensor in tensors]
+    except (NotImplementedError, RuntimeError):  # a wrapper that owns no memory itself
+        return []

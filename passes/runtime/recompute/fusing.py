@@ -124,8 +124,8 @@ class Fusing(TorchFunctionMode):
 
     def _activation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         normed = args[0] if args else kwargs.get("input")
-        made = getattr(normed, "_pocketize_norm", None) if isinstance(normed, Tensor) else None
-        if made is None or not self._still(normed, made):
+        made = getattr(normed, "_pocketize_norm", None)
+        if made is None or not isinstance(normed, Tensor) or not self._still(normed, made):
             return func(*args, **kwargs)
         taken = _without_input(func, args, kwargs)
         if taken is None:
@@ -138,10 +138,10 @@ class Fusing(TorchFunctionMode):
         fused: Tensor = NormAct.run(made.call, normed, activation, extra, write)
         if not in_place:
             return fused
-        del normed._pocketize_norm
+        del normed._pocketize_norm  # type: ignore[attr-defined]
         try:
             # Whoever holds the tensor sees it activated, with the history that goes with it.
-            torch.utils.swap_tensors(normed, fused)
+            torch.utils.swap_tensors(normed, fused)  # type: ignore[no-untyped-call]
         except RuntimeError:  # somebody holds it in a way that cannot follow
             return func(*args, **kwargs)
         return normed
@@ -161,8 +161,8 @@ class Fusing(TorchFunctionMode):
 
     def _conv(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         data = args[0] if args else kwargs.get("input")
-        made = getattr(data, "_pocketize_parts", None) if isinstance(data, Tensor) else None
-        if made is not None and self._still(data, made):
+        made = getattr(data, "_pocketize_parts", None)
+        if made is not None and isinstance(data, Tensor) and self._still(data, made):
             joined = join(func, made.call, data, args, kwargs)
             if joined is not None:
                 return joined
@@ -198,7 +198,7 @@ def _signature(func: Any) -> inspect.Signature | None:
 def _without_input(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], bool] | None:
-    """Split an activation's call: the function of the input and of further tensors, these, in place.
+    """Split an activation's call: its function of the input and further tensors, these, in place.
 
     ``None`` for calls that are not understood.
     """

@@ -52,9 +52,10 @@ def join(
     tokens, start = [], 0
     for part in parts:
         width = part.shape[1]
-        tokens.append(Part.apply(like, content, part, weight.narrow(1, start, width)))
+        own = weight.narrow(1, start, width)
+        tokens.append(Part.apply(like, content, part, own))  # type: ignore[no-untyped-call]
         start += width
-    made: Tensor = Join.apply((content,), bias, *tokens)
+    made: Tensor = Join.apply((content,), bias, *tokens)  # type: ignore[no-untyped-call]
     return made
 
 

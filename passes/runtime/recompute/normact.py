@@ -90,12 +90,11 @@ class NormCall:
         x, weight, bias, mean, var = tensors[:5]
         assert x is not None
         own = mean is None
-        if self.func is F.batch_norm:
-            return F.batch_norm(x, mean, var, weight, bias, own, 0.0, self.eps)
-        if self.func is F.instance_norm:
-            return F.instance_norm(x, mean, var, weight, bias, own, 0.0, self.eps)
-        assert self.groups is not None
-        return F.group_norm(x, self.groups, weight, bias, self.eps)
+        if self.groups is not None:
+            return F.group_norm(x, self.groups, weight, bias, self.eps)
+        norm = F.batch_norm if self.func is F.batch_norm else F.instance_norm
+        made: Tensor = norm(x, mean, var, weight, bias, own, 0.0, self.eps)
+        return made
 
 
 class NormAct(torch.autograd.Function):
@@ -126,7 +125,7 @@ class NormAct(torch.autograd.Function):
         """
         state = _Autocast.now(normed.device.type)
         what = call.bare(), activation, state, normed, in_place
-        made: Tensor = NormAct.apply(what, *call.tensors, *extra)
+        made: Tensor = NormAct.apply(what, *call.tensors, *extra)  # type: ignore[no-untyped-call]
         return made
 
     @staticmethod

@@ -82,7 +82,7 @@ def piecewise(
         del normed
         by_normed = by_normed.to(kind).contiguous()
         by_piece, by_weight, by_bias = _back(call, by_normed, piece, own, stats, high - low, want)
-        if whole is not None:
+        if whole is not None and by_piece is not None:
             whole[:, here] = by_piece
         parts.append((by_weight, by_bias, *by_knobs))
     by_weight, by_bias, *by_extra = (
@@ -187,10 +187,10 @@ def _back(
         return made
     train = stats is not None
     saved = stats or (None, None)
-    made = aten.native_batch_norm_backward(
+    found: Gradients = aten.native_batch_norm_backward(
         gradient, piece, weight, mean, var, *saved, train, call.eps, want
     )
-    return made
+    return found
 
 
 def _joined(

@@ -87,5 +87,5 @@ def normalise(
     count, channels = x.shape[:2]
     rows = x.reshape(1, count * channels, -1)
     wide = [t.repeat_interleave(channels // groups, 1).flatten() for t in (mean, rstd)]
-    spread = [None if t is None else t.repeat(count) for t in (weight, bias)]
-    return normalise(rows, *spread, *wide, eps, None).view(x.shape)
+    scale, shift = (None if t is None else t.repeat(count) for t in (weight, bias))
+    return normalise(rows, scale, shift, wide[0], wide[1], eps, None).view(x.shape)

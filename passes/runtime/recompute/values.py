@@ -1,8 +1,8 @@
 """Values: what a tensor held at one moment, and how to have it again without having kept it.
 
-A :class:`Value` is kept (it holds its tensor) or can be built again by a :class:`Step`, the operator
-that made it, from other values. Autograd is given a :class:`Handle` in place of every tensor that it
-would save; in the backward pass the handle gives the tensor back.
+A :class:`Value` is kept (it holds its tensor) or can be built again by a :class:`Step`, the
+operator that made it, from other values. Autograd is given a :class:`Handle` in place of every
+tensor that it would save; in the backward pass the handle gives the tensor back.
 
 What is built again is built for one reader and dropped, except where it was costly and another
 reader of the same stage of the forward pass is still to come: then it is held for that one. (A
