@@ -54,13 +54,8 @@ class Row:
 # 2x2x2 or 1x2x2 voxels has memory in it that nobody wrote: torch.autocast by hand gives 1e33 or NaN
 # in these nets, in some runs.
 _TINY_VOLUMES = frozenset(
-    [
-        "monai_basic_unet",
-        "monai_dynunet_plain",
-        "monai_dynunet_residual_deep_supervision",
-        "nnunet_plain_conv",
-        "nnunet_plain_conv_deep_supervision",
-    ]
+    {"monai_basic_unet", "monai_dynunet_plain", "monai_dynunet_residual_deep_supervision"}
+    | {"nnunet_plain_conv", "nnunet_plain_conv_deep_supervision"}
 )
 
 
