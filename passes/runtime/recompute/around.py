@@ -6,6 +6,7 @@ __all__ = ["Recording", "recording_of"]
 
 import contextlib
 import importlib
+import sys
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -60,6 +61,7 @@ class Recording:
         stack = contextlib.ExitStack()
         opened = _stacks()
         if torch.is_grad_enabled() and not any(active for _, active, _ in opened):
+            _refuse_sharded(model)
             tape = Tape(model, self.rebuilt, self.frees, self.min_bytes, self.meter)
             stack.callback(tape.finish)
             hooks = saved_tensors_hooks(tape.pack, tape.unpack)
@@ -102,6 +104,25 @@ def recording_of(model: nn.Module) -> Recording | None:
         if isinstance(owner, Recording):
             return owner
     return None
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Refuse weights whose memory comes and goes: they are gone when results are built again.
+
+    Raises:
+        RuntimeError: the model's parameters are sharded by FSDP.
+    """
+    sharded = False
+    if "torch.distributed.fsdp" in sys.modules:
+        from torch.distributed.fsdp import FSDPModule
+
+        sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    if sharded or any(hasattr(p, "_fsdp_flattened") for p in model.parameters()):
+        raise RuntimeError(
+            "Recompute does not work on a model sharded by FSDP: it reads weights when FSDP has "
+            "freed them. Use the pass 'checkpoint' with FSDP, or Recompute with "
+            "DistributedDataParallel"
+        )
 
 
 def _stacks() -> list[tuple[Recording, bool, contextlib.ExitStack]]:

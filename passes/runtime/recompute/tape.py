@@ -44,6 +44,8 @@ aten = torch.ops.aten
 #: Operations for each number of a result from which on building it again is costly: those of a
 #: 1x1 convolution of 128 channels, or of a 3x3x3 convolution of 5.
 _COSTLY = 256
+#: Operators that do not look at the memory at all, not even at its size.
+_SHALLOW = {aten.detach.default, aten.alias.default}
 #: Operators through which a weight stays the weight it was.
 _CASTS = {aten._to_copy.default, aten.t.default, aten.detach.default, aten.alias.default}
 _CASTS |= {aten.transpose.int, aten.view.default, aten.clone.default}
@@ -148,7 +150,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if not all(map(is_plain, tensors)):
             operator = Operator(Kind.OTHER)
-        if operator.kind is not Kind.VIEW:
+        if func not in _SHALLOW:
             for tensor in tensors:
                 self.ledger.bring_back(tensor, self.stage)
         if operator.kind is Kind.WRITER:
