@@ -9,7 +9,7 @@ __all__ = ["Checkpoint"]
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
@@ -32,6 +32,8 @@ from pocketize.units import UNITS, bytes_text, large_text, quantity
 
 #: Of the choices predicted to need least, how many are estimated where the target is not met.
 _LAST = 6
+#: How many sizes of regions the search begins with, at most about this many.
+_SIZES = 40
 #: Peaks this close to the smallest one found are as good, if they cost less work.
 _NEAR = 1.01
 
@@ -230,7 +232,7 @@ class _Search:
         if found is None:  # as small as can be: of choices that are as good, the cheapest
             found = min(i for i, peak in self.tried.items() if peak <= _NEAR * smallest)
         chosen = list(self.front[found])
-        more = 100 * sum(region.work for region in chosen) / max(self.surveyed.work, 1)
+        more = 100 * _work(chosen) / max(self.surveyed.work, 1)
         return chosen, [
             f"estimated training peak {bytes_text(before)} -> {bytes_text(self.tried[found])} "
             f"(optimizer {self.given.optimizer or 'none'}), for {more:.0f} % of a forward more"
@@ -269,32 +271,44 @@ class _Search:
 
 def _front(possible: Sequence[Region], surveyed: Survey) -> list[tuple[Region, ...]]:
     """Return the choices that are predicted to need less than all cheaper ones, cheapest first."""
+    choices = {frozenset(choice) for choice in _choices(possible, surveyed)}
+    weighed = [(_work(choice), surveyed.predicted(choice), choice) for choice in choices]
     front, least = [], surveyed.predicted(())
-    for choice in sorted(_choices(possible), key=lambda c: sum(region.work for region in c)):
-        predicted = surveyed.predicted(choice)
+    for _, predicted, choice in sorted(weighed, key=lambda item: item[:2]):
         if predicted < least:
-            front.append(choice)
+            front.append(tuple(sorted(choice, key=lambda region: region.begin)))
             least = predicted
     return front
 
 
-def _choices(possible: Sequence[Region]) -> Iterator[tuple[Region, ...]]:
+def _choices(possible: Sequence[Region], surveyed: Survey) -> Iterator[Sequence[Region]]:
     """Yield choices of regions that are worth a look, none with one region inside another.
 
-    For every size the largest regions up to that size: what a region frees comes back, for a
-    while, when it is run again, so small ones may do better than large ones. Of each such set, the
-    ones that free most per operation, from one region to all.
+    What a region frees comes back, for a while, when it is run again, so small regions may do
+    better than large ones: for some sizes, the largest regions up to that size are where it begins.
+    From there the regions are left out one by one, each time the one that spares most work for
+    what it adds to the peak; and, as the peak is a maximum over time that no single region may
+    lower, the same the other way: those that free most for their work are taken one by one.
     """
-    seen = set()
-    for cap in sorted({region.frees for region in possible}):
-        regions = _outermost([region for region in possible if region.frees <= cap])
-        regions.sort(key=lambda region: -region.frees / max(region.work, 1))
-        for count in range(1, len(regions) + 1):
-            choice = tuple(sorted(regions[:count], key=lambda region: region.begin))
-            key = frozenset(region.path for region in choice)
-            if key not in seen:
-                seen.add(key)
-                yield choice
+    sizes = sorted({region.frees for region in possible})
+    sets = {frozenset(_outermost([r for r in possible if r.frees <= cap])) for cap in sizes}
+    for start in sorted(sets, key=_work)[:: max(1, len(sets) // _SIZES)]:
+        ranked = sorted(
+            start, key=lambda region: (-region.frees / max(region.work, 1), region.path)
+        )
+        for count in range(1, len(ranked) + 1):
+            yield ranked[:count]
+        left = list(ranked)
+        while len(left) > 1:
+            now = surveyed.predicted(left)
+            without = [(r, surveyed.predicted([o for o in left if o is not r]) - now) for r in left]
+            least, _ = max(without, key=lambda pair: pair[0].work / (max(pair[1], 0) + 1))
+            left.remove(least)
+            yield list(left)
+
+
+def _work(regions: Iterable[Region]) -> int:
+    return sum(region.work for region in regions)
 
 
 def _target_bytes(text: str, peak: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 __all__ = ["Region", "Survey", "survey"]
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,7 +85,7 @@ class Survey:
             region.frees = int(self._bytes[self._owned[path]].sum())
             self._extra[path] = sum(n for k, n in region._arguments.items() if k not in known)
 
-    def predicted(self, chosen: Sequence[Region]) -> int:
+    def predicted(self, chosen: Collection[Region]) -> int:
         """Predict the most bytes of activations alive at once if regions are run again.
 
         The backward pass goes through what was kept from the end; at the end of a region that is
