@@ -37,7 +37,7 @@ from pocketize.units import bytes_text
 class InPlaceNorm(Pass):
     """Let norm and activation keep the activated output only, and undo both in backward.
 
-    For batch, instance and group norms followed by a leaky ReLU or an ELU, and for norms that a
+    For batch, instance and group norms followed by a leaky ReLU, PReLU or ELU, and for norms that a
     convolution reads. Evaluation, ``torch.compile`` and checkpointed regions run as before.
 
     Attributes:
@@ -133,6 +133,7 @@ class InPlaceNorm(Pass):
         edits: dict[tuple[str, str], Edit] = {}
         for site in sites:
             told: dict[str, Any] = {"kind": site.activation.kind, "slope": site.activation.slope}
+            told |= {"slopes_of": site.reader} if site.activation.kind == "prelu" else {}
             edits[NORM, site.norm] = Convert(site.norm, NORM, {**told, "backend": backend})
         for site in sites:
             told = {"kind": site.activation.kind, "slope": site.activation.slope}
@@ -268,5 +269,7 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 
 def _title(activation: Activation) -> str:
+    if activation.kind == "prelu":
+        return "PReLU"
     names = {"leaky_relu": "LeakyReLU", "elu": "ELU"}
     return f"{names.get(activation.kind, activation.kind)}({activation.slope:g})"

@@ -216,13 +216,15 @@ class _Reader:
                 refused=f"the ReLU after it is called as a function by {where or 'the model'}; "
                 "only layers can be exchanged, so make it an nn.ReLU",
             )
+        elif plain == "prelu" and activation_of(module) == Activation("prelu"):
+            activation = Activation("prelu")
         if activation is not None:
             return self._invertible(path, where, activation)
         if name.startswith(_LAYERS):
             return Site(path)
         if plain in _OTHERS:
             more = ", or activation='leaky_relu:0.01' exchanges it" if plain == "relu" else ""
-            why = "may lose its inverse in training" if plain == "prelu" else "is not invertible"
+            why = "is called as a function" if plain == "prelu" else "is not invertible"
             return Site(path, refused=f"activation {plain} {why}; Recompute does it{more}")
         return Site(path, refused=f"{name} reads it, not an activation")
 

@@ -12,7 +12,7 @@ before a weight has moved.
 
 from __future__ import annotations
 
-__all__ = ["KINDS", "Activation", "Mark", "Skipping", "marked", "take_mark"]
+__all__ = ["KINDS", "Activation", "Mark", "Skipping", "finite_inverse", "marked", "take_mark"]
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 _ATEN = torch.ops.aten
 _MARK = "_pocketize_activation"
-KINDS = ("identity", "leaky_relu", "elu")
+KINDS = ("identity", "leaky_relu", "elu", "prelu")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Activation:
 
     Attributes:
         kind: one of :data:`KINDS`.
-        slope: the negative slope of a leaky ReLU, or ELU's alpha; above 0.
+        slope: the negative slope of a leaky ReLU, or ELU's alpha; above 0. A PReLU's slopes are
+            parameters, which the methods are given.
     """
 
     kind: str
@@ -41,22 +42,34 @@ class Activation:
 
     def __str__(self) -> str:
         """``"leaky_relu(0.01)"``."""
-        return self.kind if self.kind == "identity" else f"{self.kind}({self.slope:g})"
+        constant = self.kind in ("identity", "prelu")
+        return self.kind if constant else f"{self.kind}({self.slope:g})"
 
-    def apply_(self, z: Tensor) -> Tensor:
-        """Activate a tensor in place and return it."""
+    def apply_(self, z: Tensor, slopes: Tensor | None = None) -> Tensor:
+        """Activate a tensor, in place where torch can, and return the result.
+
+        Args:
+            z: (N, C, ...), which the caller must own.
+            slopes: of a PReLU, (1,) or (C,), of the type of ``z``.
+        """
+        if slopes is not None:
+            return torch.prelu(z, slopes)
         if self.kind == "leaky_relu":
             return F.leaky_relu(z, self.slope, inplace=True)
         if self.kind == "elu":
             return F.elu(z, self.slope, inplace=True)
         return z
 
-    def inverse(self, y: Tensor) -> Tensor:
+    def inverse(self, y: Tensor, slopes: Tensor | None = None) -> Tensor:
         """Return what was activated; a new tensor, or ``y`` itself for the identity.
+
+        Slopes that have no inverse count as 0: their channels are kept.
 
         ELU's inverse is ``log1p(y / alpha)`` below 0. Where ``y`` has been rounded to ``-alpha``
         that would be minus infinity, so it stops at the logarithm of the precision.
         """
+        if slopes is not None:
+            return torch.where(y > 0, y, y * finite_inverse(slopes))
         if self.kind == "leaky_relu":
             return F.leaky_relu(y, 1.0 / self.slope)
         if self.kind == "elu":
@@ -64,14 +77,19 @@ class Activation:
             return torch.where(y > 0, y, (y / self.slope).clamp_(least, 0.0).log1p_())
         return y
 
-    def backward(self, grad: Tensor, value: Tensor, *, activated: bool) -> Tensor:
+    def backward(
+        self, grad: Tensor, value: Tensor, *, activated: bool, slopes: Tensor | None = None
+    ) -> Tensor:
         """Return the gradient before the activation, a tensor of its own.
 
         Args:
             grad: the gradient after it.
             value: the tensor after the activation or before it.
-            activated: it is the one after it. A leaky ReLU keeps the sign, so it need not know.
+            activated: it is the one after it. A positive slope keeps the sign, and need not know.
+            slopes: those of a PReLU, so that they broadcast.
         """
+        if slopes is not None:
+            return torch.where(value > 0, grad, grad * slopes)
         if self.kind == "leaky_relu":
             before: Tensor = _ATEN.leaky_relu_backward(grad, value, self.slope, False)
         elif self.kind == "elu":
@@ -79,6 +97,12 @@ class Activation:
         else:
             before = grad.clone()
         return before
+
+
+def finite_inverse(values: Tensor) -> Tensor:
+    """Return ``1 / values``, and 0 where that is infinite."""
+    inverse = values.reciprocal()
+    return torch.where(inverse.isfinite(), inverse, 0.0)
 
 
 class Mark:

@@ -34,7 +34,8 @@ def convert_norm(module: nn.Module, options: Mapping[str, Any], root: nn.Module)
 
     Args:
         module: a norm layer that runs one of torch's forwards.
-        options: ``kind`` and ``slope`` of the activation after it, and the ``backend``.
+        options: ``kind`` and ``slope`` of the activation after it, ``slopes_of``, the path of a
+            PReLU, and the ``backend``.
         root: the model.
     """
     if isinstance(module, NormInPlace) or norm_kind(module) is None:
@@ -42,9 +43,17 @@ def convert_norm(module: nn.Module, options: Mapping[str, Any], root: nn.Module)
             f"in-place-norm: expected one of torch's norm layers, got {type(module).__name__}"
         )
     activation = _activation(options)
+    slopes_of = None
+    if activation.kind == "prelu":
+        slopes_of = root.get_submodule(str(options.get("slopes_of")))
+        if not isinstance(slopes_of, nn.PReLU):
+            raise RewriteError(f"in-place-norm: expected a PReLU, got {type(slopes_of).__name__}")
     module.__class__ = converted_class(NormInPlace, type(module))
-    vars(module).update(
-        absorbed=activation, backend=str(options.get("backend", "native")), guard=Guard()
+    vars(module).update(  # past nn.Module, for which the PReLU would be a child of the norm
+        absorbed=activation,
+        backend=str(options.get("backend", "native")),
+        guard=Guard(),
+        slopes_of=slopes_of,
     )
     return module
 

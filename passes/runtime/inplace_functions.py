@@ -25,14 +25,14 @@ __all__ = ["Norm", "NormActivation"]
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pocketize.passes.runtime.inplace_activations import Activation, Mark
+from pocketize.passes.runtime.inplace_activations import Activation, Mark, finite_inverse
 from pocketize.passes.runtime.inplace_guard import Guard, Kept, unsafe_channels
 from pocketize.passes.runtime.inplace_statistics import normalise, sum_over_processes
 
@@ -91,6 +91,7 @@ class NormActivation(Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        slopes: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         norm: Norm,
@@ -104,6 +105,7 @@ class NormActivation(Function):
             x: (N, C, ...), floating point.
             weight: gamma of shape (C,), or None.
             bias: beta of shape (C,), or None.
+            slopes: of a PReLU, (1,) or (C,); None for other activations.
             running_mean: of shape (C,), or None; not written to.
             running_var: of shape (C,), or None; not written to.
             norm: the norm.
@@ -115,18 +117,19 @@ class NormActivation(Function):
             mean and variance, None where there are none.
         """
         done = normalise(x, weight, bias, running_mean, running_var, norm)
-        activation = mark.activation
-        y = activation.apply_(done.output)
+        rounded = None if slopes is None else slopes.to(done.output.dtype)
+        y = mark.activation.apply_(done.output, rounded)
         ctx.norm, ctx.mark, ctx.guard = norm, mark, guard
         ctx.shape, ctx.dtype, ctx.count = x.shape, x.dtype, done.count
-        kept = _choose(y, weight, bias, norm, activation, guard, mark.layer)
+        kept = _choose(y, weight, bias, slopes, norm, mark, guard)
         ctx.everything = kept.everything
         if kept.everything:
             source, aside = x, None
         else:
             source = y
             aside = None if kept.index is None else norm.cells(x).index_select(1, kept.index)
-        ctx.save_for_backward(source, aside, kept.index, weight, bias, done.mean, done.invstd)
+        parameters = weight, bias, slopes
+        ctx.save_for_backward(source, aside, kept.index, *parameters, done.mean, done.invstd)
         new = [t for t in (done.running_mean, done.running_var) if t is not None]
         ctx.mark_non_differentiable(*new)
         return y, done.running_mean, done.running_var
@@ -134,8 +137,8 @@ class NormActivation(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        """Return the gradients of input, weight and bias; ``grad`` is only read."""
-        source, aside, index, weight, bias, mean, invstd = ctx.saved_tensors
+        """Return the gradients of input, weight, bias and slopes; ``grad`` is only read."""
+        source, aside, index, weight, bias, slopes, mean, invstd = ctx.saved_tensors
         norm: Norm = ctx.norm
         ctx.mark.check()
         ctx.guard.stepped()
@@ -149,24 +152,38 @@ class NormActivation(Function):
             is_input=ctx.everything,
             weight=None if weight is None else norm.affine(weight, exact),
             bias=None if bias is None else norm.affine(bias, exact),
+            slopes=_slopes(slopes, channels, norm, source.dtype),
             mean=norm.statistics(mean, channels, exact),
             invstd=norm.statistics(invstd, channels, exact),
             count=ctx.count,
         )
-        dx, dweight, dbias = _backward(cells, ctx.dtype)
+        found = _backward(cells, ctx.dtype)
         if index is not None:
             # Slices share nothing, so the kept ones are a small norm of their own.
             parts = _backward(cells.at(index, kept=aside), ctx.dtype)
-            dx = dx.index_copy_(1, index, parts[0])
-            dweight = dweight.index_copy_(0, index, parts[1])
-            dbias = dbias.index_copy_(0, index, parts[2])
+            found.dx.index_copy_(1, index, parts.dx)
+            for whole, part in zip(found[1:], parts[1:], strict=True):
+                whole.index_copy_(0, index, part)
         needs = ctx.needs_input_grad
+        dslopes = found.dslopes.reshape(-1)
+        if slopes is not None and slopes.numel() == 1:
+            dslopes = dslopes.sum(0, keepdim=True)
         return (
-            dx.reshape(ctx.shape) if needs[0] else None,
-            dweight.reshape(-1).to(weight.dtype) if needs[1] else None,
-            dbias.reshape(-1).to(bias.dtype) if needs[2] else None,
+            found.dx.reshape(ctx.shape) if needs[0] else None,
+            found.dweight.reshape(-1).to(weight.dtype) if needs[1] else None,
+            found.dbias.reshape(-1).to(bias.dtype) if needs[2] else None,
+            dslopes.to(slopes.dtype) if needs[3] else None,
             *(None,) * 5,
         )
+
+
+class _Gradients(NamedTuple):
+    """Of the input (N, G, D, S), and of the parameters, each (G, D)."""
+
+    dx: Tensor
+    dweight: Tensor
+    dbias: Tensor
+    dslopes: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +201,7 @@ class _Cells:
     is_input: bool
     weight: Tensor | None
     bias: Tensor | None
+    slopes: Tensor | None
     mean: Tensor
     invstd: Tensor
     count: Tensor | float
@@ -213,6 +231,7 @@ class _Cells:
             is_input=self.is_input or kept is not None,
             weight=None if self.weight is None else cut(self.weight),
             bias=None if self.bias is None else cut(self.bias),
+            slopes=None if self.slopes is None else cut(self.slopes),
             mean=cut(self.mean),
             invstd=cut(self.invstd),
         )
@@ -222,50 +241,60 @@ def _accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
+def _slopes(slopes: Tensor | None, channels: int, norm: Norm, dtype: torch.dtype) -> Tensor | None:
+    """View the slopes of a PReLU, as it rounds them, so that they broadcast over cells."""
+    if slopes is None:
+        return None
+    return norm.affine(slopes.to(dtype).expand(channels), _accumulation(dtype))
+
+
 def _choose(
     y: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    slopes: Tensor | None,
     norm: Norm,
-    activation: Activation,
+    mark: Mark,
     guard: Guard,
-    name: str,
 ) -> Kept:
     """Find out which slices of the input have to be kept."""
     exact = _accumulation(y.dtype)
-    parameters = (weight, bias)
+    parameters = (weight, bias, slopes)
     lowest = None
-    if activation.kind == "elu":
+    if mark.activation.kind == "elu":
         lowest = norm.cells(y).amin((0, 3), keepdim=True).to(exact)
     if weight is None:
         weight = torch.ones(y.shape[1], dtype=exact, device=y.device)
     gamma = norm.affine(weight, exact)
     beta = None if bias is None else norm.affine(bias, exact)
+    over = _slopes(slopes, y.shape[1], norm, y.dtype)
     unsafe, nearly = (
-        unsafe_channels(gamma, beta, activation, lowest, y.dtype, margin=margin)
+        unsafe_channels(gamma, beta, mark.activation, lowest, y.dtype, slopes=over, margin=margin)
         .any(2)  # a group is kept whole: its channels share the means
         .flatten()
         for margin in (False, True)
     )
-    return guard.select(unsafe, nearly, parameters, name)
+    kept = guard.select(unsafe, nearly, parameters, mark.layer)
+    if kept.index is not None and norm.process_group is not None:
+        # Processes may choose differently, but must exchange the same sums in the same order.
+        return Kept(everything=True)
+    return kept
 
 
-def _backward(cells: _Cells, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of input (N, G, D, S), weight and bias (both (G, D))."""
+def _backward(cells: _Cells, dtype: torch.dtype) -> _Gradients:
+    """Solve a problem; the gradient of the input is of a type, the others as they are computed."""
     blocks = list(_blocks(cells))
     if len(blocks) == 1:
-        dx, dweight, dbias = _block(cells)
-        return dx.to(dtype), dweight, dbias
+        found = _block(cells)
+        return found._replace(dx=found.dx.to(dtype))
     dx = torch.empty_like(cells.source, dtype=dtype)
-    dweight = cells.invstd.new_zeros(cells.grad.shape[1:3])
-    dbias = torch.zeros_like(dweight)
+    sums = [cells.invstd.new_zeros(cells.grad.shape[1:3]) for _ in range(3)]
     for samples, where in blocks:
-        part = cells.at(where, samples)
-        parts = _block(part)
-        dx[samples, where].copy_(parts[0])
-        dweight[where] += parts[1]
-        dbias[where] += parts[2]
-    return dx, dweight, dbias
+        part = _block(cells.at(where, samples))
+        dx[samples, where].copy_(part.dx)
+        for whole, value in zip(sums, part[1:], strict=True):
+            whole[where] += value
+    return _Gradients(dx, *sums)
 
 
 def _blocks(cells: _Cells) -> Iterator[tuple[slice, slice]]:
@@ -288,21 +317,22 @@ def _blocks(cells: _Cells) -> Iterator[tuple[slice, slice]]:
                 yield slice(sample, sample + 1), slice(start, min(start + step, groups))
 
 
-def _block(cells: _Cells) -> tuple[Tensor, Tensor, Tensor]:
+def _block(cells: _Cells) -> _Gradients:
     """Solve one problem; its tensors are written to where they are new."""
-    norm, weight = cells.norm, cells.weight
+    norm, weight, slopes = cells.norm, cells.weight, cells.slopes
     exact = cells.invstd.dtype
     grad, source = cells.grad.to(exact), cells.source.to(exact)
     if cells.is_input:
         xhat = source.sub(cells.mean).mul_(cells.invstd)
         z = xhat if weight is None else xhat * weight
         z = z if cells.bias is None else z + cells.bias
-        dz = cells.activation.backward(grad, z, activated=False)
-        del z
+        dz = cells.activation.backward(grad, z, activated=False, slopes=slopes)
     else:
-        dz = cells.activation.backward(grad, source, activated=True)
-        xhat = _undo(cells.activation.inverse(source), weight, cells.bias)
-    del grad, source
+        dz = cells.activation.backward(grad, source, activated=True, slopes=slopes)
+        z = cells.activation.inverse(source, slopes)
+        xhat = _undo(z, weight, cells.bias)
+    dslopes = None if slopes is None else (grad * z.clamp(max=0)).sum((0, 3))
+    del grad, source, z
     sum_dz = dz.sum(3, keepdim=True)
     sum_dz_xhat = (dz * xhat).sum(3, keepdim=True)
     dbias, dweight = sum_dz.sum(0).squeeze(-1), sum_dz_xhat.sum(0).squeeze(-1)
@@ -317,13 +347,12 @@ def _block(cells: _Cells) -> tuple[Tensor, Tensor, Tensor]:
             means = sum_over_processes(means, norm.process_group)
         mean_dz, mean_dz_xhat = (means * (cells.invstd / cells.count)).unbind()
         dz = dz.sub_(mean_dz).sub_(xhat.mul_(mean_dz_xhat))
-    return dz, dweight, dbias
+    return _Gradients(dz, dweight, dbias, torch.zeros_like(dbias) if dslopes is None else dslopes)
 
 
 def _undo(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return ``(z - bias) / weight``; 0 for a weight of 0, whose channel is kept elsewhere."""
     if weight is None:
         return z.clone() if bias is None else z - bias
-    inverse = weight.reciprocal()
-    inverse = torch.where(inverse.isfinite(), inverse, 0.0)
+    inverse = finite_inverse(weight)
     return z * inverse if bias is None else torch.addcmul(-bias * inverse, z, inverse)

@@ -11,15 +11,17 @@ A channel is therefore *unsafe*, and keeps its input, where
 * ``|gamma|``, times the slope, is so small that values near 0 are subnormal numbers, which have
   fewer digits or are flushed to 0. A gamma of 0 belongs here, one of 1e-12 with no beta does not:
   floating point has no favourite scale;
+* a PReLU's slope is not positive: its function has no inverse;
 * an ELU has been followed so far down that the slope there, ``1 + min(y) / alpha``, multiplies the
   rounding by more than 512 (2 in 16 bits) once divided by ``gamma``.
 
 On a CPU the rule is applied to the values of each step. On other devices reading a value waits for
 all the work that was queued before, so a step uses the count that an earlier one sent to the host
 when it had time. To be right while values move, the rule is then stricter by a factor of 8 and
-takes in every ``|gamma|`` below 0.1, and *which* channels are kept is chosen on the device: the
-worst ones, of these values. Only where nothing is known, at the first step and when weights changed
-although no backward ran (they were loaded, or set by hand), a step waits for the count.
+takes in every ``|gamma|`` below 0.1 and every PReLU's slope below 0.02, and *which* channels are
+kept is chosen on the device: the worst ones, of these values. Only where nothing is known, at the
+first step and when weights changed although no backward ran (they were loaded, or set by hand), a
+step waits for the count.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from pocketize.passes.runtime.inplace_activations import Activation
 
 _MARGIN = 8.0
 _SMALL_GAMMA = 0.1
+_SMALL_SLOPE = 0.02
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def unsafe_channels(
     lowest: Tensor | None,
     dtype: torch.dtype,
     *,
+    slopes: Tensor | None = None,
     margin: bool = False,
 ) -> Tensor:
     """Return which channels cannot be undone, by the rule that this file's head states.
@@ -70,6 +74,7 @@ def unsafe_channels(
         activation: the activation.
         lowest: for an ELU, its least output in each channel, of the same shape.
         dtype: of the activated tensor.
+        slopes: those of a PReLU, of the same shape.
         margin: be stricter, for values that may have moved on when the answer is used.
 
     Returns:
@@ -81,8 +86,11 @@ def unsafe_channels(
     size = weight.abs()
     # float16 counts on its subnormal numbers; the others may have them flushed to zero.
     least = info.smallest_normal / (1.0 if dtype == torch.float16 else info.eps)
-    least /= min(activation.slope, 1.0)
-    safe = size >= (max(least, _SMALL_GAMMA) if margin else least)
+    lean = min(activation.slope, 1.0) if slopes is None else slopes.clamp(max=1.0)
+    safe = size * lean >= least
+    if margin:
+        safe &= size >= _SMALL_GAMMA
+        safe &= True if slopes is None else slopes >= _SMALL_SLOPE
     if bias is not None:
         safe &= bias.abs() * strict <= size * (1.0 if narrow else 16.0)
     if lowest is not None:

@@ -69,6 +69,8 @@ def activation_of(module: nn.Module) -> Activation | None:
         return Activation("leaky_relu", float(cast(nn.LeakyReLU, module).negative_slope))
     if forward is nn.ELU.forward:
         return Activation("elu", float(cast(nn.ELU, module).alpha))
+    if forward is nn.PReLU.forward:
+        return Activation("prelu")
     return module.replaced if isinstance(module, ActivationInPlace) else None
 
 
@@ -146,11 +148,13 @@ class NormInPlace(_Converted):
         absorbed: the activation that it computes as well.
         backend: ``"native"`` or ``"inplace_abn"``.
         guard: decides what has to be kept.
+        slopes_of: the PReLU that it computes; it is that layer's child, not this one's.
     """
 
     absorbed: Activation
     backend: str
     guard: Guard
+    slopes_of: nn.Module | None
     eps: float
     weight: Tensor | None
     bias: Tensor | None
@@ -161,21 +165,29 @@ class NormInPlace(_Converted):
             return cast(Tensor, super().forward(input))
         kind = _KINDS[self.converted_from.forward]
         group = _group_to_share_with(self, input)
-        reason = plain_reason(self)
+        slopes = None if self.slopes_of is None else cast(Tensor, self.slopes_of.weight)
+        reason = plain_reason(self) or _slopes_obstacle(slopes, input, kind)
         if group is None or input.is_cuda:
-            if reason or not _saves(self, input, kind):
+            if reason or not _saves(self, input, kind, slopes):
                 return self._plain(input, alone=group is None)
         else:
             _check_shape(self, input)  # torch has no SyncBatchNorm on a CPU to fall back to
         mark = Mark(Activation("identity") if reason else self.absorbed, self._title())
         norm, running = _settings(self, kind, group)
         input = _autocast(input, kind)
-        if self.backend == "inplace_abn" and not reason:
+        if self.backend == "inplace_abn" and not reason and slopes is None:
             done = run_package(input, self.weight, self.bias, running, norm, mark, self.guard)
             if done is not None:
                 return mark.put_on(done)
         output, *new = NormActivation.apply(  # type: ignore[no-untyped-call]
-            input, self.weight, self.bias, *running, norm, mark, self.guard
+            input,
+            self.weight,
+            self.bias,
+            None if reason else slopes,
+            *running,
+            norm,
+            mark,
+            self.guard,
         )
         with torch.no_grad():
             for old, value in zip(running, new, strict=True):
@@ -255,13 +267,29 @@ def _check_shape(module: nn.Module, input: Tensor) -> None:
         raise ValueError(f"expected {checked.num_features} channels, got {input.shape[1]}")
 
 
-def _saves(module: NormInPlace, input: Tensor, kind: str) -> bool:
+def _slopes_obstacle(slopes: Tensor | None, input: Tensor, kind: str) -> str:
+    """Say why a PReLU cannot be computed with the norm, for this input; ``""`` if it can."""
+    if slopes is None:
+        return ""
+    if slopes.device != input.device or slopes.numel() not in (1, input.shape[1]):
+        return "its PReLU does not fit the input"
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.is_floating_point():
+        dtypes = input.dtype, torch.get_autocast_dtype(device)
+        if _autocast_dtype("prelu", device, *dtypes) != _autocast_dtype(kind, device, *dtypes):
+            return "autocast runs its PReLU in another type"
+    elif slopes.dtype != input.dtype:
+        return "its PReLU does not fit the input"
+    return ""
+
+
+def _saves(module: NormInPlace, input: Tensor, kind: str, slopes: Tensor | None) -> bool:
     """Whether there will be a backward, and the input is one for which it is worth while.
 
     Everything unusual (no batch axis, one value per mean, a wrong number of channels) is left to
     torch, which has the right word for it.
     """
-    tensors = (input, module.weight, module.bias)
+    tensors = (input, module.weight, module.bias, slopes)
     if not any(t is not None and t.requires_grad for t in tensors):
         return False
     if not input.is_floating_point() or input.ndim < 2 or not input.numel():
@@ -326,6 +354,7 @@ def _autocast_dtype(
         "batch": lambda: F.batch_norm(tiny, None, None, training=True),
         "instance": lambda: F.instance_norm(tiny),
         "group": lambda: F.group_norm(tiny, 1),
+        "prelu": lambda: F.prelu(tiny, torch.zeros(1, device=device)),
     }
     with torch.no_grad():
         return functions[kind]().dtype

@@ -44,6 +44,8 @@ def package_obstacle(module: nn.Module, dtype: torch.dtype, activation: Activati
     """
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "the package inplace_abn knows batch norms only; use backend='native'"
+    if activation.kind == "prelu":
+        return "the package inplace_abn knows no PReLU; use backend='native'"
     if dtype != torch.float32:
         return f"the package inplace_abn works in float32, not {dtype}; use backend='native'"
     weight = module.weight

@@ -36,12 +36,15 @@ NORMS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
     "group-3d": (lambda c: nn.GroupNorm(1, c), (3, 2, 2)),
 }
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "leaky": lambda: nn.LeakyReLU(0.01, inplace=True),
-    "steep": lambda: nn.LeakyReLU(2.0),
-    "flat": lambda: nn.LeakyReLU(1e-6),
-    "elu": lambda: nn.ELU(alpha=0.7),
-    "identity": nn.Identity,
+#: Label -> the activation of some channels.
+ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
+    "leaky": lambda c: nn.LeakyReLU(0.01, inplace=True),
+    "steep": lambda c: nn.LeakyReLU(2.0),
+    "flat": lambda c: nn.LeakyReLU(1e-6),
+    "elu": lambda c: nn.ELU(alpha=0.7),
+    "prelu": lambda c: nn.PReLU(),
+    "prelus": nn.PReLU,
+    "identity": lambda c: nn.Identity(),
 }
 
 
@@ -65,6 +68,8 @@ def in_place(net: nn.Module, *, backend: str = "native") -> nn.Module:
         told = {"kind": "leaky_relu", "slope": activation.negative_slope}
     elif isinstance(activation, nn.ELU):
         told = {"kind": "elu", "slope": activation.alpha}
+    elif isinstance(activation, nn.PReLU):
+        told = {"kind": "prelu", "slope": 1.0, "slopes_of": "1"}
     convert(net, "0", NORM, {**told, "backend": backend})
     if told["kind"] != "identity":
         convert(net, "1", ACTIVATION, told)
@@ -79,14 +84,16 @@ def pair(
     gamma: float | None = None,
 ) -> tuple[nn.Module, nn.Module]:
     """The two, with the same parameters: random ones of either sign, unless gamma is given."""
-    net = nn.Sequential(NORMS[norm][0](channels), ACTIVATIONS[activation]()).to(dtype)
+    net = nn.Sequential(NORMS[norm][0](channels), ACTIVATIONS[activation](channels)).to(dtype)
     generator = torch.Generator().manual_seed(channels)
     with torch.no_grad():
         for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
             if tensor.is_floating_point():
                 drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
                 tensor.copy_(drawn.abs() + 0.5 if "var" in name else drawn)
-            if name.endswith("weight"):
+            if name == "1.weight":
+                tensor.abs_()  # slopes
+            elif name.endswith("weight"):
                 tensor.copy_(tensor.sign() * (0.5 + tensor.abs()))
                 if gamma is not None:
                     tensor.fill_(gamma)

@@ -25,9 +25,9 @@ from tests.passes.in_place_norm.pairs import (
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_gradcheck(norm: str, activation: str) -> None:
-    _, net = pair(norm, activation)
+    _, net = pair(norm, activation, channels=2)
     net.eval() if norm == "instance-tracked" else net.train()
-    x = batch(norm, n=2).requires_grad_()
+    x = batch(norm, 2, n=2).requires_grad_()
     parameters = dict(net.named_parameters())
 
     def call(x: Tensor, *values: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def test_output_gradients_and_running_statistics_are_those_of_the_pair(
 @settings(max_examples=25, deadline=None)
 @given(
     norm=st.sampled_from(sorted(NORMS)),
-    activation=st.sampled_from(["leaky", "elu", "identity"]),
+    activation=st.sampled_from(["leaky", "elu", "prelu", "identity"]),
     channels=st.sampled_from([4, 8, 12]),
     samples=st.integers(2, 5),
     train=st.booleans(),
@@ -96,7 +96,7 @@ def _against(truth: Made, made: Made) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("activation", ["leaky", "flat", "elu", "identity"])
+@pytest.mark.parametrize("activation", ["leaky", "flat", "elu", "prelus", "identity"])
 @pytest.mark.parametrize("norm", ["batch-2d", "instance-3d", "group-1d"])
 @pytest.mark.parametrize("gamma", [1.0, -1.0, 1e-2, 1e-4, 1e-12, -1e-12, 1e-35, 0.0])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 30.0])
@@ -163,6 +163,23 @@ def test_a_gamma_that_becomes_small_in_training_is_noticed_in_that_very_step() -
             with torch.no_grad():
                 module.get_submodule("0").weight[1] = gamma  # type: ignore[index, operator]
         assert worst(run(plain, x, weight), run(net, x, weight)) < 1e-4
+
+
+@pytest.mark.parametrize("slopes", [(0.2, 0.0, 0.3, 0.4), (0.2, -0.5, 0.3, 1e-40), (0.0,), (-1.0,)])
+@pytest.mark.parametrize("norm", ["batch-2d", "instance-3d", "group-1d"])
+def test_slopes_without_an_inverse_keep_their_channels(
+    norm: str, slopes: tuple[float, ...]
+) -> None:
+    plain, net = pair(norm, "prelu" if len(slopes) == 1 else "prelus", dtype=torch.float32)
+    for module in (plain, net):
+        with torch.no_grad():
+            module.get_parameter("1.weight").copy_(torch.tensor(slopes))
+    x = batch(norm, dtype=torch.float32, n=8)
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    truth = run(copy.deepcopy(plain).double(), x.double(), weight.double())
+    expected, found = (_against(truth, run(module, x, weight)) for module in (plain, net))
+    for own, error in zip(expected, found, strict=True):
+        assert error <= max(2 * own, 1e-5)
 
 
 @pytest.mark.parametrize("norm", ["batch-2d", "instance-3d", "group-1d"])

@@ -50,6 +50,14 @@ def test_an_elu_that_has_gone_flat_is_unsafe() -> None:
     assert _unsafe(*rows, activation=elu, lowest=lowest) == [False, True, True]
 
 
+def test_slopes_that_are_not_positive_are_unsafe() -> None:
+    slopes = torch.tensor([0.25, 0.0, -1.0, 0.01])
+    prelu = Activation("prelu")
+    rows = [(1.0, 0.0)] * 4
+    assert _unsafe(*rows, activation=prelu, slopes=slopes) == [False, True, True, False]
+    assert _unsafe(*rows, activation=prelu, slopes=slopes, margin=True) == [False, True, True, True]
+
+
 def test_with_a_margin_what_may_soon_be_unsafe_is_unsafe() -> None:
     rows = [(1.0, 1.0), (1.0, 3.0), (0.05, 0.0)]
     assert _unsafe(*rows) == [False, False, False]

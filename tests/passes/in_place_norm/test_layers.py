@@ -363,6 +363,27 @@ def test_function_transforms_and_tracing_use_the_ordinary_functions() -> None:
     assert torch.allclose(traced(x), plain(x * 1))
 
 
+def test_a_prelu_stays_its_own_layer_and_copies_belong_together() -> None:
+    plain, net = pair("batch-2d", "prelu")
+    assert list(net.state_dict()) == list(plain.state_dict())
+    assert [path for path, _ in net.named_modules()] == ["", "0", "1"]
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert twin[0].slopes_of is twin[1]
+    assert net.float().get_parameter("1.weight").dtype == torch.float32
+    assert _fused(net(batch("batch-2d", dtype=torch.float32)))
+
+
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32])
+def test_a_prelu_has_the_type_that_autocast_gives_it(given: torch.dtype) -> None:
+    plain, net = pair("batch-2d", "prelu", dtype=torch.float32)
+    x = batch("batch-2d", dtype=given)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [module(x.clone().requires_grad_() * 1) for module in (plain, net)]
+    assert outputs[0].dtype == outputs[1].dtype
+    assert torch.allclose(*(o.float() for o in outputs), rtol=2e-2, atol=2e-2)
+    outputs[1].float().sum().backward()
+
+
 def test_torch_fx_and_export_take_the_layers_as_they_took_the_originals() -> None:
     plain, net = pair("instance-2d")
     x = batch("instance-2d")

@@ -134,8 +134,9 @@ def test_a_gamma_that_turns_negative_in_training_runs_natively_and_right() -> No
     [
         (_net(norm=nn.InstanceNorm2d(8)), "knows batch norms only"),
         (_net().double(), "works in float32, not torch.float64"),
+        (_net(nn.PReLU()), "knows no PReLU"),
     ],
-    ids=["instance", "double"],
+    ids=["instance", "double", "prelu"],
 )
 def test_layers_that_the_package_does_not_know_are_refused(net: nn.Module, why: str) -> None:
     if _missing(net):

@@ -87,6 +87,7 @@ def _same_training(model: nn.Module, **options: Any) -> nn.Module:
     [
         (nn.BatchNorm2d(8), nn.LeakyReLU(0.1), "BatchNorm2d + LeakyReLU(0.1) in place"),
         (nn.SyncBatchNorm(8), nn.LeakyReLU(), "SyncBatchNorm + LeakyReLU(0.01) in place"),
+        (nn.BatchNorm2d(8), nn.PReLU(8), "BatchNorm2d + PReLU in place"),
         (nn.InstanceNorm2d(8), nn.ELU(inplace=True), "InstanceNorm2d + ELU(1) in place"),
         (
             nn.GroupNorm(2, 8),
@@ -198,6 +199,11 @@ def _functional(net: Written, x: Tensor) -> Tensor:
         (_reentrant, "norm", "it runs without gradients"),
         (_kept_by_others, "norm", "nothing to save: its input is kept for conv2d anyway"),
         (_functional, "", "the forward of Written calls instance_norm itself"),
+        (
+            lambda net, x: F.prelu(net.norm(x), torch.full((1,), 0.2)),
+            "norm",
+            "prelu is called as a function",
+        ),
         (lambda net, x: net.norm(x), "last", ""),
     ],
 )
@@ -236,7 +242,6 @@ def _hooked(table: str) -> nn.Module:
         (Chain(nn.BatchNorm2d(8), nn.ReLU()), "activation relu is not invertible; Recompute does"),
         (Chain(nn.BatchNorm2d(8), nn.GELU()), "activation gelu is not invertible; Recompute does"),
         (Chain(nn.BatchNorm2d(8), nn.SiLU()), "activation silu is not invertible; Recompute does"),
-        (Chain(nn.BatchNorm2d(8), nn.PReLU()), "prelu may lose its inverse in training; Recompute"),
         (Chain(nn.BatchNorm2d(8), nn.LeakyReLU(0.0)), "leaky_relu(0) is not invertible"),
         (Chain(nn.BatchNorm2d(8), nn.LeakyReLU(-0.1)), "leaky_relu(-0.1) is not invertible"),
         (Chain(nn.BatchNorm2d(8), nn.Dropout(0.5), nn.LeakyReLU()), "dropout is active between"),
