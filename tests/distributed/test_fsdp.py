@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from pocketize import rewrite
 from pocketize.base import Pass
 from pocketize.errors import RewriteError
-from pocketize.passes import Amp, Checkpoint, InPlaceNorm, Offload
+from pocketize.passes import Amp, Checkpoint, InPlaceNorm, Offload, Recompute
 from tests.distributed.group import PROCESSES, SyncNorm, Unet, batch, result_of, run, train
 
 pytestmark = pytest.mark.slow
@@ -69,15 +69,14 @@ def mixed() -> dict[str, Any]:
     return train(model, model, batch(torch.float32))
 
 
-def offloaded() -> dict[str, Any]:
+def refused(given: Pass) -> dict[str, Any]:
+    """What a pass says of sharded weights; every process says it before it waits for others."""
     torch.manual_seed(0)
-    model = rewrite(
-        Unet(nn.InstanceNorm2d, nn.ReLU), Offload(to="disk", min_bytes="1B"), inputs="2x1x12x12"
-    )
+    model = rewrite(Unet(nn.InstanceNorm2d, nn.ReLU), given, inputs="2x1x12x12")
     model = sharded(model, BLOCKS)
     try:
         model(batch(torch.float32))
-    except RewriteError as error:
+    except (RewriteError, RuntimeError) as error:
         return {"error": str(error)}
     return {"error": ""}
 
@@ -86,7 +85,10 @@ def offloaded() -> dict[str, Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("fsdp")
     work: dict[str, Any] = {name: functools.partial(together, name) for name in CASES}
-    run(work | {"amp": mixed, "offload": offloaded}, made)
+    work["amp"] = mixed
+    work["offload"] = functools.partial(refused, Offload(to="disk", min_bytes="1B"))
+    work["recompute"] = functools.partial(refused, Recompute(min_bytes=0))
+    run(work, made)
     return made
 
 
@@ -105,6 +107,12 @@ def test_mixed_precision_keeps_float32_weights(folder: Path):
     assert {t.dtype for t in first["state"].values()} == {torch.float32}
 
 
-def test_offloading_refuses_sharded_weights_with_the_way_to_do_it(folder: Path):
-    for found in result_of("offload", folder):
-        assert "offload_policy" in found["error"]
+@pytest.mark.parametrize(
+    ("name", "instead"), [("offload", "offload_policy"), ("recompute", "checkpoint")]
+)
+def test_passes_that_cannot_work_on_sharded_weights_say_so_and_what_can(
+    name: str, instead: str, folder: Path
+):
+    for found in result_of(name, folder):
+        assert "sharded" in found["error"]
+        assert instead in found["error"]
