@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "UNITS",
     "bytes_text",
     "count_text",
     "large_text",
