@@ -4,17 +4,16 @@ from __future__ import annotations
 
 __all__ = ["Recompute"]
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
-
-import torch
 
 from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.edits import Convert
 from pocketize.errors import OptionError
 from pocketize.passes.recompute.costs import Cost, Costs
 from pocketize.passes.recompute.sites import Site, chosen, find_sites, freed
+from pocketize.passes.runtime.forwards import obstacle
 from pocketize.passes.runtime.recompute.around import recording_of
 from pocketize.units import bytes_text
 
@@ -25,8 +24,8 @@ _MODES = ("conv", "block", "level")
 class Recompute(Pass):
     """Store less for the backward pass and build again what it reads, exactly as it was.
 
-    The model stays as it is: hooks on it follow each forward pass operator by operator and tell
-    autograd how to have a tensor again instead of saving it. Norms, activations, concatenations,
+    The model stays as it is: each forward pass is followed operator by operator, and autograd is
+    told how to have a tensor again instead of saving it. Norms, activations, concatenations,
     dropout, pooling and interpolation are always built again; what they cost is small beside a
     convolution. ``activation(norm(x))`` and the convolution of a concatenation are differentiated
     as one, which is where most of the rest goes. Tensors that only the model's Python code still
@@ -61,7 +60,7 @@ class Recompute(Pass):
         return Guarantee.EXACT
 
     def propose(self, target: Target) -> Proposal:
-        """Put the hooks on the model."""
+        """Choose what is stored and let the model record its forward passes."""
         reason = _unfit(target)
         if reason:
             return Proposal(refused=(Refusal("", reason),))
@@ -96,9 +95,7 @@ class Recompute(Pass):
 def _unfit(target: Target) -> str:
     if recording_of(target.model) is not None:
         return "it recomputes already"
-    if isinstance(target.model, torch.jit.ScriptModule):
-        return "TorchScript modules take no hooks; recompute the Python module and script nothing"
-    return ""
+    return obstacle(target.model)
 
 
 def _names(sites: Iterable[Site]) -> frozenset[str]:
@@ -112,9 +109,9 @@ def _summary(before: Cost | None, after: Cost | None) -> Change:
     return Change("", f"stored for the backward pass: {stored}", "the rest is rebuilt")
 
 
-def _rows(rebuilt: Iterable[Site]) -> Iterable[Change]:
-    for site in rebuilt:
-        yield Change(site.path, f"result rebuilt, {bytes_text(site.nbytes)}", site.why)
+def _rows(rebuilt: Mapping[Site, str]) -> Iterable[Change]:
+    for site, why in rebuilt.items():
+        yield Change(site.path, f"result rebuilt, {bytes_text(site.nbytes)}", why)
 
 
 def _notes(before: Cost | None, found: dict[str, Cost | None]) -> Iterable[str]:

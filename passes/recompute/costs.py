@@ -68,7 +68,7 @@ class Costs:
         meter = Meter(stored=[])
 
         def prepare(copy: nn.Module) -> None:
-            Recording(rebuilt, frees, min_bytes, meter).attach(copy)
+            Recording(copy, rebuilt, frees, min_bytes, meter).install()
 
         fixed = self._run(prepare, backward=True)
         if fixed is None or meter.stored is None:

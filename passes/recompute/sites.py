@@ -58,7 +58,6 @@ class Site:
         readers: the sites that are made of its result.
         ends: its result reaches an output of the model, or is made use of by nothing known.
         movable: whether it may be rebuilt; results of unnamed weights are always stored.
-        why: why it is rebuilt, once that has been decided.
     """
 
     name: str
@@ -73,7 +72,6 @@ class Site:
     readers: list[Site] = field(default_factory=list)
     ends: bool = False
     movable: bool = True
-    why: str = ""
 
 
 def find_sites(captured: Captured) -> list[Site]:
@@ -113,8 +111,8 @@ def find_sites(captured: Captured) -> list[Site]:
     return list(sites.values())
 
 
-def chosen(sites: Sequence[Site], keep: str) -> tuple[Site, ...]:
-    """Return the sites whose results are rebuilt.
+def chosen(sites: Sequence[Site], keep: str) -> dict[Site, str]:
+    """Return the sites whose results are rebuilt, each with the reason.
 
     Args:
         sites: all of them.
@@ -133,9 +131,8 @@ def chosen(sites: Sequence[Site], keep: str) -> tuple[Site, ...]:
         )
         wanted = _inside(site) if keep == "block" else _within(site) if keep == "level" else ""
         if site.movable and wanted and depth <= _DEPTH:
-            rebuilt[site] = depth
-            site.why = wanted
-    return tuple(rebuilt)
+            depths[site], reasons[site] = depth, wanted
+    return reasons
 
 
 def _inside(site: Site) -> str:
@@ -148,8 +145,9 @@ def _inside(site: Site) -> str:
 def _within(site: Site) -> str:
     if site.ends and not site.readers:
         return ""  # an output of the model is there anyway
-    if 2 * site.nbytes < site.source_bytes:
-        return ""
+    coarser = any(site.positions < source.positions for source in site.sources)
+    if 2 * site.nbytes < site.source_bytes + coarser:
+        return ""  # made smaller
     if any(reader.nbytes >= 2 * site.nbytes for reader in site.readers):
         return ""
     if site.nbytes >= 2 * site.source_bytes:

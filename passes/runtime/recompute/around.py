@@ -1,10 +1,9 @@
-"""The hooks on a model that record every forward pass with gradients."""
+"""The forward of a model that recomputes: it records itself."""
 
 from __future__ import annotations
 
 __all__ = ["Recording", "recording_of"]
 
-import contextlib
 import importlib
 import sys
 import threading
@@ -17,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pocketize.conversions import conversion
 from pocketize.errors import RewriteError
+from pocketize.passes.runtime.forwards import Forward, obstacle, wrapping
 from pocketize.passes.runtime.recompute.fusing import Fusing
 from pocketize.passes.runtime.recompute.tape import Tape
 from pocketize.passes.runtime.recompute.values import Meter
@@ -24,14 +24,15 @@ from pocketize.passes.runtime.recompute.values import Meter
 _running = threading.local()
 
 
-class Recording:
-    """Forward hooks of the model itself: a tape runs from its first to its last operator.
+class Recording(Forward):
+    """Runs a model's forward with a tape on, from its first to its last operator.
 
     Nothing is recorded where there is no backward pass to come (``no_grad``, ``inference_mode``),
     while ``torch.compile`` traces (it plans recomputation itself, see
     ``torch._functorch.config.activation_memory_budget``), and inside another recording.
 
     Args:
+        module: the model.
         rebuilt: see :class:`Tape`.
         frees: likewise.
         min_bytes: likewise.
@@ -40,45 +41,38 @@ class Recording:
 
     def __init__(
         self,
+        module: nn.Module,
         rebuilt: frozenset[str],
         frees: Mapping[str, tuple[int, ...]],
         min_bytes: int,
         meter: Meter | None = None,
     ) -> None:
+        super().__init__(module)
         self.rebuilt, self.frees, self.min_bytes, self.meter = rebuilt, frees, min_bytes, meter
 
-    def attach(self, model: nn.Module) -> None:
-        """Put the hooks on a model: the first to run before its forward, the last after it."""
-        model.register_forward_pre_hook(self.begin)
-        model.register_forward_hook(self.end, always_call=True)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward.
 
-    def begin(self, model: nn.Module, args: Any) -> None:
-        """Start recording, as a forward pre-hook."""
-        if torch.compiler.is_compiling():
-            return
+        Raises:
+            RuntimeError: the model's parameters are sharded by FSDP.
+        """
+        idle = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        if idle or getattr(_running, "recording", False):
+            return self.original(*args, **kwargs)
+        return self._recorded(*args, **kwargs)
+
+    def _recorded(self, *args: Any, **kwargs: Any) -> Any:
         importlib.import_module("torch._dynamo")  # torch would do so amid the model
-
-        stack = contextlib.ExitStack()
-        opened = _stacks()
-        if torch.is_grad_enabled() and not any(active for _, active, _ in opened):
-            _refuse_sharded(model)
-            tape = Tape(model, self.rebuilt, self.frees, self.min_bytes, self.meter)
-            stack.callback(tape.finish)
-            hooks = saved_tensors_hooks(tape.pack, tape.unpack)
-            stack.enter_context(hooks)
-            stack.enter_context(tape)
-            stack.enter_context(Fusing(tape, lambda: _innermost() is hooks.pack_hook))
-            opened.append((self, True, stack))
-        else:
-            opened.append((self, False, stack))
-
-    def end(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Stop recording, as a forward hook that is always called."""
-        if torch.compiler.is_compiling():
-            return
-        opened = _stacks()
-        if opened and opened[-1][0] is self:
-            opened.pop()[2].close()
+        _refuse_sharded(self.module)
+        tape = Tape(self.module, self.rebuilt, self.frees, self.min_bytes, self.meter)
+        hooks = saved_tensors_hooks(tape.pack, tape.unpack)
+        _running.recording = True
+        try:
+            with hooks, tape, Fusing(tape, lambda: _innermost() is hooks.pack_hook):
+                return self.original(*args, **kwargs)
+        finally:
+            _running.recording = False
+            tape.finish()
 
 
 @conversion("recompute")
@@ -90,20 +84,16 @@ def convert(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> n
     """
     if recording_of(module) is not None:
         raise RewriteError("the model recomputes already")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise RewriteError("TorchScript modules take no hooks, so they cannot recompute")
+    if reason := obstacle(module):
+        raise RewriteError(f"the model cannot recompute: {reason}")
     frees = {name: tuple(parts) for name, parts in options["frees"].items()}
-    Recording(frozenset(options["rebuilt"]), frees, options["min_bytes"]).attach(module)
+    Recording(module, frozenset(options["rebuilt"]), frees, options["min_bytes"]).install()
     return module
 
 
 def recording_of(model: nn.Module) -> Recording | None:
     """Return the recording that a model has been given, ``None`` if it has none."""
-    for hook in model._forward_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, Recording):
-            return owner
-    return None
+    return wrapping(model, Recording)
 
 
 def _refuse_sharded(model: nn.Module) -> None:
@@ -123,13 +113,6 @@ def _refuse_sharded(model: nn.Module) -> None:
             "freed them. Use the pass 'checkpoint' with FSDP, or Recompute with "
             "DistributedDataParallel"
         )
-
-
-def _stacks() -> list[tuple[Recording, bool, contextlib.ExitStack]]:
-    if not hasattr(_running, "stacks"):
-        _running.stacks = []
-    stacks: list[tuple[Recording, bool, contextlib.ExitStack]] = _running.stacks
-    return stacks
 
 
 def _innermost() -> Any:
