@@ -124,11 +124,11 @@ def chosen(sites: Sequence[Site], keep: str) -> dict[Site, str]:
     No more than three in a row at one resolution are rebuilt, as rebuilding the last of them needs
     all at once.
     """
-    rebuilt: dict[Site, int] = {}
+    depths: dict[Site, int] = {}
+    reasons: dict[Site, str] = {}
     for site in sites:
-        depth = 1 + max(
-            (rebuilt.get(s, 0) for s in site.sources if s.stage == site.stage), default=0
-        )
+        below = [depths.get(s, 0) for s in site.sources if s.stage == site.stage]
+        depth = 1 + max(below, default=0)
         wanted = _inside(site) if keep == "block" else _within(site) if keep == "level" else ""
         if site.movable and wanted and depth <= _DEPTH:
             depths[site], reasons[site] = depth, wanted
