@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pocketize.passes.runtime.forwards import Forward
+from pocketize.passes.runtime.forwards import Forward, without_backward
 
 #: Buffers up to this many elements are kept whether or not they are known to have been written to:
 #: batch norm writes to its running statistics behind the back of torch's version counters.
@@ -34,7 +34,7 @@ class CheckpointedForward(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward, and remember how to run it again."""
-        if not torch.is_grad_enabled():
+        if without_backward():
             return self.original(*args, **kwargs)
         if next(self.module.buffers(), None) is not None:
             return self._with_buffers(*args, **kwargs)

@@ -13,16 +13,29 @@ here by way of the module, bind the copy's forward to the copy.
 
 from __future__ import annotations
 
-__all__ = ["Forward", "first_parameter", "obstacle", "wrapping"]
+__all__ = ["Forward", "first_parameter", "obstacle", "without_backward", "wrapping"]
 
 import inspect
 from collections.abc import Iterator
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
 F = TypeVar("F", bound="Forward")
+
+#: From torch 2.7 on.
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)
+
+
+def without_backward() -> bool:
+    """Tell whether what runs now will not be differentiated by way of its module.
+
+    An exported or traced program is differentiated, if at all, by its own operators.
+    """
+    tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
+    return not torch.is_grad_enabled() or _is_exporting() or bool(tracing())
 
 
 class Forward:
@@ -58,6 +71,12 @@ class Forward:
         if self.inner is not None:
             return inspect.signature(self.inner)
         return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> CodeType:
+        """The code of the forward itself, in which ``torch.export`` looks up where it stands."""
+        code: CodeType = (self.inner or type(self.module).forward).__code__
+        return code
 
 
 def wrapping(module: nn.Module, kind: type[F]) -> F | None:

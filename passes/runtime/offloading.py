@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from pocketize.capture import find_tensors
 from pocketize.errors import RewriteError
-from pocketize.passes.runtime.forwards import Forward
+from pocketize.passes.runtime.forwards import Forward, without_backward
 
 
 class OffloadedForward(Forward):
@@ -43,7 +43,7 @@ class OffloadedForward(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward."""
-        if not torch.is_grad_enabled():
+        if without_backward():
             return self.original(*args, **kwargs)
         return self._hooked(*args, **kwargs)
 
