@@ -20,6 +20,7 @@ __all__ = [
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -42,6 +43,7 @@ from pocketize.passes.runtime.inplace_functions import Norm, NormActivation
 from pocketize.passes.runtime.inplace_guard import Guard
 from pocketize.passes.runtime.inplace_package import run_package
 
+_CHECKPOINT = "torch.utils.checkpoint"
 _KINDS: dict[Any, str] = {
     _BatchNorm.forward: "batch",
     nn.SyncBatchNorm.forward: "batch",
@@ -52,9 +54,9 @@ _KINDS: dict[Any, str] = {
 
 def _forward_of(module: nn.Module) -> Any:
     """Return the forward that a layer's class had before any conversion; None if it is patched."""
-    if "forward" in vars(module):
-        return None
-    return module.converted_from.forward if isinstance(module, _Converted) else type(module).forward
+    if isinstance(module, _Converted):
+        return module.converted_from.forward
+    return None if "forward" in vars(module) else type(module).forward
 
 
 def norm_kind(module: nn.Module) -> str | None:
@@ -95,11 +97,23 @@ def plain_reason(module: nn.Module) -> str:
         return "it runs without gradients, as in torch.no_grad or a reentrant checkpoint"
     if torch._C._are_functorch_transforms_active():
         return "it runs under a function transform"
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
+    if _in_checkpoint():
         return "it stands in a checkpointed region, which is run again anyway"
     hook = hooks_of(module)
     return f"a {hook} reads the tensor between norm and activation" if hook else ""
+
+
+def _in_checkpoint() -> bool:
+    """Whether a non-reentrant checkpoint's hooks would take what is saved now."""
+    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None:
+        hooks = top(True)
+        return bool(hooks) and getattr(hooks[0], "__module__", "") == _CHECKPOINT
+    # Before torch 2.8 nobody can ask for the hooks, but the region's caller is on the stack.
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != _CHECKPOINT:
+        frame = frame.f_back
+    return frame is not None
 
 
 class _Converted(nn.Module):
