@@ -44,7 +44,8 @@ class Checkpoint(Pass):
 
     Which submodules is a search: those that free most activation bytes per floating-point operation
     are taken until the estimated peak of a training step meets the target. Outputs, gradients and
-    running statistics stay what they were.
+    running statistics stay what they were. The estimate is of the model as it is: what passes that
+    come later save is not in it.
 
     Attributes:
         target: the peak to reach at the least cost, as a size ("4GiB") or a share of the present
@@ -56,7 +57,7 @@ class Checkpoint(Pass):
 
     name: ClassVar[str] = "checkpoint"
     summary: ClassVar[str] = "Run chosen blocks again in backward instead of keeping activations"
-    after: ClassVar[tuple[str, ...]] = ("pocket", "in-place-norm", "amp")
+    after: ClassVar[tuple[str, ...]] = ("pocket",)
     conflicts: ClassVar[tuple[str, ...]] = ("recompute",)
 
     target: str | None = None

@@ -294,7 +294,7 @@ def _standing(module: nn.Module, inner: Mapping[str, nn.Module]) -> str:
     if reason := obstacle(module):
         return reason
     for path, held in {"it": module, **inner}.items():
-        if type(held).__module__.startswith(_RUNTIME):
+        if any(base.__module__.startswith(_RUNTIME) for base in type(held).__mro__):
             return f"{path} is a {type(held).__name__}, which saves memory in its own way"
     for path, held in inner.items():
         for hook in [*held._forward_hooks.values(), *held._forward_pre_hooks.values()]:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 
 from pocketize import Guarantee, history, load, measure, plan, rewrite, save
 from pocketize.errors import NoEffectWarning, OptionError, OrderError, PatternError, RewriteError
-from pocketize.passes import Amp, Checkpoint
+from pocketize.passes import Amp, Checkpoint, InPlaceNorm, Pocket, Recompute
 from pocketize.passes.runtime.checkpointing import CheckpointedForward
 from pocketize.passes.runtime.forwards import wrapping
 
@@ -410,5 +410,46 @@ def test_under_mixed_precision_the_second_run_is_under_autocast_too():
     once = rewrite(net(), Amp(), inputs=inputs())
     made = rewrite(once, ALL, inputs=inputs())
     same(once, made, inputs())
-    with pytest.raises(OrderError, match="give them as amp, checkpoint"):
-        plan(net(), Checkpoint(), Amp(), inputs=inputs())
+
+
+def test_it_comes_after_the_pass_that_changes_widths_and_not_together_with_recompute():
+    with pytest.raises(OrderError, match="give them as pocket, checkpoint"):
+        plan(net(), Checkpoint(), Pocket(width=4), inputs=inputs())
+    with pytest.raises(OrderError, match="cannot be applied together"):
+        plan(net(), Recompute(), Checkpoint(), inputs=inputs())
+    with pytest.warns(NoEffectWarning, match="already keeps less"):
+        rewrite(
+            rewrite(net(), Recompute(min_bytes=0), inputs=inputs()), Checkpoint(), inputs=inputs()
+        )
+
+
+def leaky(model: Net) -> Net:
+    for block in (model.encoder, model.bottom, model.decoder):
+        block[2], block[3], block[6] = nn.LeakyReLU(0.1), nn.Identity(), nn.LeakyReLU(0.1)
+    return model
+
+
+def test_in_place_norms_go_where_no_checkpoint_is_and_both_together_keep_least():
+    model, x = leaky(net()).double(), inputs(64).double()
+    first = Checkpoint(only=("encoder",))
+    planned = plan(model, first, InPlaceNorm(), inputs=x)
+    refused = {row.path for row in planned.passes[1].refused if "checkpointed region" in row.why}
+    assert refused == {"encoder.1", "encoder.5"}
+    both = planned.apply()
+    for a, b in zip(train(model, x)[1], train(both, x)[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    peaks = [
+        measure(m, x, optimizer=None, estimate=True).peak
+        for m in (both, rewrite(model, first, inputs=x), rewrite(model, InPlaceNorm(), inputs=x))
+    ]
+    assert peaks[0] < min(peaks[1:])
+
+
+def test_blocks_that_hold_in_place_norms_are_not_run_twice():
+    model = leaky(net())
+    model.encoder[1] = nn.Identity()
+    model.encoder[5] = nn.Identity()
+    planned = plan(model, InPlaceNorm(), ALL, inputs=inputs())
+    assert [row.path for row in planned.passes[1].changes] == ["encoder"]
+    assert {row.path for row in planned.passes[1].refused} == {"bottom", "decoder"}
+    assert all("saves memory in its own way" in row.why for row in planned.passes[1].refused)
