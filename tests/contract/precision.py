@@ -77,4 +77,5 @@ def _distance(a: Tensor, b: Tensor, scale: float) -> float:
     """The root of the mean square deviation, over a scale."""
     if not a.numel():
         return 0.0
-    return float((a.double() - b.double()).square().mean().sqrt()) / (scale or 1.0)
+    deviation = (a - b).abs()  # real, also of complex numbers
+    return float(deviation.double().square().mean().sqrt()) / (scale or 1.0)
