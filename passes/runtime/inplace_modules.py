@@ -181,11 +181,12 @@ class NormInPlace(_Converted):
         group = _group_to_share_with(self, input)
         slopes = None if self.slopes_of is None else cast(Tensor, self.slopes_of.weight)
         reason = plain_reason(self) or _slopes_obstacle(slopes, input, kind)
-        if group is None or input.is_cuda:
-            if reason or not _saves(self, input, kind, slopes):
-                return self._plain(input, alone=group is None)
-        else:
-            _check_shape(self, input)  # torch has no SyncBatchNorm on a CPU to fall back to
+        if group is not None:
+            # In all cases here, saving or not: processes whose batches differ must exchange the
+            # same sums, and torch has no SyncBatchNorm for CPUs to fall back to.
+            _check_shape(self, input)
+        elif reason or not _saves(self, input, kind, slopes):
+            return self._plain(input)
         mark = Mark(Activation("identity") if reason else self.absorbed, self._title())
         norm, running = _settings(self, kind, group)
         input = _autocast(input, kind)
@@ -209,9 +210,9 @@ class NormInPlace(_Converted):
                     old.copy_(value)
         return mark.put_on(cast(Tensor, output))
 
-    def _plain(self, input: Tensor, *, alone: bool) -> Tensor:
-        """Run the forward of the class from before."""
-        if alone and isinstance(self, nn.SyncBatchNorm):
+    def _plain(self, input: Tensor) -> Tensor:
+        """Run the forward of the class from before, in this process alone."""
+        if isinstance(self, nn.SyncBatchNorm):
             return _BatchNorm.forward(self, input)  # its own insists on other devices than a CPU
         return cast(Tensor, super().forward(input))
 
