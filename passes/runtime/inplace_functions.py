@@ -23,6 +23,7 @@ from __future__ import annotations
 
 __all__ = ["Norm", "NormActivation"]
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ class Norm:
         """View (N, C, ...) as (N, G, D, S); a copy where the strides allow no view."""
         n, channels = tensor.shape[:2]
         groups = self.groups if self.kind == "group" else channels
-        return tensor.reshape(n, groups, channels // groups, -1)
+        return tensor.reshape(n, groups, channels // groups, math.prod(tensor.shape[2:]))
 
     def affine(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """View a parameter of shape (C,) so that it broadcasts over cells."""
@@ -261,7 +262,7 @@ def _choose(
     exact = _accumulation(y.dtype)
     parameters = (weight, bias, slopes)
     lowest = None
-    if mark.activation.kind == "elu":
+    if mark.activation.kind == "elu" and y.numel():
         lowest = norm.cells(y).amin((0, 3), keepdim=True).to(exact)
     if weight is None:
         weight = torch.ones(y.shape[1], dtype=exact, device=y.device)
