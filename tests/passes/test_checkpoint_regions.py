@@ -14,7 +14,8 @@ from pocketize.errors import RewriteError
 from pocketize.inputs import as_inputs
 from pocketize.passes.regions import Survey, survey
 from pocketize.surgery import apply_edits
-from tests.passes.test_checkpoint import BLOCKS, Branching, inputs, net
+from tests.passes.test_checkpoint import BLOCKS, inputs, net
+from tests.passes.test_checkpoint_refusals import Branching
 
 
 def surveyed(model: nn.Module, x: Tensor) -> Survey:
