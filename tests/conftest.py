@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 
 _WHOLE = "--whole-contract"
 
@@ -10,6 +13,12 @@ _WHOLE = "--whole-contract"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the whole contract be asked for, which takes about an hour."""
     parser.addoption(_WHOLE, action="store_true", help="try every pass in full on every test net")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for each of several processes (``pytest -n 2``), or they wait for each other."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 def whole_contract(config: pytest.Config) -> bool:

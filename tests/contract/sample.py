@@ -7,7 +7,7 @@ layer that passes rewrite, and every tag that is not a channel's affair, is amon
 
 from __future__ import annotations
 
-__all__ = ["DECISIVE", "SAMPLE"]
+__all__ = ["CORE", "COSTLY", "DECISIVE", "SAMPLE"]
 
 HABITS = {
     "each norm": "batch_norm batch_norm_1d batch_norm_no_affine batch_norm_no_statistics "
@@ -50,6 +50,20 @@ HABITS = {
 SAMPLE = frozenset(" ".join(HABITS.values()).split())
 """Names of the nets."""
 
+_CORE = (
+    "batch_norm batch_norm_no_affine instance_norm instance_norm_statistics group_norm",
+    "activations_of_every_kind prelu_per_channel unet monai_segresnet monai_highresnet_padding",
+    "conv3d concat_with_itself residual residual_on_input squeeze_excite_conv conv_transpose2d",
+    "in_place transformer_encoder shared_block tied_module tied_weights weight_norm_legacy",
+    "spectral_norm_parametrized dropout noise_always mixed_modes frozen_parameters",
+    "hook_that_records hook_that_changes hook_on_backward two_inputs keyword_inputs",
+    "nested_output stacked_supervision counts_calls extra_state branch_on_shape checkpointed",
+    "scripted_part graph_module custom_function double_precision channels_last_3d",
+    "keeps_features lazy_after_a_call single_layer no_parameters",
+)
+CORE = frozenset(" ".join(_CORE).split())
+"""The part of the sample on which variants and combinations of passes are tried."""
+
 DECISIVE = (
     "original_untouched",
     "same_keys",
@@ -59,3 +73,6 @@ DECISIVE = (
     "in_place",
 )
 """Checks that run on every net where the row changes anything."""
+
+COSTLY = ("exact_outputs", "exact_training", "checkpoints_fit_both_ways", "resumes", "copies_train")
+"""Checks that train, or repeat what a decisive one finds; on the sample only."""

@@ -6,7 +6,7 @@ lists every check that failed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -16,8 +16,8 @@ from pocketize.registry import list_passes
 from tests.conftest import whole_contract
 from tests.contract.case import make_case
 from tests.contract.cases import CASES, COMBINATIONS, Extent, Row
-from tests.contract.everything import failures
-from tests.contract.sample import DECISIVE, SAMPLE
+from tests.contract.everything import CHECKS, failures
+from tests.contract.sample import CORE, COSTLY, DECISIVE, SAMPLE
 from tests.contract.zoo import every_net, parameters
 from tests.models.registry import Net
 
@@ -28,17 +28,22 @@ ROWS = [
 ] + [pytest.param(row, id=label) for label, row in COMBINATIONS.items()]
 
 
+def _is_usual(net: Net, row: Row) -> bool:
+    """Whether a row is tried on a net in every run."""
+    if row.extent is Extent.THOROUGH:
+        return True
+    if row.extent is Extent.EVERYWHERE:
+        return "slow" not in net.tags
+    return net.name in (CORE if row.extent is Extent.CORE else SAMPLE)
+
+
 def _pairs() -> Iterator[Any]:
     """Every net with every row; net by net, so that what is known of a net serves all rows."""
     for net in parameters():
-        slow = any(mark.name == "slow" for mark in net.marks)
         for row in ROWS:
             if net.values[0].name in row.values[0].not_on:
                 continue
-            in_sample = net.values[0].name in SAMPLE
-            extent = row.values[0].extent
-            wanted = in_sample or (extent is Extent.EVERYWHERE and not slow)
-            rare = [] if wanted or extent is Extent.THOROUGH else [pytest.mark.whole_contract]
+            rare = [] if _is_usual(net.values[0], row.values[0]) else [pytest.mark.whole_contract]
             yield pytest.param(
                 *net.values, *row.values, id=f"{net.id}-{row.id}", marks=[*net.marks, *rare]
             )
@@ -65,9 +70,12 @@ def test_nets_that_a_row_leaves_out_exist() -> None:
 def test_contract(net: Net, row: Row, request: pytest.FixtureRequest) -> None:
     case = make_case(net, *row.make(net), seed=3)
     assert case.plan is not None
-    names = None
-    if not (net.name in SAMPLE or row.extent is Extent.THOROUGH or whole_contract(request.config)):
-        names = DECISIVE if case.plan.edits else ("original_untouched",)
+    names: Iterable[str] | None = None
+    if not (net.name in SAMPLE or whole_contract(request.config)):
+        if row.extent is Extent.THOROUGH:
+            names = [name for name in CHECKS if name not in COSTLY]
+        else:
+            names = DECISIVE if case.plan.edits else ("original_untouched",)
     found = failures(case, names, promise=row.promise)
     assert not found, "\n" + "\n".join(found)
 
