@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tests.contract import trees
 from tests.contract.case import Case, seeded
-from tests.contract.exact import Computed, loss_of
+from tests.contract.runs import Computed, loss_of
 
 __all__ = ["as_amp_alone", "as_autocast_by_hand"]
 
