@@ -17,16 +17,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketize.base import Change, Guarantee, PassRecord, Proposal, Refusal
-from pocketize.edits import Convert
+from pocketize.base import Change, Guarantee, PassRecord, Proposal
 from pocketize.errors import NoEffectWarning
 from pocketize.inputs import as_inputs
 from pocketize.passes import Pocket
 from pocketize.pipeline import PassPlan
-from tests.contract.case import Case, make_case
-from tests.contract.clamp import clamped
+from tests.contract.case import Case
 from tests.contract.everything import CHECKS, failures
-from tests.contract.hooks import RUNTIME
 from tests.contract.snapshot import Snapshot
 from tests.contract.test_exact_checks import EXACT_FAULTS
 from tests.models.registry import Net, image
@@ -433,69 +430,6 @@ def test_idempotent_sees_a_second_change_and_a_missing_warning() -> None:
     assert "no NoEffectWarning" in failures(case, ["idempotent"])[0]
 
 
-def test_idempotent_sees_a_second_conversion() -> None:
-    def wrap(model: Any) -> None:
-        model.head.__class__ = type("Wrapped", (nn.Conv2d,), {})
-
-    for convert, found in (
-        (wrap, "a second run made Conv2d of head into Wrapped"),
-        (add_runtime_hook, "a second run changed stem._forward_hooks"),
-        (forge_history, "a second run changed the history"),
-    ):
-
-        def convert_again(model: nn.Module, convert: Any = convert) -> nn.Module:
-            warnings.warn("fake changed nothing", NoEffectWarning, stacklevel=2)
-            model = copy.deepcopy(model)
-            convert(model)
-            return model
-
-        case = replace(fake_case(), again=convert_again)
-        assert found in failures(case, ["idempotent"])[0]
-
-
-def test_idempotent_wants_a_warning_of_every_pass() -> None:
-    case = replace(fake_case(), passes=2)
-    assert "no NoEffectWarning for 1 of 2 passes" in failures(case, ["idempotent"])[0]
-
-
-class RuntimeHook:
-    """Of the kind that passes put into rewritten nets."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        return None
-
-
-RuntimeHook.__module__ = f"{RUNTIME}.fake"
-
-
-def add_runtime_hook(model: Any) -> None:
-    model.stem.register_forward_hook(RuntimeHook(), prepend=True)
-
-
-def drop_hook_and_add_ours(model: Any) -> None:
-    drop_hook(model)
-    add_runtime_hook(model)
-
-
-def swap_hooks(model: Any) -> None:
-    add_runtime_hook(model)
-    model.stem._forward_hooks.move_to_end(next(iter(model.stem._forward_hooks)))
-    model.stem.register_forward_hook(scale, prepend=True)
-
-
-def test_hooks_survive_lets_only_a_conversion_add_hooks_and_only_of_the_runtime() -> None:
-    def plan(path: str) -> PassPlan:
-        return PassPlan(Pocket(), Proposal((Convert(path, "fake"),)))
-
-    ours = fake_case(add_runtime_hook)
-    assert failures(ours, ["hooks_survive"])
-    assert failures(replace(ours, plan=plan("head")), ["hooks_survive"])
-    assert failures(replace(ours, plan=plan("stem")), ["hooks_survive"]) == []
-    assert failures(replace(ours, plan=plan("")), ["hooks_survive"]) == []
-    for fault in (add_hook, drop_hook_and_add_ours, swap_hooks):
-        assert failures(replace(fake_case(fault), plan=plan("")), ["hooks_survive"]), fault
-
-
 def test_in_place_sees_a_copy() -> None:
     case = replace(fake_case(), in_place=copy.deepcopy)
     assert "returned another module" in failures(case, ["in_place"])[0]
@@ -524,40 +458,3 @@ def test_every_check_has_a_fault() -> None:
     tried = {name for name, _ in [*FAULTS, *EXACT_FAULTS]}
     alone = {"original_untouched", "independent", "idempotent"}
     assert tried | alone == set(CHECKS)
-
-
-class TestClamp:
-    """The clamp's check, on a net with one movable, one frozen and one unexpectedly kept layer."""
-
-    def case(self, **expects: Any) -> Case:
-        net = Net("victim", Victim, image(2, 3, 6, 6), width=4, **expects)
-        return make_case(net, Pocket(width=4))
-
-    def test_right_expectations_hold(self) -> None:
-        clamped(self.case(movable=("stem", "norm", "a"), frozen={"head": "output"}))
-
-    def test_a_layer_that_did_not_move_is_found(self) -> None:
-        with pytest.raises(AssertionError, match=r"head: 2 -> 2, expected 4"):
-            clamped(self.case(movable=("head",)))
-        with pytest.raises(AssertionError, match=r"head: 2 -> 2, expected fewer"):
-            clamped(self.case(shrinks=("head",)))
-
-    def test_a_layer_that_moved_against_expectation_is_found(self) -> None:
-        with pytest.raises(AssertionError, match=r"stem: 8 -> 4, expected to stay"):
-            clamped(self.case(frozen={"stem": ""}))
-
-    def test_another_reason_is_found(self) -> None:
-        with pytest.raises(AssertionError, match=r"head: explain does not say 'the moon'"):
-            clamped(self.case(frozen={"head": "the moon"}))
-
-    def test_a_wide_group_without_a_refusal_is_found(self) -> None:
-        case = self.case()
-        model = NET.build()
-        assert case.plan is not None
-        silent = replace(case, rewritten=model, original=model)
-        with pytest.raises(
-            AssertionError, match=r"stem: stays at 8 channels, and the plan says nothing"
-        ):
-            clamped(silent)
-        told = replace(case.plan.proposal, refused=(Refusal("stem", "r"), Refusal("a", "r")))
-        clamped(replace(silent, plan=replace(case.plan, proposal=told)))

@@ -1,0 +1,82 @@
+"""The checks find what a conversion may not do: touch hooks, convert twice, keep silent."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from pocketize.base import Proposal
+from pocketize.edits import Convert
+from pocketize.errors import NoEffectWarning
+from pocketize.passes import Pocket
+from pocketize.pipeline import PassPlan
+from tests.contract.everything import failures
+from tests.contract.hooks import RUNTIME
+from tests.contract.test_checks import add_hook, drop_hook, fake_case, forge_history, scale
+
+
+class RuntimeHook:
+    """Of the kind that passes put into rewritten nets."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        return None
+
+
+RuntimeHook.__module__ = f"{RUNTIME}.fake"
+
+
+def add_runtime_hook(model: Any) -> None:
+    model.stem.register_forward_hook(RuntimeHook(), prepend=True)
+
+
+def drop_hook_and_add_ours(model: Any) -> None:
+    drop_hook(model)
+    add_runtime_hook(model)
+
+
+def swap_hooks(model: Any) -> None:
+    add_runtime_hook(model)
+    model.stem._forward_hooks.move_to_end(next(iter(model.stem._forward_hooks)))
+    model.stem.register_forward_hook(scale, prepend=True)
+
+
+def test_hooks_survive_lets_only_a_conversion_add_hooks_and_only_of_the_runtime() -> None:
+    def plan(path: str) -> PassPlan:
+        return PassPlan(Pocket(), Proposal((Convert(path, "fake"),)))
+
+    ours = fake_case(add_runtime_hook)
+    assert failures(ours, ["hooks_survive"])
+    assert failures(replace(ours, plan=plan("head")), ["hooks_survive"])
+    assert failures(replace(ours, plan=plan("stem")), ["hooks_survive"]) == []
+    assert failures(replace(ours, plan=plan("")), ["hooks_survive"]) == []
+    for fault in (add_hook, drop_hook_and_add_ours, swap_hooks):
+        assert failures(replace(fake_case(fault), plan=plan("")), ["hooks_survive"]), fault
+
+
+def test_idempotent_sees_a_second_conversion() -> None:
+    def wrap(model: Any) -> None:
+        model.head.__class__ = type("Wrapped", (nn.Conv2d,), {})
+
+    for convert, found in (
+        (wrap, "a second run made Conv2d of head into Wrapped"),
+        (add_runtime_hook, "a second run changed stem._forward_hooks"),
+        (forge_history, "a second run changed the history"),
+    ):
+
+        def convert_again(model: nn.Module, convert: Any = convert) -> nn.Module:
+            warnings.warn("fake changed nothing", NoEffectWarning, stacklevel=2)
+            model = copy.deepcopy(model)
+            convert(model)
+            return model
+
+        case = replace(fake_case(), again=convert_again)
+        assert found in failures(case, ["idempotent"])[0]
+
+
+def test_idempotent_wants_a_warning_of_every_pass() -> None:
+    case = replace(fake_case(), passes=2)
+    assert "no NoEffectWarning for 1 of 2 passes" in failures(case, ["idempotent"])[0]
