@@ -68,7 +68,7 @@ class Recording(Forward):
         hooks = saved_tensors_hooks(tape.pack, tape.unpack)
         _running.recording = True
         try:
-            with hooks, tape, Fusing(tape, lambda: _innermost() is hooks.pack_hook):
+            with hooks, tape, Fusing(tape, lambda: _takes(hooks.pack_hook)):
                 return self.original(*args, **kwargs)
         finally:
             _running.recording = False
@@ -115,7 +115,16 @@ def _refuse_sharded(model: nn.Module) -> None:
         )
 
 
-def _innermost() -> Any:
-    """Return the pack hook that autograd would call now."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return None if hooks is None else hooks[0]
+def _takes(pack: Any) -> bool:
+    """Whether autograd would give what it saves now to this function, not to a checkpoint inside."""
+    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None:
+        hooks = top(False)
+        return hooks is not None and hooks[0] is pack
+    # Before torch 2.8 nobody can ask, but a checkpointed region's caller is on the stack.
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not Recording._recorded.__code__:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return False
+        frame = frame.f_back
+    return True

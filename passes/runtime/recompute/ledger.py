@@ -148,7 +148,7 @@ class Ledger:
         memory.shell = None
         content = value.content(stage, self._meter)
         storage.resize_(nbytes)
-        with torch.no_grad(), _unsafe_preserve_version_counter((tensor,)):
+        with torch.no_grad(), _unsafe_preserve_version_counter(tensor):
             alias = tensor.detach()
             if alias.dtype != dtype:
                 alias = alias.view(dtype)

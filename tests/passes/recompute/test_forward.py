@@ -141,7 +141,10 @@ def test_an_error_in_the_forward_ends_the_recording(x: Tensor) -> None:
     made = recomputed(small().double(), x)
     with pytest.raises(RuntimeError, match=r"size|channels"):
         made(torch.randn(2, 3, 8, 8, dtype=torch.float64))
-    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    saved: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda packed: packed):
+        torch.zeros((), requires_grad=True).exp()
+    assert len(saved) == 1  # nobody else's hooks are in between
     assert torch._C._len_torch_dispatch_stack() == 0
     assert torch._C._len_torch_function_stack() == 0
     same(gradients(reference(made), x), gradients(made, x))
