@@ -116,7 +116,7 @@ def _refuse_sharded(model: nn.Module) -> None:
 
 
 def _takes(pack: Any) -> bool:
-    """Whether autograd would give what it saves now to this function, not to a checkpoint inside."""
+    """Whether autograd gives what it saves now to this function, not to a checkpoint inside."""
     top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     if top is not None:
         hooks = top(False)
