@@ -117,6 +117,11 @@ ROWS = {
     "in-place-norm-amp": Row(
         "in-place-norm + amp", _passes("in-place-norm", "amp"), note="bfloat16 inside"
     ),
+    "recompute-block-amp": Row(
+        "amp + recompute keep=block",
+        _passes("amp", "recompute:keep=block"),
+        note="bfloat16 inside",
+    ),
     "recompute-amp": Row(
         "amp + recompute keep=level",
         _passes("amp", "recompute:keep=level"),
