@@ -16,6 +16,7 @@ from __future__ import annotations
 __all__ = ["Fusing"]
 
 import inspect
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -116,53 +117,61 @@ class Fusing(TorchFunctionMode):
         call = NormCall.bind(func, args, kwargs)
         self.tape.statistics = None
         made = func(*args, **kwargs)
-        if call is not None:
-            call = replace(call, dtype=made.dtype, statistics=self.tape.statistics)
         if call is not None and made.requires_grad and made.grad_fn is not None:
-            made._pocketize_norm = _Made(call, made._version, self.tape.views_of(made))
+            call = replace(call, dtype=made.dtype, statistics=self.tape.statistics)
+            self._note(call, made)
         return made
 
     def _activation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        normed = args[0] if args else kwargs.get("input")
-        made = getattr(normed, "_pocketize_norm", None)
-        if made is None or not isinstance(normed, Tensor) or not self._still(normed, made):
+        normed: Any = args[0] if args else kwargs.get("input")
+        made = self._noted(normed, NormCall)
+        if made is None:
             return func(*args, **kwargs)
         taken = _without_input(func, args, kwargs)
         if taken is None:
             return func(*args, **kwargs)
         activation, extra, in_place = taken
-        if in_place and self.tape.views_of(normed) != made.views:
-            return func(*args, **kwargs)  # somebody would see it through a view
-        named = {name: value for name, value in kwargs.items() if name not in ("input", "self")}
-        write = partial(_apply, func, args[1:], named) if in_place else None
-        fused: Tensor = NormAct.run(made.call, normed, activation, extra, write)
         if not in_place:
-            return fused
-        del normed._pocketize_norm  # type: ignore[attr-defined]
-        try:
-            # Whoever holds the tensor sees it activated, with the history that goes with it.
-            torch.utils.swap_tensors(normed, fused)  # type: ignore[no-untyped-call]
-        except RuntimeError:  # somebody holds it in a way that cannot follow
+            return NormAct.run(made.call, normed, activation, extra, None)
+        memory = self.tape.ledger.memory(normed)
+        viewed = memory.views != made.views  # somebody would see it through a view
+        if viewed or _held(normed):
             return func(*args, **kwargs)
+        named = {name: value for name, value in kwargs.items() if name not in ("input", "self")}
+        write = partial(_apply, func, args[1:], named)
+        fused = NormAct.run(made.call, normed, activation, extra, write)
+        memory.note = None
+        # Whoever holds the tensor sees it activated, with the history that goes with it.
+        torch.utils.swap_tensors(normed, fused)  # type: ignore[no-untyped-call]
         return normed
 
-    def _still(self, tensor: Tensor, made: _Made) -> bool:
-        """Whether a tensor is as it was made, and nobody waits for its gradient."""
+    def _note(self, call: Any, tensor: Tensor) -> None:
+        """Remember with its memory how a tensor was made; subclasses copy what is on a tensor."""
+        memory = self.tape.memory_of(tensor)
+        if memory is not None:
+            memory.note = _Made(call, tensor._version, memory.views, tensor.grad_fn)
+
+    def _noted(self, tensor: Any, kind: type) -> _Made | None:
+        """Return how a tensor was made, if it is as it was and nobody waits for its gradient."""
+        memory = self.tape.memory_of(tensor)
+        made: _Made | None = None if memory is None else memory.note
+        if made is None or not isinstance(made.call, kind) or tensor.grad_fn is not made.node:
+            return None
         awaited = tensor._backward_hooks or tensor.retains_grad
-        return tensor._version == made.version and not awaited
+        return None if awaited or tensor._version != made.version else made
 
     def _cat(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         made = func(*args, **kwargs)
         parts = args[0] if args else kwargs.get("tensors")
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
         if dim in (1, 1 - made.ndim) and made.requires_grad and isinstance(parts, tuple | list):
-            made._pocketize_parts = _Made(tuple(parts), made._version, 0)
+            self._note(tuple(parts), made)
         return made
 
     def _conv(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        data = args[0] if args else kwargs.get("input")
-        made = getattr(data, "_pocketize_parts", None)
-        if made is not None and isinstance(data, Tensor) and self._still(data, made):
+        data: Any = args[0] if args else kwargs.get("input")
+        made = self._noted(data, tuple)
+        if made is not None:
             joined = join(func, made.call, data, args, kwargs)
             if joined is not None:
                 return joined
@@ -177,11 +186,13 @@ class _Made:
         call: the call of the norm, or the parts of the concatenation.
         version: the tensor's version then.
         views: how many views of its memory there were.
+        node: its node in autograd's graph; an alias without its history is another tensor.
     """
 
     call: Any
     version: int
     views: int
+    node: Any
 
 
 _KNOWN = {*_NORMS, *_CATS, *_CONVS, *_ACTIVATIONS, *_IN_PLACE, *_RAW}
@@ -221,6 +232,11 @@ def _without_input(
     if tensors:
         return function, tensors, in_place
     return (partial(_apply, function, rest, named) if rest or named else function), (), in_place
+
+
+def _held(tensor: Any) -> bool:
+    """Whether a tensor is watched, or held from outside Python, so that it cannot be swapped."""
+    return bool(weakref.getweakrefs(tensor)) or tensor._use_count() > 1
 
 
 def _apply(function: Any, rest: tuple[Any, ...], named: dict[str, Any], x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ __all__ = ["Ledger", "Memory", "bytes_of", "covers", "geometry_of", "is_plain"]
 
 import functools
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,12 @@ class Memory:
         version: the version that this is true of; ``None`` to take the next one seen.
         name: name of the parameter that lies here, or of which this is a cast.
         views: how many views were made of it.
+        note: how the tensor that fills it was made, for whoever left it here.
         shell: the value to build again, its geometry and the number of bytes, where the memory has
             been taken away.
     """
 
-    __slots__ = ("name", "shell", "values", "version", "views", "watch")
+    __slots__ = ("name", "note", "shell", "values", "version", "views", "watch")
 
     def __init__(self, watch: weakref.ref[torch.UntypedStorage]) -> None:
         self.watch = watch
@@ -42,6 +44,7 @@ class Memory:
         self.version: int | None = None
         self.name: str | None = None
         self.views = 0
+        self.note: Any = None
         self.shell: tuple[Value, Geometry, int] | None = None
 
 

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pocketize.passes.runtime.recompute.ledger import (
     Ledger,
+    Memory,
     bytes_of,
     covers,
     geometry_of,
@@ -138,9 +139,11 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self.quietly():
             self.ledger.bring_back(tensor, self.stage)
 
-    def views_of(self, tensor: Tensor) -> int:
-        """Return how many views were made of the memory of a tensor so far."""
-        return self.ledger.memory(tensor).views if is_plain(tensor) else 0
+    def memory_of(self, tensor: Any) -> Memory | None:
+        """Return what is known of a tensor's memory; ``None`` for what is no ordinary tensor."""
+        if not isinstance(tensor, Tensor) or not is_plain(tensor):
+            return None
+        return self.ledger.memory(tensor)
 
     # What runs.
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from pocketize import load, rewrite, save
 from pocketize.passes import Recompute
 from pocketize.passes.runtime.recompute.around import recording_of
 from pocketize.passes.runtime.recompute.ledger import Ledger
+from pocketize.passes.runtime.recompute.normact import NormCall
 from tests.passes.recompute.nets import Net, gradients, reference, same
 
 
@@ -288,3 +292,58 @@ def test_an_in_place_activation_whose_result_is_dropped(x: Tensor) -> None:
 
     made = recomputed(Dropped(nn.BatchNorm2d, nn.ReLU()).double(), x)
     same(gradients(reference(made), x), gradients(made, x))
+
+
+def test_an_in_place_activation_of_a_tensor_that_somebody_watches(x: Tensor) -> None:
+    class Watching(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            normed = self.n1(self.a1(x))
+            watch = weakref.ref(normed)  # such a tensor cannot change places with another
+            F.leaky_relu_(normed, 0.2)
+            return self.head(watch())
+
+    made = recomputed(Watching(nn.BatchNorm2d, nn.ReLU()).double(), x)
+    same(gradients(reference(made), x), gradients(made, x))
+
+
+def test_a_subclass_that_hands_attributes_on_is_not_taken_for_what_was_normed() -> None:
+    class Scaled(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.n1(self.a1(x)) * 3 - 1
+            return self.head(self.act(x))
+
+    point = MetaTensor(torch.randn(2, 1, 8, 8, dtype=torch.float64))
+    for make in (Scaled, Net):
+        made = recomputed(make(nn.BatchNorm2d, nn.ReLU(inplace=True)).double(), point.as_tensor())
+        found = []
+        for model in (reference(made), made):
+            torch.manual_seed(0)
+            out = model(point).as_tensor()
+            (out * out.detach().cos()).sum().backward()
+            found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        same(*found)
+
+
+def test_an_alias_without_history_stays_without(x: Tensor) -> None:
+    class Detaching(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            normed = self.n1(self.a1(x))
+            return self.head(F.relu(normed.detach()) + F.silu(normed.view_as(normed)))
+
+    made = recomputed(Detaching(nn.BatchNorm2d, nn.ReLU()).double(), x)
+    same(gradients(reference(made), x), gradients(made, x))
+
+
+def test_outputs_hold_no_more_than_they_are(x: Tensor) -> None:
+    class Normed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.act(self.n1(self.a1(x)))
+            return self.n2(self.a2(x)), torch.cat((x, x), 1)
+
+    made = recomputed(Normed(nn.BatchNorm2d, nn.ReLU()).double(), x)
+    gc.collect()
+    before = sum(type(o) is NormCall for o in gc.get_objects())
+    outputs = made(x)
+    gc.collect()
+    assert sum(type(o) is NormCall and o.x is not None for o in gc.get_objects()) <= before
+    assert not any(vars(output) for output in outputs)
