@@ -135,11 +135,12 @@ class Fusing(TorchFunctionMode):
             return NormAct.run(made.call, normed, activation, extra, None)
         memory = self.tape.ledger.memory(normed)
         viewed = memory.views != made.views  # somebody would see it through a view
-        if viewed or _held(normed):
+        alias = normed.detach()
+        if viewed or _held(normed) or _held(alias):
             return func(*args, **kwargs)
         named = {name: value for name, value in kwargs.items() if name not in ("input", "self")}
         write = partial(_apply, func, args[1:], named)
-        fused = NormAct.run(made.call, normed, activation, extra, write)
+        fused = NormAct.run(made.call, alias, activation, extra, write)
         memory.note = None
         # Whoever holds the tensor sees it activated, with the history that goes with it.
         torch.utils.swap_tensors(normed, fused)  # type: ignore[no-untyped-call]

@@ -120,8 +120,8 @@ class NormAct(torch.autograd.Function):
             activation: a function of a tensor, and of the tensors in ``extra``.
             extra: parameters of the activation, such as the slopes of PReLU: one number, or one for
                 each channel.
-            in_place: does the same to the memory of a tensor; then the result lies in that of
-                ``normed``.
+            in_place: does the same to the memory of a tensor; then ``normed`` is an alias without
+                history and becomes the result.
         """
         state = _Autocast.now(normed.device.type)
         what = call.bare(), activation, state, normed, in_place
@@ -134,7 +134,7 @@ class NormAct(torch.autograd.Function):
         ctx.call, ctx.activation, ctx.state, normed, in_place = what
         ctx.save_for_backward(*tensors)
         if in_place is not None:
-            made: Tensor = normed.detach()
+            made: Tensor = normed
             in_place(made)
         else:
             made = ctx.activation(normed, *tensors[7:])
