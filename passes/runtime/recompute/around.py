@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pocketize.conversions import conversion
 from pocketize.errors import RewriteError
-from pocketize.passes.runtime.forwards import Forward, obstacle, wrapping
+from pocketize.passes.runtime.forwards import Forward, obstacle, without_backward, wrapping
 from pocketize.passes.runtime.recompute.fusing import Fusing
 from pocketize.passes.runtime.recompute.tape import Tape
 from pocketize.passes.runtime.recompute.values import Meter
@@ -56,7 +56,7 @@ class Recording(Forward):
         Raises:
             RuntimeError: the model's parameters are sharded by FSDP.
         """
-        idle = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        idle = torch.compiler.is_compiling() or without_backward()
         if idle or getattr(_running, "recording", False):
             return self.original(*args, **kwargs)
         return self._recorded(*args, **kwargs)
