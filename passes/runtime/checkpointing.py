@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pocketize.passes.runtime.forwards import Forward, without_backward
+from pocketize.passes.runtime.versions import version_of
 
 #: Buffers up to this many elements are kept whether or not they are known to have been written to:
 #: batch norm writes to its running statistics behind the back of torch's version counters.
@@ -70,13 +71,13 @@ class _Buffers:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Surround the first run: keep the values of what it writes to."""
-        before = {id(b): (b.detach().clone(), _version(b)) for _, _, b in self._places}
+        before = {id(b): (b.detach().clone(), version_of(b)) for _, _, b in self._places}
         yield
         self._places = [
             (owner, name, buffer)
             for owner, name, buffer in self._places
             if owner._buffers.get(name) is not buffer
-            or _version(buffer) != before[id(buffer)][1]
+            or version_of(buffer) != before[id(buffer)][1]
             or buffer.numel() <= _SMALL
         ]
         self._values = {id(buffer): before[id(buffer)][0] for _, _, buffer in self._places}
@@ -92,7 +93,3 @@ class _Buffers:
         """Put the buffers back."""
         for (owner, name, _), current in zip(self._places, self._now.pop(), strict=True):
             owner._buffers[name] = current
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

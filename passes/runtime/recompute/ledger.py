@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from pocketize.passes.runtime.recompute.values import Geometry, Meter, Value
+from pocketize.passes.runtime.versions import version_of
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 
@@ -180,10 +181,6 @@ def is_plain(tensor: Tensor) -> bool:
 def geometry_of(tensor: Tensor) -> Geometry:
     """Where in its storage a tensor lies."""
     return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
-
-
-def version_of(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def bytes_of(tensor: Tensor) -> int:
