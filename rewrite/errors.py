@@ -10,12 +10,14 @@
     ├── RewriteError               a rewrite that failed; the caller's model is as it was
     │   ├── OrderError             passes in an order that one of them excludes
     │   └── VerifyError            the rewritten model did not do what the plan predicted
-    ├── RegistryError              passes by name: unknown, registered twice, broken
+    ├── RegistryError              passes and commands by name: unknown, registered twice, broken
     ├── RecipeError                a recipe file: not TOML, unknown keys, wrong values
     ├── ArtifactError              saved models: truncated, not ours, made by another version,
     │                              or not fitting the factory
     ├── ModelError                 a model named on the command line: not found, or it did not build
     ├── MeasureError               a measurement that could not be made
+    ├── PlanningError              widths that cannot be planned: points, complexities, a cache
+    │   └── BudgetError            a budget that no widths meet; it tells the smallest that some do
     └── ReportError                a comparison's JSON, or a threshold on it, that cannot be read
 
     PocketizeWarning (UserWarning)
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 __all__ = [
     "ArtifactError",
+    "BudgetError",
     "CaptureError",
     "InputError",
     "MeasureError",
@@ -34,6 +37,7 @@ __all__ = [
     "OptionError",
     "OrderError",
     "PatternError",
+    "PlanningError",
     "PocketizeError",
     "PocketizeWarning",
     "RecipeError",
@@ -81,7 +85,7 @@ class VerifyError(RewriteError):
 
 
 class RegistryError(PocketizeError):
-    """A pass is unknown, registered twice under one name, or broken."""
+    """A pass or a command is unknown, registered twice under one name, or broken."""
 
 
 class RecipeError(PocketizeError):
@@ -98,6 +102,14 @@ class ModelError(PocketizeError):
 
 class MeasureError(PocketizeError):
     """A memory or time measurement that could not be made."""
+
+
+class PlanningError(PocketizeError, ValueError):
+    """Widths cannot be planned from what was given: trained points, complexities, a cache."""
+
+
+class BudgetError(PlanningError):
+    """No widths meet a budget. The text tells the smallest budget that some widths meet."""
 
 
 class ReportError(PocketizeError):
