@@ -14,12 +14,12 @@ from __future__ import annotations
 
 __all__ = ["GROUP", "PassInfo", "get_pass", "list_passes", "parse_pass"]
 
-import importlib.metadata
 import inspect
-import re
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 
 from pocketize.base import Guarantee, OptionInfo, Pass, check_declaration
+from pocketize.entries import discover, distribution_of, load_entry, only_entry
 from pocketize.errors import OptionError, RegistryError, nearest
 from pocketize.options import split_options
 
@@ -55,7 +55,10 @@ def list_passes() -> list[PassInfo]:
     Raises:
         RegistryError: two distributions register the same name.
     """
-    return [_describe(_only(name, entries)) for name, entries in sorted(_discover().items())]
+    return [
+        _describe(only_entry("pass", name, entries))
+        for name, entries in sorted(discover(GROUP).items())
+    ]
 
 
 def get_pass(name: str) -> type[Pass]:
@@ -65,11 +68,11 @@ def get_pass(name: str) -> type[Pass]:
         RegistryError: the name is unknown (the nearest known one is suggested), registered by two
             distributions, or its pass is broken.
     """
-    known = _discover()
+    known = discover(GROUP)
     if name not in known:
         names = ", ".join(sorted(known)) or "none; is pocketize installed?"
         raise RegistryError(f"no pass is called {name!r}.{nearest(name, known)} Passes: {names}")
-    return _load(_only(name, known[name]))
+    return _load(only_entry("pass", name, known[name]))
 
 
 def parse_pass(spec: str) -> Pass:
@@ -93,35 +96,8 @@ def parse_pass(spec: str) -> Pass:
         raise OptionError(f"{error} (in {spec!r})") from None
 
 
-def _discover() -> dict[str, list[importlib.metadata.EntryPoint]]:
-    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
-    for entry in importlib.metadata.entry_points(group=GROUP):
-        found.setdefault(entry.name, []).append(entry)
-    return found
-
-
-def _only(name: str, entries: list[importlib.metadata.EntryPoint]) -> importlib.metadata.EntryPoint:
-    # One distribution may be found twice, for instance installed and editable; the first one on
-    # sys.path is the one that Python would import, and is no quarrel.
-    owners = {re.sub(r"[-_.]+", "-", _owner(entry).lower()): entry for entry in reversed(entries)}
-    if len(owners) > 1:
-        both = " and ".join(sorted(_distribution(entry) for entry in owners.values()))
-        raise RegistryError(
-            f"two distributions register a pass called {name!r}: {both}. Uninstall one of them"
-        )
-    return entries[0]
-
-
-def _load(entry: importlib.metadata.EntryPoint) -> type[Pass]:
-    where = f"pass {entry.name!r} of {_distribution(entry)} ({entry.value})"
-    try:
-        loaded = entry.load()
-    except (Exception, SystemExit) as error:
-        # Importing a stranger's module may raise anything at all; what matters to the caller is
-        # that this pass, and only this one, cannot be used.
-        raise RegistryError(
-            f"{where} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+def _load(entry: EntryPoint) -> type[Pass]:
+    loaded, where = load_entry("pass", entry)
     if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
         raise RegistryError(f"{where} is not a subclass of pocketize.Pass but {loaded!r:.100}")
     try:
@@ -136,8 +112,8 @@ def _load(entry: importlib.metadata.EntryPoint) -> type[Pass]:
     return loaded
 
 
-def _describe(entry: importlib.metadata.EntryPoint) -> PassInfo:
-    distribution = _distribution(entry)
+def _describe(entry: EntryPoint) -> PassInfo:
+    distribution = distribution_of(entry)
     try:
         cls = _load(entry)
     except RegistryError as error:
@@ -152,12 +128,3 @@ def _describe(entry: importlib.metadata.EntryPoint) -> PassInfo:
         why = f"pass {entry.name!r} cannot be made with its defaults: {error}"
         return PassInfo(entry.name, "", None, distribution, (), error=why)
     return PassInfo(entry.name, cls.summary, guarantee, distribution, options)
-
-
-def _owner(entry: importlib.metadata.EntryPoint) -> str:
-    # the name is None where a distribution's METADATA file is damaged
-    return (entry.dist.name if entry.dist is not None else None) or "an unknown distribution"
-
-
-def _distribution(entry: importlib.metadata.EntryPoint) -> str:
-    return f"{_owner(entry)} {entry.dist.version}" if entry.dist is not None else _owner(entry)

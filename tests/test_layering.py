@@ -42,6 +42,7 @@ ENGINE = (
     "options",
     "records",
     "base",
+    "entries",
     "registry",
     "recipe",
     "ranking",

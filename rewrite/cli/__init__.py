@@ -2,7 +2,7 @@
 
 Data goes to stdout; progress, warnings and errors go to stderr. Exit codes: 0 done; 1 a check
 failed (a budget exceeded, or nothing changed under ``--strict``); 2 the command was given wrongly;
-3 the rewrite failed.
+3 the rewrite failed. Distributions add commands of their own: :mod:`pocketize.cli.commands`.
 """
 
 from __future__ import annotations
@@ -59,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
     except SystemExit as leaving:  # --help, --version, or wrong arguments
         return leaving.code if isinstance(leaving.code, int) else USAGE
+    except RegistryError as error:  # before there are any arguments to look at
+        if "--debug" in (sys.argv if argv is None else argv):
+            traceback.print_exc()
+        note(f"error: {error}")
+        return USAGE
     try:
         with _logging(args.verbose), _current_folder_importable(), warnings.catch_warnings():
             # copying a program that torch exported makes torch warn of its own code

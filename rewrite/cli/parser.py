@@ -5,12 +5,16 @@ from __future__ import annotations
 __all__ = ["build_parser", "parse"]
 
 import argparse
+import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pocketize.cli.commands import Command, command_names, load_command
 from pocketize.cli.listing import run_explain, run_passes, run_zoo
 from pocketize.cli.reporting import run_demo, run_report
 from pocketize.cli.rewriting import run_apply, run_plan
+from pocketize.errors import RegistryError
 from pocketize.version import VERSION
 
 _MODEL_HELP = "package.module:factory, zoo:NAME, or a file ending in .pt2"
@@ -37,8 +41,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     Until Python 3.12, argparse settles an optional positional as soon as it meets an option, and
     then does not know the word in ``report A --input 1x1x8x8 B``.
+
+    Raises:
+        RegistryError: the command is a distribution's own, and cannot be used.
     """
-    parser = build_parser()
+    parser = build_parser(sys.argv[1:] if argv is None else argv)
     args, unknown = parser.parse_known_args(argv)
     last = _LAST_WORDS.get(args.command)
     one_word = len(unknown) == 1 and not unknown[0].startswith("-")
@@ -49,8 +56,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Make the parser; ``run`` of what it returns is the function of the command."""
+def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
+    """Make the parser; ``run`` of what it returns is the function of the command.
+
+    Args:
+        words: what will be parsed. Commands from outside the engine are imported only if the words
+            ask for them; by default all are.
+
+    Raises:
+        RegistryError: the words ask for such a command, and it cannot be used.
+    """
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
     common.add_argument("--debug", action="store_true", help="show tracebacks of errors")
@@ -106,7 +121,56 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report(
         command("report", run_report, "measure two models and put the figures side by side")
     )
+    _add_commands_from_outside(parser, commands, common, words)
     return parser
+
+
+def _add_commands_from_outside(
+    parser: argparse.ArgumentParser,
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    common: argparse.ArgumentParser,
+    words: Sequence[str],
+) -> None:
+    """Add what :mod:`pocketize.cli.commands` finds, and tell in the help what cannot be used."""
+    own = frozenset(commands.choices)
+    asked = next((word for word in words if not word.startswith("-")), None)
+    listed = asked is None and any(word.startswith(("-h", "--h")) for word in words)
+    if listed:
+        parser.epilog = f"{parser.epilog}{_list_commands_from_outside(commands, own)}"
+        return
+    for name in command_names():
+        if name not in own:
+            # also those not asked for: the error for a word that is no command lists all names
+            made = commands.add_parser(name, parents=[common])
+            if name == asked:
+                _declare(name, load_command(name), made)
+
+
+def _list_commands_from_outside(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], own: frozenset[str]
+) -> str:
+    unusable = ""
+    for name in command_names():
+        try:
+            help = load_command(name, own).summary.replace("%", "%%")
+        except RegistryError as error:
+            why = textwrap.fill(str(error), 100, initial_indent="  ", subsequent_indent="    ")
+            unusable += f"{why}\n"
+            continue
+        commands.add_parser(name, help=help)
+    return unusable and f"\ncommands that cannot be used:\n{unusable}"
+
+
+def _declare(name: str, command: Command, parser: argparse.ArgumentParser) -> None:
+    try:
+        command.add_arguments(parser)
+    except Exception as error:
+        # a stranger's code, which may raise anything: a clash of option names, most likely
+        raise RegistryError(
+            f"command {name!r} cannot declare its arguments: {type(error).__name__}: {error}"
+        ) from error
+    parser.description = f"{command.summary[:1].upper()}{command.summary[1:]}."
+    parser.set_defaults(run=command.run)
 
 
 def _add_model(parser: argparse.ArgumentParser, **options: Any) -> None:
