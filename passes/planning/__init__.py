@@ -1,0 +1,28 @@
+"""Widths from a budget: how far a network can shrink, and where, before accuracy suffers.
+
+::
+
+    plan = plan_widths(model, max_bytes="1MB", complexity=(.1518, .0857, .0655, .0496, .0375),
+                       degradation=degradation_of("unet"))
+    print(plan)
+    small = rewrite(model, Width.from_plan(plan))
+
+Source: Mishra, Chen, Hu, "Image Complexity Guided Network Compression for Biomedical Image
+Segmentation", ACM JETC 2021.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DEGRADATION",
+    "DatasetFit",
+    "Degradation",
+    "DegradationFit",
+    "Point",
+    "degradation_of",
+    "fit_degradation",
+]
+
+from pocketize.passes.planning.degradation import DEGRADATION, Degradation, degradation_of
+from pocketize.passes.planning.fitting import DatasetFit, DegradationFit, fit_degradation
+from pocketize.passes.planning.points import Point
