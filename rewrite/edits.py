@@ -123,9 +123,20 @@ class SetArgument(Edit):
 
 @dataclass(frozen=True)
 class Redraw(Edit):
-    """Draw all weights anew from the distribution that the model was initialised with."""
+    """Draw weights anew from the distribution that the model was initialised with.
+
+    Attributes:
+        module: path of a module that a conversion makes, whose weights alone are drawn, as the
+            weights that stood there were; ``""`` draws all weights of the model.
+    """
 
     kind: ClassVar[str] = "redraw"
+    module: str = ""
+
+    @property
+    def path(self) -> str:
+        """Path of the module, ``""`` for all weights."""
+        return self.module
 
 
 @dataclass(frozen=True)
@@ -160,7 +171,7 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
         raise ArtifactError(
             f"unknown kind of edit {data.get('edit')!r}; this version knows {sorted(_KINDS)}"
         )
-    fields = {f.name: data.get(f.name) for f in dataclasses.fields(kind)}
+    fields = {f.name: data.get(f.name, _default(f)) for f in dataclasses.fields(kind)}
     for name, value in fields.items():
         if isinstance(value, list) and all(isinstance(item, int) for item in value):
             fields[name] = tuple(value)
@@ -169,6 +180,11 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
         if not isinstance(fields[f.name], expected[str(f.type)]):
             raise ArtifactError(f"edit {data!r:.200}: {f.name} must be {f.type}")
     return kind(**fields)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """What stands for a field that an older file does not have; ``None`` if it must have it."""
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def read_attribute(module: Any, name: str) -> Any:

@@ -2,7 +2,8 @@
 
 Conversions change which operators run, so there is no recording to compare with. What must stay is
 what the caller sees: nesting, shapes and dtypes of the outputs in both modes, and which parameters
-get gradients.
+get gradients. Where a conversion puts other parameters into a module, those that are new have to
+get gradients if the old ones did.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pocketize.capture import find_tensors, quiet_recording, structure_of
 from pocketize.clone import fake_clone
-from pocketize.edits import Edit
+from pocketize.edits import Convert, Edit
 from pocketize.inputs import Inputs
 from pocketize.surgery import apply_edits
 
@@ -31,10 +32,12 @@ class _Outcome:
     Attributes:
         outputs: nesting, dtypes and shapes.
         gradients: shapes of the gradients by parameter.
+        parameters: every parameter, and whether it is to get one.
     """
 
     outputs: Any
     gradients: dict[str, tuple[int, ...]]
+    parameters: dict[str, bool]
 
 
 class Rehearsal:
@@ -68,9 +71,7 @@ class Rehearsal:
                 return f"in {mode} mode it raises {type(after).__name__}: {text:.300}"
             if after.outputs != before.outputs:
                 return f"in {mode} mode the outputs have other shapes, dtypes or nesting"
-            if after.gradients != before.gradients:
-                differ = before.gradients.items() ^ after.gradients.items()
-                names = sorted({name for name, _ in differ})
+            if names := _other_gradients(before, after, edits):
                 return f"in {mode} mode these parameters get other gradients: {names[:3]}"
         return ""
 
@@ -87,10 +88,29 @@ class Rehearsal:
                 return error
 
 
+def _other_gradients(before: _Outcome, after: _Outcome, edits: Sequence[Edit]) -> list[str]:
+    """Return parameters that get a gradient of another shape, or now one and then none."""
+    kept = before.parameters.keys() & after.parameters.keys()
+    differ = before.gradients.items() ^ after.gradients.items()
+    found = {name for name, _ in differ if name in kept}
+    for path in {edit.module for edit in edits if isinstance(edit, Convert)}:
+        prefix = f"{path}." if path else ""
+        gone, made = (
+            {name for name in one.parameters.keys() - kept if name.startswith(prefix)}
+            for one in (before, after)
+        )
+        if not gone.isdisjoint(before.gradients):
+            wanted = {name for name in made if after.parameters[name]}
+            found |= wanted - after.gradients.keys()
+    return sorted(found)
+
+
 def _step(model: nn.Module, inputs: Inputs, train: bool) -> _Outcome:
     output = inputs.map(lambda t: t.detach().clone()).call(model)
     losses = [t.sum() for t in find_tensors(output) if t.requires_grad and t.numel()]
     if losses and train:
         torch.autograd.backward(losses)
-    gradients = {n: tuple(p.grad.shape) for n, p in model.named_parameters() if p.grad is not None}
-    return _Outcome(structure_of(output), gradients)
+    parameters = dict(model.named_parameters())
+    gradients = {n: tuple(p.grad.shape) for n, p in parameters.items() if p.grad is not None}
+    wanted = {n: p.requires_grad for n, p in parameters.items()}
+    return _Outcome(structure_of(output), gradients, wanted)

@@ -66,10 +66,12 @@ def apply_edits(
         elif isinstance(edit, Convert):
             _module(model, edit)
             find_conversion(edit.conversion)
-        elif not isinstance(edit, Redraw):
+        elif isinstance(edit, Redraw):
+            _module(model, edit)
+        else:
             raise RewriteError(f"no surgery for an edit of kind {type(edit).__name__}")
-    redraw = any(isinstance(edit, Redraw) for edit in edits)
-    laws = infer_laws(model) if redraw else None
+    redraws = [edit.module for edit in edits if isinstance(edit, Redraw)]
+    laws = infer_laws(model) if redraws else None
     for name, axes in resizes.items():
         _resize(tensors[name], axes.values())
     for edit in edits:
@@ -79,13 +81,16 @@ def apply_edits(
     changed = {id(tensors[name]) for name in resizes}
     for module in model.modules():
         _follow(module, changed)
-    if laws is not None:
+    if laws is not None and "" in redraws:
         laws.redraw(model, generator=generator)
     for module in model.modules():
         _recompute(module)
     for edit in edits:
         if isinstance(edit, Convert):
             convert(model, edit.module, edit.conversion, edit.options)
+    made = [path for path in redraws if path]
+    if laws is not None and made:
+        laws.redraw_made(model, made, generator=generator)
 
 
 def _recompute(module: nn.Module) -> None:
@@ -122,7 +127,7 @@ def _check_resize(edit: Resize, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _module(model: nn.Module, edit: SetAttribute | SetArgument | Convert) -> nn.Module:
+def _module(model: nn.Module, edit: SetAttribute | SetArgument | Convert | Redraw) -> nn.Module:
     try:
         return model.get_submodule(edit.module)
     except AttributeError as error:

@@ -25,6 +25,7 @@ EDITS: list[Edit] = [
     SetAttribute("", "normalized_shape.0", 8, 3),
     SetArgument("", "view_1", "size", (2, 64, -1), (2, 16, -1)),
     Redraw(),
+    Redraw("a.b"),
 ]
 
 
@@ -46,8 +47,12 @@ def test_json_names_the_kind_and_the_fields() -> None:
     }
 
 
+def test_a_redraw_that_an_older_version_wrote_draws_everything() -> None:
+    assert edit_from_json({"edit": "redraw"}) == Redraw("")
+
+
 def test_an_edit_knows_the_module_it_changes() -> None:
-    assert [edit.path for edit in EDITS] == ["a.b", "", "a.b", "", "", ""]
+    assert [edit.path for edit in EDITS] == ["a.b", "", "a.b", "", "", "", "a.b"]
 
 
 @pytest.mark.parametrize(

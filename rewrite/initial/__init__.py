@@ -8,7 +8,7 @@ no law; their layers get the default initialisation of their type.
 Low to high: ``families`` (distributions), ``laws`` (distributions whose scale depends on fans),
 ``moments`` (statistics of a tensor), ``structure`` (constants, orthogonal matrices), ``table``,
 ``catalogue`` and ``fit`` (the law of a population), ``slots`` (a model's parameters), ``redraw``,
-``infer``.
+``inherit`` (the laws of modules that a conversion makes), ``infer``.
 """
 
 from __future__ import annotations

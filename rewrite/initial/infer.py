@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pocketize.errors import PatternError, nearest
 from pocketize.initial.families import gather_family
 from pocketize.initial.fit import TINY, fit_population
+from pocketize.initial.inherit import inherit, names_inside
 from pocketize.initial.laws import (
     Constant,
     Geometry,
@@ -89,6 +90,26 @@ class Laws:
             PatternError: If the model has no parameter or buffer of a given name.
         """
         redraw(model, self.laws, names, generator)
+
+    def redraw_made(
+        self,
+        model: nn.Module,
+        paths: Sequence[str],
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Draw the parameters of modules that conversions have put into a model, and no others.
+
+        Args:
+            model: The model with the new modules in it.
+            paths: Where they stand. Their layers inherit the laws of the weight and the bias that
+                stood there, at their own fans.
+            generator: Where randomness comes from. With one, the global generators stay untouched.
+        """
+        laws = dict(self.laws)
+        for path in paths:
+            laws |= inherit(self.laws, model, path)
+        names = [name for path in paths for name in names_inside(model, path)]
+        redraw(model, laws, names, generator)
 
 
 @dataclass
