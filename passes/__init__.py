@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Amp", "Checkpoint", "InPlaceNorm", "Offload", "Pocket", "Recompute"]
+__all__ = ["Amp", "Checkpoint", "InPlaceNorm", "Offload", "Pocket", "Recompute", "Width"]
 
 from pocketize.passes.amp import Amp
 from pocketize.passes.checkpoint import Checkpoint
@@ -10,3 +10,4 @@ from pocketize.passes.in_place_norm import InPlaceNorm
 from pocketize.passes.offload import Offload
 from pocketize.passes.pocket import Pocket
 from pocketize.passes.recompute import Recompute
+from pocketize.passes.width import Width

@@ -67,11 +67,13 @@ class Level:
         groups: the channel groups that are made here, frozen ones included; a group that is made
             at several levels belongs to the finest.
         layers: paths of all convolutions and linear layers that run here.
+        shared: groups that are made here too, and belong to a finer level.
     """
 
     size: tuple[int, ...]
     groups: tuple[ChannelGroup, ...]
     layers: tuple[str, ...]
+    shared: tuple[ChannelGroup, ...] = ()
 
     def __str__(self) -> str:
         """The size, as ``"32x32x16"``."""
@@ -102,9 +104,10 @@ def find_levels(channels: ChannelGroups) -> tuple[Level, ...]:
             if not _depthwise(node):
                 here.update(dict.fromkeys(_groups(channels, node, group_of)))
         groups = tuple(group for group in here if group not in taken)
+        shared = tuple(group for group in here if group in taken)
         taken.update(groups)
         paths = dict.fromkeys(str(node.meta["module"]) for node in made[octave])
-        levels.append(Level(_size(made[octave]), groups, tuple(paths)))
+        levels.append(Level(_size(made[octave]), groups, tuple(paths), shared))
     return tuple(levels)
 
 

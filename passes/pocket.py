@@ -17,7 +17,7 @@ from torch import nn
 from pocketize.base import Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.errors import OptionError, RewriteError
 from pocketize.groups import ChannelGroup, ChannelGroups
-from pocketize.widths import resize_groups
+from pocketize.widths import fit_units, resize_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +72,10 @@ class Pocket(Pass):
                 continue
             if group.channels <= width:
                 continue
-            units = max(1, width // group.step)
-            if units * group.step > width:
+            units, short = fit_units(group, width)
+            if units * group.step > width and short is not None:
                 again = True
-                refused.append(
-                    Refusal(
-                        group.name,
-                        f"{units * group.step} channels instead of {width}: its channels can only "
-                        f"be dropped in steps of {group.step}",
-                    )
-                )
+                refused.append(short)
             if units < group.units:
                 wanted[group] = units
         notes = [f"width {width}: {why}"]

@@ -96,14 +96,15 @@ class Proposal:
         refused: what was left alone, with reasons.
         notes: sentences about the whole, such as which width was chosen and why.
         again: the pass wants to look at its own result, which may allow what the model did not:
-            a grouped convolution with one channel left in each group can lose whole groups.
+            a grouped convolution with one channel left in each group can lose whole groups. A pass
+            whose options speak of the model as it was names the pass that goes on instead.
     """
 
     edits: tuple[Edit, ...] = ()
     changes: tuple[Change, ...] = ()
     refused: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
-    again: bool = False
+    again: bool | Pass = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +174,8 @@ class Pass(abc.ABC):
         summary: one line for ``pocketize passes``.
         after: names of passes that must come earlier when both are given.
         conflicts: names of passes that cannot be given together with this one.
+        positional: the one option that may be given without its name, as in ``Width(0.5)``; it is
+            declared with ``field(kw_only=False)``.
 
     Raises:
         OptionError: on construction, for a value of the wrong type or out of range.
@@ -182,6 +185,7 @@ class Pass(abc.ABC):
     summary: ClassVar[str]
     after: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
+    positional: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Check what the author of a pass declares, so that mistakes show when it is imported."""
@@ -296,8 +300,8 @@ def check_declaration(cls: type[Pass]) -> None:
     """Check that a subclass of :class:`Pass` is declared as one.
 
     Raises:
-        TypeError: no name or summary, not a keyword-only dataclass of its own, or an option whose
-            type has no textual form.
+        TypeError: no name or summary, not a keyword-only dataclass of its own (but for the option
+            that ``positional`` names), or an option whose type has no textual form.
     """
     for attribute in ("name", "summary"):
         if not isinstance(getattr(cls, attribute, None), str):
@@ -307,7 +311,8 @@ def check_declaration(cls: type[Pass]) -> None:
     forgotten = [
         name for name, kind in own.items() if name not in options and "ClassVar" not in str(kind)
     ]
-    if forgotten or not all(option.kw_only for option in options.values()):
+    loose = [name for name, option in options.items() if not option.kw_only]
+    if forgotten or loose not in ([], [cls.positional]):
         raise TypeError(
             f"{cls.__qualname__} is a pass and must be decorated with "
             "@dataclass(frozen=True, kw_only=True)"

@@ -274,9 +274,9 @@ def plan(
             proposal = settle_proposal(current, given, settled, generator)
         if proposal.edits or not repeated:
             plans.append(PassPlan(given, proposal))
-        repeated = proposal.again and bool(proposal.edits)
+        repeated = bool(proposal.again and proposal.edits)
         if repeated:
-            queue.insert(0, given)
+            queue.insert(0, proposal.again if isinstance(proposal.again, Pass) else given)
         if proposal.edits and queue:
             current = clone(current)
             with _own_randomness(current, seed) as generator:

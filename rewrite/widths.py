@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Resized", "resize_groups"]
+__all__ = ["Resized", "fit_units", "resize_groups", "sizes_after", "units_for"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocketize.base import Change
+from pocketize.base import Change, Refusal
 from pocketize.edits import Edit, Redraw
 from pocketize.groups import ChannelGroup, ChannelGroups
 from pocketize.ranking import rank_units, strongest
@@ -31,6 +31,53 @@ class Resized:
 
     edits: tuple[Edit, ...]
     changes: tuple[Change, ...]
+
+
+def units_for(group: ChannelGroup, channels: int) -> int:
+    """Return the most whole units of a group that have no more channels than this; at least one.
+
+    Args:
+        group: the group.
+        channels: channels, counted as in :attr:`ChannelGroup.channels`.
+    """
+    return min(group.units, max(1, channels // group.step))
+
+
+def fit_units(group: ChannelGroup, channels: int) -> tuple[int, Refusal | None]:
+    """Return the units that a group keeps for a number of channels, and what cannot be met of it.
+
+    Args:
+        group: the group.
+        channels: channels to keep, at least one.
+    """
+    units = units_for(group, channels)
+    got = units * group.step
+    if got == min(channels, group.channels):
+        return units, None
+    return units, Refusal(
+        group.name,
+        f"{got} channels instead of {channels}: its channels can only be dropped in steps of "
+        f"{group.step}",
+    )
+
+
+def sizes_after(
+    channels: ChannelGroups, wanted: Mapping[ChannelGroup, int]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape that every parameter would have; nothing is copied or rewritten.
+
+    Args:
+        channels: the analysis.
+        wanted: units to keep for each group that changes.
+    """
+    shapes = {name: list(p.shape) for name, p in channels.model.named_parameters()}
+    for group, units in wanted.items():
+        for member in group.members:
+            if member.tensor in shapes:
+                shapes[member.tensor][member.axis] -= (
+                    group.units - units
+                ) * member.positions.shape[1]
+    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def resize_groups(
