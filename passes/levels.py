@@ -161,6 +161,7 @@ class _Surveyor:
         # the largest input is full resolution; others may be embeddings or time steps
         full = max(shapes, key=lambda shape: math.prod(shape[2:]), default=())
         self.batch = full[0] if full else 1
+        self.spatial = len(full[2:])
         self.voxels = math.prod(full[2:])
         self.known = {self.voxels: 0.0}
         self.shapes = {tuple(full[2:]): 0.0} if full[2:] else {}
@@ -197,7 +198,7 @@ class _Surveyor:
             return octave, True
         if name == "linear":
             positions = out.numel() // max(1, out.shape[-1] * self.batch)
-            return (before.octave if positions <= 1 else self._seen(positions)), False
+            return self._of_positions(positions, before.octave), False
         if "pool" in name and "adaptive" not in name and "unpool" not in name:
             kernel, stride = bound.get("kernel_size"), bound.get("stride")
             if kernel is not None and before.certain:
@@ -225,6 +226,19 @@ class _Surveyor:
         """
         octave = self.shapes.get(tuple(out.shape[2:]))
         return (before.octave, False) if octave is None else (octave, True)
+
+    def _of_positions(self, positions: int, carried: float) -> float:
+        """Return the octave of a linear layer, which may run on windows of a padded map.
+
+        Padding makes a map up to twice as long, which is no halving of the resolution yet.
+        """
+        if positions <= 1:
+            return carried
+        if positions in self.known:
+            return self.known[positions]
+        raw = math.log2(self.voxels / positions) if self.voxels else 0.0
+        whole = abs(raw - round(raw)) < 0.01
+        return float(round(raw)) if whole or abs(raw - carried) > 0.85 * self.spatial else carried
 
     def _seen(self, voxels: int) -> float:
         """Return the octave of a number of positions: that of a map of just this size, if any."""

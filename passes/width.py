@@ -37,7 +37,7 @@ class Width(Pass):
         levels: one entry for each resolution level, finest first: multipliers, or, if all of them
             are integers, the most channels that a layer at the level may have.
         channels: the number of channels of single layers, by their paths.
-        round_to: widths that follow from multipliers become multiples of this.
+        round_to: widths that follow from multipliers become multiples of this, at least one.
         minimum: no width that follows from a multiplier is below this.
         rounding: of widths that follow from multipliers: "nearest", "up" or "down".
         keep: patterns of module paths (fnmatch) whose channels stay.
@@ -230,7 +230,7 @@ class Width(Pass):
             "up": math.ceil(steps),
             "down": math.floor(steps),
         }[self.rounding]
-        return max(rounded * self.round_to, self.minimum)
+        return max(rounded, math.ceil(self.minimum / self.round_to)) * self.round_to
 
     def _notes(self, channels: ChannelGroups) -> Iterator[str]:
         if self.levels is not None:

@@ -35,7 +35,7 @@ class PassInfo:
         name: what the command line and recipes call it.
         summary: one line; ``""`` for a broken pass.
         guarantee: what it keeps with default options; None for a broken pass and for one with an
-            option that has no default.
+            option that has no default, or that needs one of several options.
         distribution: the distribution it came with, and its version: ``"pocketize 0.1.0"``.
         options: its options; empty for a broken pass.
         error: why it cannot be used; None for a pass that can.
@@ -123,6 +123,8 @@ def _describe(entry: EntryPoint) -> PassInfo:
         return PassInfo(entry.name, cls.summary, None, distribution, options)
     try:
         guarantee = cls().guarantee
+    except OptionError:  # it needs one of several options, as Width does
+        return PassInfo(entry.name, cls.summary, None, distribution, options)
     except Exception as error:
         # a stranger's code again: one pass that cannot be made must not hide the others
         why = f"pass {entry.name!r} cannot be made with its defaults: {error}"

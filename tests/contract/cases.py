@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pocketize.base import Pass
-from pocketize.passes import Amp, Checkpoint, InPlaceNorm, Offload, Pocket, Recompute
+from pocketize.channels import analyse
+from pocketize.passes import Amp, Checkpoint, InPlaceNorm, Offload, Pocket, Recompute, Width
+from pocketize.passes.levels import find_levels
 from tests.contract.case import Case
-from tests.contract.clamp import clamped
+from tests.contract.clamp import clamped, halved
 from tests.contract.precision import as_amp_alone, as_autocast_by_hand
 from tests.models.registry import Net
 
@@ -44,12 +46,15 @@ class Row:
         promise: a check of what this pass promises beyond the contract of all.
         extent: on which nets.
         not_on: names of nets on which it cannot be tried here.
+        repeats: options that speak of the model as it is, such as a multiplier, do something again
+            when they are given twice.
     """
 
     make: Callable[[Net], tuple[Pass, ...]]
     promise: Callable[[Case], None] | None = None
     extent: Extent = Extent.CORE
     not_on: frozenset[str] = frozenset()
+    repeats: bool = False
 
 
 # The gradient that torch 2.13 computes on the CPU of the weights of a bfloat16 convolution over
@@ -66,6 +71,12 @@ def _every_child(net: Net) -> Checkpoint:
     return Checkpoint(only=tuple(path for path, _ in net.build().named_children()))
 
 
+def _levels_clamped(net: Net) -> Width:
+    """The clamp of pocket, said level by level."""
+    levels = find_levels(analyse(net.build(), net.inputs()))
+    return Width(levels=(net.width,) * len(levels))
+
+
 # Small nets: with a lower bound there would be nothing to recompute in them.
 _CONV, _BLOCK, _LEVEL = (Recompute(keep=keep, min_bytes=0) for keep in ("conv", "block", "level"))
 
@@ -74,6 +85,12 @@ CASES: dict[str, dict[str, Row]] = {
         "slice": Row(lambda net: (Pocket(width=net.width),), clamped, Extent.THOROUGH),
         "reset": Row(
             lambda net: (Pocket(width=net.width, weights="reset"),), extent=Extent.THOROUGH
+        ),
+    },
+    "width": {
+        "half": Row(lambda net: (Width(0.5),), halved, Extent.EVERYWHERE, repeats=True),
+        "by-level": Row(
+            lambda net: (_levels_clamped(net),), clamped, not_on=frozenset({"no_parameters"})
         ),
     },
     "in-place-norm": {"native": Row(lambda net: (InPlaceNorm(),), extent=Extent.EVERYWHERE)},

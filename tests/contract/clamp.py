@@ -1,4 +1,4 @@
-"""The promise of a width clamp: nothing is wider than asked for, except with a reason."""
+"""The promises of passes that set widths: nothing is wider than asked for, except with a reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.contract.case import Case
 from tests.contract.checking import require
 from tests.contract.widths import width_of
 
-__all__ = ["clamped"]
+__all__ = ["clamped", "halved"]
 
 
 def clamped(case: Case) -> None:
@@ -23,6 +23,16 @@ def clamped(case: Case) -> None:
     assert case.plan is not None, "this case has no plan"
     groups = analyse(case.original, case.inputs)
     require([*_unexpected(case, groups), *_untold(case, groups)])
+
+
+def halved(case: Case) -> None:
+    """Layers that can be narrowed have half of their channels, rounded up."""
+    assert case.net is not None, "this case states no expectations"
+    require(
+        f"{path}: {width_of(case.original, path)} -> {width_of(case.rewritten, path)}"
+        for path in case.net.movable
+        if width_of(case.rewritten, path) != (width_of(case.original, path) + 1) // 2
+    )
 
 
 def _unexpected(case: Case, groups: ChannelGroups) -> Iterator[str]:

@@ -17,7 +17,8 @@ def whole(plan: Plan) -> PassPlan:
 
 
 def _follow(first: PassPlan, then: PassPlan) -> PassPlan:
-    another_round = first.rewrite == then.rewrite
+    # a later round may have other options: what is left to do, in numbers
+    another_round = first.rewrite.name == then.rewrite.name
     proposal = replace(
         then.proposal,
         edits=composed(first.edits, then.edits),
