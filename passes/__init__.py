@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["Amp", "Checkpoint", "InPlaceNorm", "Offload", "Pocket", "Recompute", "Width"]
+__all__ = [
+    "Amp",
+    "Bottleneck",
+    "Checkpoint",
+    "CompactBlock",
+    "InPlaceNorm",
+    "Offload",
+    "Pocket",
+    "Recompute",
+    "Separable",
+    "Width",
+]
 
 from pocketize.passes.amp import Amp
 from pocketize.passes.checkpoint import Checkpoint
@@ -10,4 +21,5 @@ from pocketize.passes.in_place_norm import InPlaceNorm
 from pocketize.passes.offload import Offload
 from pocketize.passes.pocket import Pocket
 from pocketize.passes.recompute import Recompute
+from pocketize.passes.swaps import Bottleneck, CompactBlock, Separable
 from pocketize.passes.width import Width

@@ -20,6 +20,7 @@ from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.conversions import conversion
 from pocketize.edits import Convert
 from pocketize.errors import OptionError, RewriteError
+from pocketize.passes.order import REBUILDING
 from pocketize.passes.runtime.autocasting import (
     AutocastForward,
     Float32Statistics,
@@ -50,7 +51,7 @@ class Amp(Pass):
 
     name: ClassVar[str] = "amp"
     summary: ClassVar[str] = "Mixed precision: autocast inside, float32 weights and outputs"
-    after: ClassVar[tuple[str, ...]] = ("pocket", "in-place-norm")
+    after: ClassVar[tuple[str, ...]] = (*REBUILDING, "in-place-norm")
 
     dtype: Literal["bf16", "fp16"] = "bf16"
     device: str | None = None

@@ -22,6 +22,7 @@ from pocketize.edits import Convert
 from pocketize.errors import MeasureError, OptionError, PatternError, RewriteError, nearest
 from pocketize.memory import measure
 from pocketize.memory.modules import held_tensors
+from pocketize.passes.order import REBUILDING
 from pocketize.passes.regions import Region, Survey, survey
 from pocketize.passes.runtime.checkpointing import CheckpointedForward
 from pocketize.passes.runtime.forwards import obstacle, wrapping
@@ -57,7 +58,7 @@ class Checkpoint(Pass):
 
     name: ClassVar[str] = "checkpoint"
     summary: ClassVar[str] = "Run chosen blocks again in backward instead of keeping activations"
-    after: ClassVar[tuple[str, ...]] = ("pocket",)
+    after: ClassVar[tuple[str, ...]] = REBUILDING
     conflicts: ClassVar[tuple[str, ...]] = ("recompute",)
 
     target: str | None = None

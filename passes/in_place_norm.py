@@ -25,6 +25,7 @@ from pocketize.edits import Convert, Edit
 from pocketize.errors import OptionError, PatternError, RewriteError, nearest
 from pocketize.inputs import Inputs
 from pocketize.passes.norm_sites import Site, find_sites
+from pocketize.passes.order import REBUILDING
 from pocketize.passes.runtime.inplace_activations import Activation, marked
 from pocketize.passes.runtime.inplace_conversions import ACTIVATION, CALL, NORM
 from pocketize.passes.runtime.inplace_modules import plain_reason
@@ -48,7 +49,7 @@ class InPlaceNorm(Pass):
 
     name: ClassVar[str] = "in-place-norm"
     summary: ClassVar[str] = "Norm + activation keep one tensor, which the backward inverts"
-    after: ClassVar[tuple[str, ...]] = ("pocket",)
+    after: ClassVar[tuple[str, ...]] = REBUILDING
     conflicts: ClassVar[tuple[str, ...]] = ("recompute",)
 
     keep: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.conversions import conversion
 from pocketize.edits import Convert
 from pocketize.errors import OptionError, RewriteError
+from pocketize.passes.order import REBUILDING
 from pocketize.passes.regions import survey
 from pocketize.passes.runtime.forwards import first_parameter, obstacle, wrapping
 from pocketize.passes.runtime.offloading import OffloadedForward
@@ -38,7 +39,7 @@ class Offload(Pass):
 
     name: ClassVar[str] = "offload"
     summary: ClassVar[str] = "Move large saved tensors to host memory or disk until backward"
-    after: ClassVar[tuple[str, ...]] = ("pocket", "in-place-norm", "amp", "checkpoint")
+    after: ClassVar[tuple[str, ...]] = (*REBUILDING, "in-place-norm", "amp", "checkpoint")
     conflicts: ClassVar[tuple[str, ...]] = ("recompute",)
 
     min_bytes: str = "16MiB"

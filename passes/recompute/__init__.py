@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.edits import Convert
 from pocketize.errors import OptionError
+from pocketize.passes.order import REBUILDING
 from pocketize.passes.recompute.costs import Cost, Costs
 from pocketize.passes.recompute.sites import Site, chosen, find_sites, freed
 from pocketize.passes.runtime.forwards import obstacle
@@ -43,7 +44,7 @@ class Recompute(Pass):
 
     name: ClassVar[str] = "recompute"
     summary: ClassVar[str] = "Store results of convolutions, or fewer, and rebuild the rest"
-    after: ClassVar[tuple[str, ...]] = ("pocket",)
+    after: ClassVar[tuple[str, ...]] = REBUILDING
     conflicts: ClassVar[tuple[str, ...]] = ("in-place-norm", "offload")
 
     keep: Literal["conv", "block", "level"] = "conv"

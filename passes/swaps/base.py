@@ -1,0 +1,249 @@
+"""What the three swaps have in common: which convolutions, at what price, and how it is told."""
+
+from __future__ import annotations
+
+__all__ = ["Swap", "Swapped"]
+
+import abc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
+from pocketize.edits import Convert, Edit, Redraw
+from pocketize.errors import OptionError
+from pocketize.initial.slots import has_values
+from pocketize.passes.order import RESIZING
+from pocketize.passes.swaps.choices import SIDES, matching, on_side
+from pocketize.passes.swaps.inner import Inner, Inside
+from pocketize.passes.swaps.pricing import Price, price
+from pocketize.passes.swaps.sites import Site, find_sites
+from pocketize.passes.swaps.tensors import folded, relative_error
+from pocketize.rehearsal import Rehearsal
+from pocketize.units import bytes_text
+
+_NOTHING = Inner({}, {})
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """One convolution that is to be a block.
+
+    Attributes:
+        site: the convolution.
+        ranks: of the block.
+        price: what it costs and saves.
+        error: relative error of the weight that the block stands for; None where none is carried
+            over.
+        inner: what stands inside.
+        options: what the conversion is told.
+    """
+
+    site: Site
+    ranks: tuple[int, ...]
+    price: Price
+    error: float | None
+    inner: Inner
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swap(Pass):
+    """Replace convolutions by blocks with fewer parameters.
+
+    Attributes:
+        keep: patterns of module paths (fnmatch) whose convolutions stay.
+        min_channels: convolutions with fewer channels in or out stay.
+        where: "all", "encoder", "decoder", or patterns of the module paths to swap.
+        inner_norm: norm and activation after every inner layer, of the kinds that follow the
+            convolution, or else are usual in the network.
+        weights: "decompose" starts the block as an approximation of the convolution, "reset" draws
+            it anew.
+        activations: "weighed" swaps where weights, gradients and Adam's moments save at least the
+            bytes that the activations inside cost, "any" wherever parameters are saved.
+        force: patterns of the module paths to swap whatever that saves or costs.
+    """
+
+    after: ClassVar[tuple[str, ...]] = RESIZING
+    #: Name of the conversion.
+    conversion: ClassVar[str]
+
+    keep: tuple[str, ...] = ()
+    min_channels: int = 8
+    where: tuple[str, ...] = ("all",)
+    inner_norm: bool = False
+    weights: Literal["decompose", "reset"] = "decompose"
+    activations: Literal["weighed", "any"] = "weighed"
+    force: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        """Refuse options that choose nothing."""
+        if self.min_channels < 1:
+            raise OptionError(
+                f"{self.name}: option 'min_channels' must be at least 1, not {self.min_channels}"
+            )
+        if not self.where:
+            raise OptionError(
+                f"{self.name}: option 'where' must name {', '.join(map(repr, SIDES))} or patterns"
+            )
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """An approximation, unless the block has layers of its own or new weights."""
+        carried = self.weights == "decompose" and not self.inner_norm
+        return Guarantee.APPROXIMATE if carried else Guarantee.RETRAIN
+
+    @abc.abstractmethod
+    def ranks(self, conv: _ConvNd) -> tuple[int, ...] | str:
+        """Return the ranks of the block for a convolution, or why there are none."""
+
+    @abc.abstractmethod
+    def approximation(self, weight: Tensor, ranks: Sequence[int]) -> Tensor:
+        """Return the weight (o, i, k) that a block of these ranks stands for at first."""
+
+    @abc.abstractmethod
+    def describe(self, ranks: Sequence[int]) -> str:
+        """Say the ranks, for the plan."""
+
+    def propose(self, target: Target) -> Proposal:
+        """Choose the convolutions.
+
+        Raises:
+            PatternError: a pattern matches no module.
+        """
+        model = target.model
+        kept = matching(model, self.keep, f"{self.name}: keep")
+        forced = matching(model, self.force, f"{self.name}: force")
+        patterns = [word for word in self.where if word not in SIDES]
+        wanted = set(matching(model, patterns, f"{self.name}: where"))
+        if "encoder" in self.where or "decoder" in self.where:
+            wanted |= on_side(target.captured(), self.where)
+        inside = Inside(model, target.captured()) if self.inner_norm else None
+        swapped: list[Swapped] = []
+        refused: list[Refusal] = []
+        for site in find_sites(model, target.captured(), target.captured(train=True)):
+            why: Swapped | str = site.refused
+            if not why and site.path in kept:
+                why = f"kept by keep={kept[site.path]!r}"
+            if not why and "all" not in self.where and site.path not in wanted:
+                why = f"where={'|'.join(self.where)} leaves it out"
+            if not why:
+                inner = inside.of(site.path) if inside else _NOTHING
+                why = self._weighed(site, inner, site.path in forced)
+            if isinstance(why, Swapped):
+                swapped.append(why)
+            else:
+                refused.append(Refusal(site.path, why))
+        broken = self._broken(Rehearsal(model, target.inputs), swapped)
+        refused += [
+            Refusal(path, f"with a block in its place the model does not run as before: {why}")
+            for path, why in broken.items()
+        ]
+        swapped = [one for one in swapped if one.site.path not in broken]
+        return Proposal(
+            tuple(self._edits(swapped)),
+            tuple(self._rows(model, swapped)),
+            tuple(refused),
+            tuple(self._notes(target, swapped, inside)),
+        )
+
+    def _weighed(self, site: Site, inner: Inner, forced: bool) -> Swapped | str:
+        """Return the swap of a convolution, or why it is not worth it."""
+        conv = site.conv
+        assert conv is not None  # of what is not refused
+        narrow = min(conv.in_channels, conv.out_channels)
+        if narrow < self.min_channels and not forced:
+            return f"{narrow} channels are fewer than min_channels={self.min_channels}"
+        ranks = self.ranks(conv)
+        if isinstance(ranks, str):
+            return ranks
+        options = {
+            "ranks": list(ranks),
+            "shape": list(conv.weight.shape),
+            "weights": self.weights,
+            "norm": dict(inner.norm),
+            "activation": dict(inner.activation),
+        }
+        cost = price(conv, site.calls, self.conversion, options)
+        if cost.after >= cost.before and not forced:
+            return f"no parameters saved: {cost.before:,} -> {cost.after:,}"
+        if self.activations == "weighed" and cost.saved < cost.added and not forced:
+            return (
+                f"{bytes_text(cost.added)} more activations, {bytes_text(cost.saved)} less of "
+                "weights, gradients and Adam's moments; activations='any' swaps it"
+            )
+        error = None
+        if self.weights == "decompose" and has_values(conv.weight):
+            with torch.inference_mode(False), torch.no_grad():
+                weight = folded(conv.weight)
+                error = relative_error(weight, self.approximation(weight, ranks))
+        return Swapped(site, ranks, cost, error, inner, options)
+
+    def _edits(self, swapped: Sequence[Swapped]) -> Iterator[Edit]:
+        for one in swapped:
+            yield Convert(one.site.path, self.conversion, dict(one.options))
+        if self.weights == "reset":
+            for one in swapped:
+                yield Redraw(one.site.path)
+
+    def _broken(self, rehearsal: Rehearsal, swapped: Sequence[Swapped]) -> dict[str, str]:
+        """Return why swaps break the model, by path; they are found by halving."""
+        failure = rehearsal.failure(list(self._edits(swapped))) if swapped else ""
+        if not failure:
+            return {}
+        if len(swapped) == 1:
+            return {swapped[0].site.path: failure}
+        half = len(swapped) // 2
+        found: dict[str, str] = {}
+        for part in (swapped[:half], swapped[half:]):
+            found |= self._broken(rehearsal, part)
+        rest = [one for one in swapped if one.site.path not in found]
+        if rest and (not found or rehearsal.failure(list(self._edits(rest)))):
+            found |= {one.site.path: f"together with others, {failure}" for one in rest}
+        return found
+
+    def _rows(self, model: nn.Module, swapped: Sequence[Swapped]) -> Iterator[Change]:
+        modules = dict(model.named_modules())
+        for one in swapped:
+            path, conv, cost = one.site.path, one.site.conv, one.price
+            assert conv is not None
+            kernel = "x".join(map(str, conv.kernel_size))
+            what = (
+                f"{type(conv).__name__} {conv.in_channels} -> {conv.out_channels}, {kernel}: "
+                f"{cost.before:,} -> {cost.after:,} parameters, {self.describe(one.ranks)}"
+            )
+            if str(one.inner):
+                what += f", {one.inner} inside"
+            told = [] if one.error is None else [f"relative error {one.error:.3g}"]
+            told.append(
+                f"activations +{bytes_text(cost.added)}, weights, gradients and Adam's moments "
+                f"{'-' if cost.saved >= 0 else '+'}{bytes_text(abs(cost.saved))}"
+            )
+            yield Change(path, what, "; ".join(told))
+            for other, module in model.named_modules(remove_duplicate=False):
+                if module is modules[path] and other != path:
+                    yield Change(other, "the same layer", f"it is {path}")
+
+    def _notes(
+        self, target: Target, swapped: Sequence[Swapped], inside: Inside | None
+    ) -> Iterator[str]:
+        if not swapped:
+            return
+        before, after = (sum(getattr(s.price, n) for s in swapped) for n in ("before", "after"))
+        yield f"{len(swapped)} convolutions of {before:,} parameters become blocks of {after:,}"
+        added, saved = (sum(getattr(s.price, n) for s in swapped) for n in ("added", "saved"))
+        yield (
+            f"a training step keeps {bytes_text(added)} more activations at "
+            f"{target.inputs.describe()}, and {bytes_text(max(saved, 0))} less of weights, "
+            "gradients and Adam's moments"
+        )
+        if inside is not None and not any(str(one.inner) for one in swapped):
+            yield "the network has no norm and no activation that could be copied into the blocks"
+        if self.weights == "reset":
+            yield "the blocks are drawn as the convolutions were; all other weights stay"
+        elif any(one.error is None for one in swapped):
+            yield "weights without values cannot be decomposed: only shapes are planned"

@@ -1,0 +1,76 @@
+"""Bottlenecks: fewer channels where the kernel is.
+
+Source: Wang, Oda, Mori, "Organ Segmentation From Full-size CT Images Using Memory-Efficient FCN",
+SPIE Medical Imaging 2020: 1x1 to o/K channels, the kernel, 1x1 to o.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Bottleneck"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
+
+from pocketize.initial.slots import has_values
+from pocketize.passes.swaps.base import Swap
+from pocketize.passes.swaps.conversions import BOTTLENECK
+from pocketize.passes.swaps.ratios import kept_share, no_values
+from pocketize.passes.swaps.tensors import cheapest, folded, rounding_of
+from pocketize.passes.swaps.tucker import tucker, tucker_kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck(Swap):
+    """Replace convolutions by 1x1, the same kernel between few channels, 1x1.
+
+    The weights come from the Tucker-2 decomposition of the convolution's, so that without a norm
+    inside the block is one linear map near to the convolution.
+
+    Attributes:
+        ratio: output channels for one channel inside, or "energy:0.95": the fewest parameters that
+            keep that share of the squared norm of each weight.
+    """
+
+    name: ClassVar[str] = "bottleneck"
+    summary: ClassVar[str] = "Convolutions become 1x1, kernel between few channels, 1x1"
+    conversion: ClassVar[str] = BOTTLENECK
+
+    ratio: int | str = 4
+
+    def validate(self) -> None:
+        """Refuse ratios that are no number and no share."""
+        super().validate()
+        kept_share(self.ratio, self.name)
+
+    def ranks(self, conv: _ConvNd) -> tuple[int, ...] | str:
+        """Return r_o and r_i."""
+        o, i, *kernel = conv.weight.shape
+        share = kept_share(self.ratio, self.name)
+        if isinstance(self.ratio, int):
+            inside = max(1, o // self.ratio)
+            if self.weights == "reset":
+                return inside, inside
+            taps = int(torch.Size(kernel).numel())
+            # More channels than the other side can fill would carry nothing.
+            inner = min(inside, i)
+            return min(inside, inner * taps), inner
+        if not has_values(conv.weight):
+            return no_values(self.ratio)
+        assert share is not None
+        weight = folded(conv.weight)
+        rows, columns = (torch.arange(1, n + 1, device=weight.device) for n in (o, i))
+        cost = columns * i + rows[:, None] * (columns * weight.shape[2] + o)
+        return cheapest(tucker_kept(weight), cost, share, rounding_of(conv.weight.dtype))
+
+    def approximation(self, weight: Tensor, ranks: Sequence[int]) -> Tensor:
+        """Return the weight of Tucker ranks r_o and r_i."""
+        return tucker(weight, ranks[0], ranks[1]).composed()
+
+    def describe(self, ranks: Sequence[int]) -> str:
+        """Say the channels inside, in the order in which they come."""
+        return f"{ranks[1]} and {ranks[0]} channels inside"

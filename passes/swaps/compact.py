@@ -1,0 +1,121 @@
+"""Compact blocks: few channels, and there every channel by itself.
+
+Source: Wang, Oda, Mori, "Organ Segmentation From Full-size CT Images Using Memory-Efficient FCN",
+SPIE Medical Imaging 2020, the compact convolution block (CCBlock): 1x1 to o/K channels, the kernel
+depthwise, 1x1 to o.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CompactBlock"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
+
+from pocketize.errors import OptionError
+from pocketize.initial.slots import has_values
+from pocketize.passes.swaps.base import Swap
+from pocketize.passes.swaps.blockterms import block_terms, block_terms_kept
+from pocketize.passes.swaps.conversions import COMPACT
+from pocketize.passes.swaps.ratios import kept_share, no_values
+from pocketize.passes.swaps.tensors import cheapest, folded, relative_error, rounding_of
+
+#: Multipliers for which fewer channels are looked for than the first decomposition needs.
+_TRIED = (1, 2, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactBlock(Swap):
+    """Replace convolutions by 1x1, the kernel depthwise between few channels, 1x1.
+
+    The weights come from a decomposition of the convolution's in block terms, which with one kernel
+    a channel is the canonical polyadic (CP) decomposition.
+
+    Attributes:
+        ratio: output channels for one channel inside, or "energy:0.95": the fewest parameters found
+            that keep that share of the squared norm of each weight.
+        multiplier: kernels for each channel inside; "energy" chooses it too.
+    """
+
+    name: ClassVar[str] = "compact-block"
+    summary: ClassVar[str] = "Convolutions become 1x1, depthwise between few channels, 1x1"
+    conversion: ClassVar[str] = COMPACT
+
+    ratio: int | str = 4
+    multiplier: int = 1
+
+    def validate(self) -> None:
+        """Refuse ratios that are no number and no share, and multipliers below one."""
+        super().validate()
+        share = kept_share(self.ratio, self.name)
+        if self.multiplier < 1:
+            raise OptionError(
+                f"{self.name}: option 'multiplier' must be at least 1, not {self.multiplier}"
+            )
+        if share is not None and self.multiplier != 1:
+            raise OptionError(
+                f"{self.name}: ratio={self.ratio!r} chooses the multiplier, too; leave it out"
+            )
+
+    def ranks(self, conv: _ConvNd) -> tuple[int, ...] | str:
+        """Return the channels inside and the depth multiplier."""
+        o, i, *kernel = conv.weight.shape
+        share = kept_share(self.ratio, self.name)
+        if isinstance(self.ratio, int):
+            inside = max(1, o // self.ratio)
+            if self.weights == "reset":
+                return inside, self.multiplier
+            return min(inside, i), min(self.multiplier, o, torch.Size(kernel).numel())
+        if not has_values(conv.weight):
+            return no_values(self.ratio)
+        assert share is not None
+        return _by_energy(folded(conv.weight), share, rounding_of(conv.weight.dtype))
+
+    def approximation(self, weight: Tensor, ranks: Sequence[int]) -> Tensor:
+        """Return the weight of so many channels inside, with so many kernels each."""
+        return block_terms(weight, ranks[0], ranks[1]).composed()
+
+    def describe(self, ranks: Sequence[int]) -> str:
+        """Say channels and multiplier."""
+        kernels = "" if ranks[1] == 1 else f" with {ranks[1]} kernels each"
+        return f"{ranks[0]} channels inside{kernels}"
+
+
+def _by_energy(weight: Tensor, share: float, rounding: float) -> tuple[int, ...]:
+    """Return the channels inside and the multiplier with the fewest parameters that were found.
+
+    The decomposition before any improvement tells exactly what it keeps, for all ranks at once.
+    From there, fewer channels are tried by bisection, with the improvement.
+
+    Args:
+        weight: (o, i, k) in float64.
+        share: of the energy that is to be kept.
+        rounding: how much less than that is still enough.
+    """
+    o, i, k = weight.shape
+    kept = block_terms_kept(weight)
+    channels, kernels = (torch.arange(1, n + 1, device=kept.device) for n in kept.shape)
+    cost = channels[:, None] * (i + kernels * (k + o))
+    best = cheapest(kept, cost, share, rounding)
+
+    def enough(r: int, m: int) -> bool:
+        error = relative_error(weight, block_terms(weight, r, m).composed())
+        return 1 - error**2 >= share - rounding
+
+    # However many kernels they have, fewer channels cannot keep enough.
+    least = 1 + int((kept[:, -1] < share - rounding).sum())
+    for m in (m for m in _TRIED if m <= kept.shape[1]):
+        cheaper = (cost[:, m - 1] < cost[best[0] - 1, best[1] - 1]).sum()
+        low, high = min(least, i), min(int(cheaper), o * i * k // (i + m * (k + o)))
+        if high < low or not enough(high, m):
+            continue
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if enough(middle, m) else (middle + 1, high)
+        best = high, m
+    return best

@@ -1,0 +1,170 @@
+"""Which convolutions of a recorded net could be a block, and why the others could not."""
+
+from __future__ import annotations
+
+__all__ = ["Call", "Site", "find_sites"]
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+
+from pocketize.capture import Captured
+from pocketize.initial.slots import has_values
+from pocketize.passes.runtime.blocks import ConvBlock
+from pocketize.passes.runtime.forwards import obstacle
+
+_STOCK = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a convolution in a forward.
+
+    Attributes:
+        shape: of what comes in, (N, i, *spatial) or (i, *spatial).
+        dtype: its dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Site:
+    """A convolution with a kernel, or a block that was one.
+
+    Attributes:
+        path: its path.
+        conv: the module; None where it is of another kind.
+        calls: its uses in one forward, in training.
+        refused: why it has to stay; ``""`` if it has not.
+    """
+
+    path: str
+    conv: _ConvNd | None = None
+    calls: tuple[Call, ...] = ()
+    refused: str = ""
+
+
+def find_sites(model: nn.Module, evaluated: Captured, trained: Captured) -> list[Site]:
+    """Find every convolution that has a kernel.
+
+    Args:
+        model: the model that was recorded.
+        evaluated: the recording in evaluation mode.
+        trained: the recording in training mode.
+
+    Returns:
+        Sites in the order of registration. Convolutions with a kernel of one voxel are none, and of
+        blocks from an earlier swap only the block itself is one.
+    """
+    reader = _Reader(model, evaluated, trained)
+    sites: list[Site] = []
+    blocks: set[int] = set()
+    for path, module in model.named_modules():
+        if id(module) in blocks:
+            continue
+        if isinstance(module, ConvBlock):
+            blocks |= {id(part) for part in module.modules()}
+            sites.append(Site(path, refused="it is a block already"))
+        elif isinstance(module, torch.jit.ScriptModule):
+            if "Conv" in str(getattr(module, "original_name", "")):
+                sites.append(Site(path, refused=obstacle(module)))
+        elif isinstance(module, _ConvNd) and max(module.kernel_size) > 1:
+            why = reader.obstacle(path, module)
+            sites.append(Site(path, module, reader.calls(path, module), why))
+    return sites
+
+
+class _Reader:
+    """Reads both recordings of a model."""
+
+    def __init__(self, model: nn.Module, evaluated: Captured, trained: Captured) -> None:
+        self.model = model
+        self.uses: dict[bool, dict[str, list[fx.Node]]] = {}
+        for captured in (evaluated, trained):
+            uses = self.uses[captured.train] = defaultdict(list)
+            for node in captured.operators():
+                if str(node.target).partition(".")[2].startswith("conv"):
+                    uses[str(node.meta["module"])].append(node)
+        self.readers: dict[str, list[fx.Node]] = defaultdict(list)
+        for captured in (evaluated, trained):
+            for node in captured.graph.find_nodes(op="get_attr"):
+                if node.meta.get("tensor"):
+                    self.readers[node.meta["tensor"]] += node.users
+        self.owners: dict[int, set[int]] = defaultdict(set)
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self.owners[id(parameter)].add(id(module))
+
+    def calls(self, path: str, conv: _ConvNd) -> tuple[Call, ...]:
+        """Return the uses of a convolution in a forward in training."""
+        return tuple(_call(node, conv) for node in self.uses[True][path])
+
+    def obstacle(self, path: str, conv: _ConvNd) -> str:
+        """Say why a convolution has to stay, by what it is and by how it is used."""
+        return next((why for why in self._obstacles(path, conv) if why), "")
+
+    def _obstacles(self, path: str, conv: _ConvNd) -> Iterator[str]:
+        yield _kind_obstacle(conv)
+        if conv is self.model:
+            yield "it is the model itself, which stays the object it is; wrap it in nn.Sequential"
+        for name, parameter in conv._parameters.items():
+            if parameter is not None and len(self.owners[id(parameter)]) > 1:
+                yield f"its {name} is shared with another module"
+        nodes = [*self.uses[False][path], *self.uses[True][path]]
+        if not nodes:
+            yield "the forward never calls it"
+        for name in conv._parameters:
+            readers = self.readers[f"{path}.{name}"]
+            if any(str(reader.meta.get("module")) != path for reader in readers):
+                yield f"the forward reads its {name} elsewhere too"
+        yield _value_obstacle(conv.weight)
+
+
+def _kind_obstacle(conv: _ConvNd) -> str:
+    """Say why a block could not do what a convolution does."""
+    if isinstance(conv, _ConvTransposeNd):
+        return "it is transposed; only forward convolutions are swapped"
+    if conv.groups != 1:
+        return f"it has {conv.groups} groups"
+    if parametrize.is_parametrized(conv) or "weight" not in conv._parameters:
+        return "its weight is computed from other tensors; remove the parametrization before"
+    stock = next((kind for kind in _STOCK if isinstance(conv, kind)), None)
+    if (
+        stock is None
+        or type(conv).forward is not stock.forward
+        or type(conv)._conv_forward is not stock._conv_forward
+    ):
+        return f"{type(conv).__name__} has a forward of its own"
+    if "forward" in vars(conv):
+        return "its forward was replaced on the instance"
+    if conv._modules or conv._buffers or conv._parameters.keys() - {"weight", "bias"}:
+        return f"{type(conv).__name__} holds more than a weight and a bias"
+    return ""
+
+
+def _value_obstacle(weight: Tensor) -> str:
+    if not weight.is_floating_point():
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    if has_values(weight) and not bool(weight.isfinite().all()):
+        return "its weight is not finite"
+    return ""
+
+
+def _call(node: fx.Node, conv: _ConvNd) -> Call:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    value: Tensor = source.meta["val"]
+    shape = list(value.shape)
+    if conv.padding_mode != "zeros":  # what was recorded is padded already
+        pads = conv._reversed_padding_repeated_twice
+        for axis, (low, high) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
+            shape[-1 - axis] -= low + high
+    return Call(tuple(shape), value.dtype)
