@@ -18,11 +18,16 @@ __all__ = [
     "DatasetFit",
     "Degradation",
     "DegradationFit",
+    "PlannedLevel",
     "Point",
+    "WidthPlan",
     "degradation_of",
     "fit_degradation",
+    "plan_widths",
 ]
 
 from pocketize.passes.planning.degradation import DEGRADATION, Degradation, degradation_of
 from pocketize.passes.planning.fitting import DatasetFit, DegradationFit, fit_degradation
+from pocketize.passes.planning.plan import PlannedLevel, WidthPlan
+from pocketize.passes.planning.planner import plan_widths
 from pocketize.passes.planning.points import Point
