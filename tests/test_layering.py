@@ -65,9 +65,12 @@ ALLOWED = {
     "passes": {"torch", "numpy"},
     "zoo": {"torch"},
 }
-#: What some packages may import in addition, optional packages within functions only.
+#: The extra ``complexity``: imported within functions, so that importing ours works without it.
+OPTIONAL = {"PIL", "cv2", "matplotlib", "nibabel", "pyrtools", "scipy", "skimage"}
+#: What some packages may import in addition.
 ALSO_ALLOWED = {
-    "passes/planning": {"tabulate", "tqdm", "matplotlib"},
+    "passes/complexity": {"tabulate", "tqdm", *OPTIONAL},
+    "passes/planning": {"tabulate", "tqdm", *OPTIONAL},
 }
 
 
@@ -147,6 +150,22 @@ def test_a_file_imports_only_the_packages_its_folder_may(path: Path) -> None:
     allowed |= ALSO_ALLOWED.get(path.relative_to(ROOT).parent.as_posix(), set())
     for line, module, _ in _imports(path):
         assert module.split(".")[0] in allowed, f"{path.name}:{line}: imports {module}"
+
+
+@pytest.mark.parametrize(
+    "path", [path for room in ALSO_ALLOWED for path in _sources(room)], ids=_identity
+)
+def test_an_optional_package_is_imported_where_it_is_used(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {
+        line
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    for line, module, _ in _imports(path):
+        if module.split(".")[0] in OPTIONAL:
+            assert line in inside, f"{path.name}:{line}: {module} belongs in the function"
 
 
 @pytest.mark.parametrize("path", _sources("zoo"), ids=_identity)

@@ -1,0 +1,224 @@
+"""Images from files: PNG, JPEG, TIFF, GIF, BMP, NIfTI and numpy arrays."""
+
+from __future__ import annotations
+
+__all__ = ["SUFFIXES", "Picture", "list_images", "pair_masks", "read_image"]
+
+import os
+import re
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketize.errors import InputError, nearest
+from pocketize.passes.complexity.packages import needed_for
+
+_PILLOW = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".bmp")
+_NIFTI = (".nii", ".nii.gz")
+SUFFIXES = (*_PILLOW, *_NIFTI, ".npy")
+"""Endings of the files that are read, in small letters; capitals are read too."""
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image that was read.
+
+    Attributes:
+        name: the file's name, for reports.
+        image: ``[height, width]``, ``[height, width, 3]`` in colour, or a volume.
+        axis: the axis along which a volume is cut; None where ``image`` says it by its shape.
+        file_bytes: the size of the file; None for an array that came from none.
+    """
+
+    name: str
+    image: npt.NDArray[Any]
+    axis: int | None = None
+    file_bytes: int | None = None
+
+
+def list_images(folder: str | os.PathLike[str], pattern: str = "*") -> list[Path]:
+    """Return the image files of a folder, sorted by path; or the one file that is named.
+
+    Files that are not images, by their endings, and hidden ones are passed over.
+
+    Args:
+        folder: a folder, or a file.
+        pattern: of the paths within, such as ``"*.png"``; ``"**/*"`` looks into folders too.
+
+    Raises:
+        InputError: nothing is there, or nothing that can be read.
+    """
+    path = Path(folder)
+    if path.is_file():
+        if not is_image(path):
+            raise InputError(f"{path} is no image that can be read; read are: {_known()}")
+        return [path]
+    if not path.is_dir():
+        there = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise InputError(f"there is no folder or file {path}.{nearest(path.name, there)}")
+    try:
+        matching = sorted(each for each in path.glob(pattern) if each.is_file())
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"{pattern!r} is no pattern of paths within {path}: {error}") from error
+    found = [each for each in matching if is_image(each)]
+    if not found:
+        where = path if pattern == "*" else path / pattern
+        raise InputError(f"{where}: no image that can be read {_there(path, matching)}")
+    return found
+
+
+def is_image(path: Path) -> bool:
+    """Tell by its name whether a file is an image that can be read."""
+    return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
+
+
+def read_image(path: str | os.PathLike[str], *, axis: int | None = None) -> Picture:
+    """Read an image or a volume.
+
+    Colour tables are resolved, alpha channels are dropped. A TIFF or GIF of several pages is a
+    volume ``[height, width, pages]``. NIfTI volumes are read as floats, in the scanner's units.
+
+    Args:
+        path: the file.
+        axis: the axis along which a volume is cut; by default the last one.
+
+    Raises:
+        InputError: the file cannot be read; the message says why.
+        OptionError: it needs a package that is not installed.
+    """
+    file = Path(path)
+    name = file.name.lower()
+    try:
+        size = file.stat().st_size
+        if name.endswith(_NIFTI):
+            return Picture(file.name, _read_nifti(file), -1 if axis is None else axis, size)
+        if name.endswith(".npy"):
+            return Picture(file.name, np.load(file, allow_pickle=False), axis, size)
+        image, is_volume = _read_picture(file)
+    except (OSError, EOFError, ValueError, SyntaxError, zlib.error) as error:
+        # what Pillow, nibabel and numpy raise of files that are cut short or not what they say
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(f"{file} cannot be read: {why}") from error
+    return Picture(file.name, image, (-1 if axis is None else axis) if is_volume else None, size)
+
+
+def _read_nifti(file: Path) -> npt.NDArray[Any]:
+    with needed_for("NIfTI files", "nibabel"):
+        import nibabel
+        from nibabel.filebasedimages import ImageFileError
+        from nibabel.spatialimages import HeaderDataError
+    try:
+        volume: npt.NDArray[Any] = nibabel.load(file).get_fdata(dtype=np.float32)
+    except (ImageFileError, HeaderDataError, TypeError) as error:
+        raise ValueError(str(error)) from error
+    return volume
+
+
+def _read_picture(file: Path) -> tuple[npt.NDArray[Any], bool]:
+    """Return the pixels, and whether they are a volume."""
+    with needed_for("image files", "Pillow"):
+        from PIL import Image, ImageSequence
+    try:
+        with Image.open(file) as opened:
+            pages = getattr(opened, "n_frames", 1) if opened.format in ("TIFF", "GIF") else 1
+            if pages == 1:
+                return _pixels(opened), False
+            frames = [_pixels(frame) for frame in ImageSequence.Iterator(opened)]
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{error} (PIL.Image.MAX_IMAGE_PIXELS sets the limit)") from error
+    shapes = {frame.shape for frame in frames}
+    if len(shapes) > 1 or frames[0].ndim != 2:
+        raise ValueError(
+            f"it has {pages} pages of the shapes {sorted(shapes)}; a volume has grey pages of one "
+            "size, so save each page as an image of its own"
+        )
+    return np.stack(frames, axis=-1), True
+
+
+def _pixels(picture: Any) -> npt.NDArray[Any]:
+    """Pixels of a Pillow image: bool, uint8, uint16, int32 or float32; grey or with 3 colours."""
+    mode = picture.mode
+    if mode in ("1", "L", "F"):
+        return np.array(picture)
+    if mode == "I" and picture.format == "PNG":
+        # PNG has no more than 16 bits; older versions of Pillow read them into 32
+        return np.array(picture).astype(np.uint16)
+    if mode == "I":
+        return np.array(picture)
+    if mode.startswith("I;16"):
+        return np.array(picture).astype(np.uint16)  # in this computer's order of bytes
+    if mode in ("LA", "La"):
+        return np.array(picture.convert("LA"))[..., 0]
+    colours = np.array(picture.convert("RGB"))
+    if mode in ("P", "PA") and (colours == colours[..., :1]).all():
+        return colours[..., 0]  # a table of greys
+    return colours
+
+
+def pair_masks(
+    images: list[Path], folder: str | os.PathLike[str], pattern: str = "*"
+) -> tuple[list[Path], str]:
+    """Find the mask of each image.
+
+    By name, where each image has just one mask that is called as the image, or begins with the
+    image's name and a character that is no letter and no digit (``Image_01L.jpg``,
+    ``Image_01L_1stHO.png``); else in the order of the sorted names, where there are as many.
+
+    Args:
+        images: the images, sorted.
+        folder: where the masks are.
+        pattern: of the masks' paths within.
+
+    Returns:
+        The masks in the order of the images, and ``"name"`` or ``"order"``.
+
+    Raises:
+        InputError: they cannot be paired.
+    """
+    masks = [mask for mask in list_images(folder, pattern) if mask not in set(images)]
+    pairs = [_by_name(image, masks) for image in images]
+    found = [pair for pair in pairs if pair is not None]
+    if len(set(found)) == len(images):
+        return found, "name"
+    if len(masks) == len(images):
+        return masks, "order"
+    lonely = next((image for image, mask in zip(images, pairs, strict=True) if mask is None), None)
+    raise InputError(
+        f"{len(images)} images and {len(masks)} masks in {folder} cannot be paired"
+        + (f": no one mask is called like {lonely.name}" if lonely is not None else "")
+        + ". Give masks the names of their images, or narrow both down with patterns"
+    )
+
+
+def _by_name(image: Path, masks: list[Path]) -> Path | None:
+    stem = _stem(image)
+    equal = [mask for mask in masks if _stem(mask) == stem]
+    longer = [mask for mask in masks if re.match(rf"{re.escape(stem)}[^A-Za-z0-9]", _stem(mask))]
+    found = equal or longer
+    return found[0] if len(found) == 1 else None
+
+
+def _stem(path: Path) -> str:
+    ending = next(suffix for suffix in (".nii.gz", path.suffix) if path.name.endswith(suffix))
+    return path.name[: -len(ending)]
+
+
+def _known() -> str:
+    return " ".join(SUFFIXES)
+
+
+def _there(folder: Path, matching: list[Path]) -> str:
+    files = matching or [each for each in folder.iterdir() if each.is_file()]
+    if not files:
+        folders = sum(each.is_dir() for each in folder.iterdir())
+        inside = f"; its {folders} folders are searched with the pattern '**/*'" if folders else ""
+        return f"(it holds no files{inside})"
+    kinds = Counter(path.suffix.lower() or "without an ending" for path in files)
+    told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+    what = "files that match" if matching else "files there, which do not match"
+    return f"({what}: {told}; read are: {_known()})"
