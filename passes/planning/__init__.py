@@ -24,6 +24,7 @@ __all__ = [
     "degradation_of",
     "fit_degradation",
     "plan_widths",
+    "train_points",
 ]
 
 from pocketize.passes.planning.degradation import DEGRADATION, Degradation, degradation_of
@@ -31,3 +32,4 @@ from pocketize.passes.planning.fitting import DatasetFit, DegradationFit, fit_de
 from pocketize.passes.planning.plan import PlannedLevel, WidthPlan
 from pocketize.passes.planning.planner import plan_widths
 from pocketize.passes.planning.points import Point
+from pocketize.passes.planning.runner import train_points
