@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Complexity"]
+__all__ = ["Complexity", "compare_measures"]
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,7 @@ class Complexity:
     def title(self) -> str:
         """Say in one line what was measured."""
         count = len(self.names)
-        how = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        how = ", ".join(f"{name} {_plain(value)}" for name, value in self.settings.items())
         return f"{self.measure} of {count} image{'s' * (count != 1)}" + (f", {how}" if how else "")
 
     def to_markdown(self) -> str:
@@ -74,13 +74,33 @@ class Complexity:
         return [list(row) for row in zip(scale_names(self.values.shape[1]), *columns, strict=True)]
 
 
+def compare_measures(results: Sequence[Complexity], *, markdown: bool = False) -> str:
+    """Return one table of the means of several measures of the same images."""
+    names = scale_names(max(result.values.shape[1] for result in results))
+    rows = [[result.measure, *map(figure, result.mean)] for result in results]
+    table = tabulate(
+        rows,
+        headers=("measure", *names),
+        colalign=("left", *["right"] * len(names)),
+        disable_numparse=True,
+        tablefmt="github" if markdown else "simple",
+    )
+    return "\n".join([*(result.title() for result in results), "", table])
+
+
 def figure(value: float) -> str:
     """Write a number with four digits that matter."""
     return f"{value:.4g}" if abs(value) < 1e-4 or abs(value) >= 1e5 else f"{value:#.4g}".rstrip(".")
 
 
+def _plain(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return " to ".join(map(_plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 _LAYOUT: dict[str, Any] = {
-    "headers": ("scale", "mean", "standard deviation", "min", "max"),
+    "headers": ("scale", "mean", "deviation", "min", "max"),
     "colalign": ("left", "right", "right", "right", "right"),
     "disable_numparse": True,
 }
