@@ -9,6 +9,7 @@ __all__ = [
     "USAGE",
     "CheckFailed",
     "UsageError",
+    "add_model",
     "check_output",
     "inputs_of",
     "note",
@@ -35,6 +36,7 @@ from pocketize.models import ResolvedModel, resolve
 from pocketize.recipe import load_recipe
 from pocketize.registry import parse_pass
 
+_MODEL_HELP = "package.module:factory, zoo:NAME, or a file ending in .pt2"
 DONE, CHECK_FAILED, USAGE, FAILED = range(4)
 
 
@@ -109,6 +111,33 @@ def parse_kwargs(text: str | None, option: str = "--kwargs") -> dict[str, Any]:
             f"not {type(kwargs).__name__}"
         )
     return kwargs
+
+
+def add_model(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """Declare MODEL and what goes with it: what :func:`resolve_model` and :func:`inputs_of` read.
+
+    Args:
+        parser: the command's.
+        **options: of the argument MODEL.
+    """
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP, **options)
+    parser.add_argument("--kwargs", metavar="JSON", help="keyword arguments of the factory")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="a state_dict to load (.safetensors, .pt), or a model saved by `pocketize apply`",
+    )
+    parser.add_argument(
+        "--input",
+        metavar="SHAPE",
+        help="example input, such as 1x1x96x96x96, or 1x3x64x64,1x77:int64 (default: guessed)",
+    )
+    parser.add_argument("--seed", type=int, help="seed of new weights and of what passes draw")
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="unpickle MODEL and --weights; they can then run any code they contain",
+    )
 
 
 def resolve_model(args: argparse.Namespace) -> ResolvedModel:

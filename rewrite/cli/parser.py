@@ -8,16 +8,15 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from pocketize.cli.commands import Command, command_names, load_command
+from pocketize.cli.common import add_model
 from pocketize.cli.listing import run_explain, run_passes, run_zoo
 from pocketize.cli.reporting import run_demo, run_report
 from pocketize.cli.rewriting import run_apply, run_plan
 from pocketize.errors import RegistryError
 from pocketize.version import VERSION
 
-_MODEL_HELP = "package.module:factory, zoo:NAME, or a file ending in .pt2"
 _EXAMPLES = """\
 MODEL is package.module:factory (a function or class that builds the network; the current folder is
 searched too), zoo:NAME (see `pocketize zoo`), or an exported program, FILE.pt2.
@@ -96,16 +95,16 @@ def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
     zoo.add_argument("pattern", nargs="?", default="*", help="which, such as '*3d*'; quote it")
 
     plan = command("plan", run_plan, "tell what passes would do to a model, and change nothing")
-    _add_model(plan)
+    add_model(plan)
     _add_passes(plan)
     plan.add_argument("--format", choices=("text", "markdown"), default="text")
 
     explain = command("explain", run_explain, "tell why a layer can be resized, or why not")
-    _add_model(explain)
+    add_model(explain)
     explain.add_argument("path", help="a module or parameter, such as encoder.2.conv")
 
     apply = command("apply", run_apply, "rewrite a model and save the result")
-    _add_model(apply)
+    add_model(apply)
     _add_passes(apply)
     apply.add_argument(
         "-o",
@@ -173,27 +172,6 @@ def _declare(name: str, command: Command, parser: argparse.ArgumentParser) -> No
     parser.set_defaults(run=command.run)
 
 
-def _add_model(parser: argparse.ArgumentParser, **options: Any) -> None:
-    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP, **options)
-    parser.add_argument("--kwargs", metavar="JSON", help="keyword arguments of the factory")
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="a state_dict to load (.safetensors, .pt), or a model saved by `pocketize apply`",
-    )
-    parser.add_argument(
-        "--input",
-        metavar="SHAPE",
-        help="example input, such as 1x1x96x96x96, or 1x3x64x64,1x77:int64 (default: guessed)",
-    )
-    parser.add_argument("--seed", type=int, help="seed of new weights and of what passes draw")
-    parser.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="unpickle MODEL and --weights; they can then run any code they contain",
-    )
-
-
 def _add_passes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pass",
@@ -207,7 +185,7 @@ def _add_passes(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument(
         "after",
         nargs="?",
