@@ -234,21 +234,18 @@ def _layerwise(
     setup: Setup, fit: DegradationFit, complexities: np.ndarray, weights: int
 ) -> tuple[WidthPlan, str]:
     """The layer-wise plan of a size, by the fitted slopes if they are slopes at every scale."""
-    for degradation, name in ((fit.degradation, "fitted"), ("unet", "the paper's")):
-        try:
-            plan = plan_widths(
-                setup.build(),
-                inputs=INPUT,
-                complexity=complexities.tolist(),
-                degradation=degradation,
-                max_parameters=weights,
-                count="conv",
-            )
-        except PlanningError as error:
-            refused = error
-        else:
-            return plan, name
-    raise refused
+    planned = partial(
+        plan_widths,
+        setup.build(),
+        inputs=INPUT,
+        complexity=complexities.tolist(),
+        max_parameters=weights,
+        count="conv",
+    )
+    try:
+        return planned(degradation=fit.degradation), "fitted"
+    except PlanningError:  # a fitted slope is not positive at some scale
+        return planned(degradation="unet"), "the paper's"
 
 
 def main() -> None:
