@@ -23,6 +23,7 @@ __all__ = [
     "WidthPlan",
     "degradation_of",
     "fit_degradation",
+    "level_scales",
     "plan_widths",
     "train_points",
 ]
@@ -33,3 +34,4 @@ from pocketize.passes.planning.plan import PlannedLevel, WidthPlan
 from pocketize.passes.planning.planner import plan_widths
 from pocketize.passes.planning.points import Point
 from pocketize.passes.planning.runner import train_points
+from pocketize.passes.planning.scales import level_scales

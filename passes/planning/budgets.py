@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["COUNTS", "Budgets", "Count", "read_bytes", "read_count", "read_drop"]
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -95,7 +96,10 @@ def read_count(value: Any, name: str) -> float | None:
 def _read(value: Any, name: str, kind: str) -> float | None:
     if value is None:
         return None
-    number = quantity(value.strip(), kind) if isinstance(value, str) else value
+    number = value
+    if isinstance(value, str):
+        plain = re.fullmatch(r"\d+(\.\d+)?(e\d+)?", value.strip())
+        number = float(value) if plain else quantity(value.strip(), kind)
     known = ", ".join(unit for unit in UNITS[kind] if unit)
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise OptionError(f"{name}: expected a number, or one with a unit ({known}), got {value!r}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 __all__ = ["plan_widths"]
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -279,7 +280,7 @@ def _as_degradation(given: Degradation | DegradationFit | str | None) -> Degrada
 def _as_complexities(given: float | Sequence[float] | None) -> tuple[float, ...]:
     values = () if given is None else (given,) if isinstance(given, int | float) else tuple(given)
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, Real):  # Real: also those of numpy
             raise OptionError(f"complexity: expected numbers, got {value!r}")
     return tuple(float(value) for value in values)
 

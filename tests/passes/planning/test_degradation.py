@@ -185,7 +185,6 @@ def test_json_that_was_changed_or_is_another_thing_is_refused() -> None:
 
 
 def test_a_fit_can_be_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     fit = fit_degradation(_points(degradation_of("unet"), [LYMPH, DRIVE, CHASE]))
     fit.plot(tmp_path / "fit.svg")
     drawn = (tmp_path / "fit.svg").read_text(encoding="utf-8")

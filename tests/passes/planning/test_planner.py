@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.networks.nets import UNet
 from torch import nn
 
 from pocketize import measure, rewrite
@@ -196,8 +197,7 @@ def test_a_floor_and_a_budget_that_exclude_each_other_are_told() -> None:
 
 
 def test_a_memory_budget_holds_when_the_rewritten_model_is_estimated() -> None:
-    monai = pytest.importorskip("monai.networks.nets")
-    net = monai.UNet(2, 1, 2, channels=(8, 16, 32), strides=(2, 2), num_res_units=1)
+    net = UNet(2, 1, 2, channels=(8, 16, 32), strides=(2, 2), num_res_units=1)
     whole = measure(net, "2x1x32x32", estimate=True).peak
     told: list[str] = []
     made = plan_widths(net, inputs="2x1x32x32", max_peak=0.6 * whole, progress=told.append)
