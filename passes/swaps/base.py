@@ -157,7 +157,7 @@ class Swap(Pass):
         assert conv is not None  # of what is not refused
         narrow = min(conv.in_channels, conv.out_channels)
         if narrow < self.min_channels and not forced:
-            return f"{narrow} channels are fewer than min_channels={self.min_channels}"
+            return f"channels in or out: {narrow}, fewer than min_channels={self.min_channels}"
         ranks = self.ranks(conv)
         if isinstance(ranks, str):
             return ranks

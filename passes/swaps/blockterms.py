@@ -23,6 +23,9 @@ from pocketize.passes.swaps.channelwise import balanced
 from pocketize.passes.swaps.tensors import principal
 
 _SWEEPS = 40
+#: Terms (r m) up to which there are so many; a sweep solves equations in all terms, which takes the
+#: cube of their number, and the more there are the less is left to improve.
+_TERMS = 512
 #: A sweep that lowers the residual's energy by less than this share of it is the last.
 _GAIN = 1e-3
 #: How much a step is held back, as a share of the mean of the normal equations' diagonal: without
@@ -71,11 +74,11 @@ def block_terms(
     found = BlockTerms(mix, kernels, columns)
     total = float(weight.square().sum())
     residual = float((weight - found.composed()).square().sum())
-    for _ in range(sweeps):
+    most = int(_SWEEPS * min(1.0, _TERMS / (channels * multiplier)) ** 3)
+    for _ in range(min(sweeps, max(1, most))):
         if residual <= _NOTHING * total:
             break
-        better = _sweep(weight, found)
-        now = float((weight - better.composed()).square().sum())
+        better, now = _sweep(weight, found, total)
         if not now < residual:
             break
         found, last, residual = better, residual, now
@@ -84,8 +87,12 @@ def block_terms(
     return _scaled(found)
 
 
-def _sweep(weight: Tensor, found: BlockTerms) -> BlockTerms:
-    """Solve for columns, kernels and mix in turn, each the best for the other two."""
+def _sweep(weight: Tensor, found: BlockTerms, total: float) -> tuple[BlockTerms, float]:
+    """Solve for columns, kernels and mix in turn, each the best for the other two.
+
+    Returns:
+        The factors, and the energy of the residual, which the last step's equations tell.
+    """
     mix, kernels, columns = found
     o, r, m = columns.shape
     thin = torch.einsum("oik,ij->ojk", weight, mix)
@@ -104,7 +111,9 @@ def _sweep(weight: Tensor, found: BlockTerms) -> BlockTerms:
     mixed = torch.einsum("ojl,jlk->ojk", columns, kernels)
     gram = torch.einsum("ojk,ohk->jh", mixed, mixed)
     right = torch.einsum("oik,ojk->ji", weight, mixed)
-    return BlockTerms(_solved(gram, right, mix.T).T, kernels, columns)
+    mix = _solved(gram, right, mix.T).T
+    residual = total - 2 * float((mix * right.T).sum()) + float((mix.T @ mix * gram).sum())
+    return BlockTerms(mix, kernels, columns), residual
 
 
 def _solved(gram: Tensor, right: Tensor, old: Tensor) -> Tensor:

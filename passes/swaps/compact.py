@@ -26,7 +26,9 @@ from pocketize.passes.swaps.ratios import kept_share, no_values
 from pocketize.passes.swaps.tensors import cheapest, folded, relative_error, rounding_of
 
 #: Multipliers for which fewer channels are looked for than the first decomposition needs.
-_TRIED = (1, 2, 4)
+_TRIED = (1, 2)
+#: Sweeps of the improvement while looking; the block itself gets more.
+_SWEEPS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,7 @@ def _by_energy(weight: Tensor, share: float, rounding: float) -> tuple[int, ...]
     best = cheapest(kept, cost, share, rounding)
 
     def enough(r: int, m: int) -> bool:
-        error = relative_error(weight, block_terms(weight, r, m).composed())
+        error = relative_error(weight, block_terms(weight, r, m, _SWEEPS).composed())
         return 1 - error**2 >= share - rounding
 
     # However many kernels they have, fewer channels cannot keep enough.
