@@ -67,8 +67,8 @@ class ComplexityCommand:
             "--range",
             dest="value_range",
             metavar="LOW,HIGH",
-            help="values that become black and white, such as --range=-160,240 (default: by the type "
-            "of the image)",
+            help="values that become black and white, such as --range=-160,240 (default: by the "
+            "type of the image)",
         )
         parser.add_argument("--format", choices=("text", "markdown", "json"), default="text")
         parser.add_argument("-o", "--output", metavar="FILE", help="write here, not to stdout")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pocketize.errors import InputError, nearest
+from pocketize.errors import InputError, OptionError, nearest
 from pocketize.passes.complexity.packages import needed_for
 
 _PILLOW = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".bmp")
@@ -100,6 +100,8 @@ def read_image(path: str | os.PathLike[str], *, axis: int | None = None) -> Pict
         if name.endswith(".npy"):
             return Picture(file.name, np.load(file, allow_pickle=False), axis, size)
         image, is_volume = _read_picture(file)
+    except OptionError:  # a ValueError, too, but not about the file
+        raise
     except (OSError, EOFError, ValueError, SyntaxError, zlib.error) as error:
         # what Pillow, nibabel and numpy raise of files that are cut short or not what they say
         why = error.strerror if isinstance(error, OSError) and error.strerror else error

@@ -90,7 +90,9 @@ def compare_measures(results: Sequence[Complexity], *, markdown: bool = False) -
 
 def figure(value: float) -> str:
     """Write a number with four digits that matter."""
-    return f"{value:.4g}" if abs(value) < 1e-4 or abs(value) >= 1e5 else f"{value:#.4g}".rstrip(".")
+    if value == 0:
+        return "0"
+    return f"{value:#.4g}".rstrip(".") if 1e-4 <= abs(value) < 1e4 else f"{value:.3e}"
 
 
 def _plain(value: object) -> str:
