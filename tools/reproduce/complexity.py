@@ -187,9 +187,9 @@ def report(setup: Setup) -> str:
     )
 
     parts.append(
-        f"Multiplier 1/4 ({between:,} weights), which no fit has seen. Share of the F1 that is lost, "
-        "predicted by all four data sets, by the other three only, by the data set's own line, and "
-        "reached:"
+        f"Multiplier 1/4 ({between:,} weights), which no fit has seen. Share of the F1 that is "
+        "lost, predicted by all four data sets, by the other three only, by the data set's own "
+        "line, and reached:"
     )
     rows = []
     for name in datasets:

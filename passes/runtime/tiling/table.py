@@ -1,0 +1,432 @@
+"""Which operators are local, and in what form.
+
+An operator that is not in the table is not local: it needs its inputs whole. So is one whose
+arguments make it so, a softmax over space for instance; the reason is kept for the plan.
+"""
+
+from __future__ import annotations
+
+__all__ = ["NotLocal", "local_form"]
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pocketize.passes.runtime.tiling.forms import (
+    Convolution,
+    Form,
+    Mixing,
+    Pointwise,
+    Pooling,
+    Transposed,
+)
+from pocketize.passes.runtime.tiling.windows import (
+    Reach,
+    Region,
+    Source,
+    crop_source,
+    linear_source,
+    nearest_source,
+    pad_source,
+)
+from pocketize.rules import bind, operator_name
+
+_Bound = Mapping[str, Any]
+_Rule = Callable[[fx.Node, _Bound, int], Form]
+
+#: Element-wise, though torch does not tag them so, or nothing at all in evaluation.
+_POINTWISE = {
+    "alias",
+    "clone",
+    "contiguous",
+    "copy",
+    "detach",
+    "fill",
+    "floor_divide",
+    "full_like",
+    "hardswish",
+    "lift_fresh",
+    "log_sigmoid",
+    "masked_fill",
+    "ones_like",
+    "rsub",
+    "to",
+    "type_as",
+    "where",
+    "zeros_like",
+    "__and__",
+    "_to_copy",
+}
+_DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+_SOFTMAX = {"softmax", "log_softmax", "_softmax", "_log_softmax", "glu", "cumsum", "logcumsumexp"}
+_OVER_CHANNELS = {"sum", "mean", "amax", "amin", "logsumexp", "prod", "var", "std", "norm"}
+
+
+class NotLocal(Exception):
+    """An operator needs its inputs whole; the text says why."""
+
+
+def local_form(node: fx.Node, rank: int) -> Form:
+    """Return the local form of a recorded operator whose result is a map.
+
+    Args:
+        node: the operator; its result is (N, C, *spatial).
+        rank: number of spatial axes.
+
+    Raises:
+        NotLocal: there is none.
+    """
+    full = operator_name(node.target)
+    if full == "getitem":
+        return _part(node, rank)
+    namespace, _, name = full.rpartition(".")
+    bound = bind(node.target, node.args, node.kwargs)
+    rule = _RULES.get(name) if namespace == "aten" else None
+    if rule is not None:
+        return rule(node, bound, rank)
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.pointwise in tags or name in _POINTWISE:
+        return _pointwise(node, bound, rank)
+    raise NotLocal(f"{full} is not known to be local")
+
+
+# -- the same place ------------------------------------------------------------------------------
+
+
+def _pointwise(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        raise NotLocal(f"{operator_name(node.target)} draws random numbers")
+    out = tuple(node.meta["val"].shape)
+    maps = []
+    for source in node.all_input_nodes:
+        shape = _shape(source)
+        if shape is None:
+            continue
+        sizes = shape[-rank:] if len(shape) >= rank else shape
+        if len(shape) == rank + 2:
+            if not all(size in (1, whole) for size, whole in zip(shape[2:], out[2:], strict=True)):
+                raise NotLocal(f"it combines maps of {shape[2:]} and {out[2:]}")
+            maps.append(source)
+        elif len(shape) > rank + 2 or any(size != 1 for size in sizes):
+            raise NotLocal(f"it combines a map with a tensor of shape {shape}")
+    if not maps:
+        raise NotLocal("it makes a map of something that is none")
+    return _in_place_undone(Pointwise, node, maps)
+
+
+def _channelwise(node: fx.Node, maps: list[fx.Node]) -> Form:
+    """A form of an operator that mixes channels and leaves every place to itself."""
+    return _in_place_undone(Pointwise, node, maps)
+
+
+def _in_place_undone(kind: type[Pointwise], node: fx.Node, maps: list[fx.Node]) -> Form:
+    """Call the operator that returns its result instead of writing it into its input."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        packet = getattr(torch.ops.aten, target._schema.name.split("::")[1].rstrip("_"), None)
+        plain = getattr(packet, target._overloadname or "default", None)
+        if plain is None or plain._schema.is_mutable:
+            raise NotLocal(f"{target} writes into its input, and has no twin that does not")
+        return _Redirected(node, maps, plain)
+    return kind(node, maps)
+
+
+class _Redirected(Pointwise):
+    """Another operator with the same arguments."""
+
+    def __init__(self, node: fx.Node, maps: list[fx.Node], target: Any) -> None:
+        super().__init__(node, maps)
+        self.target = target
+
+    def call(self, args: Any, kwargs: Any, region: Region) -> Any:
+        return self.target(*args, **kwargs)
+
+
+def _dropout(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    if bound["train"] and bound["p"]:
+        raise NotLocal("it draws random numbers for the whole map")
+    return _channelwise(node, [bound["input"]])
+
+
+def _batch_norm(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    if bound["training"]:
+        raise NotLocal("it takes the statistics of the batch")
+    return _channelwise(node, [bound["input"]])
+
+
+def _instance_norm(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    if bound["use_input_stats"]:
+        raise NotLocal("it takes the statistics of the whole map")
+    return _channelwise(node, [bound["input"]])
+
+
+def _prelu(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    return _channelwise(node, [bound["self"]])
+
+
+def _along_channels(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    dim = bound["dim"]
+    if dim % (rank + 2) > 1:
+        raise NotLocal(f"it runs along the spatial axis {dim}")
+    source = next(value for value in bound.values() if isinstance(value, fx.Node))
+    return _channelwise(node, [source])
+
+
+def _reduction(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    dims = bound.get("dim")
+    dims = [dims] if isinstance(dims, int) else list(dims or range(rank + 2))
+    if any(dim % (rank + 2) > 1 for dim in dims):
+        raise NotLocal("it reduces over space")
+    if not bound.get("keepdim"):
+        raise NotLocal("it takes an axis away")
+    return _channelwise(node, [bound["self"]])
+
+
+def _cat(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    if bound["dim"] % (rank + 2) > 1:
+        raise NotLocal("it joins maps along a spatial axis")
+    return _channelwise(node, list(dict.fromkeys(bound["tensors"])))
+
+
+class _Expanded(Pointwise):
+    def call(self, args: Any, kwargs: Any, region: Region) -> Any:
+        x, sizes = args[0], list(self.node.meta["val"].shape)
+        return x.expand(*sizes[:2], *(high - low for low, high in region))
+
+
+def _expand(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    shape = _shape(bound["self"])
+    if shape is None or len(shape) != rank + 2:
+        raise NotLocal("it makes a map of something that is none")
+    return _Expanded(node, [bound["self"]])
+
+
+class _Piece(Pointwise):
+    """One of several results that an operator makes of its channels."""
+
+    def __init__(self, node: fx.Node, maps: list[fx.Node], split: fx.Node, index: int) -> None:
+        super().__init__(node, maps)
+        self.split, self.index = split, index
+
+    def run(self, region: Region, context: Any) -> Tensor:
+        x = context.part(next(iter(self.maps)), region)
+        args, kwargs = fx.node.map_arg((self.split.args, self.split.kwargs), lambda _: x)
+        assert callable(self.split.target)
+        result: Tensor = self.split.target(*args, **kwargs)[self.index]
+        return result
+
+
+def _part(node: fx.Node, rank: int) -> Form:
+    split, index = node.args
+    assert isinstance(split, fx.Node)
+    name = operator_name(split.target).rpartition(".")[2]
+    bound = bind(split.target, split.args, split.kwargs)
+    if name in ("chunk", "split", "split_with_sizes", "tensor_split"):
+        if bound["dim"] % (rank + 2) > 1:
+            raise NotLocal("it cuts a map along a spatial axis")
+        return _Piece(node, [bound["self"]], split, int(index))  # type: ignore[arg-type]
+    raise NotLocal(f"{operator_name(split.target)} is not known to be local")
+
+
+# -- kernels -------------------------------------------------------------------------------------
+
+
+def _convolution(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    if bound.get("transposed"):
+        return _transposed(node, bound, rank)
+    source, weight = bound["input"], bound["weight"]
+    kernel = tuple(weight.meta["val"].shape[2:])
+    stride, dilation = numbers(bound["stride"], rank), numbers(bound["dilation"], rank)
+    if bound["padding"] == "same":
+        # with an odd sum, torch pads more behind
+        padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
+    elif bound["padding"] == "valid":
+        padding = (0,) * rank
+    else:
+        padding = numbers(bound["padding"], rank)
+    reaches = _reaches(source, kernel, stride, padding, dilation)
+    return Convolution(node, source, weight, bound["bias"], reaches, bound["groups"])
+
+
+def _transposed(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    source, weight = bound["input"], bound["weight"]
+    reaches = _reaches(
+        source,
+        tuple(weight.meta["val"].shape[2:]),
+        numbers(bound["stride"], rank),
+        numbers(bound["padding"], rank),
+        numbers(bound["dilation"], rank),
+    )
+    return Transposed(node, source, weight, bound["bias"], reaches, bound["groups"])
+
+
+def _max_pool(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    kernel = numbers(bound["kernel_size"], rank)
+    stride = numbers(bound["stride"] or kernel, rank)
+    padding, dilation = numbers(bound["padding"], rank), numbers(bound["dilation"], rank)
+    reaches = _reaches(bound["self"], kernel, stride, padding, dilation)
+    return Pooling(node, bound["self"], reaches, "max")
+
+
+def _avg_pool(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    kernel = numbers(bound["kernel_size"], rank)
+    stride = numbers(bound["stride"] or kernel, rank)
+    padding = numbers(bound["padding"], rank)
+    reaches = _reaches(bound["self"], kernel, stride, padding, (1,) * rank)
+    return Pooling(
+        node,
+        bound["self"],
+        reaches,
+        "mean",
+        ends=[reach.size + reach.padding for reach in reaches],
+        include_pad=bound["count_include_pad"],
+        divisor=bound.get("divisor_override"),
+    )
+
+
+def _adaptive(kind: str) -> _Rule:
+    def rule(node: fx.Node, bound: _Bound, rank: int) -> Form:
+        sizes, lengths = _sizes(bound["self"]), _sizes(node)
+        if any(size % length for size, length in zip(sizes, lengths, strict=True)):
+            raise NotLocal(f"its windows differ: {sizes} to {lengths}")
+        kernel = tuple(size // length for size, length in zip(sizes, lengths, strict=True))
+        if kernel == sizes:
+            raise NotLocal("it pools the whole map")
+        reaches = _reaches(bound["self"], kernel, kernel, (0,) * rank, (1,) * rank)
+        return Pooling(node, bound["self"], reaches, kind, ends=sizes)
+
+    return rule
+
+
+def _reaches(
+    source: fx.Node,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> list[Reach]:
+    rows = zip(_sizes(source), kernel, stride, padding, dilation, strict=True)
+    return [Reach(*row) for row in rows]
+
+
+# -- entries picked and mixed --------------------------------------------------------------------
+
+
+def _nearest(exact: bool) -> _Rule:
+    def rule(node: fx.Node, bound: _Bound, rank: int) -> Form:
+        rows = zip(_sizes(_first(bound)), _sizes(node), _factors(bound, rank), strict=True)
+        return Mixing(node, _first(bound), [nearest_source(*row, exact=exact) for row in rows])
+
+    return rule
+
+
+def _linear(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    rows = zip(_sizes(_first(bound)), _sizes(node), _factors(bound, rank), strict=True)
+    corners = bound["align_corners"]
+    sources = [linear_source(*row, align_corners=corners) for row in rows]
+    return Mixing(node, _first(bound), sources)
+
+
+def _factors(bound: _Bound, rank: int) -> list[float | None]:
+    """Return the scale factors that the caller gave, axis by axis."""
+    if "scale_factors" in bound:
+        return list(bound["scale_factors"] or [None] * rank)
+    single = bound.get("scales")
+    names = ("scales_d", "scales_h", "scales_w")[-rank:]
+    return [single] if rank == 1 else [bound.get(name) for name in names]
+
+
+def _pad(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    pads = list(bound.get("pad") or bound["padding"])
+    if len(pads) > 2 * rank and any(pads[2 * rank :]):
+        raise NotLocal("it pads channels")
+    source = _first(bound)
+    name = operator_name(node.target).rpartition(".")[2]
+    mode = bound.get("mode") or "constant"
+    mode = next((m for m in ("reflect", "replicat") if name.startswith(m)), mode)
+    mode = "replicate" if mode == "replicat" else mode
+    pads += [0] * (2 * rank - len(pads))
+    pairs = [(pads[2 * axis], pads[2 * axis + 1]) for axis in range(rank)][::-1]
+    rows = zip(_sizes(source), pairs, strict=True)
+    sources = [pad_source(size, before, after, mode) for size, (before, after) in rows]
+    return Mixing(node, source, sources, constant=bound.get("value") or 0.0)
+
+
+def _slice(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    source, dim = bound["self"], bound["dim"] % (rank + 2)
+    if dim < 2:
+        return _channelwise(node, [source])
+    sizes = _sizes(source)
+    start, stop, step = slice(bound["start"], bound["end"], bound["step"]).indices(sizes[dim - 2])
+    sources = [
+        crop_source(start, stop, step) if axis == dim - 2 else crop_source(0, size)
+        for axis, size in enumerate(sizes)
+    ]
+    return Mixing(node, source, sources)
+
+
+def _narrow(node: fx.Node, bound: _Bound, rank: int) -> Form:
+    source, dim = bound["self"], bound["dim"] % (rank + 2)
+    if dim < 2:
+        return _channelwise(node, [source])
+    sizes, start = _sizes(source), int(bound["start"])
+    sources: list[Source] = [crop_source(0, size) for size in sizes]
+    sources[dim - 2] = crop_source(start, start + int(bound["length"]))
+    return Mixing(node, source, sources)
+
+
+# -- reading arguments ---------------------------------------------------------------------------
+
+
+def numbers(given: Any, rank: int) -> tuple[int, ...]:
+    """Return one number for each spatial axis, where one may stand for all."""
+    many = [int(n) for n in given] if isinstance(given, list | tuple) else [int(given)]
+    return tuple(many * rank if len(many) == 1 else many)
+
+
+def _first(bound: _Bound) -> fx.Node:
+    return next(value for value in bound.values() if isinstance(value, fx.Node))
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    value = node.meta["val"]
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _sizes(node: fx.Node) -> tuple[int, ...]:
+    shape = _shape(node)
+    if shape is None or math.prod(shape) == 0:
+        raise NotLocal("it reads something that is no map")
+    return shape[2:]
+
+
+_RULES: dict[str, _Rule] = {
+    "batch_norm": _batch_norm,
+    "cat": _cat,
+    "constant_pad_nd": _pad,
+    "convolution": _convolution,
+    "expand": _expand,
+    "instance_norm": _instance_norm,
+    "narrow": _narrow,
+    "pad": _pad,
+    "prelu": _prelu,
+    "slice": _slice,
+    **dict.fromkeys(_DROPOUTS, _dropout),
+    **dict.fromkeys(_SOFTMAX, _along_channels),
+    **dict.fromkeys(_OVER_CHANNELS, _reduction),
+    **{f"conv{d}d": _convolution for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": _transposed for d in (1, 2, 3)},
+    **{f"max_pool{d}d": _max_pool for d in (1, 2, 3)},
+    **{f"avg_pool{d}d": _avg_pool for d in (1, 2, 3)},
+    **{f"adaptive_avg_pool{d}d": _adaptive("mean") for d in (1, 2, 3)},
+    **{f"adaptive_max_pool{d}d": _adaptive("max") for d in (1, 2, 3)},
+    **{f"upsample_nearest{d}d": _nearest(False) for d in (1, 2, 3)},
+    **{f"_upsample_nearest_exact{d}d": _nearest(True) for d in (1, 2, 3)},
+    **{f"{mode}_pad{d}d": _pad for d in (1, 2, 3) for mode in ("reflection", "replication")},
+    "upsample_linear1d": _linear,
+    "upsample_bilinear2d": _linear,
+    "upsample_trilinear3d": _linear,
+}
