@@ -18,7 +18,7 @@ from pocketize.memory import measure
 from pocketize.passes.levels import find_levels
 from pocketize.passes.planning.counting import Counter, Sizes
 from pocketize.passes.width import Width
-from pocketize.pipeline import plan, rewrite
+from pocketize.pipeline import plan
 
 
 class Network:
@@ -63,7 +63,7 @@ class Network:
         """Return the estimated peak at some units: the model is rewritten, and counted on fakes."""
         model = self.model
         if any(units < group.units for group, units in wanted.items()):
-            model = rewrite(model, self.width(wanted), inputs=self.inputs)
+            model = plan(model, self.width(wanted), inputs=self.inputs).apply()
         return measure(model, self.inputs, mode, optimizer, estimate=True).peak
 
     def width(self, wanted: Mapping[ChannelGroup, int]) -> Width:

@@ -138,7 +138,7 @@ def _drop(
     if not setting.complexities or setting.degradation is None:
         return None
     if setting.layerwise:
-        return max(drop for level in levels if (drop := level.drop) is not None)
+        return max((drop for level in levels if (drop := level.drop) is not None), default=0.0)
     decades = math.log10(before.theta / after.theta) if after.theta else 0.0
     return setting.degradation.relative_drop(setting.complexities[0], decades)
 

@@ -186,6 +186,9 @@ class WidthPlan:
             (f"their size ({self.stored_as})", *map(bytes_text, held)),
         ]
         changes = [(old.theta, new.theta), (old.parameters, new.parameters), held]
+        if old.stored != old.parameters:
+            rows.append(("parameters and buffers", *map(count_text, (old.stored, new.stored))))
+            changes.append((old.stored, new.stored))
         if self.peak_before is not None and self.peak_after is not None:
             peaks = self.peak_before, self.peak_after
             rows.append((f"peak, estimated ({self.peak_of})", *map(bytes_text, peaks)))

@@ -35,7 +35,7 @@ class Literal(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.first: nn.Module = nn.Conv2d(1, 8, 3, padding=1)
         self.middle = nn.Conv2d(8, 16, 3, padding=1)
         self.head = nn.Conv2d(16, 1, 1)
 

@@ -342,3 +342,22 @@ def test_what_cannot_be_planned_is_told(
 ) -> None:
     with pytest.raises(kind, match=message):
         _plan(**options)
+
+
+def test_a_peak_is_planned_around_what_cannot_move() -> None:
+    net = Literal()
+    whole = measure(net, "1x1x32x32", "infer", estimate=True).peak
+    made = plan_widths(net, inputs="1x1x32x32", max_peak=0.9 * whole, mode="infer")
+    assert made.peak_after is not None
+    assert made.peak_after <= 0.9 * whole
+    small = rewrite(net, Width.from_plan(made), inputs="1x1x32x32")
+    assert small.middle.out_channels == 16
+    assert measure(small, "1x1x32x32", "infer", estimate=True).peak == made.peak_after
+
+
+def test_a_model_whose_widths_only_seem_free_has_no_plan() -> None:
+    net = Literal()
+    net.first = nn.Identity()
+    net.middle = nn.Conv2d(1, 16, 3, padding=1)
+    with pytest.raises(BudgetError, match=r"no widths bring Literal to 100 parameters"):
+        plan_widths(net, inputs="1x1x8x8", max_parameters=100)
