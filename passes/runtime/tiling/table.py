@@ -38,28 +38,10 @@ _Bound = Mapping[str, Any]
 _Rule = Callable[[fx.Node, _Bound, int], Form]
 
 #: Element-wise, though torch does not tag them so, or nothing at all in evaluation.
-_POINTWISE = {
-    "alias",
-    "clone",
-    "contiguous",
-    "copy",
-    "detach",
-    "fill",
-    "floor_divide",
-    "full_like",
-    "hardswish",
-    "lift_fresh",
-    "log_sigmoid",
-    "masked_fill",
-    "ones_like",
-    "rsub",
-    "to",
-    "type_as",
-    "where",
-    "zeros_like",
-    "__and__",
-    "_to_copy",
-}
+_POINTWISE = frozenset(
+    "alias clone contiguous copy detach fill floor_divide full_like hardswish lift_fresh "
+    "log_sigmoid masked_fill ones_like rsub to type_as where zeros_like __and__ _to_copy".split()
+)
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
 _SOFTMAX = {"softmax", "log_softmax", "_softmax", "_log_softmax", "glu", "cumsum", "logcumsumexp"}
 _OVER_CHANNELS = {"sum", "mean", "amax", "amin", "logsumexp", "prod", "var", "std", "norm"}
