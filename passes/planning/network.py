@@ -29,6 +29,7 @@ class Network:
         levels: its resolution levels, finest first.
         free: for each level, the groups that can be resized; a group made at several levels is at
             the finest.
+        stuck: layers that turned out immovable when a plan was rehearsed.
     """
 
     def __init__(self, model: nn.Module, inputs: Any, keep: Sequence[str]) -> None:
@@ -47,6 +48,7 @@ class Network:
                 f"{type(model).__name__} has no width that can change: all its channels are frozen "
                 "or kept; `pocketize explain` tells why"
             )
+        self.stuck: list[str] = []
         self._counter = Counter(self.channels, self.levels)
         self.sizes = self._counter.count({})
 
@@ -122,4 +124,5 @@ class Network:
 
     def freeze(self, groups: Sequence[ChannelGroup]) -> None:
         """Leave groups out of every further plan."""
+        self.stuck += [group.name for group in groups]
         self.free = [[group for group in level if group not in groups] for level in self.free]

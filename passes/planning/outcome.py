@@ -229,6 +229,8 @@ def _notes(
             f"rounding takes the predicted drop to {100 * drop:.2f} %; "
             "rounding='up' keeps it within"
         )
+    if network.stuck:
+        yield f"the check found that these cannot change: {', '.join(network.stuck)}"
     frozen = [
         f"{level} ({', '.join(str(group.channels) for group in level.groups) or 'none'})"
         for level, free in zip(network.levels, network.free, strict=True)

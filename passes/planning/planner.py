@@ -255,10 +255,11 @@ def _smallest_storage(network: Network, setting: Setting) -> str:
         budgets.count, "parameters and buffers"
     )
     size = smallest * budgets.bytes_per_weight
+    stuck = f" ({', '.join(network.stuck[:5])} cannot change)" if network.stuck else ""
     return (
         f"no widths bring {type(network.model).__name__} to {count_text(budgets.weights or 0)} "
-        f"{counted}: with all widths at their minimum ({setting.rule.minimum}) it has "
-        f"{count_text(smallest)}, {bytes_text(int(size))} at {setting.stored_as} "
+        f"{counted}: with all widths at their minimum ({setting.rule.minimum}){stuck} "
+        f"it has {count_text(smallest)}, {bytes_text(int(size))} at {setting.stored_as} "
         f"(max_parameters={smallest}, max_bytes={size:g}). Allow that much, lower minimum= or "
         "round_to=, or leave less out with keep="
     )

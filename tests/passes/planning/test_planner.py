@@ -266,6 +266,7 @@ def test_what_only_the_check_finds_immovable_is_planned_around() -> None:
     small = rewrite(net, Width.from_plan(made), inputs="1x1x8x8")
     assert small.middle.out_channels == 16
     assert parameters(small) == made.after.parameters <= 400
+    assert "the check found that these cannot change: middle" in str(made)
 
 
 def test_a_plan_is_written_as_a_recipe_and_as_json() -> None:
@@ -359,5 +360,5 @@ def test_a_model_whose_widths_only_seem_free_has_no_plan() -> None:
     net = Literal()
     net.first = nn.Identity()
     net.middle = nn.Conv2d(1, 16, 3, padding=1)
-    with pytest.raises(BudgetError, match=r"no widths bring Literal to 100 parameters"):
+    with pytest.raises(BudgetError, match=r"minimum \(1\) \(middle cannot change\) it has 177"):
         plan_widths(net, inputs="1x1x8x8", max_parameters=100)
