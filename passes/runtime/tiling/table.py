@@ -23,9 +23,9 @@ from pocketize.passes.runtime.tiling.forms import (
     Pooling,
     Transposed,
 )
+from pocketize.passes.runtime.tiling.places import Expanded, Piece, Redirected
 from pocketize.passes.runtime.tiling.windows import (
     Reach,
-    Region,
     Source,
     crop_source,
     linear_source,
@@ -38,10 +38,28 @@ _Bound = Mapping[str, Any]
 _Rule = Callable[[fx.Node, _Bound, int], Form]
 
 #: Element-wise, though torch does not tag them so, or nothing at all in evaluation.
-_POINTWISE = frozenset(
-    "alias clone contiguous copy detach fill floor_divide full_like hardswish lift_fresh "
-    "log_sigmoid masked_fill ones_like rsub to type_as where zeros_like __and__ _to_copy".split()
-)
+_POINTWISE = {
+    "alias",
+    "clone",
+    "contiguous",
+    "copy",
+    "detach",
+    "fill",
+    "floor_divide",
+    "full_like",
+    "hardswish",
+    "lift_fresh",
+    "log_sigmoid",
+    "masked_fill",
+    "ones_like",
+    "rsub",
+    "to",
+    "type_as",
+    "where",
+    "zeros_like",
+    "__and__",
+    "_to_copy",
+}
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
 _SOFTMAX = {"softmax", "log_softmax", "_softmax", "_log_softmax", "glu", "cumsum", "logcumsumexp"}
 _OVER_CHANNELS = {"sum", "mean", "amax", "amin", "logsumexp", "prod", "var", "std", "norm"}
@@ -112,19 +130,8 @@ def _in_place_undone(kind: type[Pointwise], node: fx.Node, maps: list[fx.Node]) 
         plain = getattr(packet, target._overloadname or "default", None)
         if plain is None or plain._schema.is_mutable:
             raise NotLocal(f"{target} writes into its input, and has no twin that does not")
-        return _Redirected(node, maps, plain)
+        return Redirected(node, maps, plain)
     return kind(node, maps)
-
-
-class _Redirected(Pointwise):
-    """Another operator with the same arguments."""
-
-    def __init__(self, node: fx.Node, maps: list[fx.Node], target: Any) -> None:
-        super().__init__(node, maps)
-        self.target = target
-
-    def call(self, args: Any, kwargs: Any, region: Region) -> Any:
-        return self.target(*args, **kwargs)
 
 
 def _dropout(node: fx.Node, bound: _Bound, rank: int) -> Form:
@@ -173,32 +180,11 @@ def _cat(node: fx.Node, bound: _Bound, rank: int) -> Form:
     return _channelwise(node, list(dict.fromkeys(bound["tensors"])))
 
 
-class _Expanded(Pointwise):
-    def call(self, args: Any, kwargs: Any, region: Region) -> Any:
-        x, sizes = args[0], list(self.node.meta["val"].shape)
-        return x.expand(*sizes[:2], *(high - low for low, high in region))
-
-
 def _expand(node: fx.Node, bound: _Bound, rank: int) -> Form:
     shape = _shape(bound["self"])
     if shape is None or len(shape) != rank + 2:
         raise NotLocal("it makes a map of something that is none")
-    return _Expanded(node, [bound["self"]])
-
-
-class _Piece(Pointwise):
-    """One of several results that an operator makes of its channels."""
-
-    def __init__(self, node: fx.Node, maps: list[fx.Node], split: fx.Node, index: int) -> None:
-        super().__init__(node, maps)
-        self.split, self.index = split, index
-
-    def run(self, region: Region, context: Any) -> Tensor:
-        x = context.part(next(iter(self.maps)), region)
-        args, kwargs = fx.node.map_arg((self.split.args, self.split.kwargs), lambda _: x)
-        assert callable(self.split.target)
-        result: Tensor = self.split.target(*args, **kwargs)[self.index]
-        return result
+    return Expanded(node, [bound["self"]])
 
 
 def _part(node: fx.Node, rank: int) -> Form:
@@ -209,7 +195,7 @@ def _part(node: fx.Node, rank: int) -> Form:
     if name in ("chunk", "split", "split_with_sizes", "tensor_split"):
         if bound["dim"] % (rank + 2) > 1:
             raise NotLocal("it cuts a map along a spatial axis")
-        return _Piece(node, [bound["self"]], split, int(index))  # type: ignore[arg-type]
+        return Piece(node, [bound["self"]], split, int(index))  # type: ignore[arg-type]
     raise NotLocal(f"{operator_name(split.target)} is not known to be local")
 
 
