@@ -72,8 +72,16 @@ def test_images_too_small_are_refused(noise: Image) -> None:
     with pytest.raises(InputError, match="sub-band entropy takes images of 8 x 8 and more, got 7"):
         subband_entropy(noise[:7, :9])
     assert feature_congestion(noise[:4, :4]) > 0
-    with pytest.raises(InputError, match="takes images of 4 x 4 and more, got 4 x 3"):
+    with pytest.raises(InputError, match="at 3 levels takes images of 4 x 4 and more, got 4 x 3"):
         feature_congestion(noise[:4, :3])
+    assert feature_congestion(noise[:4, :3], levels=2) > 0
+
+
+def test_more_levels_find_no_less_congestion(clouds: Image) -> None:
+    one, two, three = (feature_congestion(clouds, levels=levels) for levels in (1, 2, 3))
+    assert one < two < three
+    with pytest.raises(OptionError, match="levels: expected a whole number from 1 on, got 0"):
+        feature_congestion(clouds, levels=0)
 
 
 def test_a_negative_weight_is_refused(noise: Image) -> None:

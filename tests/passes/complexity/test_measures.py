@@ -117,7 +117,7 @@ def _hole() -> Image:
     return image
 
 
-def test_options_reach_the_measure_and_wrong_ones_are_told(noise: Image) -> None:
+def test_options_reach_the_measure_and_wrong_ones_are_told(noise: Image, clouds: Image) -> None:
     fine, coarse = by_scale("jpeg", noise, 1, quality=90), by_scale("jpeg", noise, 1, quality=10)
     assert fine > coarse
     with pytest.raises(OptionError) as caught:
@@ -125,7 +125,8 @@ def test_options_reach_the_measure_and_wrong_ones_are_told(noise: Image) -> None
     assert str(caught.value) == (
         "jpeg: unknown option 'qualty'. Did you mean 'quality'? Options of jpeg: quality"
     )
-    with pytest.raises(OptionError, match=r"congestion: unknown option 'x'. Options of.*: none"):
+    assert by_scale("congestion", clouds, 1, levels=1) < by_scale("congestion", clouds, 1)
+    with pytest.raises(OptionError, match=r"congestion: unknown option 'x'. Options of.*: levels"):
         by_scale("congestion", noise, x=1)
 
 
