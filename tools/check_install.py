@@ -30,7 +30,8 @@ def main(checkout: Path) -> None:
     for name in names:
         importlib.import_module(name)
     passes = importlib.metadata.entry_points(group="pocketize.passes")
-    for entry in passes:
+    commands = importlib.metadata.entry_points(group="pocketize.commands")
+    for entry in (*passes, *commands):
         entry.load()
 
     import torch
@@ -40,7 +41,8 @@ def main(checkout: Path) -> None:
     missing = [name for name in package.__all__ if not hasattr(package, name)]
     if missing:
         sys.exit(f"pocketize.__all__ names what is not there: {', '.join(missing)}")
-    sys.stdout.write(f"{len(names)} modules and {len(passes)} passes import from {home.name}\n")
+    counts = f"{len(names)} modules, {len(passes)} passes and {len(commands)} commands"
+    sys.stdout.write(f"{counts} import from {home.name}\n")
 
 
 if __name__ == "__main__":

@@ -108,6 +108,8 @@ def measure_dataset(
     settings: dict[str, Any] = dict(options)
     if chosen.name in ("jpeg", "jb"):
         settings = {"quality": QUALITY} | settings | {"over": f"{size} size"}
+    if axis is not None:
+        settings["axis"] = axis
     if value_range is not None:
         settings["value range"] = list(value_range)
 

@@ -136,7 +136,12 @@ def _scaling(
         # as Python numbers, so that the width of narrow integers does not wrap around
         low, high = image.min().item(), image.max().item()
     # in this order 8-bit values come out as they are, to the last bit
-    width = (high - low) / 255 if high > low else 1.0
+    width = (high - low) / 255
+    if width == float("inf"):
+        raise InputError(
+            f"the values of the image, {low} to {high}, are too far apart to be scaled"
+        )
+    width = width or 1.0  # a constant image, or one that might as well be
 
     def scaling(part: npt.NDArray[Any]) -> Plane:
         scaled: Plane = (part.astype(np.float64) - low) / width

@@ -47,6 +47,11 @@ def test_floats_that_are_all_the_same_become_black() -> None:
     np.testing.assert_array_equal(plane, 0)
 
 
+def test_a_difference_too_small_to_be_scaled_is_as_good_as_none() -> None:
+    (plane,) = planes_of(np.array([[0, 5e-324]]))
+    assert 0 <= plane.max() < 1e-300
+
+
 def test_values_outside_the_range_are_clipped() -> None:
     (plane,) = planes_of(np.array([[-1000.0, 0, 400, 3000]]), value_range=(-200, 600))
     np.testing.assert_allclose(plane, [[0, 63.75, 191.25, 255]])
@@ -92,6 +97,7 @@ def test_grey_is_the_luma_of_colours() -> None:
         (np.zeros((0, 5)), "the image is empty: its shape is (0, 5)"),
         (np.zeros((2, 2), dtype=complex), "expected an image of numbers, got an array of complex"),
         (np.array([[0, np.nan], [np.inf, 1]]), "2 of the 4 values of the image are NaN or infi"),
+        (np.array([[-1e308, 1e308]]), "the values of the image, -1e+308 to 1e+308, are too far a"),
         (np.zeros((5, 5, 4)), "may be an image with an alpha channel or a volume of four slices"),
     ],
 )
