@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pocketize.errors import InputError, OptionError
 from pocketize.passes.complexity.packages import needed_for
 from pocketize.passes.complexity.planes import Plane, Range, mean_over_planes
-from pocketize.passes.complexity.scales import resize
+from pocketize.passes.complexity.scales import check_count, resize
 
 _LEVELS, _ORIENTATIONS = 3, 4
 _REDUCE = np.array([0.05, 0.25, 0.4, 0.25, 0.05])
@@ -78,8 +78,7 @@ def feature_congestion(
 
 def congestion_of_plane(plane: Plane, *, levels: int = _LEVELS) -> float:
     """Feature congestion of one plane; see :func:`feature_congestion`."""
-    if levels < 1:
-        raise OptionError(f"levels: expected a whole number from 1 on, got {levels}")
+    check_count("levels", levels)
     least = 2 ** (levels - 1)
     if min(plane.shape[:2]) < least:
         raise InputError(

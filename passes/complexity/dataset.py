@@ -29,7 +29,7 @@ from pocketize.passes.complexity.measures import (
 from pocketize.passes.complexity.planes import Plane, Range, check_image
 from pocketize.passes.complexity.reading import Picture, list_images, pair_masks, read_image
 from pocketize.passes.complexity.result import Complexity
-from pocketize.passes.complexity.scales import check_scales
+from pocketize.passes.complexity.scales import check_count
 
 Where: TypeAlias = str | os.PathLike[str]
 Images: TypeAlias = Where | npt.NDArray[Any] | Sequence[Where | npt.NDArray[Any]]
@@ -95,7 +95,7 @@ def measure_dataset(
         OptionError: an unknown measure or option, or a package that is not installed.
     """
     chosen = get_measure(measure)
-    check_scales(scales)
+    check_count("scales", scales)
     check_options(chosen, options)
     if size not in ("raw", "file"):
         raise OptionError(f"size: expected 'raw' or 'file', got {size!r}")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pocketize.errors import InputError, OptionError
 from pocketize.passes.complexity.packages import needed_for
 from pocketize.passes.complexity.planes import Plane, Range, grey, mean_over_planes
+from pocketize.passes.complexity.scales import check_count
 
 # Smoothing across the derivative, and the derivative per pixel.
 _SMOOTHING = {"sobel": np.array([1, 2, 1]) / 4, "scharr": np.array([3, 10, 3]) / 16}
@@ -107,8 +108,7 @@ def edges_of_plane(plane: Plane, *, operator: str = "sobel", edge_scales: int = 
         from scipy.ndimage import correlate1d
     if operator not in _SMOOTHING:
         raise OptionError(f"operator: expected 'sobel' or 'scharr', got {operator!r}")
-    if edge_scales < 1:
-        raise OptionError(f"edge_scales: expected a whole number from 1 on, got {edge_scales}")
+    check_count("edge_scales", edge_scales)
     if min(plane.shape[:2]) >> (edge_scales - 1) < 2:
         raise InputError(
             f"an image of {plane.shape[0]} x {plane.shape[1]} is too small for edges at "

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pocketize.errors import InputError, OptionError
 from pocketize.passes.complexity.packages import needed_for
 from pocketize.passes.complexity.planes import Plane, Range, planes_of, to_8_bit
-from pocketize.passes.complexity.scales import resize, subsample
+from pocketize.passes.complexity.scales import check_count, resize, subsample
 
 QUALITY = 25
 """The paper's quality of the JPEG."""
@@ -57,8 +57,7 @@ def jpeg_complexity(
 
     Source: Mishra, Chen, Hu, ACM JETC 2021, JPEG complexity and eq. 2.
     """
-    if scale < 0:
-        raise OptionError(f"scale: expected 0, 1, 2, ..., got {scale}")
+    check_count("scale", scale, least=0)
     planes = list(planes_of(image, axis=axis, value_range=value_range))
     value = float(np.mean([jpeg_of_plane(plane, scale, quality=quality) for plane in planes]))
     return value * over_size(size, sum(plane.size for plane in planes), file_bytes)
@@ -93,8 +92,9 @@ def jpeg_of_plane(plane: Plane, scale: int = 0, *, quality: int = QUALITY) -> fl
 def _encode(plane: Plane, quality: int) -> bytes:
     with needed_for("JPEG complexities", "Pillow"):
         from PIL import Image
-    if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
-        raise OptionError(f"quality: expected a whole number from 1 to 100, got {quality!r}")
+    check_count("quality", quality)
+    if quality > 100:
+        raise OptionError(f"quality: JPEG ends at 100, got {quality}")
     if max(plane.shape[:2]) > _LARGEST_SIDE:
         raise InputError(
             f"an image of {plane.shape[0]} x {plane.shape[1]} is too large for JPEG, which ends at "

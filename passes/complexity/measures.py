@@ -19,7 +19,7 @@ from pocketize.passes.complexity.energy import edges_of_plane, energy_of_plane
 from pocketize.passes.complexity.jpeg import jpeg_of_plane
 from pocketize.passes.complexity.keypoints import keypoints_of_plane
 from pocketize.passes.complexity.planes import Plane, Range, planes_of
-from pocketize.passes.complexity.scales import check_scales, degrade
+from pocketize.passes.complexity.scales import check_count, degrade
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def by_scale(
     Source: Mishra, Chen, Hu, ACM JETC 2021, eq. 2.
     """
     chosen = get_measure(measure)
-    check_scales(scales)
+    check_count("scales", scales)
     check_options(chosen, options)
     if chosen.at_scale is None:
         raise InputError(f"{chosen.name} needs masks: use measure_dataset(images, masks=...)")

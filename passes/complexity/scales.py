@@ -6,9 +6,10 @@ between levels, the subsampled image is brought back to full size before it is m
 
 from __future__ import annotations
 
-__all__ = ["check_scales", "coarsest_scale", "degrade", "resize", "scale_names", "subsample"]
+__all__ = ["check_count", "coarsest_scale", "degrade", "resize", "scale_names", "subsample"]
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 
@@ -58,14 +59,14 @@ def coarsest_scale(plane: Plane) -> int:
     return int(min(height, width)).bit_length() - 1
 
 
-def check_scales(scales: int) -> None:
-    """Check a number of scales.
+def check_count(option: str, value: int, least: int = 1) -> None:
+    """Check an option that counts something.
 
     Raises:
-        OptionError: it is no positive whole number.
+        OptionError: it is no whole number, or less than ``least``.
     """
-    if isinstance(scales, bool) or not isinstance(scales, int) or scales < 1:
-        raise OptionError(f"scales: expected a whole number from 1 on, got {scales!r}")
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise OptionError(f"{option}: expected a whole number from {least} on, got {value!r}")
 
 
 def scale_names(scales: int) -> list[str]:

@@ -134,7 +134,7 @@ def test_the_result_goes_to_a_file_that_is_not_overwritten(run: Run) -> None:
         (("images", "--measure", "edges", "--quality", "3"), "--quality is no option of edges"),
         (("images", "-w", "unet"), "-w is no option of jpeg"),
         (("images", "--measure", "jb", "--masks", "masks", "-w", "unt"), "Did you mean 'unet'?"),
-        (("images", "--quality", "0"), "quality: expected a whole number from 1 to 100, got 0"),
+        (("images", "--quality", "0"), "quality: expected a whole number from 1 on, got 0"),
         (("images", "--scales", "0"), "scales: expected a whole number from 1 on, got 0"),
         (("images", "--scales", "8"), "b.png: an image of 64 x 80 has no scale 1/128"),
         (("images", "--range", "3"), "--range: expected LOW,HIGH, such as 0,4095, got '3'"),

@@ -61,9 +61,10 @@ def test_bytes_of_16_bit_images_count_as_those_of_the_8_bit_image_that_is_compre
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quality": 0}, "quality: expected a whole number from 1 to 100, got 0"),
-        ({"quality": 25.5}, "quality: expected a whole number from 1 to 100, got 25.5"),
-        ({"scale": -1}, "scale: expected 0, 1, 2, ..., got -1"),
+        ({"quality": 0}, "quality: expected a whole number from 1 on, got 0"),
+        ({"quality": 25.5}, "quality: expected a whole number from 1 on, got 25.5"),
+        ({"quality": 101}, "quality: JPEG ends at 100, got 101"),
+        ({"scale": -1}, "scale: expected a whole number from 0 on, got -1"),
         ({"size": "disk"}, "size: expected 'raw' or 'file', got 'disk'"),
         ({"size": "file"}, "size='file' needs the size of the file that the image came in, got N"),
     ],

@@ -146,6 +146,10 @@ def test_a_function_of_planes_is_a_measure(noise: Image) -> None:
     assert values[0] > values[1] > values[2] > 0
 
 
+def test_numpys_whole_numbers_count_too(noise: Image) -> None:
+    assert by_scale("energy", noise, np.int64(2)).shape == (2,)
+
+
 @pytest.mark.parametrize("scales", [0, -1, 2.5, True])
 def test_a_number_of_scales_that_is_none_is_refused(scales: int, noise: Image) -> None:
     with pytest.raises(OptionError, match="scales: expected a whole number from 1 on"):
