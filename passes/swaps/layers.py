@@ -166,7 +166,9 @@ def _with_tensors(made: _M, like: _ConvNd) -> _M:
                 continue
             dtype = like.weight.dtype if tensor.is_floating_point() else tensor.dtype
             new = like.weight.new_empty(tensor.shape, dtype=dtype)
-            held[name] = nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=like.weight.requires_grad)
+            held[name] = new
     cast(Any, made).reset_parameters()
     return made
 

@@ -54,6 +54,10 @@ def price(
         conversion: the name of the conversion.
         options: what it is told.
     """
+    norm = {**(options.get("norm") or {})}
+    if norm.get("momentum", 0.1) is None:
+        norm["momentum"] = 0.1  # a cumulative average would read a counter, which has no value here
+    options = {**options, "norm": norm}
     with FakeTensorMode(allow_non_fake_inputs=True):
         # Of the same settings, without anybody's hooks.
         bias = None if conv.bias is None else nn.Parameter(conv.bias.new_zeros(conv.bias.shape))

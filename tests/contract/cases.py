@@ -8,11 +8,25 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from pocketize.base import Pass
 from pocketize.channels import analyse
-from pocketize.passes import Amp, Checkpoint, InPlaceNorm, Offload, Pocket, Recompute, Width
+from pocketize.passes import (
+    Amp,
+    Bottleneck,
+    Checkpoint,
+    CompactBlock,
+    InPlaceNorm,
+    Offload,
+    Pocket,
+    Recompute,
+    Separable,
+    Width,
+)
 from pocketize.passes.levels import find_levels
+from pocketize.passes.swaps.base import Swap
+from tests.contract.blocks import as_blocks
 from tests.contract.case import Case
 from tests.contract.clamp import clamped, halved
 from tests.contract.precision import as_amp_alone, as_autocast_by_hand
@@ -77,6 +91,11 @@ def _levels_clamped(net: Net) -> Width:
     return Width(levels=(net.width,) * len(levels))
 
 
+def _swap(kind: type[Swap], **options: Any) -> Swap:
+    """A swap of the small nets' convolutions, which are narrow, and small against their maps."""
+    return kind(**{"activations": "any", "min_channels": 1} | options)
+
+
 # Small nets: with a lower bound there would be nothing to recompute in them.
 _CONV, _BLOCK, _LEVEL = (Recompute(keep=keep, min_bytes=0) for keep in ("conv", "block", "level"))
 
@@ -106,6 +125,17 @@ CASES: dict[str, dict[str, Row]] = {
     "offload": {
         "disk": Row(lambda net: (Offload(min_bytes="256B", to="disk"),), extent=Extent.SAMPLE)
     },
+    "bottleneck": {
+        "decompose": Row(lambda net: (_swap(Bottleneck, ratio=2),), as_blocks, Extent.EVERYWHERE),
+        "reset": Row(lambda net: (_swap(Bottleneck, weights="reset", inner_norm=True),), as_blocks),
+    },
+    "separable": {
+        "decompose": Row(lambda net: (_swap(Separable),), as_blocks, Extent.SAMPLE),
+    },
+    "compact-block": {
+        "energy": Row(lambda net: (_swap(CompactBlock, ratio="energy:0.3"),), as_blocks),
+        "inner-norm": Row(lambda net: (_swap(CompactBlock, inner_norm=True),), as_blocks),
+    },
     "amp": {"bf16": Row(lambda net: (Amp(),), as_autocast_by_hand, Extent.SAMPLE, _TINY_VOLUMES)},
 }
 """Name of a pass -> label -> row."""
@@ -114,6 +144,12 @@ COMBINATIONS: dict[str, Row] = {
     "pocket+in-place-norm": Row(lambda net: (Pocket(width=net.width), InPlaceNorm())),
     "pocket+recompute": Row(lambda net: (Pocket(width=net.width), _LEVEL)),
     "amp+recompute": Row(lambda net: (Amp(), _LEVEL), as_amp_alone, not_on=_TINY_VOLUMES),
+    "width+separable": Row(lambda net: (Width(0.5), _swap(Separable)), repeats=True),
+    "bottleneck+recompute": Row(lambda net: (_swap(Bottleneck), _LEVEL), as_blocks),
+    "compact-block+in-place-norm+amp": Row(
+        lambda net: (_swap(CompactBlock, inner_norm=True), InPlaceNorm(), Amp()),
+        not_on=_TINY_VOLUMES,
+    ),
     "checkpoint+offload": Row(
         lambda net: (_every_child(net), Offload(min_bytes="256B", to="disk"))
     ),

@@ -7,9 +7,10 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from pocketize.base import Proposal
+from pocketize.base import Change, Proposal
 from pocketize.edits import Convert
 from pocketize.errors import NoEffectWarning
 from pocketize.passes import Pocket
@@ -80,3 +81,34 @@ def test_idempotent_sees_a_second_conversion() -> None:
 def test_idempotent_wants_a_warning_of_every_pass() -> None:
     case = replace(fake_case(), passes=2)
     assert "no NoEffectWarning for 1 of 2 passes" in failures(case, ["idempotent"])[0]
+
+
+def test_a_module_made_anew_may_have_other_parameters_only_where_the_plan_converts_it() -> None:
+    def rebuild(model: Any) -> None:
+        block = nn.Sequential(nn.Conv2d(8, 2, 1), nn.Conv2d(2, 2, 1))
+        model.head = block.to(memory_format=torch.channels_last)
+
+    def plan(path: str) -> PassPlan:
+        rows = (Change("head", "another layer"),)
+        return PassPlan(Pocket(), Proposal((Convert(path, "fake"),), rows))
+
+    told = ["same_keys", "trains", "finite", "ties_survive", "same_classes"]
+    assert failures(replace(fake_case(rebuild), plan=plan("head")), told) == []
+    for elsewhere in ("stem", ""):
+        found = failures(replace(fake_case(rebuild), plan=plan(elsewhere)), told)
+        assert any(text.startswith("same_keys") for text in found)
+        assert any(text.startswith("trains") for text in found)
+
+
+def test_parameters_of_a_module_made_anew_must_be_finite_and_get_gradients() -> None:
+    def rebuild(model: Any) -> None:
+        model.head = nn.Sequential(nn.Conv2d(8, 2, 1))
+        nn.init.constant_(model.head[0].weight, float("inf"))
+
+    def freeze(model: Any) -> None:
+        model.head = nn.Sequential(nn.Conv2d(8, 2, 1)).requires_grad_(False)
+
+    rows = (Change("head", "another layer"),)
+    plan = PassPlan(Pocket(), Proposal((Convert("head", "fake"),), rows))
+    assert failures(replace(fake_case(rebuild), plan=plan), ["finite"])
+    assert failures(replace(fake_case(freeze), plan=plan), ["trains"])
