@@ -58,7 +58,7 @@ def price(
     if norm.get("momentum", 0.1) is None:
         norm["momentum"] = 0.1  # a cumulative average would read a counter, which has no value here
     options = {**options, "norm": norm}
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.inference_mode(False), FakeTensorMode(allow_non_fake_inputs=True):
         # Of the same settings, without anybody's hooks.
         bias = None if conv.bias is None else nn.Parameter(conv.bias.new_zeros(conv.bias.shape))
         ends = (conv.in_channels, conv.out_channels)
@@ -83,7 +83,7 @@ def _kept(module: nn.Module, call: Call) -> int:
     given = torch.empty(call.shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
     module.train()
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with torch.inference_mode(False), torch.enable_grad(), hooks:
+    with torch.enable_grad(), hooks:
         output = module(given)  # alive until the count is read, so that identities stay unique
     total = sum(kept.values()) * call.dtype.itemsize // weight.dtype.itemsize
     del output
