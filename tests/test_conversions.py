@@ -44,6 +44,27 @@ def halve(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.
     return nn.Sequential(module, nn.AvgPool2d(2))
 
 
+@conversion("test-rebuilt")
+def rebuild(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
+    """Other parameters in the old one's place; with "times" 2 the first of them is of no use."""
+    assert isinstance(module, nn.Conv2d)
+    like = {"dtype": module.weight.dtype, "device": "meta"}
+    first = nn.Conv2d(module.in_channels, 3, 1, **like)
+    last = nn.Conv2d(3, module.out_channels, 3, padding=1, **like)
+    block = Idle(first, last) if options["times"] == 2 else nn.Sequential(first, last)
+    for layer in (first, last):
+        for name, parameter in list(layer.named_parameters()):
+            setattr(layer, name, nn.Parameter(module.weight.new_zeros(parameter.shape)))
+    return block
+
+
+class Idle(nn.Sequential):
+    """Does not use its first layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self[1](x.expand(-1, 3, -1, -1))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Converting(Pass):
     """Convert one module.
@@ -51,19 +72,21 @@ class Converting(Pass):
     Attributes:
         which: the conversion.
         path: the module.
+        times: what it is told.
     """
 
     name: ClassVar[str] = "converting"
     summary: ClassVar[str] = "Convert one module"
     which: str = "test-doubled"
     path: str = "0"
+    times: int = 2
 
     @property
     def guarantee(self) -> Guarantee:
         return Guarantee.RETRAIN
 
     def propose(self, target: Target) -> Proposal:
-        edit = Convert(self.path, self.which, {"times": 2})
+        edit = Convert(self.path, self.which, {"times": self.times})
         return Proposal((edit,), (Change(self.path, "converted", "as asked"),))
 
 
@@ -107,6 +130,19 @@ def test_a_module_under_two_paths_is_replaced_under_both():
 def test_what_the_rehearsal_finds_stops_the_plan_and_names_the_mode():
     with pytest.raises(VerifyError, match="in evaluation mode the outputs have other shapes"):
         plan(net(), Converting(which="test-halved"), inputs="1x1x8x8")
+
+
+def test_a_conversion_may_put_other_parameters_in_place_of_a_modules():
+    made = rewrite(net(), Converting(which="test-rebuilt", times=1), inputs="1x1x8x8")
+    assert [name for name, _ in made.named_parameters()][:2] == ["0.0.weight", "0.0.bias"]
+
+
+def test_new_parameters_must_get_gradients_where_the_old_ones_did():
+    with pytest.raises(VerifyError, match=r"parameters get other gradients: .'0.0.bias', '0"):
+        plan(net(), Converting(which="test-rebuilt"), inputs="1x1x8x8")
+    model = net()
+    model[0].requires_grad_(False)  # gave no gradients before
+    assert plan(model, Converting(which="test-rebuilt"), inputs="1x1x8x8").passes[0].edits
 
 
 def test_a_module_or_conversion_that_is_not_there_is_named():

@@ -13,7 +13,10 @@ _ROUNDING = 1e-13
 
 def folded(weight: Tensor) -> Tensor:
     """Return a weight (o, i, *kernel) as (o, i, k) in float64, k running over the kernel."""
-    return weight.detach().to(torch.float64).flatten(2)
+    values = weight.detach()
+    if values.device.type == "mps":  # which has no float64
+        values = values.cpu()
+    return values.to(torch.float64).flatten(2)
 
 
 def rounding_of(dtype: torch.dtype) -> float:
@@ -55,7 +58,7 @@ def cheapest(kept: Tensor, cost: Tensor, share: float, rounding: float) -> tuple
         share: how much is to be kept.
         rounding: how much less than that is still enough.
     """
-    enough = kept >= share - rounding
+    enough = (kept >= share - rounding).contiguous()
     enough.view(-1)[-1] = True  # all ranks keep everything, up to rounding
     priced = torch.where(enough, cost.to(torch.float64), torch.inf)
     place = torch.unravel_index(priced.argmin(), kept.shape)
