@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "Convert",
     "Edit",
+    "Extend",
     "Redraw",
     "Resize",
     "SetArgument",
@@ -69,6 +70,36 @@ class Resize(Edit):
     def path(self) -> str:
         """Path of the module that owns the tensor."""
         return self.tensor.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Extend(Edit):
+    """Add zeros on one axis of a parameter or buffer, and of its gradient: a resize undone.
+
+    Attributes:
+        tensor: name of the parameter or buffer.
+        axis: the axis.
+        new: ascending indices, on the axis as it will be, of what is added; what was there fills
+            the others in its order.
+        size: the size of the axis before.
+    """
+
+    kind: ClassVar[str] = "extend"
+    tensor: str
+    axis: int
+    new: tuple[int, ...]
+    size: int
+
+    @property
+    def path(self) -> str:
+        """Path of the module that owns the tensor."""
+        return self.tensor.rpartition(".")[0]
+
+    @property
+    def old(self) -> tuple[int, ...]:
+        """Ascending indices, on the axis as it will be, of what was there before."""
+        added = set(self.new)
+        return tuple(i for i in range(self.size + len(self.new)) if i not in added)
 
 
 @dataclass(frozen=True)

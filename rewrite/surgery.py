@@ -9,7 +9,8 @@ from __future__ import annotations
 __all__ = ["apply_edits"]
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +23,7 @@ from pocketize.conversions import convert, find_conversion
 from pocketize.edits import (
     Convert,
     Edit,
+    Extend,
     Redraw,
     Resize,
     SetArgument,
@@ -53,12 +55,16 @@ def apply_edits(
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     tensors |= dict(model.named_buffers())
     resizes: dict[str, dict[int, Resize]] = defaultdict(dict)
+    extends: list[Extend] = []
     for edit in edits:
         if isinstance(edit, Resize):
             _check_resize(edit, tensors)
             if edit.axis in resizes[edit.tensor]:
                 raise RewriteError(f"axis {edit.axis} of {edit.tensor} is resized twice")
             resizes[edit.tensor][edit.axis] = edit
+        elif isinstance(edit, Extend):
+            _check_extend(edit, tensors)
+            extends.append(edit)
         elif isinstance(edit, SetAttribute):
             _check_attribute(edit, model)
         elif isinstance(edit, SetArgument):
@@ -70,15 +76,18 @@ def apply_edits(
             _module(model, edit)
         else:
             raise RewriteError(f"no surgery for an edit of kind {type(edit).__name__}")
+    _check_once(extends, resizes)
     redraws = [edit.module for edit in edits if isinstance(edit, Redraw)]
     laws = infer_laws(model) if redraws else None
     for name, axes in resizes.items():
-        _resize(tensors[name], axes.values())
+        _reshape(tensors[name], partial(_cut, axes=axes.values()))
+    for extend in extends:
+        _reshape(tensors[extend.tensor], partial(_extended, edit=extend))
     for edit in edits:
         if isinstance(edit, SetAttribute):
             _set_attribute(_module(model, edit), edit.name, edit.new)
     _set_arguments(model, [edit for edit in edits if isinstance(edit, SetArgument)])
-    changed = {id(tensors[name]) for name in resizes}
+    changed = {id(tensors[name]) for name in [*resizes, *(e.tensor for e in extends)]}
     for module in model.modules():
         _follow(module, changed)
     if laws is not None and "" in redraws:
@@ -127,6 +136,35 @@ def _check_resize(edit: Resize, tensors: dict[str, Tensor]) -> None:
         )
 
 
+def _check_extend(edit: Extend, tensors: dict[str, Tensor]) -> None:
+    tensor = tensors.get(edit.tensor)
+    if tensor is None:
+        raise RewriteError(
+            f"cannot extend {edit.tensor!r}: the model has no such parameter or buffer."
+            f"{nearest(edit.tensor, tensors)}"
+        )
+    if not 0 <= edit.axis < tensor.ndim or tensor.shape[edit.axis] != edit.size:
+        raise RewriteError(
+            f"cannot extend axis {edit.axis} of {edit.tensor}: expected size {edit.size}, "
+            f"got shape {tuple(tensor.shape)}"
+        )
+    ascending = all(a < b for a, b in zip(edit.new, edit.new[1:], strict=False))
+    end = edit.size + len(edit.new)
+    if not edit.new or not ascending or edit.new[0] < 0 or edit.new[-1] >= end:
+        raise RewriteError(
+            f"cannot extend axis {edit.axis} of {edit.tensor}: the new indices must be ascending, "
+            f"at least one, and below {end}"
+        )
+
+
+def _check_once(extends: Sequence[Extend], resizes: dict[str, dict[int, Resize]]) -> None:
+    """One size a tensor and a call: edits tell the size of an axis before all of them."""
+    names = [edit.tensor for edit in extends]
+    for name in names:
+        if name in resizes or names.count(name) > 1:
+            raise RewriteError(f"{name} is extended twice, or resized as well")
+
+
 def _module(model: nn.Module, edit: SetAttribute | SetArgument | Convert | Redraw) -> nn.Module:
     try:
         return model.get_submodule(edit.module)
@@ -155,12 +193,12 @@ def _check_attribute(edit: SetAttribute, model: nn.Module) -> None:
         )
 
 
-def _resize(tensor: Tensor, axes: Iterable[Resize]) -> None:
-    axes = list(axes)
+def _reshape(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+    """Give a tensor, and its gradient, another shape; it stays the object it is."""
     gradient = tensor.grad if tensor.is_leaf else None
     with torch.inference_mode(False), torch.no_grad():
-        kept = _cut(tensor.detach(), axes)
-        kept_gradient = None if gradient is None else _cut(gradient.detach(), axes)
+        kept = change(tensor.detach())
+        kept_gradient = None if gradient is None else change(gradient.detach())
         tensor.grad = None  # its shape must not contradict the data while that changes
         # A graph that is still alive holds the node that accumulates the gradient, with the shape
         # from before; torch makes a new node when the dtype changes.
@@ -169,19 +207,31 @@ def _resize(tensor: Tensor, axes: Iterable[Resize]) -> None:
         tensor.grad = kept_gradient
 
 
-def _cut(tensor: Tensor, axes: Sequence[Resize]) -> Tensor:
+def _cut(tensor: Tensor, axes: Iterable[Resize]) -> Tensor:
     cut = tensor
     for edit in axes:
         index = torch.tensor(edit.keep, device=tensor.device)
         cut = cut.index_select(edit.axis, index)
+    return _laid_out(cut, tensor)
+
+
+def _extended(tensor: Tensor, edit: Extend) -> Tensor:
+    shape = list(tensor.shape)
+    shape[edit.axis] += len(edit.new)
+    index = torch.tensor(edit.old, device=tensor.device)
+    return _laid_out(tensor.new_zeros(shape).index_copy_(edit.axis, index, tensor), tensor)
+
+
+def _laid_out(made: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor in the memory format of the one it was made of."""
     for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if (
             tensor.ndim == rank
             and tensor.is_contiguous(memory_format=layout)
             and not tensor.is_contiguous()
         ):
-            return cut.contiguous(memory_format=layout)
-    return cut
+            return made.contiguous(memory_format=layout)
+    return made
 
 
 def _set_attribute(module: nn.Module, name: str, value: int) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from pocketize.edits import (
     Edit,
+    Extend,
     Redraw,
     Resize,
     SetArgument,
@@ -21,6 +22,7 @@ from pocketize.errors import ArtifactError
 EDITS: list[Edit] = [
     Resize("a.b.weight", 1, (0, 2, 5), 8),
     Resize("scale", 0, (3,), 4),
+    Extend("a.b.weight", 1, (4, 5), 4),
     SetAttribute("a.b", "num_features", 8, 3),
     SetAttribute("", "normalized_shape.0", 8, 3),
     SetArgument("", "view_1", "size", (2, 64, -1), (2, 16, -1)),
@@ -52,13 +54,13 @@ def test_a_redraw_that_an_older_version_wrote_draws_everything() -> None:
 
 
 def test_an_edit_knows_the_module_it_changes() -> None:
-    assert [edit.path for edit in EDITS] == ["a.b", "", "a.b", "", "", "", "a.b"]
+    assert [edit.path for edit in EDITS] == ["a.b", "", "a.b", "a.b", "", "", "", "a.b"]
 
 
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ({}, r"unknown kind of edit None; this version knows \['convert', 'redraw'"),
+        ({}, r"unknown kind of edit None; this version knows \['convert', 'extend', 'redraw'"),
         ({"edit": "explode"}, "unknown kind of edit 'explode'"),
         ({"edit": ["resize"]}, r"unknown kind of edit \['resize'\]"),
         ({"edit": "resize"}, "tensor must be str"),

@@ -38,6 +38,8 @@ ENGINE = (
     "surgery",
     "verify",
     "rehearsal",
+    "inlets",
+    "extension",
     "repairs",
     "options",
     "records",
