@@ -9,6 +9,7 @@ __all__ = [
     "CompactBlock",
     "InPlaceNorm",
     "Offload",
+    "Patchwise",
     "Pocket",
     "Recompute",
     "Separable",
@@ -19,6 +20,7 @@ from pocketize.passes.amp import Amp
 from pocketize.passes.checkpoint import Checkpoint
 from pocketize.passes.in_place_norm import InPlaceNorm
 from pocketize.passes.offload import Offload
+from pocketize.passes.patchwise import Patchwise
 from pocketize.passes.pocket import Pocket
 from pocketize.passes.recompute import Recompute
 from pocketize.passes.swaps import Bottleneck, CompactBlock, Separable

@@ -68,11 +68,12 @@ ALLOWED = {
     "zoo": {"torch"},
 }
 #: The extra ``complexity``: imported within functions, so that importing ours works without it.
-OPTIONAL = {"PIL", "cv2", "matplotlib", "nibabel", "pyrtools", "scipy", "skimage"}
+OPTIONAL = {"PIL", "cv2", "matplotlib", "monai", "nibabel", "pyrtools", "scipy", "skimage"}
 #: What some packages may import in addition.
 ALSO_ALLOWED = {
     "passes/complexity": {"tabulate", "tqdm", *OPTIONAL},
     "passes/planning": {"tabulate", "tqdm", *OPTIONAL},
+    "passes/runtime/tiling": {"tqdm", "monai"},
 }
 
 

@@ -19,6 +19,7 @@ from pocketize.passes import (
     CompactBlock,
     InPlaceNorm,
     Offload,
+    Patchwise,
     Pocket,
     Recompute,
     Separable,
@@ -135,6 +136,9 @@ CASES: dict[str, dict[str, Row]] = {
     "compact-block": {
         "energy": Row(lambda net: (_swap(CompactBlock, ratio="energy:0.3"),), as_blocks),
         "inner-norm": Row(lambda net: (_swap(CompactBlock, inner_norm=True),), as_blocks),
+    },
+    "patchwise": {
+        "exact": Row(lambda net: (Patchwise(size=5),), extent=Extent.EVERYWHERE),
     },
     "amp": {"bf16": Row(lambda net: (Amp(),), as_autocast_by_hand, Extent.SAMPLE, _TINY_VOLUMES)},
 }

@@ -1,0 +1,248 @@
+"""Running a network tile by tile as a pass: slabs, windows, or the whole volume's own answer.
+
+Source of ``mode="slab"``: Wehen, "Patch-wise U-Net and cascade", bachelor's thesis, HPI 2023.
+``mode="exact"`` computes every operator of the recorded network on just the region that a tile
+owes, with statistics of norms gathered over all tiles before they are applied.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Patchwise"]
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
+from pocketize.conversions import conversion
+from pocketize.edits import Convert
+from pocketize.errors import CaptureError, InputError, OptionError, RewriteError
+from pocketize.passes.order import REBUILDING
+from pocketize.passes.runtime.forwards import first_parameter, obstacle, wrapping
+from pocketize.passes.runtime.tiling.cutting import PatchForward, Tiling
+from pocketize.passes.runtime.tiling.network import TilingError
+from pocketize.passes.runtime.tiling.patched import ExactForward
+from pocketize.passes.runtime.tiling.preparing import Prepared, prepare
+from pocketize.passes.runtime.tiling.probing import probe
+from pocketize.passes.runtime.tiling.telling import told
+from pocketize.units import UNITS, quantity
+
+_FORWARDS: dict[str, type[PatchForward]] = {"exact": ExactForward}
+#: Options that only some modes have.
+_ONLY = {
+    "overlap": ("window",),
+    "weights": ("window",),
+    "batch": ("slab", "window"),
+    "keep": ("exact",),
+    "max_peak": ("exact",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patchwise(Pass):
+    """Run volumes tile by tile that would not fit as a whole.
+
+    ``"exact"`` gives the whole volume's answer, to rounding, in evaluation mode under
+    ``torch.inference_mode()`` or ``torch.no_grad()``; elsewhere the volume runs whole. ``"slab"``
+    cuts the volume along one axis, ``"window"`` into windows that overlap, and the network sees
+    each alone: other answers, in evaluation as in training.
+
+    Attributes:
+        mode: "exact", "slab" or "window".
+        size: voxels of a tile at full resolution: one number for the axis that is cut (of windows,
+            for every axis), or one for each axis. More than the volume has is the whole axis.
+        axis: which spatial axis a single number cuts, from 0; -1 is the last.
+        overlap: part of a window that it shares with the next, from 0 to below 1; one number for
+            all axes or one for each.
+        weights: of a window's voxels where windows overlap, "constant" or "gaussian".
+        batch: slabs or windows that run through the network at once.
+        keep: where exact mode keeps what waits between sweeps: "device", "host" or "disk".
+        output: where outputs are put together: "device", "host" or "disk".
+        folder: for files; none is where the system keeps temporary ones.
+        reduce: "argmax" returns uint8 labels (N, 1, *spatial) in inference instead of logits, which
+            never exist as a whole.
+        max_peak: instead of size: the largest tiles with which the live tensors stay within, such
+            as "2GiB".
+        progress: draw a bar on terminals for what takes long.
+    """
+
+    name: ClassVar[str] = "patchwise"
+    summary: ClassVar[str] = "Run volumes tile by tile: exactly, in slabs or in windows"
+    after: ClassVar[tuple[str, ...]] = (
+        *REBUILDING,
+        "in-place-norm",
+        "recompute",
+        "amp",
+        "checkpoint",
+        "offload",
+    )
+
+    mode: Literal["exact", "slab", "window"] = "exact"
+    size: int | tuple[int, ...] | None = None
+    axis: int = -1
+    overlap: float | tuple[float, ...] = 0.25
+    weights: Literal["constant", "gaussian"] = "constant"
+    batch: int = 1
+    keep: Literal["device", "host", "disk"] = "device"
+    output: Literal["device", "host", "disk"] = "device"
+    folder: str | None = None
+    reduce: Literal["argmax"] | None = None
+    max_peak: str | None = None
+    progress: bool = True
+
+    def validate(self) -> None:
+        """Refuse sizes and overlaps that are none, and options of another mode."""
+        for name in self.options():
+            modes = _ONLY.get(name, (self.mode,))
+            if self.mode not in modes:
+                raise OptionError(
+                    f"patchwise: option {name!r} is for mode={' or '.join(map(repr, modes))}, not "
+                    f"for mode={self.mode!r}"
+                )
+        if (self.size is None) == (self.max_peak is None):
+            other = " or max_peak, such as '2GiB'" if self.mode == "exact" else ""
+            both = ", not both" if self.size is not None else ""
+            raise OptionError(
+                f"patchwise: say size, the voxels of a tile (size=32 for instance){other}{both}"
+            )
+        self._check_numbers()
+        if self.max_peak is not None:
+            _bytes(self.max_peak)
+        if self.folder is not None and "disk" not in (self.keep, self.output):
+            raise OptionError("patchwise: option 'folder' is for keep='disk' or output='disk'")
+
+    def _check_numbers(self) -> None:
+        sizes = _several(self.size) if self.size is not None else (1,)
+        if not sizes or min(sizes) < 1:
+            raise OptionError(
+                f"patchwise: option 'size': a tile has at least 1 voxel along each axis, got "
+                f"{self.size}; the nearest is {[max(1, s) for s in sizes] or 1}"
+            )
+        if self.mode == "slab" and len(sizes) > 1:
+            raise OptionError(
+                f"patchwise: option 'size': slabs are cut along one axis, got {len(sizes)} sizes; "
+                f"say size={sizes[-1]} and axis, or mode='window'"
+            )
+        if self.batch < 1:
+            raise OptionError(f"patchwise: option 'batch': at least 1, got {self.batch}")
+        for overlap in _several(self.overlap):
+            if not 0 <= overlap < 1:
+                near = "0" if overlap < 0 else "0.9"
+                raise OptionError(
+                    f"patchwise: option 'overlap': from 0 to below 1, got {overlap}; such as {near}"
+                )
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """Exact mode keeps the function; the others show the network a part at a time."""
+        exact = self.mode == "exact" and self.reduce is None
+        return Guarantee.EXACT if exact else Guarantee.APPROXIMATE
+
+    def propose(self, target: Target) -> Proposal:
+        """Put a forward by tiles in place of the model's."""
+        tiling = _tiling(self._as_options())
+        reason = _refusal(target.model)
+        if reason:
+            return Proposal(refused=(Refusal("", reason),))
+        try:
+            what, notes = self._look(target, tiling)
+        except (TilingError, InputError, CaptureError) as error:
+            return Proposal(refused=(Refusal("", str(error)),))
+        edit = Convert("", "patchwise", self._as_options())
+        return Proposal(
+            (edit,), (Change("", what, "each fits where the whole does not"),), (), notes
+        )
+
+    def _look(self, target: Target, tiling: Tiling) -> tuple[str, tuple[str, ...]]:
+        model, inputs = target.model, target.inputs
+        prepared = prepare(model, inputs, tiling)
+        what = f"runs by tiles of {_times(prepared.program.tile)}, to the same answer"
+        return what, (*told(prepared, inputs, tiling), *self._probed(target, tiling, prepared))
+
+    def _probed(self, target: Target, tiling: Tiling, prepared: Prepared) -> tuple[str, ...]:
+        """Compare tiles with the whole on a small volume.
+
+        Raises:
+            TilingError: they differ.
+        """
+        first = first_parameter(target.model)
+        if first is not None and first.is_meta:
+            return ("it has no values yet, so that tiles could not be compared with the whole",)
+        found = probe(target.model, target.inputs, tiling)
+        if found is None:
+            return ("no small volume runs through it, so that tiles were not compared with one",)
+        where = f"a volume of {_times(found.sizes)} by tiles of {_times(found.tile)}"
+        if not found.agrees:
+            raise TilingError(
+                f"on {where} the outputs differ from the whole volume's by {found.difference:.2g} "
+                f"of their largest value, more than rounding explains ({found.tolerance:.2g})"
+            )
+        return (
+            f"{where} gave the whole volume's outputs to {found.difference:.2g} of the largest",
+        )
+
+    def _as_options(self) -> dict[str, Any]:
+        return {
+            "mode": self.mode,
+            "size": None if self.size is None else list(_several(self.size)),
+            "axis": self.axis,
+            "overlap": list(_several(self.overlap)),
+            "weights": self.weights,
+            "batch": self.batch,
+            "keep": self.keep,
+            "output": self.output,
+            "folder": self.folder,
+            "reduce": self.reduce,
+            "max_peak": 0 if self.max_peak is None else _bytes(self.max_peak),
+            "progress": self.progress,
+        }
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _times(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
+
+
+def _bytes(text: str) -> int:
+    size = quantity(text, "bytes")
+    if size is None or size < 1:
+        raise OptionError(
+            f"patchwise: option 'max_peak': expected a size such as '2GiB' (units: "
+            f"{', '.join(UNITS['bytes'])}), got {text!r}"
+        )
+    return int(size)
+
+
+def _refusal(model: nn.Module) -> str:
+    already = wrapping(model, PatchForward)
+    if already is not None:
+        return f"it already runs patch-wise, in mode {already.tiling.mode!r}"
+    return obstacle(model)
+
+
+def _tiling(options: Mapping[str, Any]) -> Tiling:
+    size = options.get("size")
+    return Tiling(
+        **{
+            **options,
+            "size": None if size is None else tuple(size),
+            "overlap": tuple(options.get("overlap", (0.25,))),
+        }
+    )
+
+
+@conversion("patchwise")
+def _convert(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
+    mode = options.get("mode")
+    if mode not in _FORWARDS:
+        raise RewriteError(f"patchwise: expected a mode of {', '.join(_FORWARDS)}, got {mode!r}")
+    reason = _refusal(module)
+    if reason:
+        raise RewriteError(f"patchwise: {reason}")
+    _FORWARDS[mode](module, _tiling(options)).install()
+    return module

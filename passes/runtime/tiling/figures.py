@@ -1,0 +1,297 @@
+"""What a program costs: halos, voxels computed, bytes kept, and its peak, foretold."""
+
+from __future__ import annotations
+
+__all__ = ["PeakCounter", "foretold_peak", "halo", "kept_bytes", "overhead", "whole_peak"]
+
+import functools
+import itertools
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from pocketize.memory.tracker import is_composite, run_parts, storages_of
+from pocketize.passes.runtime.tiling.execution import Execution
+from pocketize.passes.runtime.tiling.keeping import Keeper, Kept
+from pocketize.passes.runtime.tiling.network import TiledGraph
+from pocketize.passes.runtime.tiling.program import Direct, Program, Sweep, share
+from pocketize.passes.runtime.tiling.recording import Recording
+from pocketize.passes.runtime.tiling.windows import Region
+
+#: Voxels around the middle whose halos are looked at: strides make them differ.
+_PLACES = 32
+#: Of sweeps with more tiles than this, some stand for all.
+_TILES = 128
+
+
+def halo(graph: TiledGraph) -> tuple[tuple[int, int] | None, ...]:
+    """Return how far beyond a voxel of an output its input reaches, before and behind.
+
+    Through norms and poolings of whole maps every voxel depends on all: their statistics are not
+    counted. An axis is None where nothing but the volume's borders ends the reach, or an operator
+    in between runs whole.
+    """
+    outputs = [node for node in graph.captured.outputs() if node in graph.forms]
+    reaches: list[tuple[int, int] | None] = [(0, 0)] * graph.rank
+    for node in outputs:
+        found = _reach(graph, node)
+        for axis in range(graph.rank):
+            a, b = reaches[axis], found[axis]
+            reaches[axis] = None if a is None or b is None else (max(a[0], b[0]), max(a[1], b[1]))
+    return tuple(reaches)
+
+
+def _reach(graph: TiledGraph, output: fx.Node) -> list[tuple[int, int] | None]:
+    sizes = tuple(output.meta["val"].shape[2:])
+    ends = [(0, 0)] * graph.rank
+    complete = True
+    for offset in range(-_PLACES // 2, _PLACES // 2):
+        voxel = [min(max(size // 2 + offset, 0), size - 1) for size in sizes]
+        needed: dict[fx.Node, Region] = {output: tuple((v, v + 1) for v in voxel)}
+        for node in reversed(graph.nodes):
+            if node not in needed:
+                continue
+            form = graph.forms.get(node)
+            if form is None:
+                complete = complete and not graph.is_map(node)
+                continue
+            for source, region in form.needs(needed[node]).items():
+                needed[source] = _hull(needed.get(source), region)
+        for source, region in needed.items():
+            if source.op != "placeholder":
+                continue
+            whole = source.meta["val"].shape[2:]
+            for axis, ((low, high), size) in enumerate(zip(region, whole, strict=True)):
+                factor = size / sizes[axis]
+                first, last = voxel[axis] * factor, (voxel[axis] + 1) * factor
+                before, behind = ends[axis]
+                ends[axis] = (
+                    max(before, math.ceil(first - low)) if low > 0 else max(before, size),
+                    max(behind, math.ceil(high - last)) if high < size else max(behind, size),
+                )
+    return [
+        pair if complete and max(pair) < limit else None
+        for pair, limit in zip(ends, _sizes_of_inputs(graph), strict=True)
+    ]
+
+
+def _sizes_of_inputs(graph: TiledGraph) -> tuple[int, ...]:
+    inputs = [n for n in graph.captured.graph.nodes if n.op == "placeholder" and graph.is_map(n)]
+    return tuple(max(inputs, key=graph.voxels).meta["val"].shape[2:])
+
+
+def overhead(program: Program) -> float:
+    """Return the entries that sweeps compute, over those that the same operators have."""
+    graph = program.graph
+    computed = 0.0
+    there: set[fx.Node] = set()
+    for step in program.steps:
+        if not isinstance(step, Sweep):
+            continue
+        there.update(node for node in step.order if not graph.forms[node].cheap)
+        tiles = list(itertools.product(*(range(count) for count in step.counts)))
+        stride = -(-len(tiles) // _TILES)
+        some = tiles[::stride]
+        for tile in some:
+            for node, region in _regions(graph, step, tile).items():
+                if not graph.forms[node].cheap:
+                    voxels = math.prod([high - low for low, high in region])
+                    computed += voxels * _channels(node) * len(tiles) / len(some)
+    network = sum(graph.voxels(node) * _channels(node) for node in there)
+    return computed / network if network else 1.0
+
+
+def _channels(node: fx.Node) -> int:
+    shape = node.meta["val"].shape
+    return int(shape[0] * shape[1])
+
+
+def _regions(graph: TiledGraph, step: Sweep, tile: tuple[int, ...]) -> dict[fx.Node, Region]:
+    """Return what a sweep computes for one tile."""
+    inside = set(step.order)
+    wanted = [*step.targets, *(graph.gathered[node].source for node in step.gathers)]
+    needed: dict[fx.Node, Region] = {}
+    for node in wanted:
+        region = share(node.meta["val"].shape[2:], step.counts, tile)
+        if node in inside and all(low < high for low, high in region):
+            needed[node] = _hull(needed.get(node), region)
+    for node in reversed(step.order):
+        if node in needed:
+            for source, region in graph.forms[node].needs(needed[node]).items():
+                if source in inside:
+                    needed[source] = _hull(needed.get(source), region)
+    return needed
+
+
+def _hull(a: Region | None, b: Region) -> Region:
+    if a is None:
+        return b
+    return tuple(
+        (min(low, other[0]), max(high, other[1])) for (low, high), other in zip(a, b, strict=True)
+    )
+
+
+def kept_bytes(program: Program) -> int:
+    """Return the most bytes that wait between sweeps at once, outputs left out."""
+    held: dict[fx.Node, int] = {}
+    most = 0
+    for step in program.steps:
+        if isinstance(step, Direct):
+            made: Sequence[fx.Node] = [step.node]
+        else:
+            made = step.targets
+        for node in made:
+            if node not in program.outputs:
+                held[node] = program.graph.nbytes(node)
+        most = max(most, sum(held.values()))
+        for node in step.frees:
+            held.pop(node, None)
+    return most
+
+
+class PeakCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the bytes of live tensors on one device.
+
+    Args:
+        device: only tensors on devices of this type count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device.type
+        self.now = self.peak = 0
+        self._live: dict[int, int] = {}
+        self._watches: dict[int, Any] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator and look at what it made."""
+        kwargs = kwargs or {}
+        if is_composite(func, self.device):
+            with self:
+                return run_parts(func, args, kwargs)
+        out = func(*args, **kwargs)
+        self.see(out)
+        return out
+
+    def see(self, values: Any) -> None:
+        """Count tensors that are there."""
+        for value in pytree.tree_leaves(values):
+            if not isinstance(value, FakeTensor) or value.device.type != self.device:
+                continue
+            for storage in storages_of(value):
+                key, nbytes = storage._cdata, storage.nbytes()
+                if key not in self._live:
+                    self._live[key] = nbytes
+                    gone = functools.partial(self._release, key)
+                    self._watches[key] = weakref.ref(storage, gone)
+                    self.now += nbytes
+                    self.peak = max(self.peak, self.now)
+
+    def forget(self, tensor: Tensor) -> None:
+        """Count a tensor no longer: it stands for one that is elsewhere."""
+        for storage in storages_of(tensor):
+            self.now -= self._live.get(storage._cdata, 0)
+            self._live[storage._cdata] = 0
+
+    def _release(self, key: int, _: object) -> None:
+        self.now -= self._live.pop(key, 0)
+        self._watches.pop(key, None)
+
+
+class _Elsewhere(Keeper):
+    """Makes room on fake tensors, which do not count where they would not be on the device."""
+
+    def __init__(self, place: str, device: torch.device, counter: PeakCounter) -> None:
+        super().__init__("device", device)
+        # what is in host memory counts for a model that is there itself
+        self.counts = place == "device" or (place == "host" and device.type == "cpu")
+        self.counter = counter
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype, *, small: bool = False) -> Kept:
+        peak = self.counter.peak
+        kept = super().room(shape, dtype, small=small)
+        if not self.counts and not small:
+            self.counter.forget(kept.tensor)
+            self.counter.peak = max(peak, self.counter.now)
+        return kept
+
+
+def foretold_peak(
+    recording: Recording, program: Program, *, keep: str, output: str, finish: Any = None
+) -> int:
+    """Return the peak of the live tensors of a forward by tiles, in bytes, without running it.
+
+    Weights and inputs on the device are in it; what convolutions allocate inside is not.
+
+    Args:
+        recording: of the forward.
+        program: to be carried out.
+        keep: place of what waits between sweeps.
+        output: place of the outputs.
+        finish: what is stored of outputs.
+    """
+    inputs = recording.captured.inputs
+    mode, device = _mode_of(recording), _device_of(recording)
+    with _disable_current_modes(), torch.no_grad(), mode:
+        counter = PeakCounter(device)
+        counter.see((list(recording.tensors.values()), inputs.tensors()))
+        execution = Execution(
+            program,
+            recording.tensors,
+            recording.placeholders(inputs),
+            _Elsewhere(keep, device, counter),
+            outputs=_Elsewhere(output, device, counter),
+            finish=finish,
+        )
+        with counter:
+            execution.run()
+    return counter.peak
+
+
+def whole_peak(recording: Recording) -> int:
+    """Return the same of the recorded operators, each result freed after its last reader."""
+    inputs, graph = recording.captured.inputs, recording.captured.graph
+    mode, device = _mode_of(recording), _device_of(recording)
+    with _disable_current_modes(), torch.no_grad(), mode:
+        counter = PeakCounter(device)
+        counter.see((list(recording.tensors.values()), inputs.tensors()))
+        with counter:
+            _run_whole(graph, recording, recording.placeholders(inputs))
+    return counter.peak
+
+
+def _run_whole(graph: fx.Graph, recording: Recording, inputs: dict[fx.Node, Tensor]) -> None:
+    held: dict[fx.Node, Any] = dict(inputs)
+    last = {source: node for node in graph.nodes for source in node.all_input_nodes}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            name = node.meta["tensor"]
+            held[node] = recording.tensors[name] if name else node.meta["val"]
+        elif node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), held.__getitem__)
+            held[node] = node.target(*args, **kwargs)
+            del args, kwargs
+        for source in node.all_input_nodes:
+            if last[source] is node and node.op != "output":
+                del held[source]
+
+
+def _mode_of(recording: Recording) -> FakeTensorMode:
+    for tensor in recording.captured.inputs.tensors():
+        if isinstance(tensor, FakeTensor):
+            return tensor.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _device_of(recording: Recording) -> torch.device:
+    tensors = [t for t in recording.tensors.values() if t.is_floating_point()]
+    return [*tensors, *recording.captured.inputs.tensors()][0].device

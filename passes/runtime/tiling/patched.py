@@ -1,0 +1,148 @@
+"""The forward of a network that computes the whole volume's answer tile by tile."""
+
+from __future__ import annotations
+
+__all__ = ["ExactForward"]
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from pocketize.inputs import Inputs
+from pocketize.passes.runtime.forwards import first_parameter
+from pocketize.passes.runtime.tiling.cutting import (
+    PatchForward,
+    Tiling,
+    is_exported,
+    is_recorded,
+    plain,
+)
+from pocketize.passes.runtime.tiling.execution import Execution
+from pocketize.passes.runtime.tiling.keeping import Keeper
+from pocketize.passes.runtime.tiling.placing import OutputKeeper, ProgressBar, reduction
+from pocketize.passes.runtime.tiling.preparing import Prepared, prepare
+from pocketize.passes.runtime.tiling.recording import fingerprint, tensors_by_name
+
+logger = logging.getLogger(__name__)
+
+#: Programs for so many sizes of inputs are kept.
+_REMEMBERED = 4
+
+
+class ExactForward(PatchForward):
+    """A model's forward in evaluation mode, computed tile by tile, with the same results.
+
+    In training mode, where gradients are asked for, and where the model is recorded or exported,
+    it is the forward that it stands in place of. What was found out about inputs of one size is
+    kept for later calls; copies and files do without.
+
+    Args:
+        module: the model.
+        tiling: how it is cut.
+    """
+
+    def __init__(self, module: nn.Module, tiling: Tiling) -> None:
+        super().__init__(module, tiling)
+        self._prepared: dict[Any, Prepared] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_prepared": {}}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward by tiles where it is one for inference."""
+        inputs = Inputs(args, kwargs)
+        if is_exported() or is_recorded() or not self._infers(inputs):
+            return self.original(*args, **kwargs)
+        inputs = plain(inputs)
+        return self._run(self.prepare(inputs), inputs)
+
+    def _infers(self, inputs: Inputs) -> bool:
+        if any(module.training for module in self.module.modules()):
+            return False
+        first = first_parameter(self.module)
+        if first is not None and first.is_meta:
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        wanted = [*self.module.parameters(), *inputs.tensors()]
+        if self.tiling.reduce is None and not any(t.requires_grad for t in wanted):
+            return True
+        logger.info("gradients are enabled, so the volume runs whole; use torch.inference_mode()")
+        return False
+
+    def prepare(self, inputs: Inputs) -> Prepared:
+        """Return the program for a call, made once for each size.
+
+        Args:
+            inputs: of the call.
+
+        Raises:
+            TilingError: the model cannot be computed by tiles.
+            InputError: the tiles do not fit.
+        """
+        key = (_shapes(inputs), _surroundings(), fingerprint(self.module))
+        found = self._prepared.pop(key, None)
+        if found is None:
+            found = prepare(self.module, inputs, self.tiling)
+            while len(self._prepared) >= _REMEMBERED:
+                del self._prepared[next(iter(self._prepared))]
+        self._prepared[key] = found  # the last in the line is the last to go
+        return found
+
+    def _run(self, prepared: Prepared, inputs: Inputs) -> Any:
+        recording, tiling = prepared.recording, self.tiling
+        device = self.device(inputs)
+        finish = reduction(tiling.reduce)
+        bar = ProgressBar(tiling.progress)
+        execution = Execution(
+            prepared.program,
+            tensors_by_name(self.module),
+            recording.placeholders(inputs),
+            Keeper(tiling.keep, device, folder=tiling.folder),
+            outputs=OutputKeeper(tiling.output, device, folder=tiling.folder),
+            finish=finish,
+            progress=bar,
+        )
+        try:
+            # the recording has autocast's casts in it
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                made = execution.run()
+                if finish is not None:
+                    made = {node: _finished(node, tensor, finish) for node, tensor in made.items()}
+        finally:
+            bar.close()
+        return recording.outputs(made)
+
+
+def _finished(node: fx.Node, tensor: Tensor, finish: Any) -> Tensor:
+    """Reduce an output that was kept as it is because something else read it, too."""
+    value = node.meta["val"]
+    reduced = tensor.dtype != value.dtype or tensor.shape != value.shape
+    made: Tensor = tensor if reduced else finish(tensor)
+    return made
+
+
+def _shapes(inputs: Inputs) -> Any:
+    """Return what a recording depends on: nesting, shapes, dtypes, and what is no tensor."""
+    leaves, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
+    seen: dict[int, int] = {}
+    described: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            same = seen.setdefault(id(leaf), len(seen))  # one tensor may be given twice
+            described.append((same, tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device))
+        else:
+            described.append((type(leaf), repr(leaf)))
+    return str(spec), tuple(described)
+
+
+def _surroundings() -> Any:
+    states = [
+        (kind, torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda", "mps", "xpu")
+        if torch.is_autocast_enabled(kind)
+    ]
+    return tuple(states), torch.get_default_dtype()

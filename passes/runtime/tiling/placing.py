@@ -1,0 +1,91 @@
+"""Where what a tiled forward returns is put, and what it is reduced to."""
+
+from __future__ import annotations
+
+__all__ = ["OutputKeeper", "ProgressBar", "Reduction", "reduction"]
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocketize.errors import InputError
+from pocketize.passes.runtime.tiling.keeping import Keeper, Kept
+
+Reduction = Callable[[Tensor], Tensor]
+#: A progress bar appears for what takes longer than this, in seconds.
+PATIENCE = 2.0
+
+
+class OutputKeeper(Keeper):
+    """Makes room for outputs, which their receiver holds as long as they like.
+
+    A file on disk loses its name at once, so that it goes when the last tensor on it does.
+    """
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype, *, small: bool = False) -> Kept:
+        """Return room for an output."""
+        kept = super().room(shape, dtype)
+        if kept.file is not None and sys.platform != "win32":
+            Path(kept.file).unlink()
+            kept.file = None
+        return kept
+
+
+def reduction(name: str | None) -> Reduction | None:
+    """Return what is made of an output before it is stored; None for nothing.
+
+    Args:
+        name: None or "argmax".
+    """
+    return None if name is None else _labels
+
+
+def _labels(logits: Tensor) -> Tensor:
+    """Return the number of the largest channel, (N, 1, *spatial) uint8."""
+    if logits.ndim < 3 or not 2 <= logits.shape[1] <= 256:
+        channels = logits.shape[1] if logits.ndim > 1 else 0
+        raise InputError(
+            "patchwise: reduce='argmax' needs outputs (N, C, *spatial) with 2 to 256 channels, "
+            f"got {tuple(logits.shape)} with {channels}; leave reduce away, and threshold the "
+            "output of a single channel yourself"
+        )
+    return logits.argmax(1, keepdim=True).to(torch.uint8)
+
+
+class ProgressBar:
+    """A callback ``(done, total)`` that draws a bar on terminals, for what takes long.
+
+    Args:
+        wanted: False for never.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted and sys.stderr.isatty()
+        self.began = time.monotonic()
+        self.bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tell how many parts are done."""
+        if not self.wanted:
+            return
+        if self.bar is None:
+            if time.monotonic() - self.began < PATIENCE:
+                return
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, unit="tile", leave=False, file=sys.stderr)
+        self.bar.n = done
+        self.bar.refresh()
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

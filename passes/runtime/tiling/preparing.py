@@ -1,0 +1,196 @@
+"""From a model and inputs of one size to the program that computes it tile by tile."""
+
+from __future__ import annotations
+
+__all__ = ["Prepared", "prepare", "prepare_recorded", "volume_of"]
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from pocketize.errors import InputError
+from pocketize.inputs import Inputs
+from pocketize.passes.runtime.tiling.cutting import Tiling
+from pocketize.passes.runtime.tiling.figures import foretold_peak
+from pocketize.passes.runtime.tiling.network import TiledGraph, TilingError
+from pocketize.passes.runtime.tiling.placing import reduction
+from pocketize.passes.runtime.tiling.program import Program, Sweep, build_program
+from pocketize.passes.runtime.tiling.recording import Recording, record_forward
+from pocketize.rules import bind
+from pocketize.units import bytes_text
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """How a model is computed by tiles for inputs of one size.
+
+    Attributes:
+        recording: of its forward.
+        program: what is done, in which order.
+        peak: foretold bytes of live tensors, where a target made them known; 0 otherwise.
+    """
+
+    recording: Recording
+    program: Program
+    peak: int = 0
+
+
+def prepare(model: nn.Module, inputs: Inputs, tiling: Tiling) -> Prepared:
+    """Record a model and plan how it is computed by tiles.
+
+    Args:
+        model: in evaluation mode.
+        inputs: of the call.
+        tiling: how it is cut.
+
+    Raises:
+        TilingError: it cannot be computed by tiles.
+        InputError: the tiles do not fit the inputs, or no tile meets ``max_peak``.
+    """
+    return prepare_recorded(record_forward(model, inputs), tiling)
+
+
+def prepare_recorded(recording: Recording, tiling: Tiling) -> Prepared:
+    """Do the same from a recording.
+
+    Raises:
+        TilingError, InputError: as :func:`prepare`.
+    """
+    graph = _Network(recording.captured)
+    _check_random(graph)
+    volume = volume_of(graph)
+    if tiling.size is None:
+        return _within(recording, graph, tiling)
+    program = _built(graph, tiling.tile(volume))
+    if not any(isinstance(step, Sweep) for step in program.steps):
+        raise TilingError(
+            "none of its operators on maps can be computed part by part: " + obstacles_text(graph)
+        )
+    return Prepared(recording, program)
+
+
+class _Network(TiledGraph):
+    """A network whose maps are what depends on the input: weights that a forward computes are not.
+
+    A weight (out, in, *kernel) has as many axes as a map.
+    """
+
+    def __post_init__(self) -> None:
+        self._data: set[fx.Node] = set()
+        for node in self.captured.graph.nodes:
+            if node.op == "placeholder" or not self._data.isdisjoint(node.all_input_nodes):
+                self._data.add(node)
+        super().__post_init__()
+
+    def is_map(self, node: fx.Node) -> bool:
+        """Whether a result is (N, C, *spatial) and depends on the input."""
+        return node in self._data and super().is_map(node)
+
+
+def _built(graph: TiledGraph, tile: Sequence[int]) -> Program:
+    """Build a program that keeps weights and vectors which are computed for as long as they serve.
+
+    Sweeps name the maps that they read; what else their operators read is found here.
+    """
+    program = build_program(graph, tile)
+    last: dict[fx.Node, int] = {}
+    for index, step in enumerate(program.steps):
+        order = step.order if isinstance(step, Sweep) else (step.node,)
+        read = {source for node in order for source in node.all_input_nodes}
+        last.update(dict.fromkeys({*read.difference(order), *step.reads}, index))
+    for index, step in enumerate(program.steps):
+        made = step.targets if isinstance(step, Sweep) else (step.node,)
+        done = [node for node, at in last.items() if at == index]
+        done += [node for node in made if node not in last]
+        step.frees = tuple(node for node in done if node not in program.outputs)
+    return program
+
+
+def volume_of(graph: TiledGraph) -> tuple[int, ...]:
+    """Return the spatial sizes of the largest input."""
+    inputs = [node for node in graph.captured.graph.nodes if node.op == "placeholder"]
+    full = max((node for node in inputs if graph.is_map(node)), key=graph.voxels)
+    return tuple(full.meta["val"].shape[2:])
+
+
+def obstacles_text(graph: TiledGraph) -> str:
+    """Say which operators need their inputs whole, where, and why."""
+    found = dict.fromkeys(
+        f"{why} ({node.meta['module'] or 'the model itself'})"
+        for node, why in graph.obstacles.items()
+    )
+    shown = list(found)[:3]
+    return "; ".join(shown) + ("; ..." if len(found) > 3 else "") if shown else "there are none"
+
+
+def _check_random(graph: TiledGraph) -> None:
+    for node in graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.nondeterministic_seeded not in tags or node in graph.forms:
+            continue
+        bound = bind(node.target, node.args, node.kwargs)
+        if bound.get("dropout_p") != 0.0 and bound.get("train", True):
+            raise TilingError(
+                f"{node.target} in {node.meta['module'] or 'the model itself'} draws random "
+                "numbers, which tiles would draw in another order"
+            )
+
+
+def _within(recording: Recording, graph: TiledGraph, tiling: Tiling) -> Prepared:
+    """Return the program of the largest tiles whose peak is within the target."""
+    tiles = list(_smaller(volume_of(graph)))
+    low, high = 0, len(tiles) - 1
+    best: Prepared | None = None
+    least = 0
+    while low <= high:
+        middle = (low + high) // 2
+        made = _foretold(recording, graph, tiling, tiles[middle])
+        if made.peak <= tiling.max_peak:
+            best, high = made, middle - 1
+        else:
+            low, least = middle + 1, made.peak
+    if best is None:
+        raise InputError(
+            f"patchwise: no tile keeps the live tensors within {bytes_text(tiling.max_peak)}; with "
+            f"tiles of {tiles[-1]} they take {bytes_text(least)}, weights and input among them. "
+            f"Say max_peak of at least that, or keep='host' and output='host' on a GPU, 'disk' on "
+            "a CPU"
+        )
+    return best
+
+
+def _foretold(
+    recording: Recording, graph: TiledGraph, tiling: Tiling, tile: Sequence[int]
+) -> Prepared:
+    program = _built(graph, tile)
+    peak = foretold_peak(
+        recording,
+        program,
+        keep=tiling.keep,
+        output=tiling.output,
+        finish=reduction(tiling.reduce),
+    )
+    return Prepared(recording, program, peak)
+
+
+def _smaller(volume: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield tiles, each half of the one before along its longest axis, down to 8 voxels."""
+    tile = tuple(volume)
+    yield tile
+    while max(tile) > 8:
+        axis = max(range(len(tile)), key=lambda a: (tile[a], a))
+        tile = tuple(-(-t // 2) if a == axis else t for a, t in enumerate(tile))
+        yield tile
+
+
+def whole_steps(program: Program) -> list[fx.Node]:
+    """Return operators on maps that run whole."""
+    graph = program.graph
+    direct = [step.node for step in program.steps if not isinstance(step, Sweep)]
+    return [node for node in direct if graph.is_map(node) or _reads_maps(graph, node)]
+
+
+def _reads_maps(graph: TiledGraph, node: fx.Node) -> bool:
+    return any(graph.is_map(source) for source in node.all_input_nodes if source.op != "get_attr")

@@ -1,0 +1,266 @@
+"""What a network does with inputs of one size, recorded so that it can be done part by part.
+
+A recording says which operators ran, and nothing of what a forward does beside them: attributes
+that it sets, buffers that it counts in, hooks that somebody reads values with. Where there is any
+of that, running the operators is not running the forward, and the recording is refused.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Recording", "fingerprint", "record_forward", "tensors_by_name"]
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from pocketize.capture import Captured, find_tensors, record
+from pocketize.clone import fake_clone
+from pocketize.inputs import Inputs
+from pocketize.passes.runtime.forwards import first_parameter
+from pocketize.passes.runtime.nests import map_tensors
+from pocketize.passes.runtime.tiling.network import TilingError
+
+_SIMPLE = (bool, int, float, complex, str, bytes, type(None))
+#: What torch or the recorder writes into a module without changing what it computes.
+_OWN = {"training", "forward", "_is_full_backward_hook"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """One recorded forward, with all that is needed to run its operators.
+
+    Attributes:
+        captured: the graph.
+        template: what the forward returned, with fake tensors.
+        nodes: the node of each fake tensor in the template, by identity.
+        tensors: fake parameters and buffers by name, as the recorded copy has them.
+        stale: attributes in which the forward leaves a tensor for later; running the operators
+            leaves none.
+    """
+
+    captured: Captured
+    template: Any
+    nodes: dict[int, fx.Node]
+    tensors: dict[str, Tensor]
+    stale: tuple[str, ...] = ()
+
+    def placeholders(self, inputs: Inputs) -> dict[fx.Node, Tensor]:
+        """Return the tensors of a call by the placeholder that each stands for."""
+        tensors = inputs.tensors()
+        return {
+            node: tensors[int(str(node.target).rpartition("_")[2])]
+            for node in self.captured.graph.nodes
+            if node.op == "placeholder"
+        }
+
+    def outputs(self, made: Mapping[fx.Node, Tensor]) -> Any:
+        """Put tensors into the nest that the forward returned."""
+        return map_tensors(self.template, lambda _: True, lambda t: made[self.nodes[id(t)]])
+
+
+def record_forward(model: nn.Module, inputs: Inputs) -> Recording:
+    """Record the forward of a model in evaluation mode, on a copy without memory.
+
+    The copy's own forward and hooks are left out: they run outside of what is recorded.
+
+    Args:
+        model: the model; a :class:`~pocketize.passes.runtime.forwards.Forward` that stands in
+            place of its forward is not recorded, what is below it is.
+        inputs: of the call; autocast is taken from the surroundings.
+
+    Raises:
+        TilingError: running the operators would not be running the forward.
+        CaptureError: the model cannot be copied, or did not run.
+    """
+    _check_hooks(model)
+    # Whoever watches operators from outside is not to see those on fake tensors.
+    with _disable_current_modes(), torch.inference_mode(False):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        copy = fake_clone(model, mode)
+        inner = getattr(vars(copy).pop("forward", None), "inner", None)
+        if inner is not None:
+            vars(copy)["forward"] = inner
+        for table in _HOOKS:
+            vars(copy)[table].clear()
+        returned = _Returned()
+        copy.register_forward_hook(returned)
+        for module in copy.modules():
+            module.training = False
+        before = _state(copy)
+        first = first_parameter(copy)
+        fakes = inputs.map(mode.from_tensor)
+        if first is not None:  # a volume may wait in host memory, and a model be on the device
+            with mode:
+                fakes = fakes.map(lambda tensor: tensor.to(first.device))
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # it would outlive the copy's weights
+        try:
+            with mode:
+                captured = record(copy, fakes, train=False)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+        stale = _check_state(before, _state(copy))
+        return replace(_finished(copy, captured, returned.value), stale=stale)
+
+
+class _Returned:
+    """A hook that keeps what a forward returns."""
+
+    value: Any = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.value = output
+
+
+def _finished(copy: nn.Module, captured: Captured, output: Any) -> Recording:
+    tensors = tensors_by_name(copy)
+    names = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    for node in captured.graph.nodes:
+        if node.op == "get_attr" and node.meta["tensor"] is None:
+            node.meta["tensor"] = names.get(id(node.meta["val"]))
+            if node.meta["tensor"] is None and isinstance(node.meta["val"], FakeTensor):
+                raise TilingError(
+                    "its forward reads a tensor that is no input, parameter, buffer or attribute "
+                    "of a module, so that its values are not known; register it as a buffer"
+                )
+        _check_written(node)
+    outputs = captured.outputs()
+    if not outputs:
+        raise TilingError("its forward returns no tensor")
+    if any(node.op == "get_attr" for node in outputs):
+        raise TilingError("its forward returns one of its own parameters or buffers")
+    nodes = {id(t): node for t, node in zip(find_tensors(output), outputs, strict=True)}
+    return Recording(captured, output, nodes, tensors)
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters, buffers and tensors that are plain attributes, by name."""
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                named[f"{path}.{name}" if path else name] = value
+    return named
+
+
+def fingerprint(model: nn.Module) -> tuple[Any, ...]:
+    """Return what decides which operators run: classes, switches, shapes and dtypes.
+
+    Somebody may turn deep supervision off between two calls, or load a model in half precision.
+    """
+    parts: list[Any] = []
+    for path, module in model.named_modules():
+        simple = tuple(
+            (name, value) for name, value in vars(module).items() if _simple(value) and name
+        )
+        parts.append((path, type(module), simple))
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                parts.append((name, tuple(tensor.shape), tensor.dtype, tensor.device))
+    return tuple(parts)
+
+
+def _simple(value: Any) -> bool:
+    return isinstance(value, _SIMPLE) or (
+        isinstance(value, tuple) and all(_simple(item) for item in value)
+    )
+
+
+def _check_hooks(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if not path:
+            continue  # the root's run around what is recorded
+        for table in _HOOKS:
+            for hook in vars(module).get(table, {}).values():
+                home = getattr(hook, "__module__", None) or type(hook).__module__
+                if home.partition(".")[0] not in ("torch", "pocketize"):
+                    raise TilingError(
+                        f"{path} has a forward hook ({_name(hook)}), which tiles would not run; "
+                        "remove it, and register it again after the inference"
+                    )
+
+
+def _name(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__))
+
+
+def _check_written(node: fx.Node) -> None:
+    """Refuse operators that write into what outlives the forward."""
+    target = node.target
+    if not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):
+        return
+    for source in node.all_input_nodes[:1]:
+        if source.op == "get_attr" and source.meta["tensor"] is not None:
+            raise TilingError(
+                f"its forward writes into {source.meta['tensor']} ({target}), which a forward by "
+                "tiles would not"
+            )
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    return dict(_walk(model))
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, module in model.named_modules():
+        held = {**vars(module), **module._buffers, **module._parameters}
+        for name, value in held.items():
+            if name in _OWN or name in ("_parameters", "_buffers", "_modules"):
+                continue
+            if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs"):
+                continue
+            if name.endswith("_hooks_always_called"):
+                continue
+            where = f"{path}.{name}" if path else name
+            if isinstance(value, list | tuple | set):
+                yield where, [_token(item) for item in value]
+            elif isinstance(value, dict):
+                yield where, {key: _token(item) for key, item in value.items()}
+            else:
+                yield where, _token(value)
+
+
+@dataclass(frozen=True)
+class _Token:
+    """Stands for a value whose class and identity are all that is compared."""
+
+    identity: int
+    is_tensor: bool
+
+
+def _token(value: Any) -> Any:
+    return value if _simple(value) else _Token(id(value), isinstance(value, Tensor))
+
+
+def _check_state(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
+    """Refuse a forward that changes attributes; return those that it leaves tensors in."""
+    stale = []
+    for name in {**before, **after}:
+        old, new = before.get(name), after.get(name)
+        if name not in before or not _same(old, new):
+            if not all(isinstance(v, _Token) and v.is_tensor for v in _changed(old, new)):
+                raise TilingError(
+                    f"its forward changes the attribute {name}, which a forward by tiles would not"
+                )
+            stale.append(name)
+    return tuple(stale)
+
+
+def _changed(old: Any, new: Any) -> list[Any]:
+    """Return the new values in a container, or the one value, that are not the old ones."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [b for a, b in zip(old, new, strict=True) if a != b]
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() <= new.keys():
+        return [value for key, value in new.items() if old.get(key) != value]
+    return [new]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(a == b) or bool(a != a and b != b)
