@@ -172,6 +172,8 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return storages_of(tensor)
 
     def _see(self, storage: torch.UntypedStorage) -> None:
+        if storage.filename is not None:
+            return  # a file that is mapped, not memory
         key, nbytes = storage._cdata, storage.nbytes()
         record = self._live.get(key)
         if record is None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from pocketize.passes.runtime.tiling.windows import Reach, Region, Source
+from pocketize.passes.runtime.tiling.windows import Reach, Region, Source, Window
 
 Needs = dict[fx.Node, Region]
 
@@ -31,6 +31,9 @@ class Context(Protocol):
 
     def value(self, node: fx.Node) -> Any:
         """Return a result that is no map: a weight, a vector, a number."""
+
+    def statistics(self, node: fx.Node) -> Tensor:
+        """Return what was gathered for a norm."""
 
 
 class Form(abc.ABC):
@@ -124,18 +127,32 @@ class Convolution(Form):
     def run(self, region: Region, context: Context) -> Tensor:
         """See :meth:`Form.run`."""
         x = context.part(self.source, _inside(self.reaches, region))
-        x = _padded(x, self.reaches, region, 0.0)
+        native = [
+            _native(reach, window) for reach, window in zip(self.reaches, region, strict=True)
+        ]
+        pads: list[int] = []
+        for reach, window, by_operator in zip(self.reaches, region, native, strict=True):
+            pads = [*((0, 0) if by_operator else reach.outside(window)), *pads]
+        x = F.pad(x, pads) if any(pads) else x
         weight = context.value(self.weight)
         bias = None if self.bias is None else context.value(self.bias)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(region) - 1]
-        return convolve(
+        y = convolve(
             x,
             weight,
             bias,
             stride=tuple(reach.stride for reach in self.reaches),
+            padding=tuple(native),
             dilation=tuple(reach.dilation for reach in self.reaches),
             groups=self.groups,
         )
+        for axis, (reach, window, by_operator) in enumerate(
+            zip(self.reaches, region, native, strict=True)
+        ):
+            if by_operator:  # which pads both ends; one of them may be no border
+                skip = (by_operator - reach.outside(window)[0]) // reach.stride
+                y = y.narrow(axis + 2, skip, window[1] - window[0])
+        return y
 
 
 class Transposed(Form):
@@ -339,6 +356,21 @@ def _mixed(x: Tensor, axis: int, source: Source, constant: float) -> Tensor:
     for picked in taps[1:]:
         total = total + picked
     return total
+
+
+def _native(reach: Reach, window: Window) -> int:
+    """Return the padding that a convolution can be told to add itself along one axis.
+
+    It adds as much in front as behind, and what that makes too much is cut from the result; only
+    where it cannot is the input copied to be padded. The copy would be as large as the input.
+    """
+    start, stop = reach.inside(window)
+    front, behind = reach.outside(window)
+    if start == stop:
+        return 0
+    most = max(front, behind)
+    wasted = (most - front) % reach.stride
+    return most if not wasted else 0
 
 
 def _inside(reaches: Sequence[Reach], region: Region) -> Region:

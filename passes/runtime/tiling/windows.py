@@ -15,6 +15,7 @@ __all__ = [
     "Source",
     "Window",
     "crop_source",
+    "cut",
     "linear_source",
     "nearest_source",
     "pad_source",
@@ -22,16 +23,22 @@ __all__ = [
     "whole",
 ]
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 Window: TypeAlias = tuple[int, int]
 Region: TypeAlias = tuple[Window, ...]
+
+
+def cut(tensor: Tensor, region: Region) -> Tensor:
+    """Return a view of a region of a tensor (N, C, *spatial)."""
+    index = (slice(None), slice(None), *(slice(low, high) for low, high in region))
+    return tensor[index]
 
 
 def region_of(shape: Sequence[int]) -> Region:
@@ -208,8 +215,3 @@ def linear_source(size: int, length: int, scale: float | None, *, align_corners:
     high = np.minimum(low + 1, size - 1)
     part = np.where(high > low, real - low, 0.0)
     return Source(np.stack([low, high]), np.stack([1.0 - part, part]))
-
-
-def aligned(length: int, step: int) -> int:
-    """Return the nearest multiple of a step that is not below a length."""
-    return math.ceil(length / step) * step

@@ -1,0 +1,235 @@
+"""Carrying out a program on real tensors."""
+
+from __future__ import annotations
+
+__all__ = ["Execution"]
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pocketize.passes.runtime.tiling.keeping import Keeper, Kept
+from pocketize.passes.runtime.tiling.program import Direct, Program, Sweep, share
+from pocketize.passes.runtime.tiling.windows import Region, cut
+
+
+class Execution:
+    """One forward, part by part; a context for the forms of the network.
+
+    Args:
+        program: what to do.
+        tensors: parameters and buffers by name.
+        inputs: the input tensors by placeholder, on any device.
+        keeper: where results are kept between sweeps.
+        outputs: where outputs are kept; the same by default.
+        finish: what is stored of an output instead of itself: takes a part (N, C, *spatial) and
+            returns (N, K, *spatial).
+        progress: is told after each tile how many are done, and of how many.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        tensors: Mapping[str, Tensor],
+        inputs: Mapping[fx.Node, Tensor],
+        keeper: Keeper,
+        *,
+        outputs: Keeper | None = None,
+        finish: Callable[[Tensor], Tensor] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.program, self.graph = program, program.graph
+        self.tensors, self.keeper = tensors, keeper
+        self.output_keeper = outputs or keeper
+        self.finish, self.progress = finish, progress
+        self.stored: dict[fx.Node, Any] = {}
+        self.finished: dict[fx.Node, Kept] = {}
+        self.norms: dict[fx.Node, Tensor] = {}
+        for node, tensor in inputs.items():
+            is_map = self.graph.is_map(node)
+            self.stored[node] = (
+                Kept(tensor, keeper.device, tensor.dtype) if is_map else tensor.to(keeper.device)
+            )
+        self._local: dict[fx.Node, tuple[Tensor, Region]] = {}
+
+    def run(self) -> dict[fx.Node, Tensor]:
+        """Return the outputs, or what ``finish`` makes of them."""
+        total = sum(_tiles(step) for step in self.program.steps)
+        done = 0
+        try:
+            for step in self.program.steps:
+                if isinstance(step, Direct):
+                    self.stored[step.node] = self._direct(step.node)
+                    done += 1
+                    self._tell(done, total)
+                else:
+                    for count in self._sweep(step):
+                        self._tell(done + count, total)
+                    done += _tiles(step)
+                for node in step.frees:
+                    held = self.stored.pop(node, None)
+                    if isinstance(held, Kept):
+                        held.close()
+            results = {}
+            for node in self.program.outputs:
+                held = self.finished.pop(node, None) or self.stored[node]
+                results[node] = held.tensor if isinstance(held, Kept) else held
+            return results
+        finally:
+            self._local.clear()
+            for held in [*self.stored.values(), *self.finished.values()]:
+                if isinstance(held, Kept):
+                    held.close()
+            self.stored.clear()
+
+    # -- what forms read --------------------------------------------------------------------------
+
+    def part(self, node: fx.Node, region: Region) -> Tensor:
+        """Return a region of a result."""
+        if node in self._local:
+            tensor, have = self._local[node]
+            inside = tuple(
+                (low - start, high - start)
+                for (low, high), (start, _) in zip(region, have, strict=True)
+            )
+            return cut(tensor, inside)
+        held = self.stored[node] if node in self.stored else self.value(node)
+        if isinstance(held, Kept):
+            return held.read(region)
+        return cut(held, region)
+
+    def value(self, node: fx.Node) -> Any:
+        """Return a result that is no map, or a map as a whole."""
+        if node.op == "get_attr":
+            name = node.meta["tensor"]
+            return self.tensors[name] if name else node.meta["val"]
+        held = self.stored[node]
+        return held.read(_all(held.tensor)) if isinstance(held, Kept) else held
+
+    def statistics(self, node: fx.Node) -> Tensor:
+        """Return what was gathered for a norm."""
+        return self.norms[node]
+
+    # -- steps ------------------------------------------------------------------------------------
+
+    def _direct(self, node: fx.Node) -> Any:
+        read: Any = fx.node.map_arg((node.args, node.kwargs), self.value)
+        args, kwargs = read
+        target: Any = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            args = (args[0].clone(), *args[1:])  # stored results stay as they are
+        return target(*args, **kwargs)
+
+    def _sweep(self, step: Sweep) -> Any:
+        rooms = {node: self._room(node) for node in step.targets}
+        sums = {node: self.graph.gathered[node].start() for node in step.gathers}
+        grid = itertools.product(*(range(count) for count in step.counts))
+        for index, tile in enumerate(grid):
+            shares = {node: self._share(node, step, tile) for node in step.targets}
+            sources = {
+                node: self._share(self.graph.gathered[node].source, step, tile)
+                for node in step.gathers
+            }
+            self._compute(step, shares, sources)
+            for node, region in shares.items():
+                if region is not None:
+                    self._write(rooms[node], node, region)
+            for node, region in sources.items():
+                if region is not None:
+                    gathered = self.graph.gathered[node]
+                    sums[node] = gathered.add(sums[node], self.part(gathered.source, region))
+            self._local.clear()
+            yield index + 1
+        for node, room in rooms.items():
+            (self.finished if self._is_finished(node) else self.stored)[node] = room
+        for node, held in sums.items():
+            made = self.norms if node in self.graph.forms else self.stored
+            made[node] = self.graph.gathered[node].finish(held)
+
+    def _compute(
+        self,
+        step: Sweep,
+        shares: Mapping[fx.Node, Region | None],
+        sources: Mapping[fx.Node, Region | None],
+    ) -> None:
+        """Compute all that a tile takes: first which regions, from the end; then their values."""
+        inside = set(step.order)
+        needed: dict[fx.Node, Region] = {
+            node: region for node, region in shares.items() if region is not None
+        }
+        for node, region in sources.items():
+            source = self.graph.gathered[node].source
+            if region is not None and source in inside:
+                needed[source] = _hull(needed.get(source), region)
+        last: dict[fx.Node, fx.Node] = {}
+        for node in reversed(step.order):
+            if node in needed:
+                for source, region in self.graph.forms[node].needs(needed[node]).items():
+                    if source in inside:
+                        needed[source] = _hull(needed.get(source), region)
+                        last.setdefault(source, node)
+        kept = {*shares, *(self.graph.gathered[node].source for node in sources)}
+        for node in step.order:
+            if node not in needed:
+                continue
+            self._local[node] = self.graph.forms[node].run(needed[node], self), needed[node]
+            for source in [s for s in self._local if last.get(s) is node and s not in kept]:
+                del self._local[source]
+
+    def _share(self, node: fx.Node, step: Sweep, tile: tuple[int, ...]) -> Region | None:
+        region = share(node.meta["val"].shape[2:], step.counts, tile)
+        return region if all(low < high for low, high in region) else None
+
+    def _is_finished(self, node: fx.Node) -> bool:
+        """Whether a node is stored as ``finish`` leaves it: an output that nothing else reads."""
+        if self.finish is None or node not in self.program.outputs:
+            return False
+        return all(user.op == "output" for user in node.users)
+
+    def _room(self, node: fx.Node) -> Kept:
+        value = node.meta["val"]
+        if self._is_finished(node):
+            assert self.finish is not None
+            sample = torch.zeros((1, value.shape[1], *(1 for _ in value.shape[2:])))
+            made = self.finish(sample.to(value.dtype))
+            shape = (value.shape[0], *made.shape[1:2], *value.shape[2:])
+            return self.output_keeper.room(shape, made.dtype)
+        if node in self.program.outputs:
+            return self.output_keeper.room(value.shape, value.dtype)
+        small = self.graph.nbytes(node) <= self.program.limit
+        return self.keeper.room(value.shape, value.dtype, small=small)
+
+    def _write(self, room: Kept, node: fx.Node, region: Region) -> None:
+        part = self.part(node, region)
+        if self._is_finished(node):
+            assert self.finish is not None
+            part = self.finish(part)
+        room.write(region, part)
+
+    def _tell(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total)
+
+
+def _tiles(step: Direct | Sweep) -> int:
+    if isinstance(step, Direct):
+        return 1
+    total = 1
+    for count in step.counts:
+        total *= count
+    return total
+
+
+def _hull(a: Region | None, b: Region) -> Region:
+    if a is None:
+        return b
+    return tuple(
+        (min(low, other[0]), max(high, other[1])) for (low, high), other in zip(a, b, strict=True)
+    )
+
+
+def _all(tensor: Tensor) -> Region:
+    return tuple((0, size) for size in tensor.shape[2:])

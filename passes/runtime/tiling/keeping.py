@@ -1,0 +1,94 @@
+"""Where results are kept between sweeps: on the device, in host memory, or in a file."""
+
+from __future__ import annotations
+
+__all__ = ["Keeper", "Kept"]
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pocketize.passes.runtime.tiling.windows import Region, cut
+
+
+class Kept:
+    """A map that is written and read region by region.
+
+    Args:
+        tensor: its memory, (N, C, *spatial), wherever that is.
+        device: where regions are read to.
+        dtype: in which they are read.
+        file: the file behind the memory, removed with it.
+    """
+
+    def __init__(
+        self, tensor: Tensor, device: torch.device, dtype: torch.dtype, file: Path | None = None
+    ) -> None:
+        self.tensor, self.device, self.dtype, self.file = tensor, device, dtype, file
+
+    def write(self, region: Region, part: Tensor) -> None:
+        """Write a region."""
+        self._view(region).copy_(part, non_blocking=False)
+
+    def read(self, region: Region) -> Tensor:
+        """Return a region on the device; a view where it lies there already."""
+        part = self._view(region)
+        return part.to(self.device, self.dtype)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        del self.tensor
+        if self.file is not None:
+            with contextlib.suppress(PermissionError):  # somebody holds the result, and the file
+                self.file.unlink(missing_ok=True)
+
+    def _view(self, region: Region) -> Tensor:
+        return cut(self.tensor, region)
+
+
+class Keeper:
+    """Makes room for maps.
+
+    Args:
+        place: "device", "host" (pinned where there is a GPU) or "disk".
+        device: where they are computed.
+        folder: for files; None for where the system keeps temporary ones.
+        dtype: in which floating maps are kept; None for their own.
+    """
+
+    def __init__(
+        self,
+        place: str,
+        device: torch.device,
+        *,
+        folder: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.place, self.device, self.folder, self.dtype = place, device, folder, dtype
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype, *, small: bool = False) -> Kept:
+        """Return room for a map; small ones are on the device wherever the others are."""
+        held = self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+        if small or self.place == "device":
+            held = dtype if small else held
+            tensor = torch.empty(tuple(shape), dtype=held, device=self.device)
+            return Kept(tensor, self.device, dtype)
+        if self.place == "host":
+            pinned = self.device.type == "cuda"
+            tensor = torch.empty(tuple(shape), dtype=held, pin_memory=pinned)
+            return Kept(tensor, self.device, dtype)
+        with tempfile.NamedTemporaryFile(
+            prefix="pocketize-", suffix=".map", dir=self.folder, delete=False
+        ) as file:
+            path = Path(file.name)
+        # torch's own mapping, so that a measurement can tell it from memory
+        mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=held)
+        # where the system allows it, the file is gone with the mapping, whatever happens
+        with contextlib.suppress(PermissionError):
+            path.unlink()
+        return Kept(mapped.view(tuple(shape)), self.device, dtype, path)

@@ -1,0 +1,210 @@
+"""Norms and poolings of whole maps, by sums that are gathered part by part.
+
+Means and squared deviations are joined as in Chan, Golub, LeVeque, "Updating Formulae and a
+Pairwise Algorithm for Computing Sample Variances", 1979, so that no digits are lost however many
+parts there are.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Gathered", "Moments", "Normalised", "Pooled", "gather_form"]
+
+import abc
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pocketize.passes.runtime.tiling.forms import Context, Needs, Pointwise
+from pocketize.passes.runtime.tiling.table import NotLocal
+from pocketize.passes.runtime.tiling.windows import Region
+from pocketize.rules import bind, operator_name
+
+
+class Gathered(abc.ABC):
+    """What an operator asks of a whole map, gathered from its parts.
+
+    Attributes:
+        node: the operator.
+        source: the map.
+    """
+
+    def __init__(self, node: fx.Node, source: fx.Node) -> None:
+        self.node, self.source = node, source
+
+    @abc.abstractmethod
+    def start(self) -> Any:
+        """Return what nothing was added to yet."""
+
+    @abc.abstractmethod
+    def add(self, held: Any, part: Tensor) -> Any:
+        """Add a part (N, C, *spatial) that was not added before."""
+
+    @abc.abstractmethod
+    def finish(self, held: Any) -> Tensor:
+        """Return what was asked for."""
+
+
+class Moments(Gathered):
+    """Mean and variance of groups of channels.
+
+    Args:
+        node: the norm.
+        source: its input.
+        groups: in how many groups the channels fall.
+        over_batch: the samples of a batch are taken together, as batch norms do.
+    """
+
+    def __init__(
+        self, node: fx.Node, source: fx.Node, groups: int, *, over_batch: bool = False
+    ) -> None:
+        super().__init__(node, source)
+        self.groups, self.over_batch = groups, over_batch
+
+    def start(self) -> tuple[int, Tensor | None, Tensor | None]:
+        """Return no entries."""
+        return 0, None, None
+
+    def add(self, held: Any, part: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Join the moments of a part to those held: count, mean, sum of squared deviations."""
+        wide = torch.float64 if part.dtype == torch.float64 else torch.float32
+        rows = self._rows(part).to(wide)
+        count = rows.shape[-1]
+        mean = rows.mean(-1)
+        deviation = (rows - mean[..., None]).square().sum(-1)
+        before, old_mean, old_deviation = held
+        if not before:
+            return count, mean, deviation
+        total = before + count
+        step = mean - old_mean
+        return (
+            total,
+            old_mean + step * (count / total),
+            old_deviation + deviation + step.square() * (before * count / total),
+        )
+
+    def finish(self, held: Any) -> Tensor:
+        """Return mean and biased variance, (2, N or 1, groups)."""
+        count, mean, deviation = held
+        return torch.stack([mean, deviation / count])
+
+    def _rows(self, part: Tensor) -> Tensor:
+        batch = part.shape[0]
+        rows = part.reshape(batch, self.groups, -1)
+        return rows.transpose(0, 1).reshape(1, self.groups, -1) if self.over_batch else rows
+
+
+class Pooled(Gathered):
+    """The mean or the largest entry of every channel of a map."""
+
+    def __init__(self, node: fx.Node, source: fx.Node, kind: str) -> None:
+        super().__init__(node, source)
+        self.kind = kind
+
+    def start(self) -> tuple[int, Tensor | None]:
+        """Return no entries."""
+        return 0, None
+
+    def add(self, held: Any, part: Tensor) -> tuple[int, Tensor]:
+        """Add the sums, or the maxima, of a part."""
+        before, value = held
+        rows = part.flatten(2)
+        if self.kind == "max":
+            found = rows.amax(-1)
+            return 1, found if value is None else torch.maximum(value, found)
+        wide = torch.float64 if part.dtype == torch.float64 else torch.float32
+        found = rows.sum(-1, dtype=wide)
+        return before + rows.shape[-1], found if value is None else value + found
+
+    def finish(self, held: Any) -> Tensor:
+        """Return the operator's result, of its own shape and dtype."""
+        count, value = held
+        out = self.node.meta["val"]
+        result: Tensor = (value if self.kind == "max" else value / count).to(out.dtype)
+        return result.reshape(out.shape)
+
+
+class Normalised(Pointwise):
+    """A norm whose statistics are known: every entry is scaled and shifted.
+
+    Args:
+        node: the norm.
+        bound: its arguments by name.
+        moments: which statistics it takes.
+    """
+
+    def __init__(self, node: fx.Node, bound: Mapping[str, Any], moments: Moments) -> None:
+        super().__init__(node, [moments.source])
+        self.moments, self.eps = moments, float(bound["eps"])
+        self.weight, self.bias = bound.get("weight"), bound.get("bias")
+
+    def needs(self, region: Region) -> Needs:
+        """Return the same region of the norm's input."""
+        return {self.moments.source: region}
+
+    def run(self, region: Region, context: Context) -> Tensor:
+        """Scale and shift the part."""
+        x = context.part(self.moments.source, region)
+        return self.apply(x, context.statistics(self.node), context)
+
+    def apply(self, x: Tensor, statistics: Tensor, context: Context) -> Tensor:
+        """Normalise a part.
+
+        Args:
+            x: (N, C, *spatial).
+            statistics: mean and variance, (2, N or 1, groups).
+            context: for weight and bias.
+        """
+        each = x.shape[1] // self.moments.groups
+        mean, variance = statistics.repeat_interleave(each, -1)
+        scale = (variance + self.eps).rsqrt()
+        ends = (1,) * (x.ndim - 2)
+        if self.weight is not None:
+            scale = scale * context.value(self.weight).to(scale.dtype)
+        shift = -mean * scale
+        if self.bias is not None:
+            shift = shift + context.value(self.bias).to(scale.dtype)
+        # one operator, so that there is no second map for the product
+        out: Tensor = torch.addcmul(
+            shift.reshape(*shift.shape, *ends),
+            x.to(scale.dtype),
+            scale.reshape(*scale.shape, *ends),
+        )
+        return out.to(self.node.meta["val"].dtype)
+
+
+def gather_form(node: fx.Node, rank: int) -> Gathered:
+    """Return what an operator asks of a whole map, where that can be gathered from parts.
+
+    Args:
+        node: the operator.
+        rank: number of spatial axes.
+
+    Raises:
+        NotLocal: it asks for more than sums.
+    """
+    name = operator_name(node.target).rpartition(".")[2]
+    if name == "getitem":
+        raise NotLocal("it is one of several results")
+    bound = bind(node.target, node.args, node.kwargs)
+    source = next((value for value in bound.values() if isinstance(value, fx.Node)), None)
+    value = source.meta["val"] if source is not None else None
+    if source is None or not isinstance(value, Tensor) or value.ndim != rank + 2:
+        raise NotLocal(f"{name} does not read a map")
+    channels = value.shape[1]
+    if name == "instance_norm" and bound["use_input_stats"]:
+        return Moments(node, source, channels)
+    if name == "group_norm":
+        return Moments(node, source, int(bound["num_groups"]))
+    if name == "batch_norm" and bound["training"]:
+        return Moments(node, source, channels, over_batch=True)
+    if name.startswith("adaptive_avg_pool") and math.prod(node.meta["val"].shape[2:]) == 1:
+        return Pooled(node, source, "mean")
+    if name in ("mean", "amax"):
+        dims = bound.get("dim")
+        dims = [dims] if isinstance(dims, int) else list(dims or [])
+        if sorted(dim % (rank + 2) for dim in dims) == list(range(2, rank + 2)):
+            return Pooled(node, source, "max" if name == "amax" else "mean")
+    raise NotLocal(f"{operator_name(node.target)} is not known to be local")

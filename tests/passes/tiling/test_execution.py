@@ -1,0 +1,249 @@
+"""Whole networks, part by part: the same outputs, whatever is tiled, kept and freed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.networks.nets import DynUNet, SegResNet, UNet
+from torch import Tensor, nn
+
+from pocketize.capture import capture, find_tensors
+from pocketize.inputs import as_inputs
+from pocketize.memory.tracker import LiveTracker
+from pocketize.passes.runtime.tiling.execution import Execution
+from pocketize.passes.runtime.tiling.keeping import Keeper
+from pocketize.passes.runtime.tiling.network import TiledGraph, TilingError
+from pocketize.passes.runtime.tiling.program import Program, Sweep, build_program
+from tests.foreign import foreign_nets
+
+
+def tiled(
+    model: nn.Module, x: Tensor, tile: Sequence[int], *, keeper: Keeper | None = None, **more: Any
+) -> tuple[list[Tensor], Program]:
+    captured = capture(model, x)
+    program = build_program(TiledGraph(captured), tile)
+    (node,) = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    execution = Execution(program, tensors, {node: x}, keeper or Keeper("device", x.device), **more)
+    with torch.no_grad():
+        made = execution.run()
+    return [made[n] for n in captured.outputs()], program
+
+
+def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return find_tensors(as_inputs(x, model).call(model.eval()))
+
+
+def agree(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10), (a - b).abs().max()
+
+
+NETS = {net.name: net for net in foreign_nets() if "slow" not in net.tags}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_other_peoples_networks_give_the_whole_volumes_answer(name: str) -> None:
+    net = NETS[name]
+    torch.manual_seed(0)
+    model, x = net.build().double().eval(), net.inputs().double()
+    sizes = x.shape[2:]
+    for tile in ((*sizes[:-1], -(-sizes[-1] // 4)), tuple(-(-size // 3) for size in sizes)):
+        found, program = tiled(model, x, tile)
+        agree(found, outputs(model, x))
+        assert any(isinstance(step, Sweep) for step in program.steps)
+
+
+def _peak(run: Any, model: nn.Module, x: Tensor) -> int:
+    """Live bytes at the peak of a forward, without weights and without files that are mapped."""
+    held = [*model.parameters(), *model.buffers()]
+    tracker = LiveTracker(torch.device("cpu"), str)
+    tracker.assign("parameters", held)
+    tracker.assign("inputs", [x])
+    with torch.inference_mode(), tracker:
+        tracker.enter("forward")
+        run()
+    return tracker.finish().peak - sum(t.numel() * t.element_size() for t in held)
+
+
+class Argmax(nn.Module):
+    """What a user would do with the logits, so that both sides end in the same labels."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return labels(self.model(x))
+
+
+def labels(logits: Tensor) -> Tensor:
+    return logits.argmax(1, keepdim=True).to(torch.uint8)
+
+
+LARGE: dict[str, Any] = {
+    "PlainConvUNet": lambda: PlainConvUNet(
+        1,
+        3,
+        [8, 16, 32],
+        nn.Conv3d,
+        3,
+        [1, 2, 2],
+        2,
+        3,
+        2,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"affine": True},
+        nonlin=nn.LeakyReLU,
+    ),
+    "DynUNet": lambda: DynUNet(3, 1, 3, [3, 3, 3], [1, 2, 2], [2, 2], filters=[8, 16, 32]),
+    "SegResNet": lambda: SegResNet(3, 8, 1, 3),
+    "UNet": lambda: UNet(3, 1, 3, (8, 16, 32), (2, 2), num_res_units=2),
+}
+
+
+def _tiled_peak(model: nn.Module, x: Tensor, length: int) -> int:
+    captured = capture(model, x)
+    program = build_program(TiledGraph(captured), (*x.shape[2:-1], length))
+    (node,) = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    disk = Keeper("disk", x.device)
+
+    def run() -> None:
+        Execution(program, tensors, {node: x}, disk, outputs=disk, finish=labels).run()
+
+    return _peak(run, model, x)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_four_slabs_take_less_than_a_third_of_the_whole_volumes_peak(name: str) -> None:
+    model, x = LARGE[name]().eval(), torch.randn(1, 1, 16, 16, 128)
+    whole = Argmax(model)
+    kept = x.numel() * x.element_size()
+    part = _tiled_peak(model, x, 32) - kept
+    assert part < (_peak(lambda: whole(x), model, x) - kept) / 3
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_peak_does_not_grow_with_the_volume(name: str) -> None:
+    model = LARGE[name]().eval()
+    peaks = []
+    for length in (512, 1024):
+        x = torch.randn(1, 1, 8, 8, length)
+        peaks.append(_tiled_peak(model, x, 32) - x.numel() * x.element_size())
+    assert peaks[1] < 1.02 * peaks[0]
+
+
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_it_does_not_matter_where_maps_are_kept(place: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LARGE["DynUNet"]().double().eval()
+    x = torch.randn(2, 1, 8, 12, 20, dtype=torch.float64)
+    keeper = Keeper(place, x.device, folder=str(tmp_path))
+    found, _ = tiled(model, x, (8, 12, 5), keeper=keeper)
+    agree(found, outputs(model, x))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_maps_may_be_kept_in_half_precision() -> None:
+    torch.manual_seed(0)
+    model = LARGE["DynUNet"]().eval()
+    x = torch.randn(1, 1, 8, 12, 20)
+    keeper = Keeper("host", x.device, dtype=torch.float16)
+    (found,), _ = tiled(model, x, (8, 12, 5), keeper=keeper, outputs=Keeper("host", x.device))
+    (expected,) = outputs(model, x)
+    assert 0 < (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_labels_are_stored_instead_of_logits() -> None:
+    torch.manual_seed(0)
+    model = LARGE["SegResNet"]().double().eval()
+    x = torch.randn(1, 1, 8, 8, 16, dtype=torch.float64)
+    (found,), _ = tiled(model, x, (8, 8, 4), finish=labels)
+    (expected,) = outputs(model, x)
+    assert found.dtype == torch.uint8
+    assert torch.equal(found, labels(expected))
+
+
+class WritesIntoAPart(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, :1].relu_()
+        return y + 1
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (WritesIntoAPart(), "writes into a part of a tensor that is read again later"),
+        (Branch(), "a branch of the forward depends on values"),
+        (nn.Flatten(1), "no input has spatial axes"),
+    ],
+    ids=["part", "branch", "flat"],
+)
+def test_networks_that_cannot_be_told_part_by_part_are_refused(
+    model: nn.Module, words: str
+) -> None:
+    x = torch.randn(1, 2) if "axes" in words else torch.randn(1, 2, 8, 8)
+    with pytest.raises(TilingError, match=words):
+        tiled(model, x, (4, 4))
+
+
+def test_every_place_is_computed_once_but_for_halos() -> None:
+    """A network of local operators without skips: one sweep, and nothing but outputs stored."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
+    x = torch.randn(1, 1, 32, 32, dtype=torch.float64)
+    found, program = tiled(model.double().eval(), x, (8, 32))
+    agree(found, outputs(model, x))
+    (sweep,) = program.steps
+    assert isinstance(sweep, Sweep)
+    assert sweep.counts == (4, 1)
+    assert len(sweep.targets) == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(5, 21), st.integers(5, 17), st.integers(1, 25), st.integers(1, 20))
+def test_any_size_and_any_tile(height: int, width: int, rows: int, columns: int) -> None:
+    torch.manual_seed(height * width)
+    model = _Odd().double().eval()
+    x = torch.randn(1, 1, height, width, dtype=torch.float64)
+    found, _ = tiled(model, x, (rows, columns))
+    agree(found, outputs(model, x))
+
+
+class _Odd(nn.Module):
+    """Sizes that do not divide, a gate, two outputs of different resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.InstanceNorm2d(4, affine=True)
+        self.down = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.gate = nn.Conv2d(6, 6, 1)
+        self.group = nn.GroupNorm(2, 6)
+        self.up = nn.ConvTranspose2d(6, 4, 2, stride=2)
+        self.head, self.coarse = nn.Conv2d(8, 2, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        skip = F.leaky_relu(self.norm(self.a(x)))
+        deep = self.group(self.down(skip))
+        deep = deep * self.gate(F.adaptive_avg_pool2d(deep, 1)).sigmoid()
+        up = self.up(deep)[:, :, : skip.shape[2], : skip.shape[3]]
+        return {"fine": self.head(torch.cat([skip, up], 1)), "coarse": self.coarse(deep)}
