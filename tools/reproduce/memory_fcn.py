@@ -132,14 +132,15 @@ class Figures:
 
 def table(figures: Figures, cube: str) -> str:
     whats = ("parameters", f"estimated {cube}", f"estimated {FULL}", f"estimated {LONG}")
-    titles = ("parameters", cube[4:], "256x256x152", "256x256x240")
-    headers = ["", f"measured, {cube[4:]}"]
-    headers += [f"{title}, {whose}" for title in titles for whose in ("ours", "paper")]
+    titles = (f"{cube[4:]} estimated", "256x256x152 estimated", "256x256x240 estimated")
+    headers = ["", "parameters", "paper", f"{cube[4:]} measured"]
+    headers += [title for size in titles for title in (size, "paper")]
     rows = []
     for row in ROWS:
-        cells = [row.name, figures.text(row, f"measured {cube}")]
+        cells = [row.name]
         for what, paper in zip(whats, row.paper, strict=True):
             cells += [figures.text(row, what), paper]
+        cells.insert(3, figures.text(row, f"measured {cube}"))
         rows.append(cells)
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
