@@ -5,8 +5,10 @@ from __future__ import annotations
 __all__ = [
     "Amp",
     "Bottleneck",
+    "Cascade",
     "Checkpoint",
     "CompactBlock",
+    "ExtendInputs",
     "InPlaceNorm",
     "Offload",
     "Patchwise",
@@ -17,7 +19,9 @@ __all__ = [
 ]
 
 from pocketize.passes.amp import Amp
+from pocketize.passes.cascade import Cascade
 from pocketize.passes.checkpoint import Checkpoint
+from pocketize.passes.extend_inputs import ExtendInputs
 from pocketize.passes.in_place_norm import InPlaceNorm
 from pocketize.passes.offload import Offload
 from pocketize.passes.patchwise import Patchwise

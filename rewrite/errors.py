@@ -21,7 +21,8 @@
     └── ReportError                a comparison's JSON, or a threshold on it, that cannot be read
 
     PocketizeWarning (UserWarning)
-    └── NoEffectWarning            a pass changed nothing at all
+    ├── NoEffectWarning            a pass changed nothing at all
+    └── CropWarning                what was looked for reaches the border of a crop
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ __all__ = [
     "ArtifactError",
     "BudgetError",
     "CaptureError",
+    "CropWarning",
     "InputError",
     "MeasureError",
     "ModelError",
@@ -122,6 +124,10 @@ class PocketizeWarning(UserWarning):
 
 class NoEffectWarning(PocketizeWarning):
     """A pass was applied and changed nothing."""
+
+
+class CropWarning(PocketizeWarning):
+    """A prediction's foreground reaches the border of the crop that it was made on."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
