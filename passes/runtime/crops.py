@@ -6,6 +6,7 @@ __all__ = ["Box", "box_around", "foreground", "paste", "touched"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class Box:
 
     def cut(self, x: Tensor) -> Tensor:
         """Return the part of (N, C, *spatial)."""
-        return x[(..., *(slice(a, b) for a, b in zip(self.low, self.high, strict=True)))]
+        inside: tuple[Any, ...] = tuple(map(slice, self.low, self.high))
+        return x[(..., *inside)]
 
 
 def foreground(maps: Tensor, background: int) -> Tensor:
@@ -140,7 +142,7 @@ def paste(part: Tensor, box: Box, background: int, outside: Sequence[float] | fl
     filled = part.new_empty((*part.shape[:-axes], *sizes))
     values = _outside(part, channels, background, outside)
     filled.copy_(values.view(channels, *[1] * axes))
-    place = tuple(slice(a, a + n) for a, n in zip(corner, found, strict=True))
+    place: tuple[Any, ...] = tuple(slice(a, a + n) for a, n in zip(corner, found, strict=True))
     filled[(..., *place)] = part
     return filled
 

@@ -58,6 +58,6 @@ def balls(count: int, size: int, axes: int = 2, seed: int = 0) -> tuple[Tensor, 
     grid = torch.stack(torch.meshgrid(*[torch.arange(size) + 0.5] * axes, indexing="ij"))
     centres = size * (0.3 + 0.4 * torch.rand(count, axes, generator=generator))
     far = (grid - centres.view(count, axes, *[1] * axes)).square().sum(1).sqrt()
-    labels = (far < size * 0.2).long()
+    labels = (far < size * 0.3).long()
     noise = 0.5 * torch.randn(count, 1, *[size] * axes, generator=generator)
     return labels.unsqueeze(1) + noise, labels

@@ -211,7 +211,7 @@ def test_passes_work_on_the_whole_cascade() -> None:
     cascade = Cascade(leaky(), leaky(), guidance="softmax").eval()
     x = torch.randn(2, 1, 12, 12, dtype=torch.float64)
     lean = rewrite(cascade, "in-place-norm", inputs=x)
-    assert [change.path for change in history(lean)[0].changes] == ["stage1.1", "stage2.1"]
+    assert {change.path for change in history(lean)[0].changes} == {"stage2.1", "stage2.2"}
     assert torch.allclose(lean(x), cascade(x), rtol=1e-12, atol=1e-12)
     slim = rewrite(cascade, "pocket:width=2,keep=stage1.*", inputs=x)
     assert slim.get_parameter("stage1.0.weight").shape == (4, 1, 3, 3)
