@@ -26,10 +26,17 @@ from pocketize.passes.runtime.tiling.network import TilingError
 from pocketize.passes.runtime.tiling.patched import ExactForward
 from pocketize.passes.runtime.tiling.preparing import Prepared, prepare
 from pocketize.passes.runtime.tiling.probing import probe
-from pocketize.passes.runtime.tiling.telling import told
+from pocketize.passes.runtime.tiling.slabs import SlabForward
+from pocketize.passes.runtime.tiling.sliding import WindowForward
+from pocketize.passes.runtime.tiling.telling import told, told_of_slabs, told_of_windows
+from pocketize.rehearsal import Rehearsal
 from pocketize.units import UNITS, quantity
 
-_FORWARDS: dict[str, type[PatchForward]] = {"exact": ExactForward}
+_FORWARDS: dict[str, type[PatchForward]] = {
+    "exact": ExactForward,
+    "slab": SlabForward,
+    "window": WindowForward,
+}
 #: Options that only some modes have.
 _ONLY = {
     "overlap": ("window",),
@@ -146,11 +153,14 @@ class Patchwise(Pass):
         reason = _refusal(target.model)
         if reason:
             return Proposal(refused=(Refusal("", reason),))
+        edit = Convert("", "patchwise", self._as_options())
         try:
-            what, notes = self._look(target, tiling)
+            if self.mode == "exact":
+                what, notes = self._look(target, tiling)
+            else:
+                what, notes = self._look_at_parts(target, tiling, edit)
         except (TilingError, InputError, CaptureError) as error:
             return Proposal(refused=(Refusal("", str(error)),))
-        edit = Convert("", "patchwise", self._as_options())
         return Proposal(
             (edit,), (Change("", what, "each fits where the whole does not"),), (), notes
         )
@@ -160,6 +170,25 @@ class Patchwise(Pass):
         prepared = prepare(model, inputs, tiling)
         what = f"runs by tiles of {_times(prepared.program.tile)}, to the same answer"
         return what, (*told(prepared, inputs, tiling), *self._probed(target, tiling, prepared))
+
+    def _look_at_parts(
+        self, target: Target, tiling: Tiling, edit: Convert
+    ) -> tuple[str, tuple[str, ...]]:
+        """Try slabs or windows on a copy without memory.
+
+        Raises:
+            InputError: the outputs cannot be put together.
+        """
+        forward = _FORWARDS[self.mode](target.model, tiling)
+        if isinstance(forward, SlabForward):
+            what, notes = told_of_slabs(forward, target.inputs)
+        else:
+            assert isinstance(forward, WindowForward)
+            what, notes = told_of_windows(forward, target.inputs)
+        failure = Rehearsal(target.model, target.inputs).failure((edit,))
+        if failure:
+            raise InputError(f"in {self.mode}s, {failure}")
+        return what, notes
 
     def _probed(self, target: Target, tiling: Tiling, prepared: Prepared) -> tuple[str, ...]:
         """Compare tiles with the whole on a small volume.

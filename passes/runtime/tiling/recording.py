@@ -15,16 +15,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pocketize.capture import Captured, find_tensors, record
 from pocketize.clone import fake_clone
+from pocketize.errors import CaptureError
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.forwards import first_parameter
 from pocketize.passes.runtime.nests import map_tensors
 from pocketize.passes.runtime.tiling.network import TilingError
 
+_DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 #: What torch or the recorder writes into a module without changing what it computes.
 _OWN = {"training", "forward", "_is_full_backward_hook"}
@@ -103,6 +110,13 @@ def record_forward(model: nn.Module, inputs: Inputs) -> Recording:
         try:
             with mode:
                 captured = record(copy, fakes, train=False)
+        except CaptureError as error:
+            if isinstance(error.__cause__, _DATA_DEPENDENT):
+                raise TilingError(
+                    "a branch of its forward depends on values, which differ from part to part; "
+                    "run the model whole"
+                ) from error
+            raise
         finally:
             torch.set_autocast_cache_enabled(cached)
         stale = _check_state(before, _state(copy))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["told"]
+__all__ = ["told", "told_of_slabs", "told_of_windows"]
 
+import math
+from collections.abc import Sequence
+
+from pocketize.errors import CaptureError, InputError
 from pocketize.inputs import Inputs
-from pocketize.passes.runtime.tiling.cutting import Tiling
+from pocketize.passes.runtime.tiling.cutting import PatchForward, Tiling
 from pocketize.passes.runtime.tiling.figures import (
     foretold_peak,
     halo,
@@ -13,9 +17,14 @@ from pocketize.passes.runtime.tiling.figures import (
     overhead,
     whole_peak,
 )
+from pocketize.passes.runtime.tiling.network import TilingError
 from pocketize.passes.runtime.tiling.placing import reduction
 from pocketize.passes.runtime.tiling.preparing import Prepared, whole_steps
 from pocketize.passes.runtime.tiling.program import Program, Sweep
+from pocketize.passes.runtime.tiling.recording import record_forward
+from pocketize.passes.runtime.tiling.slabs import SlabForward
+from pocketize.passes.runtime.tiling.sliding import WindowForward
+from pocketize.passes.runtime.tiling.volumes import Volume
 from pocketize.units import bytes_text
 
 _PLACES = {"device": "on the device", "host": "in host memory", "disk": "in files"}
@@ -51,6 +60,97 @@ def told(prepared: Prepared, inputs: Inputs, tiling: Tiling) -> tuple[str, ...]:
             "one left there"
         )
     return tuple(notes)
+
+
+def told_of_slabs(forward: SlabForward, inputs: Inputs) -> tuple[str, tuple[str, ...]]:
+    """Return what slabs do to the example inputs, in short and in sentences.
+
+    Args:
+        forward: of the model, not installed.
+        inputs: example inputs.
+
+    Raises:
+        InputError: they have no volume, or not the axis.
+    """
+    volume = Volume(inputs, forward.device(inputs))
+    axis, sizes, starts = forward.slabs(volume)
+    padding = len(starts) * sizes[axis] - volume.sizes[axis]
+    padded = f", {padding} of them zeros behind the volume" if padding else ""
+    what = f"runs in slabs of {sizes[axis]} along axis {axis}, each alone"
+    text = f"on {inputs.describe()}: {len(starts)} slabs{padded}"
+    return what, (text, *_part_peak(forward, volume, sizes, "slab"))
+
+
+def told_of_windows(forward: WindowForward, inputs: Inputs) -> tuple[str, tuple[str, ...]]:
+    """Return what windows do to the example inputs, in short and in sentences.
+
+    Args:
+        forward: of the model, not installed.
+        inputs: example inputs.
+
+    Raises:
+        InputError: they have no volume, or another number of axes.
+    """
+    volume = Volume(inputs, forward.device(inputs))
+    layout = forward.layout(volume)
+    ratio = layout.count * math.prod(layout.window) / math.prod(volume.sizes)
+    shown = "x".join(map(str, layout.window))
+    what = f"runs in windows of {shown}, each alone, and averages them"
+    text = (
+        f"on {inputs.describe()}: {layout.count} windows, {ratio:.2f} times the voxels of the "
+        "volume are computed"
+    )
+    return what, (text, *_part_peak(forward, volume, layout.window, "window"))
+
+
+def _part_peak(
+    forward: PatchForward, volume: Volume, sizes: Sequence[int], word: str
+) -> tuple[str, ...]:
+    """Return the peak of one part's forward, and the volume's, where they can be recorded."""
+    count = forward.tiling.batch
+    try:
+        part = record_forward(forward.module, _part(volume, sizes, count))
+    except TilingError:
+        return ()  # it cannot be recorded; it can be run
+    except CaptureError as error:
+        raise InputError(
+            f"a {word} of {'x'.join(map(str, sizes))} does not run through the model: {error}"
+            f"{_nearest(forward, volume, sizes)}"
+        ) from None
+    try:
+        whole = record_forward(forward.module, volume.inputs)
+    except (TilingError, CaptureError):
+        return ()  # a network need not run on a volume of any size
+    many = f"{count} {word}s" if count > 1 else f"a {word}"
+    return (
+        f"live tensors of the forward of {many} peak at {bytes_text(whole_peak(part))}, of the "
+        f"whole volume at {bytes_text(whole_peak(whole))} (both estimated), outputs of the volume "
+        "left out",
+    )
+
+
+def _part(volume: Volume, sizes: Sequence[int], count: int = 1) -> Inputs:
+    return volume.read([(0,) * volume.rank] * count, sizes)
+
+
+def _nearest(forward: PatchForward, volume: Volume, sizes: Sequence[int]) -> str:
+    """Say which size of parts would run, where there is one that is a multiple of a power of 2."""
+    cut = [
+        axis
+        for axis in range(volume.rank)
+        if sizes[axis] != volume.sizes[axis] or isinstance(forward, WindowForward)
+    ]
+    for step in (2, 4, 8, 16, 32, 64):
+        tried = tuple(
+            max(step, round(size / step) * step) if axis in cut else size
+            for axis, size in enumerate(sizes)
+        )
+        try:
+            record_forward(forward.module, _part(volume, tried))
+        except (TilingError, CaptureError):
+            continue
+        return f". The nearest size that does is {'x'.join(map(str, tried))}"
+    return ""
 
 
 def _halo_text(program: Program) -> str:
