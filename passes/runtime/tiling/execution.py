@@ -25,6 +25,7 @@ class Execution:
         inputs: the input tensors by placeholder, on any device.
         keeper: where results are kept between sweeps.
         outputs: where outputs are kept; the same by default.
+        retain: free nothing, for the way back.
         finish: what is stored of an output instead of itself: takes a part (N, C, *spatial) and
             returns (N, K, *spatial).
         progress: is told after each tile how many are done, and of how many.
@@ -38,13 +39,14 @@ class Execution:
         keeper: Keeper,
         *,
         outputs: Keeper | None = None,
+        retain: bool = False,
         finish: Callable[[Tensor], Tensor] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.program, self.graph = program, program.graph
         self.tensors, self.keeper = tensors, keeper
         self.output_keeper = outputs or keeper
-        self.finish, self.progress = finish, progress
+        self.finish, self.progress, self.retain = finish, progress, retain
         self.stored: dict[fx.Node, Any] = {}
         self.finished: dict[fx.Node, Kept] = {}
         self.norms: dict[fx.Node, Tensor] = {}
@@ -69,7 +71,7 @@ class Execution:
                     for count in self._sweep(step):
                         self._tell(done + count, total)
                     done += _tiles(step)
-                for node in step.frees:
+                for node in () if self.retain else step.frees:
                     held = self.stored.pop(node, None)
                     if isinstance(held, Kept):
                         held.close()
@@ -77,13 +79,21 @@ class Execution:
             for node in self.program.outputs:
                 held = self.finished.pop(node, None) or self.stored[node]
                 results[node] = held.tensor if isinstance(held, Kept) else held
-            return results
-        finally:
-            self._local.clear()
-            for held in [*self.stored.values(), *self.finished.values()]:
-                if isinstance(held, Kept):
-                    held.close()
-            self.stored.clear()
+        except BaseException:
+            self.close()
+            raise
+        self._local.clear()
+        if not self.retain:
+            self.close()
+        return results
+
+    def close(self) -> None:
+        """Give back all that is stored."""
+        self._local.clear()
+        for held in [*self.stored.values(), *self.finished.values()]:
+            if isinstance(held, Kept):
+                held.close()
+        self.stored.clear()
 
     # -- what forms read --------------------------------------------------------------------------
 

@@ -35,6 +35,11 @@ class Kept:
         """Write a region."""
         self._view(region).copy_(part, non_blocking=False)
 
+    def add(self, region: Region | None, part: Tensor) -> None:
+        """Add to a region, or to all of it."""
+        view = self.tensor if region is None else self._view(region)
+        view += part.to(view.device, view.dtype)
+
     def read(self, region: Region) -> Tensor:
         """Return a region on the device; a view where it lies there already."""
         part = self._view(region)

@@ -1,0 +1,122 @@
+"""The gradient of the whole volume's loss, from tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pocketize.capture import capture, find_tensors
+from pocketize.inputs import as_inputs
+from pocketize.memory.tracker import LiveTracker
+from pocketize.passes.runtime.tiling.backward import Differentiation
+from pocketize.passes.runtime.tiling.execution import Execution
+from pocketize.passes.runtime.tiling.keeping import Keeper
+from pocketize.passes.runtime.tiling.network import TiledGraph
+from pocketize.passes.runtime.tiling.program import Program, build_program
+from tests.foreign import foreign_nets
+from tests.passes.tiling.test_execution import LARGE, _Odd
+
+NETS = {net.name: net for net in foreign_nets() if "slow" not in net.tags}
+
+
+def _loss(outputs: Sequence[Tensor]) -> Tensor:
+    """Every entry counts, and not all alike."""
+    total = torch.zeros((), dtype=torch.float64)
+    for tensor in outputs:
+        weights = torch.arange(tensor.numel(), dtype=tensor.dtype).cos().reshape(tensor.shape)
+        total = total + (tensor.square() * weights + tensor).double().mean()
+    return total
+
+
+def _whole(model: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    x = x.clone().requires_grad_()
+    model.zero_grad(set_to_none=True)
+    _loss(find_tensors(as_inputs(x, model).call(model))).backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    assert x.grad is not None
+    return found, x.grad
+
+
+def _program(model: nn.Module, x: Tensor, tile: Sequence[int]) -> Program:
+    return build_program(TiledGraph(capture(model, x)), tile)
+
+
+def _tiled(
+    model: nn.Module, x: Tensor, program: Program, place: str = "device"
+) -> tuple[dict[str, Tensor], Tensor]:
+    captured = program.graph.captured
+    (node,) = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    keeper = Keeper(place, x.device)
+    execution = Execution(program, tensors, {node: x}, keeper, retain=True)
+    with torch.no_grad():
+        made = execution.run()
+    leaves = {n: made[n].detach().requires_grad_() for n in program.outputs}
+    _loss([leaves[n] for n in captured.outputs()]).backward()
+    gradients = {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
+    weights, inputs = Differentiation(execution, keeper).gradients(gradients)
+    return weights, inputs[node]
+
+
+def _agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        size = max(1.0, float(gradient.abs().max()))
+        assert (found[name] - gradient).abs().max() < 1e-9 * size, name
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_other_peoples_networks_have_the_whole_volumes_gradients(name: str) -> None:
+    net = NETS[name]
+    torch.manual_seed(0)
+    model, x = net.build().double().eval(), net.inputs().double()
+    # recorded first: some keep features of a call, with which they cannot be copied
+    program = _program(model, x, (*x.shape[2:-1], -(-x.shape[-1] // 4)))
+    expected, of_input = _whole(model, x)
+    found, of_tiles = _tiled(model, x, program)
+    _agree(found, expected)
+    assert torch.allclose(of_tiles, of_input, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_gates_groups_and_outputs_of_several_sizes(place: str) -> None:
+    torch.manual_seed(0)
+    model, x = _Odd().double().eval(), torch.randn(2, 1, 19, 14, dtype=torch.float64)
+    expected, of_input = _whole(model, x)
+    found, of_tiles = _tiled(model, x, _program(model, x, (5, 6)), place)
+    _agree(found, expected)
+    assert torch.allclose(of_tiles, of_input, rtol=1e-9, atol=1e-11)
+
+
+def test_frozen_weights_get_none() -> None:
+    model = _Odd().double().eval()
+    model.a.weight.requires_grad_(False)
+    x = torch.randn(1, 1, 12, 12, dtype=torch.float64)
+    found, _ = _tiled(model, x, _program(model, x, (4, 12)))
+    assert "a.weight" not in found
+    assert "a.bias" in found
+
+
+def _peak(run: Any, model: nn.Module, x: Tensor) -> int:
+    held = list(model.parameters())
+    tracker = LiveTracker(torch.device("cpu"), str)
+    tracker.assign("parameters", held)
+    tracker.assign("inputs", [x])
+    with tracker:
+        tracker.enter("forward")
+        run()
+    return tracker.finish().peak - sum(t.numel() * t.element_size() for t in held)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_four_slabs_train_in_less_than_half_of_the_whole_volumes_peak(name: str) -> None:
+    model, x = LARGE[name]().eval(), torch.randn(1, 1, 16, 16, 128)
+    program = _program(model, x, (16, 16, 32))  # whose tensors have no memory, but are counted
+    tiled = _peak(lambda: _tiled(model, x, program, "disk"), model, x)
+    whole = _peak(lambda: _whole(model, x), model, x)
+    assert tiled < whole / 2, (tiled, whole)
