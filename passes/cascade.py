@@ -164,12 +164,11 @@ class Cascade(nn.Module):
             InputError: the volume has another number of axes, or stage 1 returned other classes.
         """
         logits = self._first_stage(volume)
-        maps = resize(class_maps(logits, self.guidance), volume.shape[2:]).to(volume.dtype)
         if self.crop is None:
-            return self.refine(volume, maps)
+            return self.stage2(self._joined(volume, logits, None))
         mask = foreground(logits, self.background)
         box = box_around(mask, volume.shape[2:], self.crop, self.multiple)
-        output = self.refine(box.cut(volume), box.cut(maps))
+        output = self.stage2(self._joined(volume, logits, box))
         if box.whole:
             return output
         if not self.training:
@@ -263,6 +262,13 @@ class Cascade(nn.Module):
                 "make the cascade with the right number of classes"
             )
         return logits
+
+    def _joined(self, volume: Tensor, logits: Tensor, box: Box | None) -> Tensor:
+        """Return what stage 2 reads; the maps at full size are gone before it runs."""
+        maps = resize(class_maps(logits, self.guidance), volume.shape[2:]).to(volume.dtype)
+        if box is not None:
+            volume, maps = box.cut(volume), box.cut(maps)
+        return torch.cat([volume, maps], 1)
 
     def _shares(self, labels: Tensor) -> Tensor:
         small = shrunken(labels.shape[-self.dimensions :], self.scale, self.multiple)

@@ -40,8 +40,8 @@ class Box:
 
     def cut(self, x: Tensor) -> Tensor:
         """Return the part of (N, C, *spatial)."""
-        inside: tuple[Any, ...] = tuple(map(slice, self.low, self.high))
-        return x[(..., *inside)]
+        inside: tuple[Any, ...] = (..., *map(slice, self.low, self.high))
+        return x[inside]
 
 
 def foreground(maps: Tensor, background: int) -> Tensor:
@@ -142,8 +142,9 @@ def paste(part: Tensor, box: Box, background: int, outside: Sequence[float] | fl
     filled = part.new_empty((*part.shape[:-axes], *sizes))
     values = _outside(part, channels, background, outside)
     filled.copy_(values.view(channels, *[1] * axes))
-    place: tuple[Any, ...] = tuple(slice(a, a + n) for a, n in zip(corner, found, strict=True))
-    filled[(..., *place)] = part
+    slices = [slice(a, a + n) for a, n in zip(corner, found, strict=True)]
+    place: tuple[Any, ...] = (..., *slices)
+    filled[place] = part
     return filled
 
 
