@@ -1,0 +1,98 @@
+"""Training through a forward by tiles, with autograd's own tools."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pocketize.capture import capture
+from pocketize.passes.runtime.tiling.keeping import Keeper
+from pocketize.passes.runtime.tiling.network import TiledGraph, TilingError
+from pocketize.passes.runtime.tiling.program import build_program
+from pocketize.passes.runtime.tiling.training import differentiable_forward
+from tests.passes.tiling.test_execution import LARGE
+
+
+def _by_tiles(model: nn.Module, x: Tensor, tile: tuple[int, ...], train: bool = False) -> Tensor:
+    captured = capture(model, x.detach(), train=train)
+    program = build_program(TiledGraph(captured), tile)
+    (node,) = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    (made,) = differentiable_forward(program, tensors, {node: x}, Keeper("host", x.device)).values()
+    return made
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_few_steps_of_training_end_in_the_same_weights(name: str) -> None:
+    torch.manual_seed(0)
+    whole = LARGE[name]().double().eval()
+    tiled = copy.deepcopy(whole)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (whole, tiled)]
+    for step in range(3):
+        x = torch.randn(
+            1, 1, 8, 8, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(step)
+        )
+        for model, optimizer in zip((whole, tiled), optimizers, strict=True):
+            y = model(x) if model is whole else _by_tiles(model, x, (8, 8, 8))
+            optimizer.zero_grad()
+            (y.softmax(1)[:, 0].mean() + y.square().mean()).backward()
+            optimizer.step()
+    for (key, a), b in zip(whole.named_parameters(), tiled.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12), key
+
+
+def test_what_comes_before_and_after_is_differentiated_too() -> None:
+    torch.manual_seed(0)
+    model = LARGE["DynUNet"]().double().eval()
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 1, 8, 8, 16, dtype=torch.float64)
+    found = []
+    for by_tiles in (False, True):
+        inner = x * scale
+        y = _by_tiles(model, inner, (8, 8, 4)) if by_tiles else model(inner)
+        (gradient,) = torch.autograd.grad(y.square().sum(), [scale])
+        found.append(gradient)
+    assert torch.allclose(found[0], found[1], rtol=1e-10)
+
+
+def test_a_second_backward_says_that_the_first_was_the_only_one() -> None:
+    y = _by_tiles(LARGE["UNet"]().eval(), torch.randn(1, 1, 8, 8, 16), (8, 8, 8)).sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(TilingError, match=r"runs once, .* run the forward again"):
+        y.backward()
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (nn.Dropout(0.3), r"aten\.dropout in 1 draws random numbers"),
+        (nn.BatchNorm2d(4), r"aten\.batch_norm in 1 takes the statistics of the batch and updates"),
+    ],
+    ids=["dropout", "batch norm"],
+)
+def test_what_would_not_be_the_same_again_is_refused(layer: nn.Module, words: str) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), layer, nn.Conv2d(4, 2, 1))
+    with pytest.raises(TilingError, match=words):
+        _by_tiles(model, torch.randn(2, 1, 8, 8), (4, 4), train=True)
+
+
+def test_batch_norms_without_running_statistics_are_exact() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.ReLU(),
+        nn.Conv2d(4, 2, 3, padding=1),
+    ).double()
+    x = torch.randn(3, 1, 12, 12, dtype=torch.float64)
+    model(x).square().sum().backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    _by_tiles(model, x, (4, 12), train=True).square().sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        assert gradient is not None
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-9, atol=1e-11)
