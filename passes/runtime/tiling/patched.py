@@ -22,7 +22,7 @@ from pocketize.passes.runtime.tiling.cutting import (
 )
 from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Keeper
-from pocketize.passes.runtime.tiling.placing import OutputKeeper, ProgressBar, reduction
+from pocketize.passes.runtime.tiling.placing import ProgressBar, reduction
 from pocketize.passes.runtime.tiling.preparing import Prepared, prepare
 from pocketize.passes.runtime.tiling.recording import fingerprint, tensors_by_name
 
@@ -102,7 +102,7 @@ class ExactForward(PatchForward):
             tensors_by_name(self.module),
             recording.placeholders(inputs),
             Keeper(tiling.keep, device, folder=tiling.folder),
-            outputs=OutputKeeper(tiling.output, device, folder=tiling.folder),
+            outputs=Keeper(tiling.output, device, folder=tiling.folder),
             finish=finish,
             progress=bar,
         )

@@ -1,39 +1,22 @@
-"""Where what a tiled forward returns is put, and what it is reduced to."""
+"""What a forward by tiles makes of its outputs before they are stored, and what it shows."""
 
 from __future__ import annotations
 
-__all__ = ["OutputKeeper", "ProgressBar", "Reduction", "reduction"]
+__all__ = ["ProgressBar", "Reduction", "reduction"]
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pocketize.errors import InputError
-from pocketize.passes.runtime.tiling.keeping import Keeper, Kept
 
 Reduction = Callable[[Tensor], Tensor]
 #: A progress bar appears for what takes longer than this, in seconds.
 PATIENCE = 2.0
-
-
-class OutputKeeper(Keeper):
-    """Makes room for outputs, which their receiver holds as long as they like.
-
-    A file on disk loses its name at once, so that it goes when the last tensor on it does.
-    """
-
-    def room(self, shape: Sequence[int], dtype: torch.dtype, *, small: bool = False) -> Kept:
-        """Return room for an output."""
-        kept = super().room(shape, dtype)
-        if kept.file is not None and sys.platform != "win32":
-            Path(kept.file).unlink()
-            kept.file = None
-        return kept
 
 
 def reduction(name: str | None) -> Reduction | None:

@@ -61,9 +61,10 @@ def probe(model: nn.Module, inputs: Inputs, tiling: Tiling) -> Probe | None:
     Raises:
         TilingError: the model cannot be computed by tiles.
     """
-    small = _small_inputs(model, inputs)
-    if small is None:
+    found = _small_inputs(model, inputs)
+    if found is None:
         return None
+    small, rounding = found
     copy = clone(model).eval()
     sizes = _volume(small)
     tile = _tile(tiling, sizes)
@@ -78,10 +79,10 @@ def probe(model: nn.Module, inputs: Inputs, tiling: Tiling) -> Probe | None:
         tiled = find_tensors(small.call(copy))
     worst, tolerance = 0.0, 0.0
     for a, b in zip(whole, tiled, strict=True):
-        allowed = torch.finfo(a.dtype).eps ** 0.5 if a.is_floating_point() else 0.01
-        found = _difference(a, b)
-        if found / allowed >= (worst / tolerance if tolerance else 0.0):
-            worst, tolerance = found, allowed
+        allowed = rounding**0.5 if a.is_floating_point() else 0.01
+        apart = _difference(a, b)
+        if apart / allowed >= (worst / tolerance if tolerance else 0.0):
+            worst, tolerance = apart, allowed
     return Probe(worst, tolerance, sizes, tile)
 
 
@@ -96,15 +97,18 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float(apart / a[a.isfinite()].abs().max().clamp_min(1e-30)) if float(apart) else 0.0
 
 
-def _small_inputs(model: nn.Module, inputs: Inputs) -> Inputs | None:
+def _small_inputs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, float] | None:
+    """Return random inputs that run, and the coarsest rounding on the way to the outputs."""
     generator = torch.Generator().manual_seed(0)
     for small in _candidates(inputs):
         made = small.map(lambda t: _random(t, generator))
         try:
-            record_forward(model, made)
+            recording = record_forward(model, made)
         except (CaptureError, TilingError):
             continue
-        return made
+        values = [node.meta["val"] for node in recording.captured.operators()]
+        dtypes = {t.dtype for t in find_tensors(values) if t.is_floating_point()}
+        return made, max((torch.finfo(dtype).eps for dtype in dtypes), default=1e-7)
     return None
 
 

@@ -27,8 +27,9 @@ from pocketize.capture import Captured, find_tensors, record
 from pocketize.clone import fake_clone
 from pocketize.errors import CaptureError
 from pocketize.inputs import Inputs
-from pocketize.passes.runtime.forwards import first_parameter
+from pocketize.passes.runtime.forwards import first_parameter, wrapping
 from pocketize.passes.runtime.nests import map_tensors
+from pocketize.passes.runtime.tiling.cutting import PatchForward
 from pocketize.passes.runtime.tiling.network import TilingError
 
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
@@ -77,8 +78,7 @@ def record_forward(model: nn.Module, inputs: Inputs) -> Recording:
     The copy's own forward and hooks are left out: they run outside of what is recorded.
 
     Args:
-        model: the model; a :class:`~pocketize.passes.runtime.forwards.Forward` that stands in
-            place of its forward is not recorded, what is below it is.
+        model: the model; of one that runs by tiles, what stands below the forward by tiles.
         inputs: of the call; autocast is taken from the surroundings.
 
     Raises:
@@ -90,9 +90,7 @@ def record_forward(model: nn.Module, inputs: Inputs) -> Recording:
     with _disable_current_modes(), torch.inference_mode(False):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         copy = fake_clone(model, mode)
-        inner = getattr(vars(copy).pop("forward", None), "inner", None)
-        if inner is not None:
-            vars(copy)["forward"] = inner
+        _uncover(copy)
         for table in _HOOKS:
             vars(copy)[table].clear()
         returned = _Returned()
@@ -121,6 +119,15 @@ def record_forward(model: nn.Module, inputs: Inputs) -> Recording:
             torch.set_autocast_cache_enabled(cached)
         stale = _check_state(before, _state(copy))
         return replace(_finished(copy, captured, returned.value), stale=stale)
+
+
+def _uncover(copy: nn.Module) -> None:
+    """Put what stands below a forward by tiles in place of all that stands above."""
+    forward = wrapping(copy, PatchForward)
+    if forward is not None:
+        del vars(copy)["forward"]
+        if forward.inner is not None:
+            vars(copy)["forward"] = forward.inner
 
 
 class _Returned:

@@ -20,7 +20,8 @@ from pocketize.inputs import Inputs, as_inputs
 from pocketize.passes.runtime.forwards import wrapping
 from pocketize.passes.runtime.nests import map_tensors
 from pocketize.passes.runtime.tiling.cutting import PatchForward, is_recorded, plain, spatial_axis
-from pocketize.passes.runtime.tiling.placing import OutputKeeper, ProgressBar, reduction
+from pocketize.passes.runtime.tiling.keeping import Keeper
+from pocketize.passes.runtime.tiling.placing import ProgressBar, reduction
 from pocketize.passes.runtime.tiling.volumes import Parts, Volume, maps_of, nest_of
 
 
@@ -35,7 +36,7 @@ class SlabForward(PatchForward):
         device = self.device(inputs)
         volume = Volume(inputs, device)
         axis, sizes, starts = self.slabs(volume)
-        keeper = OutputKeeper(self.tiling.output, device, folder=self.tiling.folder)
+        keeper = Keeper(self.tiling.output, device, folder=self.tiling.folder)
         finish = reduction(self.tiling.reduce) if self.reduces() else None
         parts: list[Parts] = []
         bar = ProgressBar(self.tiling.progress)

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pocketize.errors import InputError
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.tiling.cutting import PatchForward, is_recorded, plain
-from pocketize.passes.runtime.tiling.placing import OutputKeeper, ProgressBar, reduction
+from pocketize.passes.runtime.tiling.keeping import Keeper
+from pocketize.passes.runtime.tiling.placing import ProgressBar, reduction
 from pocketize.passes.runtime.tiling.volumes import Parts, Volume, maps_of, nest_of
 
 #: Standard deviation of the Gaussian, as a part of the window.
@@ -44,7 +45,7 @@ class WindowForward(PatchForward):
         inputs = plain(Inputs(args, kwargs))
         volume = Volume(inputs, self.device(inputs))
         plan = self.layout(volume)
-        keeper = OutputKeeper(self.tiling.output, volume.device, folder=self.tiling.folder)
+        keeper = Keeper(self.tiling.output, volume.device, folder=self.tiling.folder)
         finish = reduction(self.tiling.reduce) if self.reduces() else None
         weights = _importance(plan.window, self.tiling.weights)
         rows: list[_Rows] = []
@@ -142,7 +143,7 @@ class _Rows:
         finish: what is stored of it.
     """
 
-    def __init__(self, plan: Layout, sample: Tensor, keeper: OutputKeeper, finish: Any) -> None:
+    def __init__(self, plan: Layout, sample: Tensor, keeper: Keeper, finish: Any) -> None:
         if not sample.is_floating_point():
             raise InputError(
                 f"patchwise: windows that overlap are averaged, and an output of {sample.dtype} "

@@ -15,7 +15,8 @@ from pocketize.capture import find_tensors
 from pocketize.errors import InputError
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.nests import map_tensors
-from pocketize.passes.runtime.tiling.placing import OutputKeeper, Reduction
+from pocketize.passes.runtime.tiling.keeping import Keeper
+from pocketize.passes.runtime.tiling.placing import Reduction
 
 
 class Volume:
@@ -108,9 +109,7 @@ class Parts:
         finish: what is stored of a part.
     """
 
-    def __init__(
-        self, axis: int, length: int, keeper: OutputKeeper, finish: Reduction | None
-    ) -> None:
+    def __init__(self, axis: int, length: int, keeper: Keeper, finish: Reduction | None) -> None:
         self.axis, self.length, self.keeper, self.finish = axis, length, keeper, finish
         self.done = 0
         self._room: Tensor | None = None
