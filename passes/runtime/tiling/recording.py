@@ -31,6 +31,7 @@ from pocketize.passes.runtime.forwards import first_parameter, wrapping
 from pocketize.passes.runtime.nests import map_tensors
 from pocketize.passes.runtime.tiling.cutting import PatchForward
 from pocketize.passes.runtime.tiling.network import TilingError
+from pocketize.passes.runtime.tiling.simplifying import simplify
 
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
@@ -140,6 +141,7 @@ class _Returned:
 
 
 def _finished(copy: nn.Module, captured: Captured, output: Any) -> Recording:
+    simplify(captured.graph)
     tensors = tensors_by_name(copy)
     names = {id(tensor): name for name, tensor in reversed(tensors.items())}
     for node in captured.graph.nodes:
