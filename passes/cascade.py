@@ -119,13 +119,15 @@ class Cascade(nn.Module):
             )
         if classes is not None and classes < 1:
             raise OptionError(f"cascade: classes must be at least 1, not {classes}")
-        for factor in _several(scale):
+        for factor in _several(scale, "scale"):
             if not 0 < factor <= 1:
                 raise OptionError(f"cascade: scale must be above 0 and at most 1, got {factor}")
-        if min(_several(multiple)) < 1:
-            raise OptionError(f"cascade: multiple must be at least 1, got {multiple}")
-        if crop is not None and min(_several(crop)) < 0:
-            raise OptionError(f"cascade: a margin cannot be negative, got crop={crop}")
+        for step in _several(multiple, "multiple"):
+            if step < 1:
+                raise OptionError(f"cascade: multiple must be at least 1, got {step}")
+        for margin in () if crop is None else _several(crop, "crop"):
+            if margin < 0:
+                raise OptionError(f"cascade: a margin cannot be negative, got crop={margin}")
 
         volume = _volume(stage2, inputs)
         self.dimensions = volume.ndim - 2
@@ -349,12 +351,20 @@ def _with_channels(volume: Tensor, channels: int) -> torch.Size:
     return torch.Size((volume.shape[0], channels, *volume.shape[2:]))
 
 
-def _several(value: _T | Sequence[_T]) -> tuple[_T, ...]:
-    return (value,) if isinstance(value, int | float) else tuple(value)
+def _several(value: _T | Sequence[_T], name: str) -> tuple[_T, ...]:
+    values = (value,) if isinstance(value, int | float) else tuple(value)
+    whole = name != "scale"
+    for one in values:
+        if not isinstance(one, int | float) or (whole and not isinstance(one, int)):
+            kind = "whole numbers" if whole else "numbers"
+            raise OptionError(
+                f"cascade: {name} must be one or several {kind}, one for each axis; got {value!r}"
+            )
+    return values
 
 
 def _for_axes(value: _T | Sequence[_T], axes: int, name: str) -> tuple[_T, ...]:
-    values = _several(value)
+    values = _several(value, name)
     if len(values) == 1:
         values *= axes
     if len(values) != axes:

@@ -262,6 +262,8 @@ class _Walk:
         self._note(node, arguments["weight"], 1, self._of_axis(node, array, array.ndim - 1))
 
     def _note(self, node: fx.Node, weight: fx.Node, axis: int, channels: Tensor) -> None:
+        while operator_name(weight.target) in _COPIES:  # cast by autocast, for instance
+            weight = weight.all_input_nodes[0]
         name = weight.meta.get("tensor") if weight.op == "get_attr" else None
         if name is None:
             raise self._refusal(

@@ -92,6 +92,24 @@ READERS: dict[str, tuple[Callable[[int], nn.Module], list[tuple[str, int]]]] = {
 }
 
 
+class Autocast(nn.Module):
+    """Its weights are cast before they are read."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y: Tensor = self.conv(x)
+        return y
+
+
+def test_a_weight_that_is_cast_is_found() -> None:
+    (edit,) = extended(Autocast(3), torch.randn(2, 3, 8, 8), 2)
+    assert edit == Extend("conv.weight", 1, (3, 4), 3)
+
+
 def extended(model: nn.Module, x: Tensor, extra: int) -> tuple[Extend, ...]:
     edits = extend_inputs(model, [capture(model, x, train=t) for t in (False, True)], extra)
     apply_edits(model, edits)
