@@ -136,13 +136,12 @@ class Cascade(nn.Module):
         self.crop = None if crop is None else _for_axes(crop, self.dimensions, "crop")
         self.guidance, self.background, self.joint = guidance, background, joint
         self.outside = outside if isinstance(outside, int | float) else tuple(outside)
+        seen = None
         if classes is None:
             classes, seen = self._count(stage1, None if inputs is None else volume)
-            if not widen and inputs is None:  # what was guessed is what stage 2 reads
-                volume = volume[:, classes:]
-            _check_channels(seen, volume)
-        elif not widen and inputs is None:
+        if not widen and inputs is None:  # what was guessed is what stage 2 reads
             volume = volume[:, classes:]
+        _check_channels(seen, volume)
         self.classes = classes
         if not 0 <= background < max(2, classes):
             raise OptionError(
@@ -151,8 +150,11 @@ class Cascade(nn.Module):
             )
         if widen:
             stage2 = rewrite(stage2, ExtendInputs(classes), inputs=volume)
-        if passes:
+        if passes or not widen:
             volume = torch.cat([volume, volume.new_zeros(_with_channels(volume, classes))], 1)
+        if not widen:
+            _check_runs(stage2, volume)
+        if passes:
             stage2 = rewrite(stage2, *passes, inputs=volume, inplace=widen)
         self.stage1, self.stage2 = stage1, stage2
 
@@ -338,13 +340,26 @@ def _volume(stage2: nn.Module, inputs: Any) -> Tensor:
     return tensors[0]
 
 
-def _check_channels(seen: Tensor, volume: Tensor) -> None:
-    if seen.ndim != volume.ndim or seen.shape[1] != volume.shape[1]:
+def _check_channels(seen: Tensor | None, volume: Tensor) -> None:
+    """Check that both stages see the same volume, where it is known what stage 1 sees."""
+    if not volume.shape[1]:
+        raise InputError("cascade: stage 2 reads class maps only, expected a volume before them")
+    if seen is not None and (seen.ndim != volume.ndim or seen.shape[1] != volume.shape[1]):
         raise InputError(
             f"cascade: stage 1 reads {seen.shape[1]} channels and {seen.ndim - 2} spatial axes, "
             f"stage 2 {volume.shape[1]} channels of the volume and {volume.ndim - 2} axes; both "
             "see the same volume"
         )
+
+
+def _check_runs(stage2: nn.Module, joined: Tensor) -> None:
+    try:
+        capture(stage2, joined)
+    except CaptureError as error:
+        raise InputError(
+            f"cascade: with widen=False stage 2 must read {joined.shape[1]} channels, those of the "
+            f"volume and the class maps; {error}"
+        ) from error
 
 
 def _with_channels(volume: Tensor, channels: int) -> torch.Size:

@@ -62,6 +62,15 @@ def test_a_second_stage_without_spatial_axes_is_an_error() -> None:
         Cascade(Small(1, 2), nn.Linear(3, 2))
 
 
+def test_a_second_stage_that_has_other_channels_than_promised_is_an_error() -> None:
+    with pytest.raises(InputError, match="stage 2 2 channels of the volume"):
+        Cascade(Small(1, 3), Small(5, 2), widen=False)
+    with pytest.raises(InputError, match="stage 2 reads class maps only"):
+        Cascade(Small(1, 3), Small(3, 2), widen=False, classes=3)
+    with pytest.raises(InputError, match="with widen=False stage 2 must read 4 channels"):
+        Cascade(Small(1, 3), Small(5, 2), widen=False, inputs="1x1x16x16")
+
+
 class Pooled(nn.Module):
     """A classifier."""
 

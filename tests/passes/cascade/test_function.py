@@ -190,6 +190,16 @@ def test_the_given_second_stage_is_unchanged_and_its_copy_tells_what_was_done() 
     assert history(stage2) == ()
 
 
+def test_one_network_may_be_both_stages() -> None:
+    torch.manual_seed(0)
+    net, x = quiet(Small(1, 2)), torch.randn(1, 1, 16, 16, dtype=torch.float64)
+    cascade = Cascade(net, net, scale=0.5).eval()
+    assert torch.equal(cascade(x), net(x))
+    mine = {id(p) for p in net.parameters()}
+    assert mine == {id(p) for p in cascade.stage1.parameters()}
+    assert mine.isdisjoint(id(p) for p in cascade.stage2.parameters())
+
+
 def test_passes_go_to_the_widened_second_stage() -> None:
     x = torch.randn(1, 1, 16, 16, dtype=torch.float64)
     stage1, stage2 = quiet(Small(1, 3)), quiet(Small(1, 2, width=8))
