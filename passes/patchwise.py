@@ -7,7 +7,7 @@ owes, with statistics of norms gathered over all tiles before they are applied.
 
 from __future__ import annotations
 
-__all__ = ["Patchwise"]
+__all__ = ["Patchwise", "slab_backward"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from pocketize.passes.runtime.tiling.network import TilingError
 from pocketize.passes.runtime.tiling.patched import ExactForward
 from pocketize.passes.runtime.tiling.preparing import Prepared, prepare
 from pocketize.passes.runtime.tiling.probing import probe
-from pocketize.passes.runtime.tiling.slabs import SlabForward
+from pocketize.passes.runtime.tiling.slabs import SlabForward, slab_backward
 from pocketize.passes.runtime.tiling.sliding import WindowForward
 from pocketize.passes.runtime.tiling.telling import told, told_of_slabs, told_of_windows
 from pocketize.rehearsal import Rehearsal

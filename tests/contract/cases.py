@@ -81,6 +81,10 @@ _TINY_VOLUMES = frozenset(
 )
 
 
+# Parts of a volume go through the network one by one, and through hooks inside of it.
+_HOOKED = frozenset({"hook_that_records", "hook_that_changes", "hook_on_backward"})
+
+
 def _every_child(net: Net) -> Checkpoint:
     """Every part that the model's own forward calls, where there is one."""
     return Checkpoint(only=tuple(path for path, _ in net.build().named_children()))
@@ -138,7 +142,9 @@ CASES: dict[str, dict[str, Row]] = {
         "inner-norm": Row(lambda net: (_swap(CompactBlock, inner_norm=True),), as_blocks),
     },
     "patchwise": {
-        "exact": Row(lambda net: (Patchwise(size=5),), extent=Extent.EVERYWHERE),
+        "exact": Row(lambda net: (Patchwise(size=5),), extent=Extent.SAMPLE),
+        "slab": Row(lambda net: (Patchwise(mode="slab", size=16),), not_on=_HOOKED),
+        "window": Row(lambda net: (Patchwise(mode="window", size=32),), not_on=_HOOKED),
     },
     "amp": {"bf16": Row(lambda net: (Amp(),), as_autocast_by_hand, Extent.SAMPLE, _TINY_VOLUMES)},
 }
@@ -152,6 +158,13 @@ COMBINATIONS: dict[str, Row] = {
     "bottleneck+recompute": Row(lambda net: (_swap(Bottleneck), _LEVEL), as_blocks),
     "compact-block+in-place-norm+amp": Row(
         lambda net: (_swap(CompactBlock, inner_norm=True), InPlaceNorm(), Amp()),
+        not_on=_TINY_VOLUMES,
+    ),
+    "in-place-norm+recompute+patchwise": Row(
+        lambda net: (InPlaceNorm(), _LEVEL, Patchwise(size=5))
+    ),
+    "amp+checkpoint+patchwise": Row(
+        lambda net: (Amp(), _every_child(net), Patchwise(size=5)),
         not_on=_TINY_VOLUMES,
     ),
     "checkpoint+offload": Row(

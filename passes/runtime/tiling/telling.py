@@ -50,8 +50,9 @@ def told(prepared: Prepared, inputs: Inputs, tiling: Tiling) -> tuple[str, ...]:
         f"{overhead(program):.2f} times the voxels of the network are computed",
         f"at most {bytes_text(kept_bytes(program))} wait {_PLACES[tiling.keep]} between sweeps, "
         f"outputs are put together {_PLACES[tiling.output]}",
-        f"live tensors on the device peak at {bytes_text(peak)}, weights and input among them; "
-        f"whole, the same operators at {bytes_text(whole_peak(recording))} (both estimated)",
+        f"live tensors on the device peak at {bytes_text(peak)}, weights and input among them; of "
+        f"the volume as a whole at {bytes_text(whole_peak(recording))}, even where every result is "
+        "freed after its last reader (both estimated)",
     ]
     notes += _handled(program)
     if recording.stale:
