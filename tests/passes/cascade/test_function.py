@@ -190,6 +190,24 @@ def test_the_given_second_stage_is_unchanged_and_its_copy_tells_what_was_done() 
     assert history(stage2) == ()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    cascade = Cascade(Small(1, 3, 3), Small(1, 2, 3), guidance="softmax", scale=0.5).eval()
+    x = torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        cascade.stage2.first.weight[:, 1:].normal_()
+        expected = cascade.refine(x, cascade.guide(x))
+        with torch.autocast("cpu", dtype=dtype):
+            mixed = cascade.refine(x, cascade.guide(x))
+        x = x.to(dtype)
+        found = cascade.to(dtype).refine(x, cascade.guide(x))
+    assert found.dtype == mixed.dtype == cascade.guide(x).dtype == dtype
+    assert cascade.guide_by_labels((x[:, 0] > 0).long()).dtype == dtype
+    for other in (mixed, found):
+        assert torch.allclose(other.float(), expected, atol=0.1, rtol=0.1)
+
+
 def test_one_network_may_be_both_stages() -> None:
     torch.manual_seed(0)
     net, x = quiet(Small(1, 2)), torch.randn(1, 1, 16, 16, dtype=torch.float64)
