@@ -160,9 +160,8 @@ COMBINATIONS: dict[str, Row] = {
         lambda net: (_swap(CompactBlock, inner_norm=True), InPlaceNorm(), Amp()),
         not_on=_TINY_VOLUMES,
     ),
-    "in-place-norm+recompute+patchwise": Row(
-        lambda net: (InPlaceNorm(), _LEVEL, Patchwise(size=5))
-    ),
+    "in-place-norm+patchwise": Row(lambda net: (InPlaceNorm(), Patchwise(size=5))),
+    "recompute+patchwise": Row(lambda net: (_LEVEL, Patchwise(size=5))),
     "amp+checkpoint+patchwise": Row(
         lambda net: (Amp(), _every_child(net), Patchwise(size=5)),
         not_on=_TINY_VOLUMES,
