@@ -146,14 +146,19 @@ class _Builder:
                 self.sweep([node])
             else:
                 self.pending[node] = None
-        else:
-            if node in graph.forms or not _is_split(node, graph):
-                self.sweep([n for n in node.all_input_nodes if n in self.pending])
-                self.steps.append(Direct(node))
+        elif not self._is_cut_up(node):
+            self.sweep([n for n in node.all_input_nodes if n in self.pending])
+            self.steps.append(Direct(node))
+
+    def _is_cut_up(self, node: fx.Node) -> bool:
+        """Whether a node returns several maps, each of which sweeps take from its input."""
+        if not isinstance(node.meta["val"], list | tuple) or not node.users:
+            return False
+        return all(user in self.graph.forms and self._keeps_pending(user) for user in node.users)
 
     def _keeps_pending(self, node: fx.Node) -> bool:
         """Whether a local operator is to be computed by sweeps: it or an input is large."""
-        inputs = [n for n in node.all_input_nodes if self.graph.is_map(n)]
+        inputs = _maps(node, self.graph)
         large = not self._small(node) or any(not self._small(n) for n in inputs)
         return large or any(n in self.pending for n in inputs)
 
@@ -230,15 +235,6 @@ def _maps(node: fx.Node, graph: TiledGraph) -> list[fx.Node]:
     """Return the maps that the local form of a node reads."""
     sizes = node.meta["val"].shape[2:]
     return list(graph.forms[node].needs(tuple((0, size) for size in sizes)))
-
-
-def _is_split(node: fx.Node, graph: TiledGraph) -> bool:
-    """Whether a node returns several maps, each of which has a form of its own."""
-    return (
-        bool(node.users)
-        and all(user in graph.forms and user not in graph.gathered for user in node.users)
-        and isinstance(node.meta["val"], list | tuple)
-    )
 
 
 def _freed(steps: Sequence[Step], outputs: Sequence[fx.Node]) -> tuple[Step, ...]:

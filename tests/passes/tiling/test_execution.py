@@ -247,3 +247,27 @@ class _Odd(nn.Module):
         deep = deep * self.gate(F.adaptive_avg_pool2d(deep, 1)).sigmoid()
         up = self.up(deep)[:, :, : skip.shape[2], : skip.shape[3]]
         return {"fine": self.head(torch.cat([skip, up], 1)), "coarse": self.coarse(deep)}
+
+
+class CutUp(nn.Module):
+    """Pieces of a map: of a large one, of a small one, and of a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1)
+        self.film = nn.Linear(4, 8)
+        self.down = nn.Conv2d(4, 8, 3, stride=8, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.a(x).chunk(2, 1)
+        small, other = self.down(left).chunk(2, 1)
+        scale, shift = self.film((small * other).mean((2, 3))).chunk(2, 1)
+        return self.b(right * scale[..., None, None] + shift[..., None, None])
+
+
+@pytest.mark.parametrize("tile", [(4, 32), (16, 16), (32, 32)])
+def test_pieces_of_maps_and_of_vectors(tile: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model, x = CutUp().double().eval(), torch.randn(2, 1, 32, 32, dtype=torch.float64)
+    found, _ = tiled(model, x, tile)
+    agree(found, outputs(model, x))
