@@ -36,8 +36,8 @@ def agree(one: nn.Module, other: nn.Module, x: Tensor = X) -> None:
 
 
 @pytest.fixture(autouse=True)
-def calm(recwarn: pytest.WarningsRecorder) -> None:
-    """Crops of untrained networks may warn."""
+def seeded() -> None:
+    """The same weights every time."""
     torch.manual_seed(0)
 
 
@@ -99,6 +99,13 @@ def test_a_patch_wise_second_stage_comes_back(tmp_path: Path) -> None:
     cascade = trained(factory())
     save(cascade, tmp_path / "cascade.safetensors")
     agree(cascade, load(tmp_path / "cascade.safetensors", factory))
+
+
+@torch.no_grad()
+def test_a_cascade_without_crop_is_exported() -> None:
+    cascade = trained(Cascade(Small(1, 3), Small(1, 2), scale=0.5))
+    program = torch.export.export(cascade, (X,))
+    assert torch.allclose(program.module()(X), cascade(X), rtol=1e-5, atol=1e-6)
 
 
 def test_the_wrong_factory_is_told(tmp_path: Path) -> None:
