@@ -112,7 +112,7 @@ CASES: dict[str, dict[str, Row]] = {
         ),
     },
     "width": {
-        "half": Row(lambda net: (Width(0.5),), halved, Extent.EVERYWHERE, repeats=True),
+        "half": Row(lambda net: (Width(0.5),), halved, Extent.SAMPLE, repeats=True),
         "by-level": Row(
             lambda net: (_levels_clamped(net),), clamped, not_on=frozenset({"no_parameters"})
         ),
@@ -131,11 +131,11 @@ CASES: dict[str, dict[str, Row]] = {
         "disk": Row(lambda net: (Offload(min_bytes="256B", to="disk"),), extent=Extent.SAMPLE)
     },
     "bottleneck": {
-        "decompose": Row(lambda net: (_swap(Bottleneck, ratio=2),), as_blocks, Extent.EVERYWHERE),
+        "decompose": Row(lambda net: (_swap(Bottleneck, ratio=2),), as_blocks, Extent.SAMPLE),
         "reset": Row(lambda net: (_swap(Bottleneck, weights="reset", inner_norm=True),), as_blocks),
     },
     "separable": {
-        "decompose": Row(lambda net: (_swap(Separable),), as_blocks, Extent.SAMPLE),
+        "decompose": Row(lambda net: (_swap(Separable),), as_blocks),
     },
     "compact-block": {
         "energy": Row(lambda net: (_swap(CompactBlock, ratio="energy:0.3"),), as_blocks),
