@@ -18,7 +18,7 @@ from pocketize import history, load, measure, plan, rewrite, save
 from pocketize.base import Guarantee
 from pocketize.capture import capture, find_tensors, structure_of
 from pocketize.errors import NoEffectWarning
-from pocketize.passes import Amp, Patchwise
+from pocketize.passes import Amp, InPlaceNorm, Patchwise, Recompute
 from pocketize.passes.runtime.forwards import wrapping
 from pocketize.passes.runtime.tiling.cutting import Tiling
 from pocketize.passes.runtime.tiling.patched import ExactForward
@@ -336,3 +336,44 @@ def test_labels_of_a_tiled_model_are_what_a_tensor_subclass_gives_as_well() -> N
     model = unet().double()
     made = rewrite(model, Patchwise(size=5), inputs=x)
     agree(infer(made, x.as_subclass(Dressed)).as_subclass(Tensor), infer(model, x))
+
+
+def test_small_maps_that_are_split_and_dropouts_are_followed() -> None:
+    class Modulated(nn.Module):
+        """A convolution scaled and shifted by halves of a map without extent."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3, padding=1)
+            self.film = nn.Conv2d(4, 8, 1)
+            self.dropout = nn.Dropout2d(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.dropout(self.conv(x))
+            scale, shift = self.film(x.mean((2, 3), keepdim=True)).chunk(2, 1)
+            first, second = (x * scale + shift).split([3, 1], 1)
+            return torch.cat([second, first], 1)
+
+    x = double(2, 1, 10, 14)
+    model = Modulated().double().eval()
+    made = rewrite(model, Patchwise(size=4), inputs=x)
+    agree(infer(made, x), infer(model, x))
+    assert tiles_of(made)
+
+
+def test_weights_that_the_forward_computes_are_kept_while_they_serve() -> None:
+    x = double(1, 1, 10, 14)
+    model = unet().double()
+    nn.utils.parametrizations.weight_norm(model.first)
+    nn.utils.parametrizations.spectral_norm(model.head)
+    model.eval()
+    agree(infer(rewrite(model, Patchwise(size=4), inputs=x), x), infer(model, x))
+
+
+def test_in_place_norms_and_recomputation_come_first() -> None:
+    net = FOREIGN["nnunet_plain_conv"]
+    model, x = net.build().double().eval(), net.inputs().double()
+    for other in (InPlaceNorm(), Recompute(min_bytes=0)):
+        made = rewrite(model, other, Patchwise(size=5), inputs=x).eval()
+        agree(infer(made, x), infer(model, x))
+        assert tiles_of(made)
