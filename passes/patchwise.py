@@ -18,7 +18,7 @@ from torch import nn
 from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.conversions import conversion
 from pocketize.edits import Convert
-from pocketize.errors import CaptureError, InputError, OptionError, RewriteError
+from pocketize.errors import InputError, OptionError, RewriteError
 from pocketize.passes.order import REBUILDING
 from pocketize.passes.runtime.forwards import first_parameter, obstacle, wrapping
 from pocketize.passes.runtime.tiling.cutting import PatchForward, Tiling
@@ -159,7 +159,7 @@ class Patchwise(Pass):
                 what, notes = self._look(target, tiling)
             else:
                 what, notes = self._look_at_parts(target, tiling, edit)
-        except (TilingError, InputError, CaptureError) as error:
+        except (TilingError, InputError) as error:
             return Proposal(refused=(Refusal("", str(error)),))
         return Proposal(
             (edit,), (Change("", what, "each fits where the whole does not"),), (), notes

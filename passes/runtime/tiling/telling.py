@@ -114,6 +114,8 @@ def _part_peak(
     except TilingError:
         return ()  # it cannot be recorded; it can be run
     except CaptureError as error:
+        if not hasattr(error, "recorder"):
+            raise  # it could not even be copied
         raise InputError(
             f"a {word} of {'x'.join(map(str, sizes))} does not run through the model: {error}"
             f"{_nearest(forward, volume, sizes)}"
