@@ -254,7 +254,7 @@ def test_every_local_operator_of_other_peoples_networks(name: str) -> None:
     for form in _forms(whole, x.ndim - 2):
         _check(form, whole, count=2)
         kinds.add(type(form).__name__)
-    assert {"Convolution", "Pointwise"} <= kinds or "_Redirected" in kinds
+    assert {"Convolution", "Pointwise"} <= kinds or "Redirected" in kinds
 
 
 def test_nodes_that_do_not_make_a_map_of_a_map_are_refused() -> None:
