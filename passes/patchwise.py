@@ -44,6 +44,7 @@ _ONLY = {
     "batch": ("slab", "window"),
     "keep": ("exact",),
     "max_peak": ("exact",),
+    "train": ("exact",),
 }
 
 
@@ -52,7 +53,8 @@ class Patchwise(Pass):
     """Run volumes tile by tile that would not fit as a whole.
 
     ``"exact"`` gives the whole volume's answer, to rounding, in evaluation mode under
-    ``torch.inference_mode()`` or ``torch.no_grad()``; elsewhere the volume runs whole. ``"slab"``
+    ``torch.inference_mode()`` or ``torch.no_grad()``; elsewhere the volume runs whole, or trains by
+    tiles with ``train=True``. ``"slab"``
     cuts the volume along one axis, ``"window"`` into windows that overlap, and the network sees
     each alone: other answers, in evaluation as in training.
 
@@ -73,6 +75,9 @@ class Patchwise(Pass):
         max_peak: instead of size: the largest tiles with which the live tensors stay within, such
             as "2GiB".
         progress: draw a bar on terminals for what takes long.
+        train: exact mode also goes back by tiles: the forward keeps no graph, and the backward pass
+            runs each tile again. The gradients are the whole volume's. Norms that update running
+            statistics have to be in evaluation mode, and nothing may draw random numbers.
     """
 
     name: ClassVar[str] = "patchwise"
@@ -98,6 +103,7 @@ class Patchwise(Pass):
     reduce: Literal["argmax"] | None = None
     max_peak: str | None = None
     progress: bool = True
+    train: bool = False
 
     def validate(self) -> None:
         """Refuse sizes and overlaps that are none, and options of another mode."""
@@ -226,6 +232,7 @@ class Patchwise(Pass):
             "reduce": self.reduce,
             "max_peak": 0 if self.max_peak is None else _bytes(self.max_peak),
             "progress": self.progress,
+            "train": self.train,
         }
 
 

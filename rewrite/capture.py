@@ -168,18 +168,21 @@ class Studio:
         return dataclasses.replace(record(clone(self.model), real, train=train), real=True)
 
 
-def record(model: nn.Module, inputs: Inputs, *, train: bool) -> Captured:
+def record(model: nn.Module, inputs: Inputs, *, train: bool | None) -> Captured:
     """Record a model that may be changed: its mode, buffers and random state are not kept.
 
     Args:
         model: a copy made for the purpose, fake or real.
         inputs: inputs of the same kind.
-        train: the mode to set on the whole model.
+        train: the mode to set on the whole model; None leaves each module's flag.
 
     Raises:
         CaptureError: the forward raised. Its ``recorder`` attribute holds what had been recorded.
     """
-    model.train(train)
+    if train is None:
+        train = model.training
+    else:
+        model.train(train)
     recorder = Recorder(model, inputs)
     with quiet_recording(model), recorder.module_paths():
         try:

@@ -13,7 +13,7 @@ __all__ = ["Differentiation"]
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -40,12 +40,15 @@ class Differentiation(Execution):
     Args:
         execution: it has run, with ``retain``.
         keeper: where gradients of stored maps are kept.
+        of_inputs: inputs whose gradients are asked for; None for all.
     """
 
-    def __init__(self, execution: Execution, keeper: Keeper) -> None:
+    def __init__(
+        self, execution: Execution, keeper: Keeper, *, of_inputs: Collection[fx.Node] | None = None
+    ) -> None:
         super().__init__(execution.program, execution.tensors, {}, execution.keeper)
         self.stored, self.norms = execution.stored, execution.norms
-        self.gradients_keeper = keeper
+        self.gradients_keeper, self.of_inputs = keeper, of_inputs
         self._sums: dict[tuple[fx.Node, int], Kept | Tensor] = {}
         self._norm_sums: dict[fx.Node, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
@@ -108,8 +111,9 @@ class Differentiation(Execution):
         return self._norm_leaves[node]
 
     def _leaf(self, node: fx.Node, region: Region | None, index: int, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
+        idle = self.of_inputs is not None and node not in self.of_inputs
+        if not tensor.is_floating_point() or (idle and node.op == "placeholder"):
+            return tensor.detach()
         leaf = tensor.detach().requires_grad_()
         self._leaves.append(_Leaf(node, region, index, leaf))
         return leaf

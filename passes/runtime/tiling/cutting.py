@@ -35,6 +35,7 @@ class Tiling:
         overlap: of neighbouring windows, as a part of their size, along every axis or along each.
         weights: of the voxels of a window, "constant" or "gaussian".
         batch: tiles that run through the network at once.
+        train: exact mode goes back by tiles, too.
     """
 
     mode: str = "exact"
@@ -49,6 +50,7 @@ class Tiling:
     overlap: tuple[float, ...] = (0.25,)
     weights: str = "constant"
     batch: int = 1
+    train: bool = False
 
     def tile(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Return the size of a tile along each axis of a volume.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from pocketize.inputs import Inputs
@@ -22,9 +23,11 @@ from pocketize.passes.runtime.tiling.cutting import (
 )
 from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Keeper
+from pocketize.passes.runtime.tiling.network import TilingError
 from pocketize.passes.runtime.tiling.placing import ProgressBar, reduction
 from pocketize.passes.runtime.tiling.preparing import Prepared, prepare
 from pocketize.passes.runtime.tiling.recording import fingerprint, tensors_by_name
+from pocketize.passes.runtime.tiling.training import check_statistics, differentiable_forward
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +38,9 @@ _REMEMBERED = 4
 class ExactForward(PatchForward):
     """A model's forward in evaluation mode, computed tile by tile, with the same results.
 
-    In training mode, where gradients are asked for, and where the model is recorded or exported,
-    it is the forward that it stands in place of. What was found out about inputs of one size is
+    Where gradients are asked for, they come from tiles as well if the tiling says so. Otherwise, in
+    training mode, and where the model is recorded or exported, it is the forward that it stands in
+    place of. What was found out about inputs of one size is
     kept for later calls; copies and files do without.
 
     Args:
@@ -54,10 +58,20 @@ class ExactForward(PatchForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward by tiles where it is one for inference."""
         inputs = Inputs(args, kwargs)
-        if is_exported() or is_recorded() or not self._infers(inputs):
+        if is_exported() or is_recorded():
             return self.original(*args, **kwargs)
-        inputs = plain(inputs)
-        return self._run(self.prepare(inputs), inputs)
+        if self._infers(inputs):
+            inputs = plain(inputs)
+            return self._run(self.prepare(inputs), inputs)
+        if self.tiling.train and torch.is_grad_enabled():
+            try:
+                return self._train(plain(inputs))
+            except TilingError:
+                # a rehearsal puts all modules into training mode; what cannot be trained by tiles
+                # in the modes that they will have is told when it is tried
+                if not any(isinstance(tensor, FakeTensor) for tensor in inputs.tensors()):
+                    raise
+        return self.original(*args, **kwargs)
 
     def _infers(self, inputs: Inputs) -> bool:
         if any(module.training for module in self.module.modules()):
@@ -70,27 +84,47 @@ class ExactForward(PatchForward):
         wanted = [*self.module.parameters(), *inputs.tensors()]
         if self.tiling.reduce is None and not any(t.requires_grad for t in wanted):
             return True
-        logger.info("gradients are enabled, so the volume runs whole; use torch.inference_mode()")
+        if not self.tiling.train:
+            logger.info(
+                "gradients are enabled, so the volume runs whole; use torch.inference_mode(), or "
+                "train=True for gradients by tiles"
+            )
         return False
 
-    def prepare(self, inputs: Inputs) -> Prepared:
+    def prepare(self, inputs: Inputs, *, training: bool = False) -> Prepared:
         """Return the program for a call, made once for each size.
 
         Args:
             inputs: of the call.
+            training: with each module in the mode that it is in.
 
         Raises:
             TilingError: the model cannot be computed by tiles.
             InputError: the tiles do not fit.
         """
-        key = (_shapes(inputs), _surroundings(), fingerprint(self.module))
+        key = (_shapes(inputs), _surroundings(), fingerprint(self.module), training)
         found = self._prepared.pop(key, None)
         if found is None:
-            found = prepare(self.module, inputs, self.tiling)
+            if training:
+                check_statistics(self.module)
+            found = prepare(self.module, _detached(inputs), self.tiling, training=training)
             while len(self._prepared) >= _REMEMBERED:
                 del self._prepared[next(iter(self._prepared))]
         self._prepared[key] = found  # the last in the line is the last to go
         return found
+
+    def _train(self, inputs: Inputs) -> Any:
+        prepared, tiling = self.prepare(inputs, training=True), self.tiling
+        recording = prepared.recording
+        device = self.device(inputs)
+        made = differentiable_forward(
+            prepared.program,
+            tensors_by_name(self.module),
+            recording.placeholders(inputs),
+            Keeper(tiling.keep, device, folder=tiling.folder),
+            outputs=Keeper(tiling.output, device, folder=tiling.folder),
+        )
+        return recording.outputs(made)
 
     def _run(self, prepared: Prepared, inputs: Inputs) -> Any:
         recording, tiling = prepared.recording, self.tiling
@@ -115,6 +149,11 @@ class ExactForward(PatchForward):
         finally:
             bar.close()
         return recording.outputs(made)
+
+
+def _detached(inputs: Inputs) -> Inputs:
+    """Return the same tensors outside of any graph: a recording asks for no gradients."""
+    return inputs.map(Tensor.detach)
 
 
 def _finished(node: fx.Node, tensor: Tensor, finish: Any) -> Tensor:

@@ -37,19 +37,22 @@ class Prepared:
     peak: int = 0
 
 
-def prepare(model: nn.Module, inputs: Inputs, tiling: Tiling) -> Prepared:
+def prepare(
+    model: nn.Module, inputs: Inputs, tiling: Tiling, *, training: bool = False
+) -> Prepared:
     """Record a model and plan how it is computed by tiles.
 
     Args:
         model: in evaluation mode.
         inputs: of the call.
         tiling: how it is cut.
+        training: with each module in the mode that it is in.
 
     Raises:
         TilingError: it cannot be computed by tiles.
         InputError: the tiles do not fit the inputs, or no tile meets ``max_peak``.
     """
-    return prepare_recorded(record_forward(model, inputs), tiling)
+    return prepare_recorded(record_forward(model, inputs, training=training), tiling)
 
 
 def prepare_recorded(recording: Recording, tiling: Tiling) -> Prepared:

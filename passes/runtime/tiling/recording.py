@@ -73,7 +73,7 @@ class Recording:
         return map_tensors(self.template, lambda _: True, lambda t: made[self.nodes[id(t)]])
 
 
-def record_forward(model: nn.Module, inputs: Inputs) -> Recording:
+def record_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Recording:
     """Record the forward of a model in evaluation mode, on a copy without memory.
 
     The copy's own forward and hooks are left out: they run outside of what is recorded.
@@ -81,6 +81,7 @@ def record_forward(model: nn.Module, inputs: Inputs) -> Recording:
     Args:
         model: the model; of one that runs by tiles, what stands below the forward by tiles.
         inputs: of the call; autocast is taken from the surroundings.
+        training: record each module in the mode that it is in, instead.
 
     Raises:
         TilingError: running the operators would not be running the forward.
@@ -96,7 +97,7 @@ def record_forward(model: nn.Module, inputs: Inputs) -> Recording:
             vars(copy)[table].clear()
         returned = _Returned()
         copy.register_forward_hook(returned)
-        for module in copy.modules():
+        for module in () if training else copy.modules():
             module.training = False
         before = _state(copy)
         first = first_parameter(copy)
@@ -108,7 +109,7 @@ def record_forward(model: nn.Module, inputs: Inputs) -> Recording:
         torch.set_autocast_cache_enabled(False)  # it would outlive the copy's weights
         try:
             with mode:
-                captured = record(copy, fakes, train=False)
+                captured = record(copy, fakes, train=None if training else False)
         except CaptureError as error:
             if isinstance(error.__cause__, _DATA_DEPENDENT):
                 raise TilingError(

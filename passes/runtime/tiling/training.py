@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["check_repeatable", "differentiable_forward"]
+__all__ = ["check_repeatable", "check_statistics", "differentiable_forward"]
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _NormBase
 
 from pocketize.passes.runtime.tiling.backward import Differentiation
 from pocketize.passes.runtime.tiling.execution import Execution
@@ -77,12 +78,28 @@ def check_repeatable(graph: TiledGraph) -> None:
             )
 
 
+def check_statistics(model: nn.Module) -> None:
+    """Refuse norms that update running statistics: tiles would have to do it once, at the end.
+
+    Raises:
+        TilingError: there is one; it is named.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, _NormBase) and module.training and module.track_running_stats:
+            raise TilingError(
+                f"{path or 'the model'} ({type(module).__name__}) is in training mode and updates "
+                "its running statistics with those of the batch, which training by tiles does not "
+                "do; put it into evaluation mode, or train the volume whole (train=False)"
+            )
+
+
 class _Run:
     """One run of a program, from its forward to its backward."""
 
     def __init__(self, execution: Execution, names: list[str], nodes: list[fx.Node]) -> None:
         self.execution: Execution | None = execution
         self.names, self.nodes = names, nodes
+        self.devices = [execution.stored[node].tensor.device for node in nodes]
 
     def take(self) -> Execution:
         """Return the execution, once."""
@@ -100,7 +117,9 @@ class _ByTiles(torch.autograd.Function):
     def forward(ctx: Any, run: _Run, *asked: Tensor) -> tuple[Tensor, ...]:
         assert run.execution is not None  # it is new
         ctx.run = run
-        made = run.execution.run()
+        # the recording has autocast's casts in it
+        with torch.autocast(run.execution.keeper.device.type, enabled=False):
+            made = run.execution.run()
         program = run.execution.program
         results = tuple(made[node] for node in program.outputs)
         ctx.mark_non_differentiable(*(t for t in results if not t.is_floating_point()))
@@ -116,7 +135,11 @@ class _ByTiles(torch.autograd.Function):
             for node, gradient in zip(execution.program.outputs, gradients, strict=True)
             if gradient is not None and node.meta["val"].is_floating_point()
         }
-        back = Differentiation(execution, execution.keeper)
-        weights, inputs = back.gradients(of_outputs)
-        named = [weights.get(name) for name in run.names]
-        return None, *named, *(inputs.get(node) for node in run.nodes)
+        back = Differentiation(execution, execution.keeper, of_inputs=run.nodes)
+        with torch.autocast(execution.keeper.device.type, enabled=False):
+            weights, inputs = back.gradients(of_outputs)
+        found = [weights.get(name) for name in run.names]
+        for node, device in zip(run.nodes, run.devices, strict=True):
+            gradient = inputs.get(node)
+            found.append(None if gradient is None else gradient.to(device))
+        return None, *found

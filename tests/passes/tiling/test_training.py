@@ -6,9 +6,12 @@ import copy
 
 import pytest
 import torch
+from monai.networks.nets import DynUNet
 from torch import Tensor, nn
 
+from pocketize import rewrite
 from pocketize.capture import capture
+from pocketize.passes import Patchwise
 from pocketize.passes.runtime.tiling.keeping import Keeper
 from pocketize.passes.runtime.tiling.network import TiledGraph, TilingError
 from pocketize.passes.runtime.tiling.program import build_program
@@ -96,3 +99,68 @@ def test_batch_norms_without_running_statistics_are_exact() -> None:
         assert parameter.grad is not None
         assert gradient is not None
         assert torch.allclose(parameter.grad, gradient, rtol=1e-9, atol=1e-11)
+
+
+# -- as a pass -----------------------------------------------------------------------------------
+
+
+def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    y = model(x)
+    (y.softmax(1)[:, 0].mean() + y.square().mean()).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_rewritten_model_in_training_mode_has_the_whole_volumes_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    model = LARGE[name]().double().train()
+    x = torch.randn(1, 1, 8, 8, 32, dtype=torch.float64)
+    tiled = rewrite(model, Patchwise(size=8, train=True, keep="disk"), inputs=x)
+    assert tiled.training
+    expected, found = _gradients(model, x), _gradients(tiled, x)
+    assert expected.keys() == found.keys()
+    for key, gradient in expected.items():
+        size = max(1.0, float(gradient.abs().max()))
+        assert (found[key] - gradient).abs().max() < 1e-9 * size, key
+
+
+def test_without_the_option_the_volume_trains_whole() -> None:
+    model = LARGE["DynUNet"]().train()
+    x = torch.randn(1, 1, 8, 8, 16)
+    tiled = rewrite(model, Patchwise(size=8), inputs=x)
+    y = tiled(x)
+    assert "ByTiles" not in type(y.grad_fn).__name__
+    assert (
+        "ByTiles"
+        in type(rewrite(model, Patchwise(size=8, train=True), inputs=x)(x).grad_fn).__name__
+    )
+
+
+def test_norms_with_running_statistics_are_named_and_may_be_frozen() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    x = torch.randn(2, 1, 16, 16)
+    tiled = rewrite(model.train(), Patchwise(size=4, train=True), inputs=x)
+    with pytest.raises(TilingError, match=r"1 \(BatchNorm2d\) is in training mode and updates"):
+        tiled(x)
+    tiled[1].eval()
+    model[1].eval()
+    expected, found = _gradients(model, x), _gradients(tiled, x)
+    for key, gradient in expected.items():
+        assert torch.allclose(found[key], gradient, rtol=1e-4, atol=1e-6), key
+
+
+def test_under_autocast_the_gradients_are_as_near_to_float32_as_autocasts_own() -> None:
+    torch.manual_seed(0)
+    model = DynUNet(2, 1, 3, [3, 3, 3], [1, 2, 2], [2, 2], filters=[8, 16, 32]).train()
+    x = torch.randn(1, 1, 32, 64)
+    tiled = rewrite(model, Patchwise(size=16, train=True), inputs=x)
+    exact = _gradients(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == tiled(x).dtype
+        whole, by_tiles = _gradients(model, x), _gradients(tiled, x)
+
+    def distance(found: dict[str, Tensor]) -> float:
+        return sum(float((found[key] - exact[key]).square().sum()) for key in exact) ** 0.5
+
+    assert 0 < distance(by_tiles) < 2 * distance(whole)
