@@ -95,16 +95,17 @@ class Pointwise(Form):
         return self.node.target(*args, **kwargs)
 
 
-class Convolution(Form):
-    """A convolution, strided or dilated, with zeros around the map.
+class _Weighted(Form):
+    """A convolution of either direction.
 
     Args:
         node: the operator.
         source: the input map.
         weight: the node of the weight.
         bias: the node of the bias, or None.
-        reaches: one for each spatial axis.
-        stride, dilation, groups: of the operator.
+        reaches: one for each spatial axis; of a transposed convolution those of the one that it
+            transposes.
+        groups: of the operator.
     """
 
     def __init__(
@@ -119,6 +120,10 @@ class Convolution(Form):
         super().__init__(node)
         self.source, self.weight, self.bias = source, weight, bias
         self.reaches, self.groups = tuple(reaches), groups
+
+
+class Convolution(_Weighted):
+    """A convolution, strided or dilated, with zeros around the map."""
 
     def needs(self, region: Region) -> Needs:
         """See :meth:`Form.needs`."""
@@ -155,30 +160,8 @@ class Convolution(Form):
         return y
 
 
-class Transposed(Form):
-    """A transposed convolution.
-
-    Args:
-        node: the operator.
-        source: the input map.
-        weight: the node of the weight.
-        bias: the node of the bias, or None.
-        reaches: one for each spatial axis, of the convolution that this one transposes.
-        groups: of the operator.
-    """
-
-    def __init__(
-        self,
-        node: fx.Node,
-        source: fx.Node,
-        weight: fx.Node,
-        bias: fx.Node | None,
-        reaches: Sequence[Reach],
-        groups: int,
-    ) -> None:
-        super().__init__(node)
-        self.source, self.weight, self.bias = source, weight, bias
-        self.reaches, self.groups = tuple(reaches), groups
+class Transposed(_Weighted):
+    """A transposed convolution."""
 
     def needs(self, region: Region) -> Needs:
         """See :meth:`Form.needs`."""

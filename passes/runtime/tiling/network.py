@@ -59,6 +59,8 @@ class TiledGraph:
     forms: dict[fx.Node, Form] = field(default_factory=dict)
     gathered: dict[fx.Node, Gathered] = field(default_factory=dict)
     obstacles: dict[fx.Node, str] = field(default_factory=dict)
+    #: what depends on the input: a weight (out, in, *kernel) that is computed does not
+    _data: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         """Find the form of every operator.
@@ -76,6 +78,9 @@ class TiledGraph:
         if not maps:
             raise TilingError("no input has spatial axes: expected (N, C, *spatial)")
         self.rank = max(len(shape) for shape in maps) - 2
+        for node in self.captured.graph.nodes:
+            if node.op == "placeholder" or not self._data.isdisjoint(node.all_input_nodes):
+                self._data.add(node)
         used: set[fx.Node] = set(self.captured.outputs())
         for node in reversed(self.captured.graph.nodes):
             if node in used:
@@ -87,9 +92,9 @@ class TiledGraph:
             self._classify(node)
 
     def is_map(self, node: fx.Node) -> bool:
-        """Whether a result is (N, C, *spatial)."""
+        """Whether a result is (N, C, *spatial) and depends on the input."""
         shape = _shape(node)
-        return shape is not None and len(shape) == self.rank + 2
+        return node in self._data and shape is not None and len(shape) == self.rank + 2
 
     def nbytes(self, node: fx.Node) -> int:
         """Return the size of a result in bytes."""

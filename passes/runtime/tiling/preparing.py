@@ -61,54 +61,17 @@ def prepare_recorded(recording: Recording, tiling: Tiling) -> Prepared:
     Raises:
         TilingError, InputError: as :func:`prepare`.
     """
-    graph = _Network(recording.captured)
+    graph = TiledGraph(recording.captured)
     _check_random(graph)
     volume = volume_of(graph)
     if tiling.size is None:
         return _within(recording, graph, tiling)
-    program = _built(graph, tiling.tile(volume))
+    program = build_program(graph, tiling.tile(volume))
     if not any(isinstance(step, Sweep) for step in program.steps):
         raise TilingError(
             "none of its operators on maps can be computed part by part: " + obstacles_text(graph)
         )
     return Prepared(recording, program)
-
-
-class _Network(TiledGraph):
-    """A network whose maps are what depends on the input: weights that a forward computes are not.
-
-    A weight (out, in, *kernel) has as many axes as a map.
-    """
-
-    def __post_init__(self) -> None:
-        self._data: set[fx.Node] = set()
-        for node in self.captured.graph.nodes:
-            if node.op == "placeholder" or not self._data.isdisjoint(node.all_input_nodes):
-                self._data.add(node)
-        super().__post_init__()
-
-    def is_map(self, node: fx.Node) -> bool:
-        """Whether a result is (N, C, *spatial) and depends on the input."""
-        return node in self._data and super().is_map(node)
-
-
-def _built(graph: TiledGraph, tile: Sequence[int]) -> Program:
-    """Build a program that keeps weights and vectors which are computed for as long as they serve.
-
-    Sweeps name the maps that they read; what else their operators read is found here.
-    """
-    program = build_program(graph, tile)
-    last: dict[fx.Node, int] = {}
-    for index, step in enumerate(program.steps):
-        order = step.order if isinstance(step, Sweep) else (step.node,)
-        read = {source for node in order for source in node.all_input_nodes}
-        last.update(dict.fromkeys({*read.difference(order), *step.reads}, index))
-    for index, step in enumerate(program.steps):
-        made = step.targets if isinstance(step, Sweep) else (step.node,)
-        done = [node for node, at in last.items() if at == index]
-        done += [node for node in made if node not in last]
-        step.frees = tuple(node for node in done if node not in program.outputs)
-    return program
 
 
 def volume_of(graph: TiledGraph) -> tuple[int, ...]:
@@ -167,7 +130,7 @@ def _within(recording: Recording, graph: TiledGraph, tiling: Tiling) -> Prepared
 def _foretold(
     recording: Recording, graph: TiledGraph, tiling: Tiling, tile: Sequence[int]
 ) -> Prepared:
-    program = _built(graph, tile)
+    program = build_program(graph, tile)
     peak = foretold_peak(
         recording,
         program,

@@ -238,16 +238,20 @@ def _maps(node: fx.Node, graph: TiledGraph) -> list[fx.Node]:
 
 
 def _freed(steps: Sequence[Step], outputs: Sequence[fx.Node]) -> tuple[Step, ...]:
-    """Note after which step each stored result is read for the last time."""
+    """Note after which step each stored result is read for the last time.
+
+    Sweeps name the maps that they read; their operators read weights and vectors besides.
+    """
     last: dict[fx.Node, int] = {}
     for index, step in enumerate(steps):
         if isinstance(step, Direct):
             step.reads = tuple(step.node.all_input_nodes)
-        for node in step.reads:
-            last[node] = index
+        order = step.order if isinstance(step, Sweep) else (step.node,)
+        read = {source for node in order for source in node.all_input_nodes}
+        last.update(dict.fromkeys({*read.difference(order), *step.reads}, index))
     for index, step in enumerate(steps):
         made = step.targets if isinstance(step, Sweep) else (step.node,)
-        read = {node for node, at in last.items() if at == index}
-        unread = {node for node in made if node not in last}
-        step.frees = tuple(node for node in [*read, *unread] if node not in outputs)
+        done = [node for node, at in last.items() if at == index]
+        done += [node for node in made if node not in last]
+        step.frees = tuple(node for node in done if node not in outputs)
     return tuple(steps)
