@@ -116,18 +116,23 @@ def _recompute(module: nn.Module) -> None:
                 setattr(module, hook.name, weight)
 
 
-def _check_resize(edit: Resize, tensors: dict[str, Tensor]) -> None:
+def _check_axis(edit: Resize | Extend, tensors: dict[str, Tensor]) -> None:
+    """Check that a tensor has the axis that an edit changes, of the size that it expects."""
     tensor = tensors.get(edit.tensor)
     if tensor is None:
         raise RewriteError(
-            f"cannot resize {edit.tensor!r}: the model has no such parameter or buffer."
+            f"cannot {edit.kind} {edit.tensor!r}: the model has no such parameter or buffer."
             f"{nearest(edit.tensor, tensors)}"
         )
     if not 0 <= edit.axis < tensor.ndim or tensor.shape[edit.axis] != edit.size:
         raise RewriteError(
-            f"cannot resize axis {edit.axis} of {edit.tensor}: expected size {edit.size}, "
+            f"cannot {edit.kind} axis {edit.axis} of {edit.tensor}: expected size {edit.size}, "
             f"got shape {tuple(tensor.shape)}"
         )
+
+
+def _check_resize(edit: Resize, tensors: dict[str, Tensor]) -> None:
+    _check_axis(edit, tensors)
     ascending = all(a < b for a, b in zip(edit.keep, edit.keep[1:], strict=False))
     if not edit.keep or not ascending or edit.keep[0] < 0 or edit.keep[-1] >= edit.size:
         raise RewriteError(
@@ -137,17 +142,7 @@ def _check_resize(edit: Resize, tensors: dict[str, Tensor]) -> None:
 
 
 def _check_extend(edit: Extend, tensors: dict[str, Tensor]) -> None:
-    tensor = tensors.get(edit.tensor)
-    if tensor is None:
-        raise RewriteError(
-            f"cannot extend {edit.tensor!r}: the model has no such parameter or buffer."
-            f"{nearest(edit.tensor, tensors)}"
-        )
-    if not 0 <= edit.axis < tensor.ndim or tensor.shape[edit.axis] != edit.size:
-        raise RewriteError(
-            f"cannot extend axis {edit.axis} of {edit.tensor}: expected size {edit.size}, "
-            f"got shape {tuple(tensor.shape)}"
-        )
+    _check_axis(edit, tensors)
     ascending = all(a < b for a, b in zip(edit.new, edit.new[1:], strict=False))
     end = edit.size + len(edit.new)
     if not edit.new or not ascending or edit.new[0] < 0 or edit.new[-1] >= end:
