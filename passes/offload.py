@@ -14,12 +14,13 @@ from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.conversions import conversion
 from pocketize.edits import Convert
 from pocketize.errors import OptionError, RewriteError
+from pocketize.options import read_size
 from pocketize.passes.order import REBUILDING
 from pocketize.passes.regions import survey
 from pocketize.passes.runtime.forwards import first_parameter, obstacle, wrapping
 from pocketize.passes.runtime.offloading import OffloadedForward
 from pocketize.pipeline import history
-from pocketize.units import UNITS, bytes_text, quantity
+from pocketize.units import bytes_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +102,7 @@ class Offload(Pass):
 
 
 def _size(text: str) -> int:
-    size = quantity(text, "bytes")
-    if size is None or size < 1:
-        raise OptionError(
-            f"offload: option 'min_bytes': expected a size such as '16MiB' (units: "
-            f"{', '.join(UNITS['bytes'])}), got {text!r}"
-        )
-    return int(size)
+    return read_size(text, "offload: option 'min_bytes'", "16MiB")
 
 
 @conversion("offload")

@@ -19,6 +19,7 @@ from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.conversions import conversion
 from pocketize.edits import Convert
 from pocketize.errors import InputError, OptionError, RewriteError
+from pocketize.options import read_size
 from pocketize.passes.order import REBUILDING
 from pocketize.passes.runtime.forwards import first_parameter, obstacle, wrapping
 from pocketize.passes.runtime.tiling.cutting import PatchForward, Tiling
@@ -30,7 +31,6 @@ from pocketize.passes.runtime.tiling.slabs import SlabForward, slab_backward
 from pocketize.passes.runtime.tiling.sliding import WindowForward
 from pocketize.passes.runtime.tiling.telling import told, told_of_slabs, told_of_windows
 from pocketize.rehearsal import Rehearsal
-from pocketize.units import UNITS, quantity
 
 _FORWARDS: dict[str, type[PatchForward]] = {
     "exact": ExactForward,
@@ -245,13 +245,7 @@ def _times(sizes: tuple[int, ...]) -> str:
 
 
 def _bytes(text: str) -> int:
-    size = quantity(text, "bytes")
-    if size is None or size < 1:
-        raise OptionError(
-            f"patchwise: option 'max_peak': expected a size such as '2GiB' (units: "
-            f"{', '.join(UNITS['bytes'])}), got {text!r}"
-        )
-    return int(size)
+    return read_size(text, "patchwise: option 'max_peak'", "2GiB")
 
 
 def _refusal(model: nn.Module) -> str:

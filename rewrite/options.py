@@ -15,6 +15,7 @@ __all__ = [
     "attribute_sentences",
     "check_value",
     "describe_annotation",
+    "read_size",
     "read_text",
     "split_options",
     "to_jsonable",
@@ -33,6 +34,7 @@ import typing
 from typing import Any
 
 from pocketize.errors import OptionError
+from pocketize.units import UNITS, quantity
 
 _UNIONS = (typing.Union, types.UnionType)
 _MAPPINGS = (dict, collections.abc.Mapping)
@@ -232,6 +234,26 @@ def describe_annotation(annotation: Any) -> str:
 
 def _or(words: list[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def read_size(text: str, where: str, example: str) -> int:
+    """Return the bytes that an option says, such as ``"16MiB"``.
+
+    Args:
+        text: a number with a unit.
+        where: the pass and the option, for the error.
+        example: a size that would do.
+
+    Raises:
+        OptionError: it is no size, or below one byte.
+    """
+    size = quantity(text, "bytes")
+    if size is None or size < 1:
+        raise OptionError(
+            f"{where}: expected a size such as {example!r} (units: {', '.join(UNITS['bytes'])}), "
+            f"got {text!r}"
+        )
+    return int(size)
 
 
 def split_options(text: str) -> dict[str, str]:
