@@ -17,17 +17,14 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from tabulate import tabulate
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
+from volumes import CLASSES, Case, dice_scores, read_volumes, train_volumes
 
 from pocketize import plan
 from pocketize.passes import Bottleneck, CompactBlock, Separable
@@ -37,9 +34,6 @@ from pocketize.zoo.patchwise import UNet3d
 
 SIZE = (32, 48, 32)
 WIDTHS = (16, 32, 64)
-CLASSES = 3
-BATCH = 2
-RATE = 1e-3
 
 #: Label -> pass and the options that set its compression.
 COMPRESSIONS: dict[str, tuple[type[Swap], dict[str, Any]]] = {
@@ -55,92 +49,14 @@ COMPRESSIONS: dict[str, tuple[type[Swap], dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """One volume.
-
-    Attributes:
-        image: [1, D, H, W], zero mean and unit variance.
-        label: [D, H, W], classes; what was padded is background.
-    """
-
-    image: Tensor
-    label: Tensor
-
-
-def fitted(volume: Any, size: tuple[int, ...]) -> Any:
-    """Cut or pad an array with zeros to a size, about its middle."""
-    for axis, (have, want) in enumerate(zip(volume.shape, size, strict=True)):
-        start = max(0, (have - want) // 2)
-        volume = np.take(volume, range(start, min(have, start + want)), axis)
-        missing = max(0, want - have)
-        pads = [(0, 0)] * len(size)
-        pads[axis] = (missing // 2, missing - missing // 2)
-        volume = np.pad(volume, pads)
-    return volume
-
-
-def read_cases(folder: Path) -> list[Case]:
-    """Read every volume of a folder in the layout of the Medical Segmentation Decathlon."""
-    import nibabel
-
-    cases = []
-    for path in tqdm(sorted(folder.glob("imagesTr/*.nii.gz")), "reading", disable=None):
-        image = np.asarray(nibabel.load(path).dataobj, dtype=np.float32)
-        label = np.asarray(nibabel.load(folder / "labelsTr" / path.name).dataobj)
-        image = fitted((image - image.mean()) / (image.std() + 1e-6), SIZE)
-        label = fitted(label, SIZE).astype(np.int64)
-        cases.append(Case(torch.from_numpy(image)[None], torch.from_numpy(label)))
-    if not cases:
-        raise SystemExit(f"{folder} holds no imagesTr/*.nii.gz")
-    return cases
-
-
-def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return cross-entropy plus one minus the soft Dice score of the foreground."""
-    soft = logits.softmax(1)[:, 1:]
-    hard = F.one_hot(labels, CLASSES).movedim(-1, 1)[:, 1:].to(soft.dtype)
-    axes = (0, 2, 3, 4)
-    dice = (2 * (soft * hard).sum(axes) + 1) / (soft.sum(axes) + hard.sum(axes) + 1)
-    return F.cross_entropy(logits, labels) + 1 - dice.mean()
-
-
 def train(model: nn.Module, cases: Sequence[Case], steps: int, seed: int, what: str) -> None:
-    """Train with Adam on batches in an order that the seed fixes, the rate falling to zero."""
-    model.train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    order = batches(len(cases), seed)
-    for _ in tqdm(range(steps), what, disable=None, leave=False):
-        chosen = [cases[index] for index in next(order)]
-        images = torch.stack([case.image for case in chosen])
-        labels = torch.stack([case.label for case in chosen])
-        optimizer.zero_grad()
-        loss_of(model(images), labels).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-
-
-def batches(count: int, seed: int) -> Iterator[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(count, generator=generator).tolist()
-        for start in range(0, count - BATCH + 1, BATCH):
-            yield order[start : start + BATCH]
+    """Train from the present weights."""
+    train_volumes(model.train(), cases, steps=steps, seed=seed, what=what)
 
 
 def score(model: nn.Module, cases: Sequence[Case]) -> float:
     """Return the mean Dice score of the two foreground classes over volumes, in percent."""
-    model.eval()
-    scores = []
-    with torch.inference_mode():
-        for case in cases:
-            found = model(case.image[None]).argmax(1)[0]
-            for label in range(1, CLASSES):
-                a, b = found == label, case.label == label
-                both = int(a.sum() + b.sum())
-                scores.append(2 * int((a & b).sum()) / both if both else 1.0)
-    return 100 * sum(scores) / len(scores)
+    return float(dice_scores(model.eval(), cases).mean())
 
 
 def error_of(given: Swap, model: nn.Module, paths: Sequence[str]) -> float:
@@ -255,7 +171,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=list(COMPRESSIONS), choices=COMPRESSIONS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    study = Study(arguments.out, arguments, read_cases(arguments.data))
+    study = Study(arguments.out, arguments, read_volumes(arguments.data, SIZE))
     model = study.baseline()
     for label in arguments.only:
         study.compare(label, model)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
+from volumes import read_scans
 
 CROP = 64
 BATCH = 8
@@ -105,13 +106,8 @@ def _isbi(root: Path) -> list[Sample]:
 
 def _hippocampus(root: Path, cases: int = 60) -> list[Sample]:
     """Three slices, a quarter, a half and three quarters up, of each of the first cases."""
-    import nibabel
-
-    folder = root / "Task04_Hippocampus"
     samples = []
-    for path in sorted((folder / "imagesTr").glob("[!.]*.nii.gz"))[:cases]:
-        volume = np.asarray(nibabel.load(path).dataobj)  # type: ignore[attr-defined]
-        labels = np.asarray(nibabel.load(folder / "labelsTr" / path.name).dataobj)  # type: ignore[attr-defined]
+    for file, volume, labels in read_scans(root / "Task04_Hippocampus", cases):
         # one range a volume: intensities of these scans have no unit
         top = max(1.0, float(np.percentile(volume, 99.9)))
         grey = np.clip(volume / top * 255.0, 0, 255).round().astype(np.uint8)
@@ -119,7 +115,7 @@ def _hippocampus(root: Path, cases: int = 60) -> list[Sample]:
             index = volume.shape[2] * quarter // 4
             raw = np.ascontiguousarray(grey[..., index])
             mask = np.ascontiguousarray(labels[..., index] > 0)
-            name = f"{path.name}[{index}]"
+            name = f"{file}[{index}]"
             samples.append(_sample(name, raw, mask, np.ones(raw.shape, dtype=bool)))
     return samples
 
