@@ -5,15 +5,15 @@ from __future__ import annotations
 __all__ = ["Execution"]
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from pocketize.passes.runtime.tiling.keeping import Keeper, Kept
-from pocketize.passes.runtime.tiling.program import Direct, Program, Sweep, share
-from pocketize.passes.runtime.tiling.windows import Region, cut
+from pocketize.passes.runtime.tiling.program import Direct, Program, Sweep, needed_regions, share
+from pocketize.passes.runtime.tiling.windows import Region, cut, hull, region_of
 
 
 class Execution:
@@ -56,25 +56,17 @@ class Execution:
                 Kept(tensor, keeper.device, tensor.dtype) if is_map else tensor.to(keeper.device)
             )
         self._local: dict[fx.Node, tuple[Tensor, Region]] = {}
+        self._measures: dict[fx.Node, tuple[Any, ...]] = {}
+        self._done = self._total = 0
 
     def run(self) -> dict[fx.Node, Tensor]:
         """Return the outputs, or what ``finish`` makes of them."""
-        total = sum(_tiles(step) for step in self.program.steps)
-        done = 0
+        self._total = sum(
+            len(self._tiles(step)) if isinstance(step, Sweep) else 1 for step in self.program.steps
+        )
         try:
-            for step in self.program.steps:
-                if isinstance(step, Direct):
-                    self.stored[step.node] = self._direct(step.node)
-                    done += 1
-                    self._tell(done, total)
-                else:
-                    for count in self._sweep(step):
-                        self._tell(done + count, total)
-                    done += _tiles(step)
-                for node in () if self.retain else step.frees:
-                    held = self.stored.pop(node, None)
-                    if isinstance(held, Kept):
-                        held.close()
+            for number in range(self._begin(), len(self.program.steps)):
+                self._step(number)
             results = {}
             for node in self.program.outputs:
                 held = self.finished.pop(node, None) or self.stored[node]
@@ -117,13 +109,33 @@ class Execution:
             name = node.meta["tensor"]
             return self.tensors[name] if name else node.meta["val"]
         held = self.stored[node]
-        return held.read(_all(held.tensor)) if isinstance(held, Kept) else held
+        return held.read(region_of(node.meta["val"].shape)) if isinstance(held, Kept) else held
 
     def statistics(self, node: fx.Node) -> Tensor:
         """Return what was gathered for a norm."""
         return self.norms[node]
 
     # -- steps ------------------------------------------------------------------------------------
+
+    def _begin(self) -> int:
+        """Return the step to begin with."""
+        return 0
+
+    def _step(self, number: int) -> None:
+        step = self.program.steps[number]
+        if isinstance(step, Direct):
+            self.stored[step.node] = self._direct(step.node)
+            self._tell()
+        else:
+            self._sweep(step)
+        if not self.retain:
+            self._free(step.frees)
+
+    def _free(self, nodes: Sequence[fx.Node]) -> None:
+        for node in nodes:
+            held = self.stored.pop(node, None)
+            if isinstance(held, Kept):
+                held.close()
 
     def _direct(self, node: fx.Node) -> Any:
         read: Any = fx.node.map_arg((node.args, node.kwargs), self.value)
@@ -133,11 +145,9 @@ class Execution:
             args = (args[0].clone(), *args[1:])  # stored results stay as they are
         return target(*args, **kwargs)
 
-    def _sweep(self, step: Sweep) -> Any:
+    def _sweep(self, step: Sweep) -> None:
         rooms = {node: self._room(node) for node in step.targets}
-        sums = {node: self.graph.gathered[node].start() for node in step.gathers}
-        grid = itertools.product(*(range(count) for count in step.counts))
-        for index, tile in enumerate(grid):
+        for tile in self._tiles(step):
             shares = {node: self._share(node, step, tile) for node in step.targets}
             sources = {
                 node: self._share(self.graph.gathered[node].source, step, tile)
@@ -150,14 +160,23 @@ class Execution:
             for node, region in sources.items():
                 if region is not None:
                     gathered = self.graph.gathered[node]
-                    sums[node] = gathered.add(sums[node], self.part(gathered.source, region))
+                    self._gather(node, gathered.measure(self.part(gathered.source, region)))
             self._local.clear()
-            yield index + 1
+            self._tell()
         for node, room in rooms.items():
             (self.finished if self._is_finished(node) else self.stored)[node] = room
-        for node, held in sums.items():
+        for node in step.gathers:
             made = self.norms if node in self.graph.forms else self.stored
-            made[node] = self.graph.gathered[node].finish(held)
+            made[node] = self.graph.gathered[node].finish(self._measures.pop(node))
+
+    def _tiles(self, step: Sweep) -> Sequence[tuple[int, ...]]:
+        """Return the tiles of a sweep that are computed, in order."""
+        return list(itertools.product(*(range(count) for count in step.counts)))
+
+    def _gather(self, node: fx.Node, more: tuple[Any, ...]) -> None:
+        """Join what a tile says of a whole map to what others said."""
+        held = self._measures.get(node)
+        self._measures[node] = more if held is None else self.graph.gathered[node].join(held, more)
 
     def _compute(
         self,
@@ -167,20 +186,17 @@ class Execution:
     ) -> None:
         """Compute all that a tile takes: first which regions, from the end; then their values."""
         inside = set(step.order)
-        needed: dict[fx.Node, Region] = {
-            node: region for node, region in shares.items() if region is not None
-        }
+        wanted = {node: region for node, region in shares.items() if region is not None}
         for node, region in sources.items():
             source = self.graph.gathered[node].source
             if region is not None and source in inside:
-                needed[source] = _hull(needed.get(source), region)
+                wanted[source] = hull(wanted.get(source), region)
+        needed = needed_regions(self.graph, step.order, wanted)
         last: dict[fx.Node, fx.Node] = {}
         for node in reversed(step.order):
             if node in needed:
-                for source, region in self.graph.forms[node].needs(needed[node]).items():
-                    if source in inside:
-                        needed[source] = _hull(needed.get(source), region)
-                        last.setdefault(source, node)
+                for source in self.graph.forms[node].needs(needed[node]):
+                    last.setdefault(source, node)
         kept = {*shares, *(self.graph.gathered[node].source for node in sources)}
         for node in step.order:
             if node not in needed:
@@ -206,11 +222,11 @@ class Execution:
             sample = torch.zeros((1, value.shape[1], *(1 for _ in value.shape[2:])))
             made = self.finish(sample.to(value.dtype))
             shape = (value.shape[0], *made.shape[1:2], *value.shape[2:])
-            return self.output_keeper.room(shape, made.dtype)
+            return self.output_keeper.room(shape, made.dtype, name=node.name)
         if node in self.program.outputs:
-            return self.output_keeper.room(value.shape, value.dtype)
+            return self.output_keeper.room(value.shape, value.dtype, name=node.name)
         small = self.graph.nbytes(node) <= self.program.limit
-        return self.keeper.room(value.shape, value.dtype, small=small)
+        return self.keeper.room(value.shape, value.dtype, small=small, name=node.name)
 
     def _write(self, room: Kept, node: fx.Node, region: Region) -> None:
         part = self.part(node, region)
@@ -219,27 +235,8 @@ class Execution:
             part = self.finish(part)
         room.write(region, part)
 
-    def _tell(self, done: int, total: int) -> None:
+    def _tell(self) -> None:
+        """Say that one more tile is done."""
+        self._done += 1
         if self.progress is not None:
-            self.progress(done, total)
-
-
-def _tiles(step: Direct | Sweep) -> int:
-    if isinstance(step, Direct):
-        return 1
-    total = 1
-    for count in step.counts:
-        total *= count
-    return total
-
-
-def _hull(a: Region | None, b: Region) -> Region:
-    if a is None:
-        return b
-    return tuple(
-        (min(low, other[0]), max(high, other[1])) for (low, high), other in zip(a, b, strict=True)
-    )
-
-
-def _all(tensor: Tensor) -> Region:
-    return tuple((0, size) for size in tensor.shape[2:])
+            self.progress(self._done, self._total)

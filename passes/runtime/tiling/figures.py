@@ -21,9 +21,15 @@ from pocketize.memory.tracker import is_composite, run_parts, storages_of
 from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Keeper, Kept
 from pocketize.passes.runtime.tiling.network import TiledGraph
-from pocketize.passes.runtime.tiling.program import Direct, Program, Sweep, share
+from pocketize.passes.runtime.tiling.program import (
+    Direct,
+    Program,
+    Sweep,
+    needed_regions,
+    share,
+)
 from pocketize.passes.runtime.tiling.recording import Recording
-from pocketize.passes.runtime.tiling.windows import Region
+from pocketize.passes.runtime.tiling.windows import Region, hull
 
 #: Voxels around the middle whose halos are looked at: strides make them differ.
 _PLACES = 32
@@ -63,7 +69,7 @@ def _reach(graph: TiledGraph, output: fx.Node) -> list[tuple[int, int] | None]:
                 complete = complete and not graph.is_map(node)
                 continue
             for source, region in form.needs(needed[node]).items():
-                needed[source] = _hull(needed.get(source), region)
+                needed[source] = hull(needed.get(source), region)
         for source, region in needed.items():
             if source.op != "placeholder":
                 continue
@@ -116,26 +122,13 @@ def _channels(node: fx.Node) -> int:
 def _regions(graph: TiledGraph, step: Sweep, tile: tuple[int, ...]) -> dict[fx.Node, Region]:
     """Return what a sweep computes for one tile."""
     inside = set(step.order)
-    wanted = [*step.targets, *(graph.gathered[node].source for node in step.gathers)]
-    needed: dict[fx.Node, Region] = {}
-    for node in wanted:
+    wanted: dict[fx.Node, Region] = {}
+    for node in [*step.targets, *(graph.gathered[node].source for node in step.gathers)]:
         region = share(node.meta["val"].shape[2:], step.counts, tile)
         if node in inside and all(low < high for low, high in region):
-            needed[node] = _hull(needed.get(node), region)
-    for node in reversed(step.order):
-        if node in needed:
-            for source, region in graph.forms[node].needs(needed[node]).items():
-                if source in inside:
-                    needed[source] = _hull(needed.get(source), region)
-    return needed
-
-
-def _hull(a: Region | None, b: Region) -> Region:
-    if a is None:
-        return b
-    return tuple(
-        (min(low, other[0]), max(high, other[1])) for (low, high), other in zip(a, b, strict=True)
-    )
+            wanted[node] = hull(wanted.get(node), region)
+    needed = needed_regions(graph, step.order, wanted)
+    return {node: region for node, region in needed.items() if node in inside}
 
 
 def kept_bytes(program: Program) -> int:
@@ -216,9 +209,11 @@ class _Elsewhere(Keeper):
         self.counts = place == "device" or (place == "host" and device.type == "cpu")
         self.counter = counter
 
-    def room(self, shape: Sequence[int], dtype: torch.dtype, *, small: bool = False) -> Kept:
+    def room(
+        self, shape: Sequence[int], dtype: torch.dtype, *, small: bool = False, name: str = ""
+    ) -> Kept:
         peak = self.counter.peak
-        kept = super().room(shape, dtype, small=small)
+        kept = super().room(shape, dtype, small=small, name=name)
         if not self.counts and not small:
             self.counter.forget(kept.tensor)
             self.counter.peak = max(peak, self.counter.now)

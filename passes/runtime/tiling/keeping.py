@@ -18,19 +18,27 @@ from pocketize.passes.runtime.tiling.windows import Region, cut
 
 
 class Kept:
-    """A map that is written and read region by region.
+    """A map, or a region of one, that is written and read region by region.
 
     Args:
         tensor: its memory, (N, C, *spatial), wherever that is.
         device: where regions are read to.
         dtype: in which they are read.
         file: the file behind the memory, removed with it.
+        origin: of the map, where the memory begins; None for the map's own.
     """
 
     def __init__(
-        self, tensor: Tensor, device: torch.device, dtype: torch.dtype, file: Path | None = None
+        self,
+        tensor: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        file: Path | None = None,
+        *,
+        origin: Sequence[int] | None = None,
     ) -> None:
         self.tensor, self.device, self.dtype, self.file = tensor, device, dtype, file
+        self.origin = origin
 
     def write(self, region: Region, part: Tensor) -> None:
         """Write a region."""
@@ -54,6 +62,11 @@ class Kept:
                 self.file.unlink(missing_ok=True)
 
     def _view(self, region: Region) -> Tensor:
+        if self.origin is not None:
+            region = tuple(
+                (low - start, high - start)
+                for (low, high), start in zip(region, self.origin, strict=True)
+            )
         return cut(self.tensor, region)
 
 
@@ -77,8 +90,17 @@ class Keeper:
     ) -> None:
         self.place, self.device, self.folder, self.dtype = place, device, folder, dtype
 
-    def room(self, shape: Sequence[int], dtype: torch.dtype, *, small: bool = False) -> Kept:
-        """Return room for a map; small ones are on the device wherever the others are."""
+    def room(
+        self, shape: Sequence[int], dtype: torch.dtype, *, small: bool = False, name: str = ""
+    ) -> Kept:
+        """Return room for a map; small ones are on the device wherever the others are.
+
+        Args:
+            shape: of the map.
+            dtype: in which it is read.
+            small: whether it is to be on the device in any case.
+            name: of the map, for keepers that find it again.
+        """
         held = self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
         if small or self.place == "device":
             held = dtype if small else held

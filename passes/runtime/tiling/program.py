@@ -8,17 +8,17 @@ later sweeps read and would be costly to compute again, such as a skip connectio
 
 from __future__ import annotations
 
-__all__ = ["Direct", "Program", "Step", "Sweep", "build_program"]
+__all__ = ["Direct", "Program", "Step", "Sweep", "build_program", "needed_regions", "share"]
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from torch import fx
 
 from pocketize.passes.runtime.tiling.network import TiledGraph
-from pocketize.passes.runtime.tiling.windows import Region
+from pocketize.passes.runtime.tiling.windows import Region, hull
 
 
 @dataclass(eq=False)
@@ -94,6 +94,27 @@ def share(sizes: Sequence[int], counts: Sequence[int], tile: Sequence[int]) -> R
         (size * index // count, size * (index + 1) // count)
         for size, count, index in zip(sizes, counts, tile, strict=True)
     )
+
+
+def needed_regions(
+    graph: TiledGraph, order: Sequence[fx.Node], wanted: Mapping[fx.Node, Region]
+) -> dict[fx.Node, Region]:
+    """Return which regions of which maps it takes to compute some.
+
+    Args:
+        graph: the network.
+        order: what is computed, in the order in which it runs; all else is stored.
+        wanted: regions of maps, computed or stored.
+
+    Returns:
+        A region for each map that is computed or read on the way.
+    """
+    needed = dict(wanted)
+    for node in reversed(order):
+        if node in needed:
+            for source, region in graph.forms[node].needs(needed[node]).items():
+                needed[source] = hull(needed.get(source), region)
+    return needed
 
 
 def build_program(graph: TiledGraph, tile: Sequence[int]) -> Program:

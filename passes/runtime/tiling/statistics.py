@@ -35,16 +35,16 @@ class Gathered(abc.ABC):
         self.node, self.source = node, source
 
     @abc.abstractmethod
-    def start(self) -> Any:
-        """Return what nothing was added to yet."""
+    def measure(self, part: Tensor) -> tuple[Any, ...]:
+        """Return what is asked of a part (N, C, *spatial): a count, and small tensors."""
 
     @abc.abstractmethod
-    def add(self, held: Any, part: Tensor) -> Any:
-        """Add a part (N, C, *spatial) that was not added before."""
+    def join(self, held: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return what is asked of two parts together."""
 
     @abc.abstractmethod
-    def finish(self, held: Any) -> Tensor:
-        """Return what was asked for."""
+    def finish(self, held: tuple[Any, ...]) -> Tensor:
+        """Return what was asked for, from what is known of the whole."""
 
 
 class Moments(Gathered):
@@ -63,20 +63,17 @@ class Moments(Gathered):
         super().__init__(node, source)
         self.groups, self.over_batch = groups, over_batch
 
-    def start(self) -> tuple[int, Tensor | None, Tensor | None]:
-        """Return no entries."""
-        return 0, None, None
-
-    def add(self, held: Any, part: Tensor) -> tuple[int, Tensor, Tensor]:
-        """Join the moments of a part to those held: count, mean, sum of squared deviations."""
+    def measure(self, part: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Return the count, the mean and the sum of squared deviations of each group."""
         wide = torch.float64 if part.dtype == torch.float64 else torch.float32
         rows = self._rows(part).to(wide)
-        count = rows.shape[-1]
         mean = rows.mean(-1)
-        deviation = (rows - mean[..., None]).square().sum(-1)
+        return rows.shape[-1], mean, (rows - mean[..., None]).square().sum(-1)
+
+    def join(self, held: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[int, Tensor, Tensor]:
+        """Join the moments of two parts."""
         before, old_mean, old_deviation = held
-        if not before:
-            return count, mean, deviation
+        count, mean, deviation = more
         total = before + count
         step = mean - old_mean
         return (
@@ -85,7 +82,7 @@ class Moments(Gathered):
             old_deviation + deviation + step.square() * (before * count / total),
         )
 
-    def finish(self, held: Any) -> Tensor:
+    def finish(self, held: tuple[Any, ...]) -> Tensor:
         """Return mean and biased variance, (2, N or 1, groups)."""
         count, mean, deviation = held
         return torch.stack([mean, deviation / count])
@@ -103,22 +100,21 @@ class Pooled(Gathered):
         super().__init__(node, source)
         self.kind = kind
 
-    def start(self) -> tuple[int, Tensor | None]:
-        """Return no entries."""
-        return 0, None
-
-    def add(self, held: Any, part: Tensor) -> tuple[int, Tensor]:
-        """Add the sums, or the maxima, of a part."""
-        before, value = held
+    def measure(self, part: Tensor) -> tuple[int, Tensor]:
+        """Return the count and the sums, or 1 and the maxima."""
         rows = part.flatten(2)
         if self.kind == "max":
-            found = rows.amax(-1)
-            return 1, found if value is None else torch.maximum(value, found)
+            return 1, rows.amax(-1)
         wide = torch.float64 if part.dtype == torch.float64 else torch.float32
-        found = rows.sum(-1, dtype=wide)
-        return before + rows.shape[-1], found if value is None else value + found
+        return rows.shape[-1], rows.sum(-1, dtype=wide)
 
-    def finish(self, held: Any) -> Tensor:
+    def join(self, held: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[int, Tensor]:
+        """Add the sums, or compare the maxima, of two parts."""
+        if self.kind == "max":
+            return 1, torch.maximum(held[1], more[1])
+        return held[0] + more[0], held[1] + more[1]
+
+    def finish(self, held: tuple[Any, ...]) -> Tensor:
         """Return the operator's result, of its own shape and dtype."""
         count, value = held
         out = self.node.meta["val"]

@@ -46,6 +46,15 @@ def region_of(shape: Sequence[int]) -> Region:
     return tuple((0, size) for size in shape[2:])
 
 
+def hull(a: Region | None, b: Region) -> Region:
+    """Return the smallest region that has two others in it; None is nothing."""
+    if a is None:
+        return b
+    return tuple(
+        (min(low, other[0]), max(high, other[1])) for (low, high), other in zip(a, b, strict=True)
+    )
+
+
 def whole(region: Region, shape: Sequence[int]) -> bool:
     """Whether a region covers a tensor (N, C, *spatial)."""
     return region == region_of(shape)
