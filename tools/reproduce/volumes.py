@@ -31,9 +31,8 @@ from tqdm import tqdm
 
 #: Background, anterior and posterior part.
 CLASSES = 3
-#: Volumes that train together, and the rate they begin with.
+#: Volumes that train together.
 BATCH = 2
-RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,7 @@ def train_volumes(
     steps: int,
     seed: int,
     what: str,
+    rate: float = 1e-3,
     step: Callable[[nn.Module, Tensor, Tensor], Tensor] = whole_step,
     kept: Path | None = None,
 ) -> list[float]:
@@ -137,13 +137,14 @@ def train_volumes(
         steps: optimiser steps.
         seed: of the order.
         what: for the progress bar.
+        rate: of Adam at the first step.
         step: from the model, images and labels to the loss, the gradients of which it adds up.
         kept: a file for the state, every fifty steps, so that an interrupted training goes on.
 
     Returns:
         The loss of each step.
     """
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses: list[float] = []
     parts = (model, optimizer, schedule)
