@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from costs import costs
 from monai.networks.nets import DynUNet
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ from volumes import (
     whole_step,
 )
 
-from pocketize import measure, rewrite
+from pocketize import rewrite
 from pocketize.passes import Cascade, Patchwise
 from pocketize.passes.patchwise import slab_backward
 
@@ -172,21 +171,6 @@ class Step(nn.Module):
         # what measures goes back from the result; all is done, so that this adds zeros to one bias
         last = [p for p in self.way.parameters() if p.requires_grad][-1]
         return loss + 0 * last.sum()
-
-
-def costs(model: nn.Module, inputs: tuple[Tensor, ...], train: bool) -> tuple[int, float]:
-    """Return the peak of live tensors and the CPU seconds, the median of five after one."""
-    if train:
-        peak = measure(model, inputs, "train", loss=lambda outputs: outputs).peak
-    else:
-        peak = measure(model, inputs, "infer").peak
-    taken = []
-    for _ in range(6):
-        start = time.process_time()
-        with torch.inference_mode(not train):
-            model(*inputs)
-        taken.append(time.process_time() - start)
-    return peak, statistics.median(taken[1:])
 
 
 class Study:
