@@ -9,11 +9,11 @@ the two, so that the sum of all tiles is the gradient of the whole.
 
 from __future__ import annotations
 
-__all__ = ["Differentiation"]
+__all__ = ["Differentiation", "differentiable"]
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,10 +21,14 @@ from torch import Tensor, fx
 
 from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Keeper, Kept
-from pocketize.passes.runtime.tiling.network import TilingError
 from pocketize.passes.runtime.tiling.program import Direct, Sweep
 from pocketize.passes.runtime.tiling.statistics import Moments, Pooled
 from pocketize.passes.runtime.tiling.windows import Region, cut
+
+
+def differentiable(tensor: Tensor) -> bool:
+    """Whether gradients exist by entries of a tensor's kind."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 class _Leaf:
@@ -112,7 +116,7 @@ class Differentiation(Execution):
 
     def _leaf(self, node: fx.Node, region: Region | None, index: int, tensor: Tensor) -> Tensor:
         idle = self.of_inputs is not None and node not in self.of_inputs
-        if not tensor.is_floating_point() or (idle and node.op == "placeholder"):
+        if not differentiable(tensor) or (idle and node.op == "placeholder"):
             return tensor.detach()
         leaf = tensor.detach().requires_grad_()
         self._leaves.append(_Leaf(node, region, index, leaf))
@@ -196,21 +200,45 @@ class Differentiation(Execution):
             arrived = None if held is None else _all_of(held)
         if arrived is None:
             return
-        for tile in itertools.product(*(range(count) for count in step.counts)):
-            region = self._share(gathered.source, step, tile)
-            if region is None:
-                continue
+        if isinstance(gathered, Pooled):
+            arrived = arrived.reshape(*sizes[:2], *(1 for _ in sizes[2:]))
+            arrived = arrived / self._sharers(gathered, step)
+        for region in self._shares(gathered.source, step):
             part = super().part(gathered.source, region)
             if isinstance(gathered, Moments):
                 gradient = _of_moments(gathered, arrived, self.norms[node], part, sizes)
             else:
                 assert isinstance(gathered, Pooled)
-                if gathered.kind != "mean":
-                    raise TilingError("the gradient of a global maximum is not gathered from parts")
-                ends = (1,) * (part.ndim - 2)
-                each = arrived.reshape(*part.shape[:2], *ends) / math.prod(sizes[2:])
-                gradient = each.expand_as(part)
+                gradient = arrived.expand_as(part)
+                if gathered.kind == "max":
+                    gradient = gradient * self._is_largest(gathered, part)
             self._add(gathered.source, region, 0, gradient.to(part.dtype))
+
+    def _sharers(self, pooled: Pooled, step: Sweep) -> Tensor | int:
+        """Return among how many entries of each channel the gradient is divided.
+
+        All that are the largest have a part in it, as torch's own gradient has it.
+        """
+        if pooled.kind == "mean":
+            sizes: torch.Size = pooled.source.meta["val"].shape[2:]
+            return sizes.numel()
+        total: Any = 0
+        for region in self._shares(pooled.source, step):
+            equal = self._is_largest(pooled, super().part(pooled.source, region))
+            total = total + equal.flatten(2).sum(-1)
+        found: Tensor = total
+        return found.reshape(*found.shape, *(1 for _ in step.counts))
+
+    def _is_largest(self, pooled: Pooled, part: Tensor) -> Tensor:
+        largest = super().value(pooled.node)
+        equal: Tensor = part == largest.reshape(*part.shape[:2], *(1 for _ in part.shape[2:]))
+        return equal
+
+    def _shares(self, node: fx.Node, step: Sweep) -> Iterator[Region]:
+        for tile in itertools.product(*(range(count) for count in step.counts)):
+            region = self._share(node, step, tile)
+            if region is not None:
+                yield region
 
     # -- sums -------------------------------------------------------------------------------------
 

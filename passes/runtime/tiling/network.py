@@ -7,33 +7,21 @@ __all__ = ["TiledGraph", "TilingError"]
 import math
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, fx
 
 from pocketize.capture import Captured
 from pocketize.errors import RewriteError
-from pocketize.passes.runtime.tiling.forms import Form
+from pocketize.passes.runtime.tiling.arguments import NotLocal
+from pocketize.passes.runtime.tiling.forms import Convolution, Form, Transposed
+from pocketize.passes.runtime.tiling.memory import Memory, written_by
 from pocketize.passes.runtime.tiling.statistics import (
     Gathered,
     Moments,
     Normalised,
     gather_form,
 )
-from pocketize.passes.runtime.tiling.table import NotLocal, local_form
+from pocketize.passes.runtime.tiling.table import local_form
 from pocketize.rules import bind
-
-#: Operators whose results share memory with their inputs.
-_VIEWS = {"slice", "select", "narrow", "chunk", "split", "split_with_sizes", "unbind", "view"}
-_VIEWS |= {
-    "expand",
-    "permute",
-    "transpose",
-    "squeeze",
-    "unsqueeze",
-    "reshape",
-    "flatten",
-    "getitem",
-}
 
 
 class TilingError(RewriteError):
@@ -86,8 +74,7 @@ class TiledGraph:
             if node in used:
                 used.update(node.all_input_nodes)
         self.nodes = [node for node in self.captured.operators() if node in used]
-        for node in self.captured.operators():
-            self._check_memory(node)  # also where, by the recording, nothing depends on it
+        self._check_memory()
         for node in self.nodes:
             self._classify(node)
 
@@ -109,7 +96,7 @@ class TiledGraph:
     def _classify(self, node: fx.Node) -> None:
         if isinstance(node.meta["val"], Tensor) and self.is_map(node):
             try:
-                self.forms[node] = local_form(node, self.rank)
+                self.forms[node] = self._checked(local_form(node, self.rank))
             except NotLocal as error:
                 self.obstacles[node] = str(error)
             else:
@@ -124,34 +111,36 @@ class TiledGraph:
             bound = bind(node.target, node.args, node.kwargs)
             self.forms[node] = Normalised(node, bound, gathered)
 
-    def _check_memory(self, node: fx.Node) -> None:
-        """Refuse writing into a part of a tensor that is read as a whole later.
+    def _checked(self, form: Form) -> Form:
+        """Refuse weights that are made of the volume: they are needed whole, as no map is.
+
+        Raises:
+            NotLocal: they are.
+        """
+        if isinstance(form, Convolution | Transposed) and form.weight in self._data:
+            raise NotLocal("its weight depends on the volume")
+        return form
+
+    def _check_memory(self) -> None:
+        """Refuse writing into memory that is read later as another tensor.
 
         A recording says what operators read and returned, and not that one of them changed the
         result of another.
         """
-        target = node.target
-        if not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):
-            return
-        written = node.all_input_nodes[0] if node.all_input_nodes else None
-        while written is not None and _is_view(written):
-            base = written.all_input_nodes[0] if written.all_input_nodes else None
-            if base is not None and any(_later(node, user) for user in base.users):
-                raise TilingError(
-                    f"{target} at {node.meta.get('source') or node.meta['module']} writes into a "
-                    "part of a tensor that is read again later"
-                )
-            written = base
+        memory = Memory(self.captured.graph)
+        for node in self.captured.operators():  # also where, by the recording, nothing uses it
+            for written in written_by(node):
+                reader = memory.read_after(node, written)
+                if reader is not None:
+                    part = "a part of a tensor" if _larger(reader, written) else "memory"
+                    raise TilingError(
+                        f"{node.target} at {node.meta.get('source') or node.meta['module']} writes "
+                        f"into {part} that is read again later"
+                    )
 
 
-def _is_view(node: fx.Node) -> bool:
-    name = str(getattr(node.target, "_schema", node.target)).partition("(")[0]
-    name = name.rpartition("::")[2].partition(".")[0]
-    return node.op == "call_function" and (name in _VIEWS or "getitem" in str(node.target))
-
-
-def _later(node: fx.Node, user: fx.Node) -> bool:
-    return user > node
+def _larger(a: fx.Node, b: fx.Node) -> bool:
+    return bool(a.meta["val"].numel() > b.meta["val"].numel())
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:

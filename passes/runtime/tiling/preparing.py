@@ -7,18 +7,17 @@ __all__ = ["Prepared", "prepare", "prepare_recorded", "volume_of"]
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx, nn
 
 from pocketize.errors import InputError
 from pocketize.inputs import Inputs
+from pocketize.passes.runtime.tiling.arguments import draws
 from pocketize.passes.runtime.tiling.cutting import Tiling
 from pocketize.passes.runtime.tiling.figures import foretold_peak
 from pocketize.passes.runtime.tiling.network import TiledGraph, TilingError
 from pocketize.passes.runtime.tiling.placing import reduction
 from pocketize.passes.runtime.tiling.program import Program, Sweep, build_program
 from pocketize.passes.runtime.tiling.recording import Recording, record_forward
-from pocketize.rules import bind
 from pocketize.units import bytes_text
 
 
@@ -93,11 +92,7 @@ def obstacles_text(graph: TiledGraph) -> str:
 
 def _check_random(graph: TiledGraph) -> None:
     for node in graph.nodes:
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded not in tags or node in graph.forms:
-            continue
-        bound = bind(node.target, node.args, node.kwargs)
-        if bound.get("dropout_p") != 0.0 and bound.get("train", True):
+        if draws(node) and node not in graph.forms:
             raise TilingError(
                 f"{node.target} in {node.meta['module'] or 'the model itself'} draws random "
                 "numbers, which tiles would draw in another order"

@@ -30,8 +30,10 @@ from pocketize.inputs import Inputs
 from pocketize.passes.runtime.forwards import first_parameter, wrapping
 from pocketize.passes.runtime.nests import map_tensors
 from pocketize.passes.runtime.tiling.cutting import PatchForward
+from pocketize.passes.runtime.tiling.memory import Memory, written_by
 from pocketize.passes.runtime.tiling.network import TilingError
 from pocketize.passes.runtime.tiling.simplifying import simplify
+from pocketize.rules import bind, operator_name
 
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
@@ -145,6 +147,7 @@ def _finished(copy: nn.Module, captured: Captured, output: Any) -> Recording:
     simplify(captured.graph)
     tensors = tensors_by_name(copy)
     names = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    memory = Memory(captured.graph)
     for node in captured.graph.nodes:
         if node.op == "get_attr" and node.meta["tensor"] is None:
             node.meta["tensor"] = names.get(id(node.meta["val"]))
@@ -153,7 +156,9 @@ def _finished(copy: nn.Module, captured: Captured, output: Any) -> Recording:
                     "its forward reads a tensor that is no input, parameter, buffer or attribute "
                     "of a module, so that its values are not known; register it as a buffer"
                 )
-        _check_written(node)
+            if node.meta["tensor"] is None:
+                node.meta["val"] = node.meta["val"].clone()  # it was made in inference mode
+        _check_written(node, memory)
     outputs = captured.outputs()
     if not outputs:
         raise TilingError("its forward returns no tensor")
@@ -215,17 +220,26 @@ def _name(hook: Any) -> str:
     return str(getattr(hook, "__qualname__", type(hook).__qualname__))
 
 
-def _check_written(node: fx.Node) -> None:
+def _check_written(node: fx.Node, memory: Memory) -> None:
     """Refuse operators that write into what outlives the forward."""
-    target = node.target
-    if not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):
-        return
-    for source in node.all_input_nodes[:1]:
-        if source.op == "get_attr" and source.meta["tensor"] is not None:
-            raise TilingError(
-                f"its forward writes into {source.meta['tensor']} ({target}), which a forward by "
-                "tiles would not"
-            )
+    for source in _written(node):
+        for held in memory.beside(source):
+            if held.op == "get_attr" and held.meta["tensor"] is not None:
+                raise TilingError(
+                    f"its forward writes into {held.meta['tensor']} ({node.target}), which a "
+                    "forward by tiles would not"
+                )
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """Return what an operator writes into; running statistics, of which no schema tells, too."""
+    name = operator_name(node.target).rpartition(".")[2]
+    if name not in ("batch_norm", "instance_norm"):
+        return written_by(node)
+    bound = bind(node.target, node.args, node.kwargs)
+    updates = bound["training"] if name == "batch_norm" else bound["use_input_stats"]
+    running = [bound["running_mean"], bound["running_var"]]
+    return [each for each in running if isinstance(each, fx.Node)] if updates else []
 
 
 def _state(model: nn.Module) -> dict[str, Any]:

@@ -34,7 +34,10 @@ def simplify(graph: fx.Graph) -> None:
 def _without(graph: fx.Graph, node: fx.Node) -> None:
     bound = bind(node.target, node.args, node.kwargs)
     if bound.get("train") is False or bound.get("p") == 0:
-        node.replace_all_uses_with(node.all_input_nodes[0])
+        source = node.all_input_nodes[0]
+        # recorded without memory it made a copy, but it returns its input
+        source.meta.setdefault("aliases", []).append(node.meta["val"])
+        node.replace_all_uses_with(source)
         graph.erase_node(node)
 
 

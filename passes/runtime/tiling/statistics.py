@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pocketize.passes.runtime.tiling.arguments import NotLocal, check_rank
 from pocketize.passes.runtime.tiling.forms import Context, Needs, Pointwise
-from pocketize.passes.runtime.tiling.table import NotLocal
 from pocketize.passes.runtime.tiling.windows import Region
 from pocketize.rules import bind, operator_name
 
@@ -65,7 +65,7 @@ class Moments(Gathered):
 
     def measure(self, part: Tensor) -> tuple[int, Tensor, Tensor]:
         """Return the count, the mean and the sum of squared deviations of each group."""
-        wide = torch.float64 if part.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(part.dtype, torch.float32)
         rows = self._rows(part).to(wide)
         mean = rows.mean(-1)
         return rows.shape[-1], mean, (rows - mean[..., None]).square().sum(-1)
@@ -105,7 +105,7 @@ class Pooled(Gathered):
         rows = part.flatten(2)
         if self.kind == "max":
             return 1, rows.amax(-1)
-        wide = torch.float64 if part.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(part.dtype, torch.float32)
         return rows.shape[-1], rows.sum(-1, dtype=wide)
 
     def join(self, held: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[int, Tensor]:
@@ -189,6 +189,7 @@ def gather_form(node: fx.Node, rank: int) -> Gathered:
     value = source.meta["val"] if source is not None else None
     if source is None or not isinstance(value, Tensor) or value.ndim != rank + 2:
         raise NotLocal(f"{name} does not read a map")
+    check_rank(name, rank)
     channels = value.shape[1]
     if name == "instance_norm" and bound["use_input_stats"]:
         return Moments(node, source, channels)

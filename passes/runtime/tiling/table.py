@@ -8,34 +8,33 @@ from __future__ import annotations
 
 __all__ = ["NotLocal", "local_form"]
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from pocketize.passes.runtime.tiling.arguments import (
+    Bound,
+    NotLocal,
+    check_rank,
+    numbers,
+    shape_of,
+    sizes_of,
+)
 from pocketize.passes.runtime.tiling.forms import (
     Convolution,
     Form,
-    Mixing,
     Pointwise,
     Pooling,
     Transposed,
 )
+from pocketize.passes.runtime.tiling.picking import linear, narrow, nearest, pad, slice_rule
 from pocketize.passes.runtime.tiling.places import Expanded, Piece, Redirected
-from pocketize.passes.runtime.tiling.windows import (
-    Reach,
-    Source,
-    crop_source,
-    linear_source,
-    nearest_source,
-    pad_source,
-)
+from pocketize.passes.runtime.tiling.windows import Reach
 from pocketize.rules import bind, operator_name
 
-_Bound = Mapping[str, Any]
-_Rule = Callable[[fx.Node, _Bound, int], Form]
+_Rule = Callable[[fx.Node, Bound, int], Form]
 
 #: Element-wise, though torch does not tag them so, or nothing at all in evaluation.
 _POINTWISE = {
@@ -65,10 +64,6 @@ _SOFTMAX = {"softmax", "log_softmax", "_softmax", "_log_softmax", "glu", "cumsum
 _OVER_CHANNELS = {"sum", "mean", "amax", "amin", "logsumexp", "prod", "var", "std", "norm"}
 
 
-class NotLocal(Exception):
-    """An operator needs its inputs whole; the text says why."""
-
-
 def local_form(node: fx.Node, rank: int) -> Form:
     """Return the local form of a recorded operator whose result is a map.
 
@@ -86,6 +81,7 @@ def local_form(node: fx.Node, rank: int) -> Form:
     bound = bind(node.target, node.args, node.kwargs)
     rule = _RULES.get(name) if namespace == "aten" else None
     if rule is not None:
+        check_rank(name, rank)
         return rule(node, bound, rank)
     tags = getattr(node.target, "tags", ())
     if torch.Tag.pointwise in tags or name in _POINTWISE:
@@ -96,13 +92,13 @@ def local_form(node: fx.Node, rank: int) -> Form:
 # -- the same place ------------------------------------------------------------------------------
 
 
-def _pointwise(node: fx.Node, bound: _Bound, rank: int) -> Form:
+def _pointwise(node: fx.Node, bound: Bound, rank: int) -> Form:
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         raise NotLocal(f"{operator_name(node.target)} draws random numbers")
     out = tuple(node.meta["val"].shape)
     maps = []
     for source in node.all_input_nodes:
-        shape = _shape(source)
+        shape = shape_of(source)
         if shape is None:
             continue
         sizes = shape[-rank:] if len(shape) >= rank else shape
@@ -134,29 +130,29 @@ def _in_place_undone(kind: type[Pointwise], node: fx.Node, maps: list[fx.Node]) 
     return kind(node, maps)
 
 
-def _dropout(node: fx.Node, bound: _Bound, rank: int) -> Form:
+def _dropout(node: fx.Node, bound: Bound, rank: int) -> Form:
     if bound["train"] and bound["p"]:
         raise NotLocal("it draws random numbers for the whole map")
     return _channelwise(node, [bound["input"]])
 
 
-def _batch_norm(node: fx.Node, bound: _Bound, rank: int) -> Form:
+def _batch_norm(node: fx.Node, bound: Bound, rank: int) -> Form:
     if bound["training"]:
         raise NotLocal("it takes the statistics of the batch")
     return _channelwise(node, [bound["input"]])
 
 
-def _instance_norm(node: fx.Node, bound: _Bound, rank: int) -> Form:
+def _instance_norm(node: fx.Node, bound: Bound, rank: int) -> Form:
     if bound["use_input_stats"]:
         raise NotLocal("it takes the statistics of the whole map")
     return _channelwise(node, [bound["input"]])
 
 
-def _prelu(node: fx.Node, bound: _Bound, rank: int) -> Form:
+def _prelu(node: fx.Node, bound: Bound, rank: int) -> Form:
     return _channelwise(node, [bound["self"]])
 
 
-def _along_channels(node: fx.Node, bound: _Bound, rank: int) -> Form:
+def _along_channels(node: fx.Node, bound: Bound, rank: int) -> Form:
     dim = bound["dim"]
     if dim % (rank + 2) > 1:
         raise NotLocal(f"it runs along the spatial axis {dim}")
@@ -164,7 +160,7 @@ def _along_channels(node: fx.Node, bound: _Bound, rank: int) -> Form:
     return _channelwise(node, [source])
 
 
-def _reduction(node: fx.Node, bound: _Bound, rank: int) -> Form:
+def _reduction(node: fx.Node, bound: Bound, rank: int) -> Form:
     dims = bound.get("dim")
     dims = [dims] if isinstance(dims, int) else list(dims or range(rank + 2))
     if any(dim % (rank + 2) > 1 for dim in dims):
@@ -174,14 +170,14 @@ def _reduction(node: fx.Node, bound: _Bound, rank: int) -> Form:
     return _channelwise(node, [bound["self"]])
 
 
-def _cat(node: fx.Node, bound: _Bound, rank: int) -> Form:
+def _cat(node: fx.Node, bound: Bound, rank: int) -> Form:
     if bound["dim"] % (rank + 2) > 1:
         raise NotLocal("it joins maps along a spatial axis")
     return _channelwise(node, list(dict.fromkeys(bound["tensors"])))
 
 
-def _expand(node: fx.Node, bound: _Bound, rank: int) -> Form:
-    shape = _shape(bound["self"])
+def _expand(node: fx.Node, bound: Bound, rank: int) -> Form:
+    shape = shape_of(bound["self"])
     if shape is None or len(shape) != rank + 2:
         raise NotLocal("it makes a map of something that is none")
     return Expanded(node, [bound["self"]])
@@ -202,7 +198,7 @@ def _part(node: fx.Node, rank: int) -> Form:
 # -- kernels -------------------------------------------------------------------------------------
 
 
-def _convolution(node: fx.Node, bound: _Bound, rank: int) -> Form:
+def _convolution(node: fx.Node, bound: Bound, rank: int) -> Form:
     if bound.get("transposed"):
         return _transposed(node, bound, rank)
     source, weight = bound["input"], bound["weight"]
@@ -219,7 +215,7 @@ def _convolution(node: fx.Node, bound: _Bound, rank: int) -> Form:
     return Convolution(node, source, weight, bound["bias"], reaches, bound["groups"])
 
 
-def _transposed(node: fx.Node, bound: _Bound, rank: int) -> Form:
+def _transposed(node: fx.Node, bound: Bound, rank: int) -> Form:
     source, weight = bound["input"], bound["weight"]
     reaches = _reaches(
         source,
@@ -231,7 +227,7 @@ def _transposed(node: fx.Node, bound: _Bound, rank: int) -> Form:
     return Transposed(node, source, weight, bound["bias"], reaches, bound["groups"])
 
 
-def _max_pool(node: fx.Node, bound: _Bound, rank: int) -> Form:
+def _max_pool(node: fx.Node, bound: Bound, rank: int) -> Form:
     kernel = numbers(bound["kernel_size"], rank)
     stride = numbers(bound["stride"] or kernel, rank)
     padding, dilation = numbers(bound["padding"], rank), numbers(bound["dilation"], rank)
@@ -239,7 +235,7 @@ def _max_pool(node: fx.Node, bound: _Bound, rank: int) -> Form:
     return Pooling(node, bound["self"], reaches, "max")
 
 
-def _avg_pool(node: fx.Node, bound: _Bound, rank: int) -> Form:
+def _avg_pool(node: fx.Node, bound: Bound, rank: int) -> Form:
     kernel = numbers(bound["kernel_size"], rank)
     stride = numbers(bound["stride"] or kernel, rank)
     padding = numbers(bound["padding"], rank)
@@ -256,8 +252,8 @@ def _avg_pool(node: fx.Node, bound: _Bound, rank: int) -> Form:
 
 
 def _adaptive(kind: str) -> _Rule:
-    def rule(node: fx.Node, bound: _Bound, rank: int) -> Form:
-        sizes, lengths = _sizes(bound["self"]), _sizes(node)
+    def rule(node: fx.Node, bound: Bound, rank: int) -> Form:
+        sizes, lengths = sizes_of(bound["self"]), sizes_of(node)
         if any(size % length for size, length in zip(sizes, lengths, strict=True)):
             raise NotLocal(f"its windows differ: {sizes} to {lengths}")
         kernel = tuple(size // length for size, length in zip(sizes, lengths, strict=True))
@@ -276,112 +272,21 @@ def _reaches(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> list[Reach]:
-    rows = zip(_sizes(source), kernel, stride, padding, dilation, strict=True)
+    rows = zip(sizes_of(source), kernel, stride, padding, dilation, strict=True)
     return [Reach(*row) for row in rows]
-
-
-# -- entries picked and mixed --------------------------------------------------------------------
-
-
-def _nearest(exact: bool) -> _Rule:
-    def rule(node: fx.Node, bound: _Bound, rank: int) -> Form:
-        rows = zip(_sizes(_first(bound)), _sizes(node), _factors(bound, rank), strict=True)
-        return Mixing(node, _first(bound), [nearest_source(*row, exact=exact) for row in rows])
-
-    return rule
-
-
-def _linear(node: fx.Node, bound: _Bound, rank: int) -> Form:
-    rows = zip(_sizes(_first(bound)), _sizes(node), _factors(bound, rank), strict=True)
-    corners = bound["align_corners"]
-    sources = [linear_source(*row, align_corners=corners) for row in rows]
-    return Mixing(node, _first(bound), sources)
-
-
-def _factors(bound: _Bound, rank: int) -> list[float | None]:
-    """Return the scale factors that the caller gave, axis by axis."""
-    if "scale_factors" in bound:
-        return list(bound["scale_factors"] or [None] * rank)
-    single = bound.get("scales")
-    names = ("scales_d", "scales_h", "scales_w")[-rank:]
-    return [single] if rank == 1 else [bound.get(name) for name in names]
-
-
-def _pad(node: fx.Node, bound: _Bound, rank: int) -> Form:
-    pads = list(bound.get("pad") or bound["padding"])
-    if len(pads) > 2 * rank and any(pads[2 * rank :]):
-        raise NotLocal("it pads channels")
-    source = _first(bound)
-    name = operator_name(node.target).rpartition(".")[2]
-    mode = bound.get("mode") or "constant"
-    mode = next((m for m in ("reflect", "replicat") if name.startswith(m)), mode)
-    mode = "replicate" if mode == "replicat" else mode
-    pads += [0] * (2 * rank - len(pads))
-    pairs = [(pads[2 * axis], pads[2 * axis + 1]) for axis in range(rank)][::-1]
-    rows = zip(_sizes(source), pairs, strict=True)
-    sources = [pad_source(size, before, after, mode) for size, (before, after) in rows]
-    return Mixing(node, source, sources, constant=bound.get("value") or 0.0)
-
-
-def _slice(node: fx.Node, bound: _Bound, rank: int) -> Form:
-    source, dim = bound["self"], bound["dim"] % (rank + 2)
-    if dim < 2:
-        return _channelwise(node, [source])
-    sizes = _sizes(source)
-    start, stop, step = slice(bound["start"], bound["end"], bound["step"]).indices(sizes[dim - 2])
-    sources = [
-        crop_source(start, stop, step) if axis == dim - 2 else crop_source(0, size)
-        for axis, size in enumerate(sizes)
-    ]
-    return Mixing(node, source, sources)
-
-
-def _narrow(node: fx.Node, bound: _Bound, rank: int) -> Form:
-    source, dim = bound["self"], bound["dim"] % (rank + 2)
-    if dim < 2:
-        return _channelwise(node, [source])
-    sizes, start = _sizes(source), int(bound["start"])
-    sources: list[Source] = [crop_source(0, size) for size in sizes]
-    sources[dim - 2] = crop_source(start, start + int(bound["length"]))
-    return Mixing(node, source, sources)
-
-
-# -- reading arguments ---------------------------------------------------------------------------
-
-
-def numbers(given: Any, rank: int) -> tuple[int, ...]:
-    """Return one number for each spatial axis, where one may stand for all."""
-    many = [int(n) for n in given] if isinstance(given, list | tuple) else [int(given)]
-    return tuple(many * rank if len(many) == 1 else many)
-
-
-def _first(bound: _Bound) -> fx.Node:
-    return next(value for value in bound.values() if isinstance(value, fx.Node))
-
-
-def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    value = node.meta["val"]
-    return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-def _sizes(node: fx.Node) -> tuple[int, ...]:
-    shape = _shape(node)
-    if shape is None or math.prod(shape) == 0:
-        raise NotLocal("it reads something that is no map")
-    return shape[2:]
 
 
 _RULES: dict[str, _Rule] = {
     "batch_norm": _batch_norm,
     "cat": _cat,
-    "constant_pad_nd": _pad,
+    "constant_pad_nd": pad,
     "convolution": _convolution,
     "expand": _expand,
     "instance_norm": _instance_norm,
-    "narrow": _narrow,
-    "pad": _pad,
+    "narrow": narrow,
+    "pad": pad,
     "prelu": _prelu,
-    "slice": _slice,
+    "slice": slice_rule,
     **dict.fromkeys(_DROPOUTS, _dropout),
     **dict.fromkeys(_SOFTMAX, _along_channels),
     **dict.fromkeys(_OVER_CHANNELS, _reduction),
@@ -391,10 +296,10 @@ _RULES: dict[str, _Rule] = {
     **{f"avg_pool{d}d": _avg_pool for d in (1, 2, 3)},
     **{f"adaptive_avg_pool{d}d": _adaptive("mean") for d in (1, 2, 3)},
     **{f"adaptive_max_pool{d}d": _adaptive("max") for d in (1, 2, 3)},
-    **{f"upsample_nearest{d}d": _nearest(False) for d in (1, 2, 3)},
-    **{f"_upsample_nearest_exact{d}d": _nearest(True) for d in (1, 2, 3)},
-    **{f"{mode}_pad{d}d": _pad for d in (1, 2, 3) for mode in ("reflection", "replication")},
-    "upsample_linear1d": _linear,
-    "upsample_bilinear2d": _linear,
-    "upsample_trilinear3d": _linear,
+    **{f"upsample_nearest{d}d": nearest(False) for d in (1, 2, 3)},
+    **{f"_upsample_nearest_exact{d}d": nearest(True) for d in (1, 2, 3)},
+    **{f"{mode}_pad{d}d": pad for d in (1, 2, 3) for mode in ("reflection", "replication")},
+    "upsample_linear1d": linear,
+    "upsample_bilinear2d": linear,
+    "upsample_trilinear3d": linear,
 }

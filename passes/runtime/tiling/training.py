@@ -12,12 +12,13 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _NormBase
 
-from pocketize.passes.runtime.tiling.backward import Differentiation
+from pocketize.passes.runtime.tiling.arguments import draws
+from pocketize.passes.runtime.tiling.backward import Differentiation, differentiable
 from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Keeper
 from pocketize.passes.runtime.tiling.network import TiledGraph, TilingError
 from pocketize.passes.runtime.tiling.program import Program
-from pocketize.rules import bind, operator_name
+from pocketize.rules import operator_name
 
 
 def differentiable_forward(
@@ -59,22 +60,14 @@ def check_repeatable(graph: TiledGraph) -> None:
     """Refuse networks whose tiles would not give the same results when they run again.
 
     Raises:
-        TilingError: an operator draws random numbers, or takes the statistics of the batch.
+        TilingError: an operator draws random numbers.
     """
     for node in graph.nodes:
-        name = operator_name(node.target).rpartition(".")[2]
-        bound = bind(node.target, node.args, node.kwargs)
-        where = f"{operator_name(node.target)} in {node.meta['module'] or 'the model'}"
-        seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if (seeded or "dropout" in name) and bound.get("train", True) and bound.get("p", 1.0):
+        if draws(node):
+            where = f"{operator_name(node.target)} in {node.meta['module'] or 'the model'}"
             raise TilingError(
                 f"{where} draws random numbers, which cannot be drawn again tile by tile; set its "
                 "probability to 0 or put it into evaluation mode"
-            )
-        if name == "batch_norm" and bound["training"] and bound["running_mean"] is not None:
-            raise TilingError(
-                f"{where} takes the statistics of the batch and updates its running ones; put it "
-                "into evaluation mode, or train the volume whole"
             )
 
 
@@ -122,7 +115,7 @@ class _ByTiles(torch.autograd.Function):
             made = run.execution.run()
         program = run.execution.program
         results = tuple(made[node] for node in program.outputs)
-        ctx.mark_non_differentiable(*(t for t in results if not t.is_floating_point()))
+        ctx.mark_non_differentiable(*(t for t in results if not differentiable(t)))
         return results
 
     @staticmethod
@@ -133,7 +126,7 @@ class _ByTiles(torch.autograd.Function):
         of_outputs = {
             node: gradient
             for node, gradient in zip(execution.program.outputs, gradients, strict=True)
-            if gradient is not None and node.meta["val"].is_floating_point()
+            if gradient is not None and differentiable(node.meta["val"])
         }
         back = Differentiation(execution, execution.keeper, of_inputs=run.nodes)
         with torch.autocast(execution.keeper.device.type, enabled=False):

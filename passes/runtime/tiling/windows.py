@@ -16,6 +16,7 @@ __all__ = [
     "Window",
     "crop_source",
     "cut",
+    "is_contested",
     "linear_source",
     "nearest_source",
     "pad_source",
@@ -177,7 +178,9 @@ def pad_source(size: int, before: int, after: int, mode: str) -> Source:
     elif mode == "replicate":
         indices = np.clip(places, 0, size - 1)
     elif mode == "circular":
-        indices = places % size
+        # what a crop at the other end takes away is not wrapped around
+        start, stop = max(0, -before), size - max(0, -after)
+        indices = start + (places - start) % max(1, stop - start)
     elif mode == "reflect":
         period = max(1, 2 * (size - 1))
         indices = size - 1 - np.abs(size - 1 - places % period)
@@ -202,6 +205,31 @@ def nearest_source(size: int, length: int, scale: float | None, *, exact: bool) 
         places = places + np.float32(0.5)
     indices = np.minimum(np.floor(places * ratio).astype(np.int64), size - 1)
     return Source(indices[None])
+
+
+def is_contested(size: int, length: int, scale: float | None, *, exact: bool, wide: bool) -> bool:
+    """Whether torch's kernels differ in what nearest-neighbour interpolation picks.
+
+    Those for images on a CPU copy or double where the lengths say so, whatever the scale factor;
+    some compute places of float64 in float64.
+
+    Args:
+        size: length of the input.
+        length: length of the result.
+        scale: the factor that the caller gave.
+        exact: "nearest-exact".
+        wide: the entries are float64.
+    """
+    picked = nearest_source(size, length, scale, exact=exact).indices[0]
+    places = np.arange(length)
+    told = not exact and scale is not None and length in (size, 2 * size)
+    if told and (picked != places // (length // size)).any():
+        return True
+    if not wide:
+        return False
+    ratio = 1.0 / scale if scale else size / length
+    real = ((places + (0.5 if exact else 0.0)) * ratio).astype(np.float32)
+    return bool((picked != np.minimum(np.floor(real), size - 1)).any())
 
 
 def linear_source(size: int, length: int, scale: float | None, *, align_corners: bool) -> Source:

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
+from pocketize.passes.runtime.tiling.arguments import NotLocal
 from pocketize.passes.runtime.tiling.forms import Form
-from pocketize.passes.runtime.tiling.table import NotLocal, local_form
-from pocketize.passes.runtime.tiling.windows import Region
+from pocketize.passes.runtime.tiling.table import local_form
+from pocketize.passes.runtime.tiling.windows import Region, is_contested
 from tests.foreign import foreign_nets
 from tests.passes.tiling.whole import Whole, crop, is_map, run_whole
 
@@ -211,6 +212,10 @@ def test_interpolations_to_any_size(
 ) -> None:
     aligned = {"align_corners": corners} if mode == "linear" else {}
     layer = Call(lambda x: F.interpolate(x, length, mode=mode, **aligned))
+    if mode != "linear" and is_contested(size, length, None, exact="exact" in mode, wide=True):
+        with pytest.raises(NotLocal, match="from one kernel to the next"):
+            _single(layer, torch.randn(1, 2, size))
+        return
     form, whole = _single(layer, torch.randn(1, 2, size))
     _check(form, whole, count=15, seed=seed)
 
@@ -228,6 +233,13 @@ NOT_LOCAL: list[tuple[nn.Module, str]] = [
     (Call(lambda x: x.transpose(2, 3)), "aten.transpose is not known to be local"),
     (Call(lambda x: x + torch.ones(13, 10, dtype=x.dtype)), "a tensor of shape"),
     (Call(lambda x: F.pad(x, (0, 0, 0, 0, 1, 1))), "it pads channels"),
+    (
+        Call(lambda x: F.pad(x, (5, -6, 0, 0), mode="circular")),
+        "around the 4 entries that it leaves",
+    ),
+    (nn.Upsample(scale_factor=(1.05, 1.0)), "torch picks other entries of 13 for 13"),
+    (nn.Upsample(scale_factor=(1.0, 2.05)), "torch picks other entries of 10 for 20"),
+    (nn.Upsample(scale_factor=(1.05, 1.0), mode="bilinear"), "scale of 1.05 keeps the size of 13"),
 ]
 
 

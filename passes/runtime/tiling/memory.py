@@ -1,0 +1,91 @@
+"""Which recorded tensors lie in the same memory, and what reads it after it was written."""
+
+from __future__ import annotations
+
+__all__ = ["Memory", "written_by"]
+
+import torch
+from torch import Tensor, fx
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """Return the tensors that an operator writes into, results of others."""
+    target = node.target
+    if not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):
+        return []
+    found: list[fx.Node] = []
+    for index, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = node.kwargs.get(argument.name)
+        if index < len(node.args):
+            given = node.args[index]
+        several = given if isinstance(given, list | tuple) else [given]
+        found += [each for each in several if isinstance(each, fx.Node)]
+    return found
+
+
+class Memory:
+    """The tensors of a recording, by the memory that they lie in.
+
+    Args:
+        graph: the recording, all tensors of which are alive.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._nodes: dict[int, list[fx.Node]] = {}
+        self._same: dict[int, int] = {}
+        for node in graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor):
+                for alias in node.meta.get("aliases", ()):
+                    self._same[_storage(alias)] = self._place(value)
+                self._nodes.setdefault(self._place(value), []).append(node)
+
+    def beside(self, node: fx.Node) -> list[fx.Node]:
+        """Return the tensors that have memory in common with one, itself among them."""
+        value: Tensor = node.meta["val"]
+        others = self._nodes[self._place(value)]
+        return [other for other in others if not _apart(value, other.meta["val"])]
+
+    def _place(self, tensor: Tensor) -> int:
+        storage = _storage(tensor)
+        return self._same.get(storage, storage)
+
+    def read_after(self, node: fx.Node, written: fx.Node) -> fx.Node | None:
+        """Return a tensor in written memory that is read later as it was made; None for none.
+
+        The written tensor itself is known by its new name afterwards, that of the result.
+
+        Args:
+            node: the operator that writes.
+            written: what it writes into.
+        """
+        for other in self.beside(written):
+            if other < node and any(user > node for user in other.users):
+                return other
+        return None
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _apart(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are boxes in a dense one that have no entry in common."""
+    if x.dtype != y.dtype or x.stride() != y.stride() or _storage(x) != _storage(y):
+        return False
+    axes = sorted(range(x.ndim), key=x.stride, reverse=True)
+    starts, rests, limit = [], [x.storage_offset(), y.storage_offset()], None
+    for axis in axes:
+        step = x.stride(axis)
+        if step == 0:
+            return False
+        begin = [rest // step for rest in rests]
+        ends = [begin[0] + x.shape[axis], begin[1] + y.shape[axis]]
+        if limit is not None and max(ends) * step > limit:
+            return False  # a row runs over into the next
+        rests = [rest % step for rest in rests]
+        starts.append((begin, ends))
+        limit = step
+    return any(e[0] <= b[1] or e[1] <= b[0] for b, e in starts)
