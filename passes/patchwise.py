@@ -25,6 +25,7 @@ from pocketize.passes.runtime.forwards import first_parameter, obstacle, wrappin
 from pocketize.passes.runtime.tiling.cutting import PatchForward, Tiling
 from pocketize.passes.runtime.tiling.network import TilingError
 from pocketize.passes.runtime.tiling.patched import ExactForward
+from pocketize.passes.runtime.tiling.peers import group_name
 from pocketize.passes.runtime.tiling.preparing import Prepared, prepare
 from pocketize.passes.runtime.tiling.probing import probe
 from pocketize.passes.runtime.tiling.slabs import SlabForward, slab_backward
@@ -45,6 +46,7 @@ _ONLY = {
     "keep": ("exact",),
     "max_peak": ("exact",),
     "train": ("exact",),
+    "keep_dtype": ("exact",),
 }
 
 
@@ -78,6 +80,14 @@ class Patchwise(Pass):
         train: exact mode also goes back by tiles: the forward keeps no graph, and the backward pass
             runs each tile again. The gradients are the whole volume's. Norms that update running
             statistics have to be in evaluation mode, and nothing may draw random numbers.
+        keep_dtype: "bfloat16" or "float16": in exact mode, what waits between sweeps is rounded to
+            that, and the answer is the whole volume's no more.
+        resume: inference that was interrupted goes on where it was when it is called again with the
+            same weights and volume. What is computed waits in ``folder`` until the end.
+        group: of torch.distributed, "world" or the ``group_name`` of a process group (or the group
+            itself): its processes share the tiles in inference, each holds its share of what waits,
+            and all return the result. Each calls the network with the whole volume, such as a
+            memory map.
     """
 
     name: ClassVar[str] = "patchwise"
@@ -104,6 +114,14 @@ class Patchwise(Pass):
     max_peak: str | None = None
     progress: bool = True
     train: bool = False
+    keep_dtype: Literal["bfloat16", "float16"] | None = None
+    resume: bool = False
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        """Take a process group by its name, so that the pass can be written down."""
+        object.__setattr__(self, "group", group_name(self.group))
+        super().__post_init__()
 
     def validate(self) -> None:
         """Refuse sizes and overlaps that are none, and options of another mode."""
@@ -125,6 +143,31 @@ class Patchwise(Pass):
             _bytes(self.max_peak)
         if self.folder is not None and "disk" not in (self.keep, self.output):
             raise OptionError("patchwise: option 'folder' is for keep='disk' or output='disk'")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.train and (self.keep_dtype or self.group is not None):
+            name = "keep_dtype" if self.keep_dtype else "group"
+            other = (
+                "; train whole volumes in several processes with DistributedDataParallel"
+                if name == "group"
+                else ""
+            )
+            raise OptionError(f"patchwise: option {name!r} is for inference, not for train{other}")
+        if not self.resume:
+            return
+        if self.group is not None:
+            raise OptionError(
+                "patchwise: option 'resume' is for one process; leave out group, or resume"
+            )
+        places = {"output": self.output} | ({"keep": self.keep} if self.mode == "exact" else {})
+        wrong = [f"{name}='disk'" for name, place in places.items() if place != "disk"]
+        wrong += ["folder='...'"] if self.folder is None else []
+        if wrong:
+            raise OptionError(
+                "patchwise: option 'resume' finds what was computed in files; say also "
+                + ", ".join(wrong)
+            )
 
     def _check_numbers(self) -> None:
         sizes = _several(self.size) if self.size is not None else (1,)
@@ -150,7 +193,7 @@ class Patchwise(Pass):
     @property
     def guarantee(self) -> Guarantee:
         """Exact mode keeps the function; the others show the network a part at a time."""
-        exact = self.mode == "exact" and self.reduce is None
+        exact = self.mode == "exact" and self.reduce is None and self.keep_dtype is None
         return Guarantee.EXACT if exact else Guarantee.APPROXIMATE
 
     def propose(self, target: Target) -> Proposal:
@@ -174,7 +217,10 @@ class Patchwise(Pass):
     def _look(self, target: Target, tiling: Tiling) -> tuple[str, tuple[str, ...]]:
         model, inputs = target.model, target.inputs
         prepared = prepare(model, inputs, tiling)
-        what = f"runs by tiles of {_times(prepared.program.tile)}, to the same answer"
+        answer = (
+            f"with what waits in {self.keep_dtype}" if self.keep_dtype else "to the same answer"
+        )
+        what = f"runs by tiles of {_times(prepared.program.tile)}, {answer}"
         return what, (*told(prepared, inputs, tiling), *self._probed(target, tiling, prepared))
 
     def _look_at_parts(
@@ -214,8 +260,14 @@ class Patchwise(Pass):
                 f"on {where} the outputs differ from the whole volume's by {found.difference:.2g} "
                 f"of their largest value, more than rounding explains ({found.tolerance:.2g})"
             )
+        same = f"{where} gave the whole volume's outputs to {found.difference:.2g} of the largest"
+        if self.keep_dtype is None:
+            return (same,)
+        rounded = probe(target.model, target.inputs, tiling, rounded=True)
+        assert rounded is not None  # the same volume has just run
         return (
-            f"{where} gave the whole volume's outputs to {found.difference:.2g} of the largest",
+            same,
+            f"with what waits in {self.keep_dtype}, to {rounded.difference:.2g} of it",
         )
 
     def _as_options(self) -> dict[str, Any]:
@@ -233,6 +285,9 @@ class Patchwise(Pass):
             "max_peak": 0 if self.max_peak is None else _bytes(self.max_peak),
             "progress": self.progress,
             "train": self.train,
+            "keep_dtype": self.keep_dtype,
+            "resume": self.resume,
+            "group": self.group,
         }
 
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["PatchForward", "Tiling", "is_exported", "is_recorded", "plain", "spatial_axis"]
+__all__ = [
+    "PatchForward",
+    "Tiling",
+    "is_exported",
+    "is_recorded",
+    "plain",
+    "spatial_axis",
+    "surroundings",
+]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +44,9 @@ class Tiling:
         weights: of the voxels of a window, "constant" or "gaussian".
         batch: tiles that run through the network at once.
         train: exact mode goes back by tiles, too.
+        keep_dtype: name of the dtype in which floating maps wait; None for their own.
+        resume: what was computed stays in ``folder`` until the forward ends.
+        group: the process group that shares the tiles: "world", or its name; None for none.
     """
 
     mode: str = "exact"
@@ -51,6 +62,15 @@ class Tiling:
     weights: str = "constant"
     batch: int = 1
     train: bool = False
+    keep_dtype: str | None = None
+    resume: bool = False
+    group: str | None = None
+
+    @property
+    def held(self) -> torch.dtype | None:
+        """The dtype in which floating maps wait; None for their own."""
+        made: torch.dtype | None = getattr(torch, self.keep_dtype) if self.keep_dtype else None
+        return made
 
     def tile(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Return the size of a tile along each axis of a volume.
@@ -123,6 +143,16 @@ def is_exported() -> bool:
     exporting = getattr(torch.compiler, "is_exporting", bool)  # from torch 2.7 on
     tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
     return bool(torch.compiler.is_compiling() or tracing() or exporting())
+
+
+def surroundings() -> Any:
+    """Return what decides dtypes besides inputs and weights: autocast, and the default."""
+    states = [
+        (kind, torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda", "mps", "xpu")
+        if torch.is_autocast_enabled(kind)
+    ]
+    return tuple(states), torch.get_default_dtype()
 
 
 def plain(inputs: Inputs) -> Inputs:

@@ -160,23 +160,28 @@ class Execution:
             for node, region in sources.items():
                 if region is not None:
                     gathered = self.graph.gathered[node]
-                    self._gather(node, gathered.measure(self.part(gathered.source, region)))
+                    more = gathered.measure(self.part(gathered.source, region))
+                    self._gather(node, tile, more)
             self._local.clear()
             self._tell()
         for node, room in rooms.items():
             (self.finished if self._is_finished(node) else self.stored)[node] = room
         for node in step.gathers:
             made = self.norms if node in self.graph.forms else self.stored
-            made[node] = self.graph.gathered[node].finish(self._measures.pop(node))
+            made[node] = self.graph.gathered[node].finish(self._gathered(node))
 
     def _tiles(self, step: Sweep) -> Sequence[tuple[int, ...]]:
         """Return the tiles of a sweep that are computed, in order."""
         return list(itertools.product(*(range(count) for count in step.counts)))
 
-    def _gather(self, node: fx.Node, more: tuple[Any, ...]) -> None:
+    def _gather(self, node: fx.Node, tile: tuple[int, ...], more: tuple[Any, ...]) -> None:
         """Join what a tile says of a whole map to what others said."""
         held = self._measures.get(node)
         self._measures[node] = more if held is None else self.graph.gathered[node].join(held, more)
+
+    def _gathered(self, node: fx.Node) -> tuple[Any, ...]:
+        """Return what all tiles of a sweep say of a whole map."""
+        return self._measures.pop(node)
 
     def _compute(
         self,

@@ -18,9 +18,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pocketize.memory.tracker import is_composite, run_parts, storages_of
+from pocketize.passes.runtime.tiling.cutting import Tiling
 from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Keeper, Kept
 from pocketize.passes.runtime.tiling.network import TiledGraph
+from pocketize.passes.runtime.tiling.placing import reduction
 from pocketize.passes.runtime.tiling.program import (
     Direct,
     Program,
@@ -131,8 +133,13 @@ def _regions(graph: TiledGraph, step: Sweep, tile: tuple[int, ...]) -> dict[fx.N
     return {node: region for node, region in needed.items() if node in inside}
 
 
-def kept_bytes(program: Program) -> int:
-    """Return the most bytes that wait between sweeps at once, outputs left out."""
+def kept_bytes(program: Program, dtype: torch.dtype | None = None) -> int:
+    """Return the most bytes that wait between sweeps at once, outputs left out.
+
+    Args:
+        program: to be carried out.
+        dtype: in which floating maps wait; None for their own.
+    """
     held: dict[fx.Node, int] = {}
     most = 0
     for step in program.steps:
@@ -142,11 +149,18 @@ def kept_bytes(program: Program) -> int:
             made = step.targets
         for node in made:
             if node not in program.outputs:
-                held[node] = program.graph.nbytes(node)
+                held[node] = _waiting(program.graph, node, dtype)
         most = max(most, sum(held.values()))
         for node in step.frees:
             held.pop(node, None)
     return most
+
+
+def _waiting(graph: TiledGraph, node: fx.Node, dtype: torch.dtype | None) -> int:
+    value = node.meta["val"]
+    if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
+        return graph.nbytes(node)
+    return int(value.numel()) * dtype.itemsize
 
 
 class PeakCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -203,8 +217,14 @@ class PeakCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _Elsewhere(Keeper):
     """Makes room on fake tensors, which do not count where they would not be on the device."""
 
-    def __init__(self, place: str, device: torch.device, counter: PeakCounter) -> None:
-        super().__init__("device", device)
+    def __init__(
+        self,
+        place: str,
+        device: torch.device,
+        counter: PeakCounter,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__("device", device, dtype=dtype)
         # what is in host memory counts for a model that is there itself
         self.counts = place == "device" or (place == "host" and device.type == "cpu")
         self.counter = counter
@@ -220,9 +240,7 @@ class _Elsewhere(Keeper):
         return kept
 
 
-def foretold_peak(
-    recording: Recording, program: Program, *, keep: str, output: str, finish: Any = None
-) -> int:
+def foretold_peak(recording: Recording, program: Program, tiling: Tiling) -> int:
     """Return the peak of the live tensors of a forward by tiles, in bytes, without running it.
 
     Weights and inputs on the device are in it; what convolutions allocate inside is not.
@@ -230,9 +248,7 @@ def foretold_peak(
     Args:
         recording: of the forward.
         program: to be carried out.
-        keep: place of what waits between sweeps.
-        output: place of the outputs.
-        finish: what is stored of outputs.
+        tiling: where what waits between sweeps is kept, and outputs; what is stored of them.
     """
     inputs = recording.captured.inputs
     mode, device = _mode_of(recording), _device_of(recording)
@@ -243,9 +259,9 @@ def foretold_peak(
             program,
             recording.tensors,
             recording.placeholders(inputs),
-            _Elsewhere(keep, device, counter),
-            outputs=_Elsewhere(output, device, counter),
-            finish=finish,
+            _Elsewhere(tiling.keep, device, counter, tiling.held),
+            outputs=_Elsewhere(tiling.output, device, counter),
+            finish=reduction(tiling.reduce),
         )
         with counter:
             execution.run()

@@ -42,16 +42,16 @@ class Kept:
 
     def write(self, region: Region, part: Tensor) -> None:
         """Write a region."""
-        self._view(region).copy_(part, non_blocking=False)
+        self.view(region).copy_(part, non_blocking=False)
 
     def add(self, region: Region | None, part: Tensor) -> None:
         """Add to a region, or to all of it."""
-        view = self.tensor if region is None else self._view(region)
+        view = self.tensor if region is None else self.view(region)
         view += part.to(view.device, view.dtype)
 
     def read(self, region: Region) -> Tensor:
         """Return a region on the device; a view where it lies there already."""
-        part = self._view(region)
+        part = self.view(region)
         return part.to(self.device, self.dtype)
 
     def close(self) -> None:
@@ -61,7 +61,8 @@ class Kept:
             with contextlib.suppress(PermissionError):  # somebody holds the result, and the file
                 self.file.unlink(missing_ok=True)
 
-    def _view(self, region: Region) -> Tensor:
+    def view(self, region: Region) -> Tensor:
+        """Return a region where it lies, to be read or written."""
         if self.origin is not None:
             region = tuple(
                 (low - start, high - start)
@@ -90,6 +91,10 @@ class Keeper:
     ) -> None:
         self.place, self.device, self.folder, self.dtype = place, device, folder, dtype
 
+    def held(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype in which maps of another are kept."""
+        return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+
     def room(
         self, shape: Sequence[int], dtype: torch.dtype, *, small: bool = False, name: str = ""
     ) -> Kept:
@@ -101,7 +106,7 @@ class Keeper:
             small: whether it is to be on the device in any case.
             name: of the map, for keepers that find it again.
         """
-        held = self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+        held = self.held(dtype)
         if small or self.place == "device":
             held = dtype if small else held
             tensor = torch.empty(tuple(shape), dtype=held, device=self.device)

@@ -20,13 +20,19 @@ from pocketize.passes.runtime.tiling.cutting import (
     is_exported,
     is_recorded,
     plain,
+    surroundings,
 )
 from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Keeper
 from pocketize.passes.runtime.tiling.network import TilingError
+from pocketize.passes.runtime.tiling.peers import Peers
 from pocketize.passes.runtime.tiling.placing import ProgressBar, reduction
 from pocketize.passes.runtime.tiling.preparing import Prepared, prepare
 from pocketize.passes.runtime.tiling.recording import fingerprint, tensors_by_name
+from pocketize.passes.runtime.tiling.resumed import ResumableExecution
+from pocketize.passes.runtime.tiling.resuming import Journal, journal_for
+from pocketize.passes.runtime.tiling.sharing import SharedExecution
+from pocketize.passes.runtime.tiling.stretches import peers_for
 from pocketize.passes.runtime.tiling.training import check_statistics, differentiable_forward
 
 logger = logging.getLogger(__name__)
@@ -102,7 +108,7 @@ class ExactForward(PatchForward):
             TilingError: the model cannot be computed by tiles.
             InputError: the tiles do not fit.
         """
-        key = (_shapes(inputs), _surroundings(), fingerprint(self.module), training)
+        key = (_shapes(inputs), surroundings(), fingerprint(self.module), training)
         found = self._prepared.pop(key, None)
         if found is None:
             if training:
@@ -114,41 +120,71 @@ class ExactForward(PatchForward):
         return found
 
     def _train(self, inputs: Inputs) -> Any:
-        prepared, tiling = self.prepare(inputs, training=True), self.tiling
+        prepared = self.prepare(inputs, training=True)
         recording = prepared.recording
-        device = self.device(inputs)
+        keep, outputs = self._keepers(self.device(inputs))
         made = differentiable_forward(
             prepared.program,
             tensors_by_name(self.module),
             recording.placeholders(inputs),
-            Keeper(tiling.keep, device, folder=tiling.folder),
-            outputs=Keeper(tiling.output, device, folder=tiling.folder),
+            keep,
+            outputs=outputs,
         )
         return recording.outputs(made)
 
     def _run(self, prepared: Prepared, inputs: Inputs) -> Any:
-        recording, tiling = prepared.recording, self.tiling
-        device = self.device(inputs)
-        finish = reduction(tiling.reduce)
-        bar = ProgressBar(tiling.progress)
-        execution = Execution(
-            prepared.program,
-            tensors_by_name(self.module),
-            recording.placeholders(inputs),
-            Keeper(tiling.keep, device, folder=tiling.folder),
-            outputs=Keeper(tiling.output, device, folder=tiling.folder),
-            finish=finish,
-            progress=bar,
-        )
-        try:
-            # the recording has autocast's casts in it
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                made = execution.run()
-                if finish is not None:
-                    made = {node: _finished(node, tensor, finish) for node, tensor in made.items()}
-        finally:
-            bar.close()
+        recording, device = prepared.recording, self.device(inputs)
+        finish = reduction(self.tiling.reduce)
+        bar = ProgressBar(self.tiling.progress)
+        # the recording has autocast's casts in it
+        with torch.no_grad():
+            peers = peers_for(self, inputs)
+            told = prepared.program.tile, recording.captured.graph
+            with journal_for(self, inputs, *told) as journal:
+                execution = self._execution(
+                    prepared,
+                    inputs,
+                    peers,
+                    journal,
+                    finish=finish,
+                    progress=bar,
+                )
+                try:
+                    with torch.autocast(device.type, enabled=False):
+                        made = execution.run()
+                finally:
+                    bar.close()
+            if finish is not None:
+                made = {node: _finished(node, tensor, finish) for node, tensor in made.items()}
         return recording.outputs(made)
+
+    def _execution(
+        self,
+        prepared: Prepared,
+        inputs: Inputs,
+        peers: Peers | None,
+        journal: Journal | None,
+        **more: Any,
+    ) -> Execution:
+        tensors = tensors_by_name(self.module)
+        placeholders = prepared.recording.placeholders(inputs)
+        program, device = prepared.program, self.device(inputs)
+        if journal is not None:
+            return ResumableExecution(
+                program, tensors, placeholders, journal, device, dtype=self.tiling.held, **more
+            )
+        keep, more["outputs"] = self._keepers(device)
+        if peers is not None:
+            return SharedExecution(program, tensors, placeholders, keep, peers=peers, **more)
+        return Execution(program, tensors, placeholders, keep, **more)
+
+    def _keepers(self, device: torch.device) -> tuple[Keeper, Keeper]:
+        """Return what makes room for what waits between sweeps, and for outputs."""
+        tiling = self.tiling
+        return (
+            Keeper(tiling.keep, device, folder=tiling.folder, dtype=tiling.held),
+            Keeper(tiling.output, device, folder=tiling.folder),
+        )
 
 
 def _detached(inputs: Inputs) -> Inputs:
@@ -176,12 +212,3 @@ def _shapes(inputs: Inputs) -> Any:
         else:
             described.append((type(leaf), repr(leaf)))
     return str(spec), tuple(described)
-
-
-def _surroundings() -> Any:
-    states = [
-        (kind, torch.get_autocast_dtype(kind))
-        for kind in ("cpu", "cuda", "mps", "xpu")
-        if torch.is_autocast_enabled(kind)
-    ]
-    return tuple(states), torch.get_default_dtype()

@@ -15,7 +15,6 @@ from pocketize.passes.runtime.tiling.arguments import draws
 from pocketize.passes.runtime.tiling.cutting import Tiling
 from pocketize.passes.runtime.tiling.figures import foretold_peak
 from pocketize.passes.runtime.tiling.network import TiledGraph, TilingError
-from pocketize.passes.runtime.tiling.placing import reduction
 from pocketize.passes.runtime.tiling.program import Program, Sweep, build_program
 from pocketize.passes.runtime.tiling.recording import Recording, record_forward
 from pocketize.units import bytes_text
@@ -126,13 +125,7 @@ def _foretold(
     recording: Recording, graph: TiledGraph, tiling: Tiling, tile: Sequence[int]
 ) -> Prepared:
     program = build_program(graph, tile)
-    peak = foretold_peak(
-        recording,
-        program,
-        keep=tiling.keep,
-        output=tiling.output,
-        finish=reduction(tiling.reduce),
-    )
+    peak = foretold_peak(recording, program, tiling)
     return Prepared(recording, program, peak)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Probe", "probe"]
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +47,16 @@ class Probe:
         return self.difference <= self.tolerance
 
 
-def probe(model: nn.Module, inputs: Inputs, tiling: Tiling) -> Probe | None:
+def probe(
+    model: nn.Module, inputs: Inputs, tiling: Tiling, *, rounded: bool = False
+) -> Probe | None:
     """Run a copy of a model on random values, whole and by tiles.
 
     Args:
         model: with values; unchanged.
         inputs: example inputs, whose sizes are taken, or cut down where they are large.
         tiling: how the volume is to be cut; at least two tiles are tried.
+        rounded: what waits between sweeps is rounded as the tiling says, instead of kept as it is.
 
     Returns:
         What was found; None where no small volume runs through the model.
@@ -68,8 +71,9 @@ def probe(model: nn.Module, inputs: Inputs, tiling: Tiling) -> Probe | None:
     copy = clone(model).eval()
     sizes = _volume(small)
     tile = _tile(tiling, sizes)
-    forward = ExactForward(copy, replace(tiling, size=tile, max_peak=0, reduce=None, keep="device"))
-    forward.tiling = replace(forward.tiling, output="device", progress=False)
+    kept = tiling.keep_dtype if rounded else None
+    alone = Tiling(size=tile, axis=tiling.axis, progress=False, keep_dtype=kept)
+    forward = ExactForward(copy, alone)
     with torch.no_grad():
         try:
             whole = find_tensors(small.call(copy))

@@ -20,8 +20,10 @@ from pocketize.inputs import Inputs, as_inputs
 from pocketize.passes.runtime.forwards import wrapping
 from pocketize.passes.runtime.nests import map_tensors
 from pocketize.passes.runtime.tiling.cutting import PatchForward, is_recorded, plain, spatial_axis
-from pocketize.passes.runtime.tiling.keeping import Keeper
+from pocketize.passes.runtime.tiling.peers import Peers
 from pocketize.passes.runtime.tiling.placing import ProgressBar, reduction
+from pocketize.passes.runtime.tiling.resuming import Journal, journal_for
+from pocketize.passes.runtime.tiling.stretches import Stretch, output_keeper, peers_for
 from pocketize.passes.runtime.tiling.volumes import Parts, Volume, maps_of, nest_of
 
 
@@ -33,31 +35,54 @@ class SlabForward(PatchForward):
         if is_recorded():
             return self.original(*args, **kwargs)
         inputs = plain(Inputs(args, kwargs))
-        device = self.device(inputs)
-        volume = Volume(inputs, device)
+        peers = peers_for(self, inputs)
+        with journal_for(self, inputs) as journal:
+            return self._run(inputs, peers, journal)
+
+    def _run(self, inputs: Inputs, peers: Peers | None, journal: Journal | None) -> Any:
+        volume = Volume(inputs, self.device(inputs))
         axis, sizes, starts = self.slabs(volume)
-        keeper = Keeper(self.tiling.output, device, folder=self.tiling.folder)
+        keeper = output_keeper(self, volume.device, journal)
         finish = reduction(self.tiling.reduce) if self.reduces() else None
+        batch = self.tiling.batch
+        groups = [starts[first : first + batch] for first in range(0, len(starts), batch)]
+        stretch = Stretch(len(groups), peers, journal)
         parts: list[Parts] = []
         bar = ProgressBar(self.tiling.progress)
         output: Any = None
         tensors: list[Tensor] = []
         try:
-            for first in range(0, len(starts), self.tiling.batch):
-                some = starts[first : first + self.tiling.batch]
+            for number in stretch:
+                some = groups[number]
                 del output, tensors  # the next slabs need their room
                 output = self.run(volume, some, sizes)
                 tensors = maps_of(output, volume.batch * len(some), volume.rank)
                 for index, tensor in enumerate(tensors):
                     if len(parts) == index:
                         length = _length(tensor, axis, volume, sizes)
-                        parts.append(Parts(axis - volume.rank, length, keeper, finish))
+                        each = batch * tensor.shape[axis - volume.rank]
+                        parts.append(
+                            Parts(
+                                axis - volume.rank,
+                                length,
+                                keeper,
+                                finish,
+                                name=f"output{index}",
+                                done=stretch.first * each,
+                            )
+                        )
                     for part in torch.split(tensor, volume.batch):
                         parts[index].add(part)
-                bar(first + len(some), len(starts))
+                stretch.note(number)
+                bar(number + 1 - stretch.first, stretch.stop - stretch.first)
         finally:
             bar.close()
-        return nest_of(output, tensors, [each.result() for each in parts])
+        for tensor, whole in zip(tensors, parts, strict=True):
+            if peers is not None:
+                each = batch * tensor.shape[axis - volume.rank]
+                ends = [stretch.bounds(rank) for rank in range(peers.size)]
+                whole.publish(peers, [(low * each, high * each) for low, high in ends])
+        return nest_of(output, tensors, [whole.result() for whole in parts])
 
     def slabs(self, volume: Volume) -> tuple[int, tuple[int, ...], list[tuple[int, ...]]]:
         """Return the axis that is cut, the sizes of a slab and where each begins.

@@ -23,7 +23,10 @@ from pocketize.errors import InputError
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.tiling.cutting import PatchForward, is_recorded, plain
 from pocketize.passes.runtime.tiling.keeping import Keeper
+from pocketize.passes.runtime.tiling.peers import Peers
 from pocketize.passes.runtime.tiling.placing import ProgressBar, reduction
+from pocketize.passes.runtime.tiling.resuming import Journal, journal_for
+from pocketize.passes.runtime.tiling.stretches import Stretch, output_keeper, peers_for
 from pocketize.passes.runtime.tiling.volumes import Parts, Volume, maps_of, nest_of
 
 #: Standard deviation of the Gaussian, as a part of the window.
@@ -43,18 +46,27 @@ class WindowForward(PatchForward):
         if is_recorded():
             return self.original(*args, **kwargs)
         inputs = plain(Inputs(args, kwargs))
+        peers = peers_for(self, inputs)
+        with journal_for(self, inputs) as journal:
+            return self._average(inputs, peers, journal)
+
+    def _average(self, inputs: Inputs, peers: Peers | None, journal: Journal | None) -> Any:
         volume = Volume(inputs, self.device(inputs))
         plan = self.layout(volume)
-        keeper = Keeper(self.tiling.output, volume.device, folder=self.tiling.folder)
+        keeper = output_keeper(self, volume.device, journal)
         finish = reduction(self.tiling.reduce) if self.reduces() else None
         weights = _importance(plan.window, self.tiling.weights)
+        stretch = Stretch(len(plan.rows), peers, journal)
+        numbers = range(plan.reaching(stretch.first), stretch.stop)
+        total = sum(len(plan.rows[number]) for number in numbers)
         rows: list[_Rows] = []
         bar = ProgressBar(self.tiling.progress)
         output: Any = None
         tensors: list[Tensor] = []
         done = 0
         try:
-            for number, row in enumerate(plan.rows):
+            for number in numbers:
+                row = plan.rows[number]
                 for first in range(0, len(row), self.tiling.batch):
                     some = row[first : first + self.tiling.batch]
                     del output, tensors
@@ -64,17 +76,32 @@ class WindowForward(PatchForward):
                     for index, tensor in enumerate(tensors):
                         weighed = _fitted(weighed, weights, tensor.shape[-volume.rank :])
                         if len(rows) == index:
-                            rows.append(_Rows(plan, tensor, keeper, finish))
+                            rows.append(
+                                _Rows(
+                                    plan,
+                                    tensor,
+                                    keeper,
+                                    finish,
+                                    name=f"output{index}",
+                                    at=number,
+                                    first=stretch.first,
+                                )
+                            )
                         for start, part in zip(
                             some, torch.split(tensor, volume.batch), strict=True
                         ):
                             rows[index].add(start, part, weighed)
                     done += len(some)
-                    bar(done, plan.count)
+                    bar(done, total)
                 for each in rows:
                     each.end_row(number)
+                stretch.note(number)
         finally:
             bar.close()
+        for each in rows if peers is not None else ():
+            assert peers is not None
+            ends = [stretch.bounds(rank) for rank in range(peers.size)]
+            each.parts.publish(peers, [(each.begin(low), each.begin(high)) for low, high in ends])
         return nest_of(output, tensors, [each.parts.result() for each in rows])
 
     def _run(self, volume: Volume, plan: Layout, starts: Sequence[tuple[int, ...]]) -> Any:
@@ -132,6 +159,12 @@ class Layout:
         self.rows = [[s for s in starts if s[self.axis] == begin] for begin in begins]
         self.count = len(starts)
 
+    def reaching(self, number: int) -> int:
+        """Return the first row whose windows reach into another."""
+        begins = [row[0][self.axis] for row in self.rows]
+        size = self.window[self.axis]
+        return next(row for row, begin in enumerate(begins) if begin + size > begins[number])
+
 
 class _Rows:
     """One output of the network, averaged row by row.
@@ -141,9 +174,22 @@ class _Rows:
         sample: what the network returned for a window.
         keeper: makes room for what is finished.
         finish: what is stored of it.
+        name: of the output.
+        at: the row that comes first.
+        first: the first row of which something is put away; what is before, is there already.
     """
 
-    def __init__(self, plan: Layout, sample: Tensor, keeper: Keeper, finish: Any) -> None:
+    def __init__(
+        self,
+        plan: Layout,
+        sample: Tensor,
+        keeper: Keeper,
+        finish: Any,
+        *,
+        name: str,
+        at: int,
+        first: int,
+    ) -> None:
         if not sample.is_floating_point():
             raise InputError(
                 f"patchwise: windows that overlap are averaged, and an output of {sample.dtype} "
@@ -156,9 +202,12 @@ class _Rows:
         self.whole = tuple(size * out // window for size, out, window in sizes)
         self.lead = list(sample.shape[: -plan.rank])
         self.crops = [self._crop(axis) for axis in range(plan.rank)]
+        self.begins = [self._place(row[0][plan.axis], plan.axis) for row in plan.rows[at:]]
         low, high = self.crops[plan.axis]
-        self.parts = Parts(plan.axis - plan.rank, high - low, keeper, finish)
-        self.begins = [self._place(row[0][plan.axis], plan.axis) for row in plan.rows]
+        self.first = first
+        self.parts = Parts(
+            plan.axis - plan.rank, high - low, keeper, finish, name=name, done=self.begin(first)
+        )
         self.sums: Tensor | None = None
         self.counts: Tensor | None = None
 
@@ -181,6 +230,16 @@ class _Rows:
         self.sums[tuple(where)] += part.to(self.wide) * weights
         self.counts[tuple(where)] += weights
 
+    def begin(self, number: int) -> int:
+        """Return where in the output what a row puts away begins; of the row after the last, the
+        end.
+        """
+        plan, (low, high) = self.plan, self.crops[self.plan.axis]
+        if number == len(plan.rows):
+            return high - low
+        place = self._place(plan.rows[number][0][plan.axis], plan.axis)
+        return min(max(place, low), high) - low
+
     def end_row(self, number: int) -> None:
         """Put away what no later row reaches."""
         plan = self.plan
@@ -191,7 +250,8 @@ class _Rows:
         axis, size = plan.axis - plan.rank, self.tile[plan.axis]
         end = begin + size if last else self.begins[1]
         done = min(end - begin, size)
-        self._put(begin, done)
+        if number >= self.first:
+            self._put(begin, done)
         if last:
             return
         del self.begins[0]

@@ -18,7 +18,6 @@ from pocketize.passes.runtime.tiling.figures import (
     whole_peak,
 )
 from pocketize.passes.runtime.tiling.network import TilingError
-from pocketize.passes.runtime.tiling.placing import reduction
 from pocketize.passes.runtime.tiling.preparing import Prepared, whole_steps
 from pocketize.passes.runtime.tiling.program import Program, Sweep
 from pocketize.passes.runtime.tiling.recording import record_forward
@@ -39,21 +38,25 @@ def told(prepared: Prepared, inputs: Inputs, tiling: Tiling) -> tuple[str, ...]:
         tiling: where things are kept.
     """
     program, recording = prepared.program, prepared.recording
-    finish = reduction(tiling.reduce)
-    peak = prepared.peak or foretold_peak(
-        recording, program, keep=tiling.keep, output=tiling.output, finish=finish
-    )
+    peak = prepared.peak or foretold_peak(recording, program, tiling)
     sweeps = sum(isinstance(step, Sweep) for step in program.steps)
     notes = [
         f"on {inputs.describe()}: {sweeps} sweeps over the volume; tiles may begin anywhere",
         f"halo: {_halo_text(program)}",
         f"{overhead(program):.2f} times the voxels of the network are computed",
-        f"at most {bytes_text(kept_bytes(program))} wait {_PLACES[tiling.keep]} between sweeps, "
-        f"outputs are put together {_PLACES[tiling.output]}",
+        f"at most {bytes_text(kept_bytes(program, tiling.held))} wait {_PLACES[tiling.keep]} "
+        f"between sweeps, outputs are put together {_PLACES[tiling.output]}",
         f"live tensors on the device peak at {bytes_text(peak)}, weights and input among them; of "
         f"the volume as a whole at {bytes_text(whole_peak(recording))}, even where every result is "
         "freed after its last reader (both estimated)",
     ]
+    if tiling.resume:
+        notes.append(f"what is computed waits in {tiling.folder} until the volume is done")
+    if tiling.group is not None:
+        notes.append(
+            f"in inference the processes of the group {tiling.group!r} share the tiles; figures "
+            "are of one process alone"
+        )
     notes += _handled(program)
     if recording.stale:
         notes.append(

@@ -16,6 +16,7 @@ from pocketize.errors import InputError
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.nests import map_tensors
 from pocketize.passes.runtime.tiling.keeping import Keeper
+from pocketize.passes.runtime.tiling.peers import Peers
 from pocketize.passes.runtime.tiling.placing import Reduction
 
 
@@ -107,11 +108,22 @@ class Parts:
         length: of the whole along it.
         keeper: makes room for outputs that nothing is differentiated through.
         finish: what is stored of a part.
+        name: of the output.
+        done: how much of it is there already, or is another's affair.
     """
 
-    def __init__(self, axis: int, length: int, keeper: Keeper, finish: Reduction | None) -> None:
+    def __init__(
+        self,
+        axis: int,
+        length: int,
+        keeper: Keeper,
+        finish: Reduction | None,
+        *,
+        name: str = "output",
+        done: int = 0,
+    ) -> None:
         self.axis, self.length, self.keeper, self.finish = axis, length, keeper, finish
-        self.done = 0
+        self.name, self.done = name, min(done, length)
         self._room: Tensor | None = None
         self._parts: list[Tensor] = []
 
@@ -129,9 +141,21 @@ class Parts:
             if self._room is None:
                 shape = list(part.shape)
                 shape[self.axis] = self.length
-                self._room = self.keeper.room(shape, part.dtype).tensor
+                self._room = self.keeper.room(shape, part.dtype, name=self.name).tensor
             self._room.narrow(self.axis, self.done, size).copy_(part)
         self.done += size
+
+    def publish(self, peers: Peers, bounds: Sequence[tuple[int, int]]) -> None:
+        """Give every process what each has computed.
+
+        Args:
+            peers: the processes.
+            bounds: from where to where each has, by rank.
+        """
+        assert self._room is not None
+        for rank, (low, high) in enumerate(bounds):
+            low, high = min(low, self.length), min(high, self.length)
+            peers.broadcast(self._room.narrow(self.axis, low, high - low), rank)
 
     def result(self) -> Tensor:
         """Return the whole."""

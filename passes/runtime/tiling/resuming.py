@@ -1,0 +1,249 @@
+"""What a forward by tiles has computed, in files from which a later one can go on.
+
+A journal is a folder. Maps are files that are written tile by tile; a small file says how far they
+are good, and takes its place at once or not at all. What was written after it is written again,
+with the same values. So a process may end at any moment. Before the small file is written all
+others are brought to the disk.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Journal", "JournalKeeper", "digest", "journal_for"]
+
+import contextlib
+import hashlib
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from pocketize.errors import InputError
+from pocketize.inputs import Inputs
+from pocketize.passes.runtime.tiling.cutting import PatchForward, surroundings
+from pocketize.passes.runtime.tiling.keeping import Keeper, Kept
+from pocketize.passes.runtime.tiling.recording import fingerprint, tensors_by_name
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two notes of how far a forward is.
+INTERVAL = 10.0
+_STATE = "progress.pt"
+_LOCK = "lock"
+#: Bytes that are read at once where a digest is made.
+_BLOCK = 1 << 24
+
+
+class Journal:
+    """A folder with what one forward has computed.
+
+    Args:
+        folder: of the user, in which there is one folder for each forward that is under way.
+        identity: of the forward: what it computes, of which values.
+
+    Attributes:
+        state: how far it is, as it was last committed; empty at the beginning.
+
+    Raises:
+        InputError: the folder cannot be made, or another process is at the same forward.
+    """
+
+    def __init__(self, folder: str, identity: str) -> None:
+        self.folder = Path(folder) / f"pocketize-{identity[:20]}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"patchwise: cannot keep progress in {folder!r}: {error}; name a folder that can "
+                "be written"
+            ) from error
+        self._lock = _locked(self.folder / _LOCK)
+        self._committed = time.monotonic()
+        self._maps: dict[str, Path] = {}
+        self.state: dict[str, Any] = {}
+        if (self.folder / _STATE).exists():
+            self.state = torch.load(self.folder / _STATE, weights_only=True)
+            logger.info("going on from %s", self.folder)
+
+    def room(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a map, with what was written into it before."""
+        path = self._maps[name] = self.folder / f"{name}.map"
+        size = math.prod(shape)
+        mapped = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+        return mapped.view(tuple(shape))
+
+    def put(self, name: str, value: Any) -> None:
+        """Keep a small result."""
+        _replace(self.folder / f"{name}.pt", value)
+
+    def get(self, name: str) -> Any:
+        """Return a small result."""
+        return torch.load(self.folder / f"{name}.pt", weights_only=True)
+
+    def is_due(self) -> bool:
+        """Whether it is time to commit."""
+        return time.monotonic() - self._committed >= INTERVAL
+
+    def commit(self, state: dict[str, Any]) -> None:
+        """Note that all that was written until now is good.
+
+        Args:
+            state: how far the forward is: numbers, texts and tensors in dicts, lists and tuples.
+        """
+        for path in self._maps.values():
+            _sync(path)
+        _replace(self.folder / _STATE, state)
+        self.state = state
+        self._committed = time.monotonic()
+
+    def settle(self) -> None:
+        """Nothing more is written into the maps that there are."""
+        self._maps.clear()
+
+    def drop(self, name: str) -> None:
+        """Remove a map or a small result that nothing reads any more."""
+        self._maps.pop(name, None)
+        for path in (self.folder / f"{name}.map", self.folder / f"{name}.pt"):
+            with contextlib.suppress(PermissionError):  # where a mapped file cannot be removed
+                path.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Remove the folder; tensors that were read from it stay."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)  # as far as mapped files can be removed
+
+    def close(self) -> None:
+        """Leave the folder to a later process."""
+        self._lock.close()
+
+
+class JournalKeeper(Keeper):
+    """Makes room for maps in a journal.
+
+    Args:
+        journal: has the files.
+        device: where regions are read to.
+        dtype: in which floating maps are kept; None for their own.
+    """
+
+    def __init__(
+        self, journal: Journal, device: torch.device, *, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__("disk", device, dtype=dtype)
+        self.journal = journal
+
+    def room(
+        self, shape: Sequence[int], dtype: torch.dtype, *, small: bool = False, name: str = ""
+    ) -> Kept:
+        """Return a map of the journal, with what was written into it before."""
+        tensor = self.journal.room(name, shape, self.held(dtype))
+        return Kept(tensor, self.device, dtype)
+
+
+@contextlib.contextmanager
+def journal_for(forward: PatchForward, inputs: Inputs, *more: Any) -> Iterator[Journal | None]:
+    """Open the journal of a call, and remove it at the end; of one that fails it stays.
+
+    Args:
+        forward: by tiles.
+        inputs: of the call.
+        more: what else tells this call from others.
+
+    Yields:
+        The journal; None where none is wanted, or gradients are.
+    """
+    tiling = forward.tiling
+    fake = any(isinstance(tensor, FakeTensor) for tensor in inputs.tensors())
+    if not tiling.resume or fake or torch.is_grad_enabled():
+        yield None
+        return
+    leaves, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
+    named = tensors_by_name(forward.module).items()
+    told = (
+        torch.__version__,
+        replace(tiling, folder=None),
+        surroundings(),
+        fingerprint(forward.module),
+        spec,
+        *more,
+    )
+    values = [value for pair in named for value in pair]
+    assert tiling.folder is not None  # the pass asks for one
+    journal = Journal(tiling.folder, digest([*told, *values, *leaves]))
+    try:
+        yield journal
+    except BaseException:
+        journal.close()
+        raise
+    journal.finish()
+
+
+def digest(parts: Iterable[Any]) -> str:
+    """Return what tells texts and the values of tensors from others, in hexadecimal digits."""
+    made = hashlib.blake2b(digest_size=20)
+    for part in parts:
+        if isinstance(part, Tensor):
+            made.update(f"{tuple(part.shape)} {part.dtype};".encode())
+            for block in _blocks(part.detach()):
+                made.update(block)
+        else:
+            made.update(f"{part!s};".encode())
+    return made.hexdigest()
+
+
+def _blocks(tensor: Tensor) -> Iterator[Any]:
+    """Yield the bytes of a tensor, a block at a time, wherever it is and however it is strided."""
+    if tensor.numel() * tensor.element_size() > _BLOCK and max(tensor.shape) > 1:
+        axis = next(axis for axis, size in enumerate(tensor.shape) if size > 1)
+        half = tensor.shape[axis] // 2
+        yield from _blocks(tensor.narrow(axis, 0, half))
+        yield from _blocks(tensor.narrow(axis, half, tensor.shape[axis] - half))
+    elif tensor.numel():
+        raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+        yield raw.numpy()
+
+
+def _replace(path: Path, value: Any) -> None:
+    """Write a file that is there as a whole or not at all."""
+    new = path.with_suffix(".new")
+    with new.open("wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _locked(path: Path) -> Any:
+    """Return a file that no other process can lock until it is closed.
+
+    Raises:
+        InputError: another process has it.
+    """
+    file = path.open("a+")
+    try:
+        import fcntl
+    except ImportError:  # there is no such lock on Windows: two processes write the same values
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise InputError(
+            f"patchwise: another process runs the same network on the same volume in "
+            f"{path.parent}; wait for it, or name another folder"
+        ) from error
+    return file
