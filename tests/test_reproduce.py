@@ -115,6 +115,7 @@ def test_hippocampus_compares_every_way_and_goes_on_where_it_was(
     scans: Path, tmp_path: Path
 ) -> None:
     arguments = [scans, "--out", tmp_path, "--steps", "3", "--size", "16x16x32", "--seeds", "0"]
+    arguments += ["--train", "2", "--test", "1"]
     printed = run("hippocampus.py", *arguments)
     rows = cells(printed)
     assert [row[1] for row in rows if row[0] == "training"][:3] == ["whole", "slabs", "exact tiles"]

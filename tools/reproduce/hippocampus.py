@@ -299,18 +299,12 @@ class Study:
 
     def costs(self) -> str:
         """The table of what a training step, and a forward pass, takes."""
-        batch = self.training[:2]
-        images, labels = (
-            torch.stack([getattr(case, part) for case in batch]) for part in ("image", "label")
-        )
         found: dict[str, dict[str, tuple[int, float]]] = {"training": {}, "inference": {}}
         for name, training in {**TRAININGS, **ONLY_MEASURED}.items():
-            made = Step(Way(training, training.tiles, 0, self.size)).train()
-            look = partial(costs, made, (images, labels), train=True)
+            look = partial(self.step_costs, training)
             found["training"][name] = self.find(f"training {name}", look)
         for trained, run, tiles in RUNS:
-            way = Way(TRAININGS[trained], tiles, 0, self.size).eval()
-            look = partial(costs, way, (images[:1],), train=False)
+            look = partial(self.run_costs, TRAININGS[trained], tiles)
             found["inference"][run] = self.find(f"running {run}", look)
         lines = []
         for what, ways in found.items():
@@ -322,6 +316,17 @@ class Study:
                 lines.append([what, name, *told])
         headers = ["", "way", "peak", "CPU time"]
         return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+    def step_costs(self, training: Training) -> tuple[int, float]:
+        batch = self.training[:2]
+        images = torch.stack([case.image for case in batch])
+        labels = torch.stack([case.label for case in batch])
+        step = Step(Way(training, training.tiles, 0, self.size)).train()
+        return costs(step, (images, labels), train=True)
+
+    def run_costs(self, training: Training, tiles: Patchwise | None) -> tuple[int, float]:
+        way = Way(training, tiles, 0, self.size).eval()
+        return costs(way, (self.training[0].image[None],))
 
 
 def main() -> int:
