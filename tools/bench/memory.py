@@ -18,9 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -32,14 +29,12 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tools.bench.fresh import ask
 from tools.bench.memory_nets import NETS
 from tools.bench.memory_rows import ROWS
-from tools.bench.memory_worker import MARK, Task
+from tools.bench.memory_worker import Task
 
 __all__ = ["main", "read_size", "record_key", "render", "run"]
-
-#: Large blocks go back to the system when they are freed, so that resident memory follows use.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 _MIB = 2**20
 
@@ -129,30 +124,7 @@ def record_key(task: Task) -> str:
 
 def run(task: Task, timeout: float) -> Record:
     """Measure in a fresh process; what went wrong is ``failed`` in the record."""
-    environment = {**os.environ, **_ALLOCATOR}
-    if task.threads:
-        environment["OMP_NUM_THREADS"] = str(task.threads)
-    command = [sys.executable, str(Path(__file__).with_name("memory_worker.py"))]
-    try:
-        done = subprocess.run(
-            [*command, json.dumps(vars(task))],
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {timeout:.0f} s"}
-    for line in reversed(done.stdout.splitlines()):
-        if line.startswith(MARK):
-            answer: Record = json.loads(line.removeprefix(MARK))
-            return answer | {"torch": torch.__version__, "machine": platform.machine()}
-    if done.returncode in (-9, 137):
-        return {"failed": "killed, for want of memory most likely"}
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    return {"failed": f"status {done.returncode}: {' '.join(last.split())[:200]}"}
+    return ask("memory_worker.py", vars(task), threads=task.threads, timeout=timeout)
 
 
 def _brief(record: Record) -> str:

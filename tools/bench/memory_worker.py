@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import statistics
 import sys
@@ -23,13 +21,11 @@ from pocketize.memory.process import ProcessMemory
 from pocketize.memory.request import Request
 from pocketize.memory.stage import Stage, real_stage
 from pocketize.memory.step import Step, fixed_surroundings, make_step
+from tools.bench.fresh import MARK, trim
 from tools.bench.memory_nets import NETS
 from tools.bench.memory_rows import ROWS, NotApplicableError, Row
 
-__all__ = ["MARK", "Task", "work"]
-
-#: Begins the line with the answer; networks and compilers print what they like before it.
-MARK = "POCKETIZE-BENCH "
+__all__ = ["Task", "work"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ def _untracked(stage: Stage, task: Task) -> dict[str, Any]:
     step = make_step(stage.model, stage.inputs, train=True, optimizer="adam", loss=None)
     step.run()  # Adam's state and, where there is one, the compiler's work
     step.clear()
-    gc.collect()
+    trim()
     if task.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -103,7 +99,6 @@ def _untracked(stage: Stage, task: Task) -> dict[str, Any]:
             "reserved": torch.cuda.max_memory_reserved(),
             "process": total - free,
         }
-    _trim()
     process = ProcessMemory()
     before = process.current()
     process.reset_peak()
@@ -146,14 +141,6 @@ def _standing(step: Step) -> int:
             held += [value for value in state.values() if isinstance(value, torch.Tensor)]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
     return sum(storages.values())
-
-
-def _trim() -> None:
-    """Give freed heap back to the system, so that what grows again is counted."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # another C library
-        return
 
 
 def main() -> None:
