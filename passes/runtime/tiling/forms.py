@@ -127,11 +127,11 @@ class Convolution(_Weighted):
 
     def needs(self, region: Region) -> Needs:
         """See :meth:`Form.needs`."""
-        return {self.source: _inside(self.reaches, region)}
+        return {self.source: _needed(self.reaches, region)}
 
     def run(self, region: Region, context: Context) -> Tensor:
         """See :meth:`Form.run`."""
-        x = context.part(self.source, _inside(self.reaches, region))
+        x = _input(context, self.source, self.reaches, region)
         native = [
             _native(reach, window) for reach, window in zip(self.reaches, region, strict=True)
         ]
@@ -238,11 +238,11 @@ class Pooling(Form):
 
     def needs(self, region: Region) -> Needs:
         """See :meth:`Form.needs`."""
-        return {self.source: _inside(self.reaches, region)}
+        return {self.source: _needed(self.reaches, region)}
 
     def run(self, region: Region, context: Context) -> Tensor:
         """See :meth:`Form.run`."""
-        x = context.part(self.source, _inside(self.reaches, region))
+        x = _input(context, self.source, self.reaches, region)
         kernel = tuple(reach.kernel for reach in self.reaches)
         stride = tuple(reach.stride for reach in self.reaches)
         rank = len(region)
@@ -358,6 +358,19 @@ def _native(reach: Reach, window: Window) -> int:
 
 def _inside(reaches: Sequence[Reach], region: Region) -> Region:
     return tuple(reach.inside(window) for reach, window in zip(reaches, region, strict=True))
+
+
+def _needed(reaches: Sequence[Reach], region: Region) -> Region:
+    return tuple(reach.needed(window) for reach, window in zip(reaches, region, strict=True))
+
+
+def _input(context: Context, source: fx.Node, reaches: Sequence[Reach], region: Region) -> Tensor:
+    """Return the part of the input that is read, which may be empty."""
+    x = context.part(source, _needed(reaches, region))
+    for axis, (low, high) in enumerate(_inside(reaches, region)):
+        if low == high:
+            x = x.narrow(axis + 2, 0, 0)
+    return x
 
 
 def _padded(x: Tensor, reaches: Sequence[Reach], region: Region, value: float) -> Tensor:

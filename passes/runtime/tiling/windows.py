@@ -92,6 +92,12 @@ class Reach:
         low = min(max(low, 0), self.size)
         return low, max(low, min(high, self.size))
 
+    def needed(self, window: Window) -> Window:
+        """Return what to ask for: the same, and where all is padding one entry."""
+        low, high = self.inside(window)
+        low = min(low, self.size - 1)
+        return low, max(low + 1, high)
+
     def outside(self, window: Window) -> tuple[int, int]:
         """Return how many entries of padding stand before and behind the inputs that are read."""
         (low, high), (start, stop) = self.reads(window), self.inside(window)
