@@ -48,7 +48,7 @@ class Stretch:
 
     def note(self, number: int) -> None:
         """Say that a part is done, and all before it."""
-        if self.journal is not None and self.journal.is_due():
+        if self.journal is not None and number >= self.first and self.journal.is_due():
             self.journal.commit({"done": number + 1})
 
 
