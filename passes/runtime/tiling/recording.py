@@ -23,13 +23,14 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pocketize.capture import Captured, find_tensors, record
+from pocketize.capture import Captured, find_tensors, quiet_recording, record
 from pocketize.clone import fake_clone
 from pocketize.errors import CaptureError
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.forwards import first_parameter, wrapping
 from pocketize.passes.runtime.nests import map_tensors
 from pocketize.passes.runtime.tiling.cutting import PatchForward
+from pocketize.passes.runtime.tiling.gradients import check_gradients
 from pocketize.passes.runtime.tiling.memory import Memory, written_by
 from pocketize.passes.runtime.tiling.network import TilingError
 from pocketize.passes.runtime.tiling.simplifying import simplify
@@ -122,6 +123,9 @@ def record_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) 
         finally:
             torch.set_autocast_cache_enabled(cached)
         stale = _check_state(before, _state(copy))
+        if training:
+            with mode, quiet_recording(copy):
+                check_gradients(copy, fakes)
         return replace(_finished(copy, captured, returned.value), stale=stale)
 
 
