@@ -27,7 +27,16 @@ Bound: TypeAlias = Mapping[str, Any]
 
 
 class NotLocal(Exception):
-    """An operator needs its inputs whole; the text says why."""
+    """An operator needs its inputs whole; the text says why.
+
+    Args:
+        text: the reason.
+        hopeless: whole inputs would not do either.
+    """
+
+    def __init__(self, text: str, *, hopeless: bool = False) -> None:
+        super().__init__(text)
+        self.hopeless = hopeless
 
 
 def numbers(given: Any, rank: int) -> tuple[int, ...]:

@@ -98,6 +98,9 @@ class TiledGraph:
             try:
                 self.forms[node] = self._checked(local_form(node, self.rank))
             except NotLocal as error:
+                if error.hopeless:
+                    where = node.meta.get("module") or "the model itself"
+                    raise TilingError(f"{node.target} in {where}: {error}") from None
                 self.obstacles[node] = str(error)
             else:
                 return

@@ -36,8 +36,10 @@ def nearest(exact: bool) -> Callable[[fx.Node, Bound, int], Form]:
         sources = []
         for size, length, scale in _rows(node, bound, rank):
             if is_contested(size, length, scale, exact=exact, wide=wide):
+                # which of them runs is decided by the layout in memory, which is not kept
                 raise NotLocal(
-                    f"torch picks other entries of {size} for {length} from one kernel to the next"
+                    f"torch picks other entries of {size} for {length} from one kernel to the next",
+                    hopeless=rank == 3 and not source.meta["val"].is_contiguous(),
                 )
             sources.append(nearest_source(size, length, scale, exact=exact))
         return Mixing(node, source, sources)

@@ -223,6 +223,14 @@ def test_scale_factors_that_lengths_contradict(
     check(model, x, gradients=mode == "bilinear")  # of nearest, torch's own are others'
 
 
+def test_where_the_layout_decides_what_torch_picks_only_the_plain_layout_is_taken() -> None:
+    x = double(1, 4, 5, 2, 5)
+    model = nn.Sequential(nn.Sigmoid(), nn.Upsample(scale_factor=(1.05, 1.0, 1.0)), nn.Sigmoid())
+    check(model, x, gradients=False)
+    with pytest.raises(TilingError, match=r"nearest3d.* in 1: torch picks other entries of 5 for"):
+        check(model, x.contiguous(memory_format=torch.channels_last_3d))
+
+
 def test_volumes_without_a_batch_are_not_taken_for_one_with_fewer_axes() -> None:
     x = double(4, 16, 12)
     for model in (
