@@ -143,6 +143,9 @@ CASES: dict[str, dict[str, Row]] = {
     },
     "patchwise": {
         "exact": Row(lambda net: (Patchwise(size=5),), extent=Extent.SAMPLE),
+        "exact-rounded": Row(
+            lambda net: (Patchwise(size=5, keep_dtype="bfloat16"),), extent=Extent.CORE
+        ),
         "slab": Row(lambda net: (Patchwise(mode="slab", size=16),), not_on=_HOOKED),
         "window": Row(lambda net: (Patchwise(mode="window", size=32),), not_on=_HOOKED),
     },
