@@ -18,7 +18,7 @@ from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Keeper
 from pocketize.passes.runtime.tiling.network import TiledGraph, TilingError
 from pocketize.passes.runtime.tiling.program import Program
-from pocketize.rules import operator_name
+from pocketize.rules import bind, operator_name
 
 
 def differentiable_forward(
@@ -60,7 +60,7 @@ def check_repeatable(graph: TiledGraph) -> None:
     """Refuse networks whose tiles would not give the same results when they run again.
 
     Raises:
-        TilingError: an operator draws random numbers.
+        TilingError: an operator draws random numbers, or takes the statistics of the batch.
     """
     for node in graph.nodes:
         if draws(node):
@@ -68,6 +68,14 @@ def check_repeatable(graph: TiledGraph) -> None:
             raise TilingError(
                 f"{where} draws random numbers, which cannot be drawn again tile by tile; set its "
                 "probability to 0 or put it into evaluation mode"
+            )
+        name = operator_name(node.target).rpartition(".")[2]
+        bound = bind(node.target, node.args, node.kwargs)
+        if name == "batch_norm" and bound["training"] and bound["running_mean"] is not None:
+            raise TilingError(
+                f"aten.{name} in {node.meta['module'] or 'the model'} takes the statistics of the "
+                "batch and updates its running ones; put it into evaluation mode, or train the "
+                "volume whole"
             )
 
 
