@@ -321,7 +321,7 @@ class Cascade(nn.Module):
         except (CaptureError, InputError) as error:
             raise InputError(
                 f"cascade: cannot find out how many classes stage 1 ({type(stage1).__name__}) "
-                f"returns; pass classes=... or inputs=... . {error}"
+                f"returns; pass classes=..., inputs=..., or multiple=... for its sizes. {error}"
             ) from error
         seen = given.tensors()[0]
         outputs = [node.meta["val"] for node in captured.outputs()]
@@ -370,7 +370,7 @@ def _several(value: _T | Sequence[_T], name: str) -> tuple[_T, ...]:
     values = (value,) if isinstance(value, int | float) else tuple(value)
     whole = name != "scale"
     for one in values:
-        if not isinstance(one, int | float) or (whole and not isinstance(one, int)):
+        if isinstance(one, bool) or not isinstance(one, int if whole else int | float):
             kind = "whole numbers" if whole else "numbers"
             raise OptionError(
                 f"cascade: {name} must be one or several {kind}, one for each axis; got {value!r}"

@@ -23,6 +23,8 @@ from tests.passes.cascade.nets import Small
         ({"scale": (0.5, 0.5, 0.5)}, "scale has 3 values for 2 spatial axes"),
         ({"scale": ()}, "scale has 0 values for 2 spatial axes"),
         ({"scale": "0.3"}, "scale must be one or several numbers, one for each axis; got '0.3'"),
+        ({"scale": True}, "scale must be one or several numbers, one for each axis; got True"),
+        ({"crop": True}, "crop must be one or several whole numbers"),
         ({"multiple": ()}, "multiple has 0 values for 2 spatial axes"),
         ({"multiple": 1.5}, "multiple must be one or several whole numbers"),
         ({"crop": (1, "2")}, "crop must be one or several whole numbers"),
@@ -128,3 +130,23 @@ def test_a_second_stage_that_cannot_be_widened_says_why() -> None:
     stage2 = nn.Sequential(nn.BatchNorm2d(1), Small(1, 2))
     with pytest.raises(RewriteError, match=r"cannot read 3 more channels: aten\.batch_norm in 0"):
         Cascade(Small(1, 3), stage2)
+
+
+class Halves(nn.Module):
+    """Wants even sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.interpolate(self.conv(x), scale_factor=2) + x
+
+
+def test_a_first_stage_that_the_small_size_does_not_suit_is_told_of_multiples() -> None:
+    x = torch.zeros(1, 1, 16, 16)
+    with pytest.raises(
+        InputError, match=r"classes=\.\.\., inputs=\.\.\., or multiple=\.\.\. for its"
+    ):
+        Cascade(Halves(), Small(1, 2), scale=0.2, inputs=x)
+    assert Cascade(Halves(), Small(1, 2), scale=0.2, multiple=2, inputs=x).classes == 2
