@@ -50,13 +50,7 @@ def told(prepared: Prepared, inputs: Inputs, tiling: Tiling) -> tuple[str, ...]:
         f"the volume as a whole at {bytes_text(whole_peak(recording))}, even where every result is "
         "freed after its last reader (both estimated)",
     ]
-    if tiling.resume:
-        notes.append(f"what is computed waits in {tiling.folder} until the volume is done")
-    if tiling.group is not None:
-        notes.append(
-            f"in inference the processes of the group {tiling.group!r} share the tiles; figures "
-            "are of one process alone"
-        )
+    notes += _besides(tiling)
     notes += _handled(program)
     if recording.stale:
         notes.append(
@@ -82,7 +76,8 @@ def told_of_slabs(forward: SlabForward, inputs: Inputs) -> tuple[str, tuple[str,
     padded = f", {padding} of them zeros behind the volume" if padding else ""
     what = f"runs in slabs of {sizes[axis]} along axis {axis}, each alone"
     text = f"on {inputs.describe()}: {len(starts)} slabs{padded}"
-    return what, (text, *_part_peak(forward, volume, sizes, "slab"))
+    notes = (text, *_part_peak(forward, volume, sizes, "slab"), *_besides(forward.tiling))
+    return what, notes
 
 
 def told_of_windows(forward: WindowForward, inputs: Inputs) -> tuple[str, tuple[str, ...]]:
@@ -104,7 +99,21 @@ def told_of_windows(forward: WindowForward, inputs: Inputs) -> tuple[str, tuple[
         f"on {inputs.describe()}: {layout.count} windows, {ratio:.2f} times the voxels of the "
         "volume are computed"
     )
-    return what, (text, *_part_peak(forward, volume, layout.window, "window"))
+    notes = (text, *_part_peak(forward, volume, layout.window, "window"))
+    return what, (*notes, *_besides(forward.tiling))
+
+
+def _besides(tiling: Tiling) -> list[str]:
+    """Say where progress is kept, and who shares the tiles."""
+    notes = []
+    if tiling.resume:
+        notes.append(f"what is computed waits in {tiling.folder} until the volume is done")
+    if tiling.group is not None:
+        notes.append(
+            f"in inference the processes of the group {tiling.group!r} share the tiles; figures "
+            "are of one process alone"
+        )
+    return notes
 
 
 def _part_peak(

@@ -277,9 +277,10 @@ def test_options_that_resuming_needs_are_named() -> None:
         Patchwise(mode="slab", size=8, resume=True)
 
 
-def test_the_plan_says_where_progress_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["exact", "slab", "window"])
+def test_the_plan_says_where_progress_is_kept(mode: str, tmp_path: Path) -> None:
     model, x = _dynunet()
-    assert f"waits in {tmp_path}" in str(plan(model, _options(tmp_path), inputs=x))
+    assert f"waits in {tmp_path}" in str(plan(model, _options(tmp_path, mode=mode), inputs=x))
 
 
 def test_digests_tell_values_shapes_and_texts_apart() -> None:
