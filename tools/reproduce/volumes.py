@@ -21,6 +21,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,8 +56,8 @@ def read_scans(
     import nibabel
 
     for path in sorted((folder / "imagesTr").glob("[!.]*.nii.gz"))[:limit]:
-        volume = np.asarray(nibabel.load(path).dataobj)  # type: ignore[attr-defined]
-        labels = np.asarray(nibabel.load(folder / "labelsTr" / path.name).dataobj)  # type: ignore[attr-defined]
+        volume = np.asarray(nibabel.load(path).dataobj)
+        labels = np.asarray(nibabel.load(folder / "labelsTr" / path.name).dataobj)
         yield path.name, volume, labels
 
 
@@ -147,7 +148,7 @@ def train_volumes(
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses: list[float] = []
-    parts = (model, optimizer, schedule)
+    parts: tuple[Any, ...] = (model, optimizer, schedule)
     if kept is not None and kept.exists():
         states, losses = torch.load(kept, weights_only=True)
         for part, state in zip(parts, states, strict=True):
