@@ -46,6 +46,7 @@ _ONLY = {
     "keep": ("exact",),
     "max_peak": ("exact",),
     "train": ("exact",),
+    "axis": ("exact", "slab"),
     "keep_dtype": ("exact",),
 }
 
@@ -78,8 +79,8 @@ class Patchwise(Pass):
             as "2GiB".
         progress: draw a bar on terminals for what takes long.
         train: exact mode also goes back by tiles: the forward keeps no graph, and the backward pass
-            runs each tile again. The gradients are the whole volume's. Norms that update running
-            statistics have to be in evaluation mode, and nothing may draw random numbers.
+            runs each tile again. The gradients are the whole volume's, and so are the statistics of
+            batch norms. Nothing may draw random numbers.
         keep_dtype: "bfloat16" or "float16": in exact mode, what waits between sweeps is rounded to
             that, and the answer is the whole volume's no more.
         resume: inference that was interrupted goes on where it was when it is called again with the
@@ -180,6 +181,11 @@ class Patchwise(Pass):
             raise OptionError(
                 f"patchwise: option 'size': slabs are cut along one axis, got {len(sizes)} sizes; "
                 f"say size={sizes[-1]} and axis, or mode='window'"
+            )
+        if len(sizes) > 1 and "axis" in self.options():
+            raise OptionError(
+                f"patchwise: option 'axis' is for a single size, got size={list(sizes)} for each "
+                "axis; leave axis out"
             )
         if self.batch < 1:
             raise OptionError(f"patchwise: option 'batch': at least 1, got {self.batch}")

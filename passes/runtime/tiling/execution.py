@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pocketize.passes.runtime.tiling.keeping import Keeper, Kept
+from pocketize.passes.runtime.tiling.keeping import Keeper, Kept, is_channels_last
 from pocketize.passes.runtime.tiling.program import Direct, Program, Sweep, needed_regions, share
 from pocketize.passes.runtime.tiling.windows import Region, cut, hull, region_of
 
@@ -229,9 +229,18 @@ class Execution:
             shape = (value.shape[0], *made.shape[1:2], *value.shape[2:])
             return self.output_keeper.room(shape, made.dtype, name=node.name)
         if node in self.program.outputs:
-            return self.output_keeper.room(value.shape, value.dtype, name=node.name)
-        small = self.graph.nbytes(node) <= self.program.limit
-        return self.keeper.room(value.shape, value.dtype, small=small, name=node.name)
+            return self.output_keeper.room(
+                value.shape, value.dtype, name=node.name, channels_last=is_channels_last(value)
+            )
+        return self._room_between(node, value.shape)
+
+    def _room_between(self, node: fx.Node, shape: Sequence[int]) -> Kept:
+        """Return room for a map that waits between sweeps, or for a region of it."""
+        value = node.meta["val"]
+        small = self.graph.nbytes(node) <= self.program.limit or 0 in shape
+        return self.keeper.room(
+            shape, value.dtype, small=small, name=node.name, channels_last=is_channels_last(value)
+        )
 
     def _write(self, room: Kept, node: fx.Node, region: Region) -> None:
         part = self.part(node, region)

@@ -230,10 +230,16 @@ class _Elsewhere(Keeper):
         self.counter = counter
 
     def room(
-        self, shape: Sequence[int], dtype: torch.dtype, *, small: bool = False, name: str = ""
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        small: bool = False,
+        name: str = "",
+        channels_last: bool = False,
     ) -> Kept:
         peak = self.counter.peak
-        kept = super().room(shape, dtype, small=small, name=name)
+        kept = super().room(shape, dtype, small=small, name=name, channels_last=channels_last)
         if not self.counts and not small:
             self.counter.forget(kept.tensor)
             self.counter.peak = max(peak, self.counter.now)

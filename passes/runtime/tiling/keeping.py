@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Keeper", "Kept"]
+__all__ = ["Keeper", "Kept", "arranged", "is_channels_last"]
 
 import contextlib
 import math
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from pocketize.errors import InputError
 from pocketize.passes.runtime.tiling.windows import Region, cut
 
 
@@ -96,7 +97,13 @@ class Keeper:
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
 
     def room(
-        self, shape: Sequence[int], dtype: torch.dtype, *, small: bool = False, name: str = ""
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        small: bool = False,
+        name: str = "",
+        channels_last: bool = False,
     ) -> Kept:
         """Return room for a map; small ones are on the device wherever the others are.
 
@@ -105,25 +112,51 @@ class Keeper:
             dtype: in which it is read.
             small: whether it is to be on the device in any case.
             name: of the map, for keepers that find it again.
+            channels_last: whether the channels of a voxel lie side by side.
+
+        Raises:
+            InputError: there can be no file in the folder.
         """
-        held = self.held(dtype)
+        held = dtype if small else self.held(dtype)
+        memory, file = self._memory(math.prod(shape), held, small)
+        return Kept(arranged(memory, shape, channels_last), self.device, dtype, file)
+
+    def _memory(self, size: int, held: torch.dtype, small: bool) -> tuple[Tensor, Path | None]:
         if small or self.place == "device":
-            held = dtype if small else held
-            tensor = torch.empty(tuple(shape), dtype=held, device=self.device)
-            return Kept(tensor, self.device, dtype)
+            return torch.empty(size, dtype=held, device=self.device), None
         if self.place == "host":
-            pinned = self.device.type == "cuda"
-            tensor = torch.empty(tuple(shape), dtype=held, pin_memory=pinned)
-            return Kept(tensor, self.device, dtype)
+            return torch.empty(size, dtype=held, pin_memory=self.device.type == "cuda"), None
         if isinstance(torch.empty(0), FakeTensor):  # an estimate has no files: it counts memory
-            return Kept(torch.empty(tuple(shape), dtype=held), self.device, dtype)
-        with tempfile.NamedTemporaryFile(
-            prefix="pocketize-", suffix=".map", dir=self.folder, delete=False
-        ) as file:
-            path = Path(file.name)
+            return torch.empty(size, dtype=held), None
+        try:
+            with tempfile.NamedTemporaryFile(
+                prefix="pocketize-", suffix=".map", dir=self.folder, delete=False
+            ) as file:
+                path = Path(file.name)
+        except OSError as error:
+            raise InputError(
+                f"patchwise: no file can be made in folder={self.folder!r}: {error}; make the "
+                "folder, or name another"
+            ) from error
         # torch's own mapping, so that a measurement can tell it from memory
-        mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=held)
+        mapped = torch.from_file(str(path), shared=True, size=size, dtype=held)
         # where the system allows it, the file is gone with the mapping, whatever happens
         with contextlib.suppress(PermissionError):
             path.unlink()
-        return Kept(mapped.view(tuple(shape)), self.device, dtype, path)
+        return mapped, path
+
+
+def arranged(memory: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    """Return a map (N, C, *spatial) on a row of entries."""
+    if not channels_last:
+        return memory.view(tuple(shape))
+    return memory.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether the channels of a voxel lie side by side, and would not by chance."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(tensor.ndim)
+    if wanted is None or tensor.is_contiguous():
+        return False
+    return tensor.is_contiguous(memory_format=wanted)

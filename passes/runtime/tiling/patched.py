@@ -33,7 +33,7 @@ from pocketize.passes.runtime.tiling.resumed import ResumableExecution
 from pocketize.passes.runtime.tiling.resuming import Journal, journal_for
 from pocketize.passes.runtime.tiling.sharing import SharedExecution
 from pocketize.passes.runtime.tiling.stretches import peers_for
-from pocketize.passes.runtime.tiling.training import check_statistics, differentiable_forward
+from pocketize.passes.runtime.tiling.training import differentiable_forward
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,6 @@ class ExactForward(PatchForward):
         key = (_shapes(inputs), surroundings(), fingerprint(self.module), training)
         found = self._prepared.pop(key, None)
         if found is None:
-            if training:
-                check_statistics(self.module)
             found = prepare(self.module, _detached(inputs), self.tiling, training=training)
             while len(self._prepared) >= _REMEMBERED:
                 del self._prepared[next(iter(self._prepared))]
@@ -129,6 +127,7 @@ class ExactForward(PatchForward):
             recording.placeholders(inputs),
             keep,
             outputs=outputs,
+            model=self.module,
         )
         return recording.outputs(made)
 

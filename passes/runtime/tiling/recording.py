@@ -33,6 +33,7 @@ from pocketize.passes.runtime.tiling.cutting import PatchForward
 from pocketize.passes.runtime.tiling.gradients import check_gradients
 from pocketize.passes.runtime.tiling.memory import Memory, written_by
 from pocketize.passes.runtime.tiling.network import TilingError
+from pocketize.passes.runtime.tiling.running import stop_tracking
 from pocketize.passes.runtime.tiling.simplifying import simplify
 from pocketize.rules import bind, operator_name
 
@@ -102,6 +103,8 @@ def record_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) 
         copy.register_forward_hook(returned)
         for module in () if training else copy.modules():
             module.training = False
+        if training:
+            stop_tracking(copy)
         before = _state(copy)
         first = first_parameter(copy)
         fakes = inputs.map(mode.from_tensor)

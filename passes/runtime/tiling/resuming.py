@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from pocketize.errors import InputError
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.tiling.cutting import PatchForward, surroundings
-from pocketize.passes.runtime.tiling.keeping import Keeper, Kept
+from pocketize.passes.runtime.tiling.keeping import Keeper, Kept, arranged
 from pocketize.passes.runtime.tiling.recording import fingerprint, tensors_by_name
 
 logger = logging.getLogger(__name__)
@@ -74,12 +74,10 @@ class Journal:
             self.state = torch.load(self.folder / _STATE, weights_only=True)
             logger.info("going on from %s", self.folder)
 
-    def room(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a map, with what was written into it before."""
+    def room(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
+        """Return a row of entries, with what was written into it before."""
         path = self._maps[name] = self.folder / f"{name}.map"
-        size = math.prod(shape)
-        mapped = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
-        return mapped.view(tuple(shape))
+        return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
 
     def put(self, name: str, value: Any) -> None:
         """Keep a small result."""
@@ -142,11 +140,17 @@ class JournalKeeper(Keeper):
         self.journal = journal
 
     def room(
-        self, shape: Sequence[int], dtype: torch.dtype, *, small: bool = False, name: str = ""
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        small: bool = False,
+        name: str = "",
+        channels_last: bool = False,
     ) -> Kept:
         """Return a map of the journal, with what was written into it before."""
-        tensor = self.journal.room(name, shape, self.held(dtype))
-        return Kept(tensor, self.device, dtype)
+        memory = self.journal.room(name, math.prod(shape), self.held(dtype))
+        return Kept(arranged(memory, shape, channels_last), self.device, dtype)
 
 
 @contextlib.contextmanager

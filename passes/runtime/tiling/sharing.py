@@ -131,8 +131,7 @@ class SharedExecution(Execution):
             return super()._room(node)
         value, region = node.meta["val"], self.shares.reach[node][self.peers.rank]
         shape = [*value.shape[:2], *(high - low for low, high in region)]
-        small = self.graph.nbytes(node) <= self.program.limit or _empty(region)
-        kept = self.keeper.room(shape, value.dtype, small=small, name=node.name)
+        kept = self._room_between(node, shape)
         kept.origin = [low for low, _ in region]
         return kept
 

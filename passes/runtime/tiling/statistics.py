@@ -63,6 +63,13 @@ class Moments(Gathered):
         super().__init__(node, source)
         self.groups, self.over_batch = groups, over_batch
 
+    @property
+    def count(self) -> int:
+        """Of how many values each mean and variance is."""
+        shape = self.source.meta["val"].shape
+        each = math.prod(shape[1:]) // self.groups
+        return int(each * shape[0] if self.over_batch else each)
+
     def measure(self, part: Tensor) -> tuple[int, Tensor, Tensor]:
         """Return the count, the mean and the sum of squared deviations of each group."""
         wide = torch.promote_types(part.dtype, torch.float32)

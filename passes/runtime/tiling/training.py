@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_repeatable", "check_statistics", "differentiable_forward"]
+__all__ = ["check_repeatable", "differentiable_forward"]
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _NormBase
 
 from pocketize.passes.runtime.tiling.arguments import draws
 from pocketize.passes.runtime.tiling.backward import Differentiation, differentiable
@@ -18,7 +17,8 @@ from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Keeper
 from pocketize.passes.runtime.tiling.network import TiledGraph, TilingError
 from pocketize.passes.runtime.tiling.program import Program
-from pocketize.rules import bind, operator_name
+from pocketize.passes.runtime.tiling.running import update_running, updates_of
+from pocketize.rules import operator_name
 
 
 def differentiable_forward(
@@ -28,6 +28,7 @@ def differentiable_forward(
     keeper: Keeper,
     *,
     outputs: Keeper | None = None,
+    model: nn.Module | None = None,
 ) -> dict[fx.Node, Tensor]:
     """Run a program without a graph; a backward pass runs its tiles again, each with one.
 
@@ -40,6 +41,7 @@ def differentiable_forward(
         inputs: the input tensors by placeholder.
         keeper: where results and their gradients are kept between sweeps.
         outputs: where outputs are kept; the same by default.
+        model: whose norms update their running statistics, where they do.
 
     Returns:
         The outputs by node.
@@ -48,11 +50,13 @@ def differentiable_forward(
         TilingError: an operator would not give the same result again.
     """
     check_repeatable(program.graph)
+    updates = [] if model is None else updates_of(program.graph, model)
     names = [name for name, tensor in tensors.items() if tensor.requires_grad]
     nodes = [node for node, tensor in inputs.items() if tensor.requires_grad]
     asked = [*(tensors[name] for name in names), *(inputs[node] for node in nodes)]
     execution = Execution(program, tensors, inputs, keeper, outputs=outputs, retain=True)
     made = _ByTiles.apply(_Run(execution, names, nodes), *asked)  # type: ignore[no-untyped-call]
+    update_running(execution, updates)
     return dict(zip(program.outputs, made, strict=True))
 
 
@@ -60,7 +64,7 @@ def check_repeatable(graph: TiledGraph) -> None:
     """Refuse networks whose tiles would not give the same results when they run again.
 
     Raises:
-        TilingError: an operator draws random numbers, or takes the statistics of the batch.
+        TilingError: an operator draws random numbers.
     """
     for node in graph.nodes:
         if draws(node):
@@ -68,29 +72,6 @@ def check_repeatable(graph: TiledGraph) -> None:
             raise TilingError(
                 f"{where} draws random numbers, which cannot be drawn again tile by tile; set its "
                 "probability to 0 or put it into evaluation mode"
-            )
-        name = operator_name(node.target).rpartition(".")[2]
-        bound = bind(node.target, node.args, node.kwargs)
-        if name == "batch_norm" and bound["training"] and bound["running_mean"] is not None:
-            raise TilingError(
-                f"aten.{name} in {node.meta['module'] or 'the model'} takes the statistics of the "
-                "batch and updates its running ones; put it into evaluation mode, or train the "
-                "volume whole"
-            )
-
-
-def check_statistics(model: nn.Module) -> None:
-    """Refuse norms that update running statistics: tiles would have to do it once, at the end.
-
-    Raises:
-        TilingError: there is one; it is named.
-    """
-    for path, module in model.named_modules():
-        if isinstance(module, _NormBase) and module.training and module.track_running_stats:
-            raise TilingError(
-                f"{path or 'the model'} ({type(module).__name__}) is in training mode and updates "
-                "its running statistics with those of the batch, which training by tiles does not "
-                "do; put it into evaluation mode, or train the volume whole (train=False)"
             )
 
 

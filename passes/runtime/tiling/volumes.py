@@ -15,7 +15,7 @@ from pocketize.capture import find_tensors
 from pocketize.errors import InputError
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.nests import map_tensors
-from pocketize.passes.runtime.tiling.keeping import Keeper
+from pocketize.passes.runtime.tiling.keeping import Keeper, is_channels_last
 from pocketize.passes.runtime.tiling.peers import Peers
 from pocketize.passes.runtime.tiling.placing import Reduction
 
@@ -40,6 +40,8 @@ class Volume:
             raise InputError("patchwise: no input has spatial axes: expected (N, C, *spatial)")
         self.batch, self.sizes = int(largest.shape[0]), tuple(largest.shape[2:])
         self.rank = len(self.sizes)
+        if 0 in self.sizes:
+            raise InputError(f"patchwise: the volume is empty: {tuple(largest.shape)}")
         self.maps = {id(t) for t in inputs.tensors() if tuple(t.shape[2:]) == self.sizes}
         for tensor in inputs.tensors():
             wide = tensor.ndim == largest.ndim and any(size > 1 for size in tensor.shape[2:])
@@ -141,7 +143,9 @@ class Parts:
             if self._room is None:
                 shape = list(part.shape)
                 shape[self.axis] = self.length
-                self._room = self.keeper.room(shape, part.dtype, name=self.name).tensor
+                last = is_channels_last(part)
+                kept = self.keeper.room(shape, part.dtype, name=self.name, channels_last=last)
+                self._room = kept.tensor
             self._room.narrow(self.axis, self.done, size).copy_(part)
         self.done += size
 

@@ -254,10 +254,22 @@ def test_labels_take_the_place_of_logits(keep: Any) -> None:
     assert made(x).shape == model(x).shape  # with gradients there is nothing to reduce
 
 
-def test_channels_last_volumes_and_networks_give_the_same() -> None:
-    x = double(1, 3, 12, 14).contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+@pytest.mark.parametrize("mode", ["exact", "slab", "window"])
+def test_channels_last_volumes_and_networks_give_channels_last(mode: str, place: str) -> None:
+    x = double(1, 3, 12, 16).contiguous(memory_format=torch.channels_last)
     model = unet(channels=3).double().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    agree(infer(rewrite(model, Patchwise(size=5), inputs=x), x), infer(model, x))
+    keep = {"keep": place} if mode == "exact" else {}
+    made = rewrite(model, Patchwise(mode=mode, size=8, output=place, **keep), inputs=x)  # type: ignore[arg-type]
+    found, expected = infer(made, x), infer(model, x)
+    assert expected.is_contiguous(memory_format=torch.channels_last)
+    if mode != "window":  # the mean of windows is taken in torch's own layout
+        assert found.is_contiguous(memory_format=torch.channels_last)
+    if mode == "exact":
+        agree(found, expected)
+    else:
+        plain = x.contiguous()
+        agree(found, infer(made, plain))
 
 
 def test_under_autocast_tiles_compute_what_the_whole_does() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -202,3 +203,25 @@ def test_a_bar_appears_on_terminals_for_what_takes_long(monkeypatch: pytest.Monk
         assert ("1/4" in screen.text) == (wanted and terminal)
         monkeypatch.undo()
         monkeypatch.setattr(placing, "PATIENCE", 0.0)
+
+
+def test_an_axis_that_would_be_ignored_is_refused() -> None:
+    with pytest.raises(OptionError, match="'axis' is for a single size"):
+        Patchwise(size=(4, 4), axis=0)
+    with pytest.raises(OptionError, match="'axis' is for mode='exact' or 'slab'"):
+        Patchwise(mode="window", size=4, axis=0)
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
+    x = double(1, 1, 16, 16)
+    tiling = Patchwise(size=4, keep="disk", folder=str(tmp_path / "gone"))
+    made = rewrite(unet().double(), tiling, inputs=x)
+    with torch.inference_mode(), pytest.raises(InputError, match=r"gone.*make the folder"):
+        made(x)
+
+
+@pytest.mark.parametrize("mode", ["slab", "window"])
+def test_an_empty_volume_is_refused(mode: str) -> None:
+    made = rewrite(unet(), Patchwise(mode=mode, size=4), inputs=torch.randn(1, 1, 8, 8))  # type: ignore[arg-type]
+    with torch.inference_mode(), pytest.raises(InputError, match="the volume is empty"):
+        made(torch.randn(1, 1, 0, 8))
