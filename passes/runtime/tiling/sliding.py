@@ -255,14 +255,16 @@ class _Rows:
         if last:
             return
         del self.begins[0]
-        self.sums = _moved(self.sums, axis, done)
-        self.counts = _moved(self.counts, axis, done)
+        graph = self.sums.requires_grad  # which needs what was divided, and by what
+        self.sums = _moved(self.sums, axis, done, copy=graph)
+        self.counts = _moved(self.counts, axis, done, copy=graph)
 
     def _put(self, begin: int, done: int) -> None:
         assert self.sums is not None
         assert self.counts is not None
         axis = self.plan.axis - self.plan.rank
-        mean = self.sums.narrow(axis, 0, done) / self.counts.narrow(axis, 0, done)
+        sums, counts = self.sums.narrow(axis, 0, done), self.counts.narrow(axis, 0, done)
+        mean = sums / counts if sums.requires_grad else sums.div_(counts)
         for each, (low, high) in enumerate(self.crops):
             where = each - self.plan.rank
             if where == axis:
@@ -287,12 +289,19 @@ class _Rows:
         return round(pad * zoom), round((pad + plan.sizes[axis]) * zoom)
 
 
-def _moved(tensor: Tensor, axis: int, by: int) -> Tensor:
+def _moved(tensor: Tensor, axis: int, by: int, *, copy: bool) -> Tensor:
     """Return what comes behind, and zeros for what is not there yet."""
-    left = tensor.narrow(axis, by, tensor.shape[axis] - by)
-    shape = list(tensor.shape)
-    shape[axis] = by
-    return torch.cat([left, tensor.new_zeros(shape)], axis)
+    size = tensor.shape[axis]
+    if copy:
+        shape = list(tensor.shape)
+        shape[axis] = by
+        return torch.cat([tensor.narrow(axis, by, size - by), tensor.new_zeros(shape)], axis)
+    # a row is large: no second one for it, but pieces that do not overlap where they go to
+    for at in range(0, size - by, by):
+        length = min(by, size - by - at)
+        tensor.narrow(axis, at, length).copy_(tensor.narrow(axis, at + by, length))
+    tensor.narrow(axis, size - by, by).zero_()
+    return tensor
 
 
 def _fitted(weights: Tensor, full: Tensor, sizes: Sequence[int]) -> Tensor:
