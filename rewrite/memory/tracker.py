@@ -12,7 +12,15 @@ known what became of it: see :meth:`LiveTracker.finish`.
 
 from __future__ import annotations
 
-__all__ = ["CATEGORIES", "LiveTracker", "Trace", "is_composite", "run_parts", "storages_of"]
+__all__ = [
+    "CATEGORIES",
+    "LiveTracker",
+    "Trace",
+    "is_composite",
+    "run_parts",
+    "stand_for_file",
+    "storages_of",
+]
 
 import functools
 import math
@@ -172,7 +180,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return storages_of(tensor)
 
     def _see(self, storage: torch.UntypedStorage) -> None:
-        if storage.filename is not None:
+        if storage.filename is not None or _FILES.get(storage._cdata) is storage:
             return  # a file that is mapped, not memory
         key, nbytes = storage._cdata, storage.nbytes()
         record = self._live.get(key)
@@ -226,6 +234,20 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._bytes > self._peak:
             self._peak, self._peak_at = self._bytes, len(self._events)
         self._events.append((label, self._bytes))
+
+
+#: Storages without memory that stand for mapped files, by their address.
+_FILES: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+
+
+def stand_for_file(tensor: Tensor) -> None:
+    """Say that a fake tensor stands for a mapped file, so that it is not counted as memory.
+
+    Args:
+        tensor: fake, and made where no tracker saw it.
+    """
+    for storage in storages_of(tensor):
+        _FILES[storage._cdata] = storage
 
 
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pocketize.errors import InputError
+from pocketize.memory.tracker import stand_for_file
 from pocketize.passes.runtime.tiling.windows import Region, cut
 
 
@@ -126,8 +128,12 @@ class Keeper:
             return torch.empty(size, dtype=held, device=self.device), None
         if self.place == "host":
             return torch.empty(size, dtype=held, pin_memory=self.device.type == "cuda"), None
-        if isinstance(torch.empty(0), FakeTensor):  # an estimate has no files: it counts memory
-            return torch.empty(size, dtype=held), None
+        fake = torch.empty(0)
+        if isinstance(fake, FakeTensor):  # an estimate has no files
+            with _disable_current_modes(), fake.fake_mode:
+                mapped = torch.empty(size, dtype=held)
+            stand_for_file(mapped)
+            return mapped, None
         try:
             with tempfile.NamedTemporaryFile(
                 prefix="pocketize-", suffix=".map", dir=self.folder, delete=False

@@ -389,3 +389,15 @@ def test_in_place_norms_and_recomputation_come_first() -> None:
         made = rewrite(model, other, Patchwise(size=5), inputs=x).eval()
         agree(infer(made, x), infer(model, x))
         assert tiles_of(made)
+
+
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+@pytest.mark.parametrize("mode", ["exact", "slab", "window"])
+def test_an_estimate_counts_what_is_measured_wherever_things_are_kept(
+    mode: str, place: str
+) -> None:
+    x = torch.randn(1, 1, 16, 64)
+    keep = {"keep": place} if mode == "exact" else {}
+    made = rewrite(unet(), Patchwise(mode=mode, size=16, output=place, **keep), inputs=x)  # type: ignore[arg-type]
+    measured = measure(made, x, "infer").peak
+    assert measure(made, x, "infer", estimate=True).peak == measured
