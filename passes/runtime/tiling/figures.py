@@ -9,6 +9,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from pocketize.memory.tracker import is_composite, run_parts, storages_of
 from pocketize.passes.runtime.tiling.cutting import Tiling
 from pocketize.passes.runtime.tiling.execution import Execution
-from pocketize.passes.runtime.tiling.keeping import Keeper, Kept
+from pocketize.passes.runtime.tiling.keeping import Keeper
 from pocketize.passes.runtime.tiling.network import TiledGraph
 from pocketize.passes.runtime.tiling.placing import reduction
 from pocketize.passes.runtime.tiling.program import (
@@ -229,21 +230,15 @@ class _Elsewhere(Keeper):
         self.counts = place == "device" or (place == "host" and device.type == "cpu")
         self.counter = counter
 
-    def room(
-        self,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        *,
-        small: bool = False,
-        name: str = "",
-        channels_last: bool = False,
-    ) -> Kept:
+    def memory(
+        self, size: int, held: torch.dtype, *, small: bool, name: str
+    ) -> tuple[Tensor, Path | None]:
         peak = self.counter.peak
-        kept = super().room(shape, dtype, small=small, name=name, channels_last=channels_last)
+        made = super().memory(size, held, small=small, name=name)
         if not self.counts and not small:
-            self.counter.forget(kept.tensor)
+            self.counter.forget(made[0])
             self.counter.peak = max(peak, self.counter.now)
-        return kept
+        return made
 
 
 def foretold_peak(recording: Recording, program: Program, tiling: Tiling) -> int:

@@ -120,10 +120,13 @@ class Keeper:
             InputError: there can be no file in the folder.
         """
         held = dtype if small else self.held(dtype)
-        memory, file = self._memory(math.prod(shape), held, small)
+        memory, file = self.memory(math.prod(shape), held, small=small, name=name)
         return Kept(arranged(memory, shape, channels_last), self.device, dtype, file)
 
-    def _memory(self, size: int, held: torch.dtype, small: bool) -> tuple[Tensor, Path | None]:
+    def memory(
+        self, size: int, held: torch.dtype, *, small: bool, name: str
+    ) -> tuple[Tensor, Path | None]:
+        """Return a row of entries, and the file behind it that goes with it; None for none."""
         if small or self.place == "device":
             return torch.empty(size, dtype=held, device=self.device), None
         if self.place == "host":

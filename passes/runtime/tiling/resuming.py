@@ -13,11 +13,10 @@ __all__ = ["Journal", "JournalKeeper", "digest", "journal_for"]
 import contextlib
 import hashlib
 import logging
-import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from torch.utils import _pytree as pytree
 from pocketize.errors import InputError
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.tiling.cutting import PatchForward, surroundings
-from pocketize.passes.runtime.tiling.keeping import Keeper, Kept, arranged
+from pocketize.passes.runtime.tiling.keeping import Keeper
 from pocketize.passes.runtime.tiling.recording import fingerprint, tensors_by_name
 
 logger = logging.getLogger(__name__)
@@ -139,18 +138,11 @@ class JournalKeeper(Keeper):
         super().__init__("disk", device, dtype=dtype)
         self.journal = journal
 
-    def room(
-        self,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        *,
-        small: bool = False,
-        name: str = "",
-        channels_last: bool = False,
-    ) -> Kept:
-        """Return a map of the journal, with what was written into it before."""
-        memory = self.journal.room(name, math.prod(shape), self.held(dtype))
-        return Kept(arranged(memory, shape, channels_last), self.device, dtype)
+    def memory(
+        self, size: int, held: torch.dtype, *, small: bool, name: str
+    ) -> tuple[Tensor, Path | None]:
+        """Return a row of the journal, with what was written into it before."""
+        return self.journal.room(name, size, held), None
 
 
 @contextlib.contextmanager
