@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["Keeper", "Kept", "arranged", "is_channels_last"]
+__all__ = ["Keeper", "Kept", "arranged", "is_channels_last", "mapped_file"]
 
 import contextlib
+import errno
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pocketize.errors import InputError
 from pocketize.memory.tracker import stand_for_file
 from pocketize.passes.runtime.tiling.windows import Region, cut
+from pocketize.units import bytes_text
 
 
 class Kept:
@@ -147,12 +150,42 @@ class Keeper:
                 f"patchwise: no file can be made in folder={self.folder!r}: {error}; make the "
                 "folder, or name another"
             ) from error
-        # torch's own mapping, so that a measurement can tell it from memory
-        mapped = torch.from_file(str(path), shared=True, size=size, dtype=held)
+        mapped = mapped_file(path, size, held)
         # where the system allows it, the file is gone with the mapping, whatever happens
         with contextlib.suppress(PermissionError):
             path.unlink()
         return mapped, path
+
+
+def mapped_file(path: Path, size: int, dtype: torch.dtype) -> Tensor:
+    """Return a row of entries in a file, which is made as long as that where it is shorter.
+
+    Raises:
+        InputError: there is no room for it; the file is gone then. Without asking first, writing
+            into the mapping would end the process.
+    """
+    nbytes = size * dtype.itemsize
+    try:
+        with path.open("ab") as file:
+            _reserve(file.fileno(), nbytes)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise InputError(
+            f"patchwise: no room for a map of {bytes_text(nbytes)} in {path.parent}: "
+            f"{error.strerror}; free some, or name another folder"
+        ) from error
+    # torch's own mapping, so that a measurement can tell it from memory
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+
+
+def _reserve(file: int, nbytes: int) -> None:
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file, 0, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # not every file system can
+            raise
 
 
 def arranged(memory: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:

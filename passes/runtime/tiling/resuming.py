@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from pocketize.errors import InputError
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.tiling.cutting import PatchForward, surroundings
-from pocketize.passes.runtime.tiling.keeping import Keeper
+from pocketize.passes.runtime.tiling.keeping import Keeper, mapped_file
 from pocketize.passes.runtime.tiling.recording import fingerprint, tensors_by_name
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Journal:
     def room(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
         """Return a row of entries, with what was written into it before."""
         path = self._maps[name] = self.folder / f"{name}.map"
-        return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+        return mapped_file(path, size, dtype)
 
     def put(self, name: str, value: Any) -> None:
         """Keep a small result."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -218,6 +220,34 @@ def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
     made = rewrite(unet().double(), tiling, inputs=x)
     with torch.inference_mode(), pytest.raises(InputError, match=r"gone.*make the folder"):
         made(x)
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    x = double(1, 1, 16, 16)
+    made = rewrite(unet().double(), Patchwise(size=4, keep="disk", folder=str(tmp_path)), inputs=x)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with torch.inference_mode(), pytest.raises(InputError, match=r"KiB in .*No space left"):
+        made(x)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_that_reserves_nothing_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(file: int, start: int, size: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    x = double(1, 1, 16, 16)
+    model = unet().double()
+    made = rewrite(model, Patchwise(size=4, keep="disk", folder=str(tmp_path)), inputs=x)
+    monkeypatch.setattr(os, "posix_fallocate", unknown, raising=False)
+    with torch.inference_mode():
+        assert (made(x) - model(x)).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("mode", ["slab", "window"])
