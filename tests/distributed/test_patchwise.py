@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,10 @@ def exact() -> dict[str, Any]:
             with torch.inference_mode():
                 made[f"{net}-{name}"] = tiled(x)
     x = _volume("dynunet")
-    labels = Patchwise(size=(99, 99, 7), reduce="argmax", keep="disk", output="disk", group=group)
+    folder = tempfile.mkdtemp()  # each process has its own
+    labels = Patchwise(
+        size=(99, 99, 7), reduce="argmax", keep="disk", output="disk", group=group, folder=folder
+    )
     with torch.no_grad():
         made["labels"] = rewrite(_dynunet(), labels, inputs=x)(x).clone()
     return made

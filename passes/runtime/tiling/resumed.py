@@ -118,7 +118,7 @@ class ResumableExecution(Execution):
         for node, value in self.stored.items():
             new = not isinstance(value, Kept) and node.name not in self._written
             if new and node.op != "placeholder":
-                self.journal.put(node.name, there(value))
+                self.journal.put(node.name, _alone(value))
                 self._written.add(node.name)
         self.journal.commit(
             {
@@ -132,6 +132,11 @@ class ResumableExecution(Execution):
         for name in self._idle:
             self.journal.drop(name)
         self._idle.clear()
+
+
+def _alone(value: Any) -> Any:
+    """Copy tensors out of what they are views of, of which a file would have all."""
+    return pytree.tree_map_only(Tensor, lambda t: t.cpu().clone(), value)
 
 
 def _on(device: torch.device) -> Callable[[Any], Any]:

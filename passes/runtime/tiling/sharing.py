@@ -116,9 +116,7 @@ class SharedExecution(Execution):
         self._parts: dict[fx.Node, dict[tuple[int, ...], tuple[Any, ...]]] = {}
 
     def _begin(self) -> int:
-        read = [self.stored[node] for node in self.stored if node.op == "placeholder"]
-        shapes = [list(each.tensor.shape) for each in read if isinstance(each, Kept)]
-        self.peers.check([*shapes, self.program.tile, len(self.program.steps)], self.tensors)
+        self.peers.agree("tiles", [self.program.tile, len(self.program.steps)])
         return 0
 
     def _tiles(self, step: Sweep) -> Sequence[tuple[int, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Stretch", "output_keeper", "peers_for"]
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -64,7 +65,8 @@ def peers_for(forward: PatchForward, inputs: Inputs) -> Peers | None:
     peers = peers_of(forward.tiling.group, forward.device(inputs))
     if peers is not None:
         shapes = [list(tensor.shape) for tensor in inputs.tensors()]
-        peers.check([*shapes, forward.tiling], tensors_by_name(forward.module))
+        alike = replace(forward.tiling, folder=None, progress=False)  # each may have its own
+        peers.check([*shapes, alike], tensors_by_name(forward.module))
     return peers
 
 
