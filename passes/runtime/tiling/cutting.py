@@ -6,6 +6,7 @@ __all__ = [
     "PatchForward",
     "Tiling",
     "is_exported",
+    "is_fake",
     "is_recorded",
     "plain",
     "spatial_axis",
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from pocketize.capture import Recorder
@@ -143,6 +145,11 @@ def is_exported() -> bool:
     exporting = getattr(torch.compiler, "is_exporting", bool)  # from torch 2.7 on
     tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
     return bool(torch.compiler.is_compiling() or tracing() or exporting())
+
+
+def is_fake(inputs: Inputs) -> bool:
+    """Whether a forward is rehearsed or estimated, on tensors without values."""
+    return any(isinstance(tensor, FakeTensor) for tensor in inputs.tensors())
 
 
 def surroundings() -> Any:

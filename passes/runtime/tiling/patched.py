@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from pocketize.inputs import Inputs
@@ -18,6 +17,7 @@ from pocketize.passes.runtime.tiling.cutting import (
     PatchForward,
     Tiling,
     is_exported,
+    is_fake,
     is_recorded,
     plain,
     surroundings,
@@ -32,7 +32,7 @@ from pocketize.passes.runtime.tiling.recording import fingerprint, tensors_by_na
 from pocketize.passes.runtime.tiling.resumed import ResumableExecution
 from pocketize.passes.runtime.tiling.resuming import Journal, journal_for
 from pocketize.passes.runtime.tiling.sharing import SharedExecution
-from pocketize.passes.runtime.tiling.stretches import peers_for
+from pocketize.passes.runtime.tiling.stretches import output_keeper, peers_for
 from pocketize.passes.runtime.tiling.training import differentiable_forward
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class ExactForward(PatchForward):
             except TilingError:
                 # a rehearsal puts all modules into training mode; what cannot be trained by tiles
                 # in the modes that they will have is told when it is tried
-                if not any(isinstance(tensor, FakeTensor) for tensor in inputs.tensors()):
+                if not is_fake(inputs):
                     raise
         return self.original(*args, **kwargs)
 
@@ -180,10 +180,8 @@ class ExactForward(PatchForward):
     def _keepers(self, device: torch.device) -> tuple[Keeper, Keeper]:
         """Return what makes room for what waits between sweeps, and for outputs."""
         tiling = self.tiling
-        return (
-            Keeper(tiling.keep, device, folder=tiling.folder, dtype=tiling.held),
-            Keeper(tiling.output, device, folder=tiling.folder),
-        )
+        keep = Keeper(tiling.keep, device, folder=tiling.folder, dtype=tiling.held)
+        return keep, output_keeper(self, device, None)
 
 
 def _detached(inputs: Inputs) -> Inputs:

@@ -23,12 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from pocketize.errors import InputError
 from pocketize.inputs import Inputs
-from pocketize.passes.runtime.tiling.cutting import PatchForward, surroundings
+from pocketize.passes.runtime.tiling.cutting import PatchForward, is_fake, surroundings
 from pocketize.passes.runtime.tiling.keeping import Keeper, mapped_file
 from pocketize.passes.runtime.tiling.recording import fingerprint, tensors_by_name
 
@@ -158,8 +157,7 @@ def journal_for(forward: PatchForward, inputs: Inputs, *more: Any) -> Iterator[J
         The journal; None where none is wanted, or gradients are.
     """
     tiling = forward.tiling
-    fake = any(isinstance(tensor, FakeTensor) for tensor in inputs.tensors())
-    if not tiling.resume or fake or torch.is_grad_enabled():
+    if not tiling.resume or is_fake(inputs) or torch.is_grad_enabled():
         yield None
         return
     leaves, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))

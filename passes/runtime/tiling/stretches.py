@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from pocketize.inputs import Inputs
-from pocketize.passes.runtime.tiling.cutting import PatchForward
+from pocketize.passes.runtime.tiling.cutting import PatchForward, is_fake
 from pocketize.passes.runtime.tiling.keeping import Keeper
 from pocketize.passes.runtime.tiling.peers import Peers, peers_of
 from pocketize.passes.runtime.tiling.recording import tensors_by_name
@@ -59,8 +58,7 @@ def peers_for(forward: PatchForward, inputs: Inputs) -> Peers | None:
     Raises:
         InputError: there is no such group, or its processes are not about to do the same.
     """
-    fake = any(isinstance(tensor, FakeTensor) for tensor in inputs.tensors())
-    if fake or torch.is_grad_enabled():
+    if is_fake(inputs) or torch.is_grad_enabled():
         return None
     peers = peers_of(forward.tiling.group, forward.device(inputs))
     if peers is not None:
