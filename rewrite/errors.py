@@ -10,6 +10,8 @@
     ├── RewriteError               a rewrite that failed; the caller's model is as it was
     │   ├── OrderError             passes in an order that one of them excludes
     │   └── VerifyError            the rewritten model did not do what the plan predicted
+    ├── ExecutionError             a rewritten network in a situation that one of its passes does
+    │                              not support; also a RuntimeError
     ├── RegistryError              passes and commands by name: unknown, registered twice, broken
     ├── RecipeError                a recipe file: not TOML, unknown keys, wrong values
     ├── ArtifactError              saved models: truncated, not ours, made by another version,
@@ -32,6 +34,7 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "CropWarning",
+    "ExecutionError",
     "InputError",
     "MeasureError",
     "ModelError",
@@ -84,6 +87,14 @@ class OrderError(RewriteError):
 
 class VerifyError(RewriteError):
     """The rewritten model does not do what the plan predicted."""
+
+
+class ExecutionError(PocketizeError, RuntimeError):
+    """A rewritten network runs in a situation that one of its passes does not support.
+
+    The text names the pass, the situation and what to do. It is a ``RuntimeError``, as torch's own
+    errors in such situations are: weights written between forward and backward, for one.
+    """
 
 
 class RegistryError(PocketizeError):

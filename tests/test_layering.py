@@ -24,6 +24,7 @@ ENGINE = (
     "errors",
     "units",
     "version",
+    "_torch",
     "inputs",
     "clone",
     "capture",

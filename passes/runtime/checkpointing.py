@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pocketize._torch import version_of
 from pocketize.passes.runtime.forwards import Forward, without_backward
-from pocketize.passes.runtime.versions import version_of
 
 #: Buffers up to this many elements are kept whether or not they are known to have been written to:
 #: batch norm writes to its running statistics behind the back of torch's version counters.

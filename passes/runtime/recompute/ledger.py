@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from pocketize._torch import version_of
 from pocketize.passes.runtime.recompute.values import Geometry, Meter, Value
-from pocketize.passes.runtime.versions import version_of
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 

@@ -1,0 +1,32 @@
+"""The only file that touches private torch.
+
+What has no public name in torch is reached through a function here. Each looks its name up when it
+is called, so that a release of torch that drops one costs what needs it and not the import, and
+each either has a fallback or raises an :class:`~pocketize.errors.ExecutionError` that names the
+version of torch. ``tests/test_private_torch.py`` tries every function, and holds that no other file
+touches a private name.
+"""
+
+from __future__ import annotations
+
+__all__ = ["storage_key", "transforms_active", "version_of"]
+
+import torch
+from torch import Tensor
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written to, as autograd counts it; 0 for inference tensors."""
+    return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def storage_key(memory: Tensor | torch.UntypedStorage) -> int:
+    """Return a number that tells a storage from all others that are alive."""
+    storage = memory.untyped_storage() if isinstance(memory, Tensor) else memory
+    return int(storage._cdata)
+
+
+def transforms_active() -> bool:
+    """Whether a function transform runs now: ``torch.func.grad``, ``vmap``, ``jvp``, ..."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return bool(active and active())
