@@ -9,7 +9,7 @@ touches a private name.
 
 from __future__ import annotations
 
-__all__ = ["storage_key", "transforms_active", "version_of"]
+__all__ = ["in_autograd_function", "storage_key", "transforms_active", "version_of"]
 
 import torch
 from torch import Tensor
@@ -30,3 +30,13 @@ def transforms_active() -> bool:
     """Whether a function transform runs now: ``torch.func.grad``, ``vmap``, ``jvp``, ..."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return bool(active and active())
+
+
+def in_autograd_function() -> bool:
+    """Whether the forward of a ``torch.autograd.Function`` runs now.
+
+    Such a forward runs without forward-mode gradients, which ``torch.no_grad()`` leaves on. Where
+    torch no longer tells, the answer is no: who asks treats it as code under ``no_grad``.
+    """
+    enabled = getattr(torch._C, "_is_fwd_grad_enabled", None)
+    return enabled is not None and not enabled() and not torch.is_inference_mode_enabled()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
-from pocketize._torch import storage_key, transforms_active, version_of
+from pocketize._torch import in_autograd_function, storage_key, transforms_active, version_of
 
 
 def test_a_write_raises_a_tensors_version_and_inference_tensors_have_none() -> None:
@@ -27,3 +30,48 @@ def test_function_transforms_are_seen() -> None:
     torch.func.grad(lambda x: (seen.append(transforms_active()), x.sum())[1])(torch.ones(2))
     assert seen == [True]
     assert not transforms_active()
+
+
+class _Old(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, seen: list[bool]) -> torch.Tensor:
+        seen.append(in_autograd_function())
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None
+
+
+class _New(_Old):
+    @staticmethod
+    def forward(x: torch.Tensor, seen: list[bool]) -> torch.Tensor:  # type: ignore[override]
+        seen.append(in_autograd_function())
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        return None
+
+
+def test_the_forward_of_an_autograd_function_is_told_from_code_without_gradients() -> None:
+    seen: list[bool] = []
+    x = torch.ones(2, requires_grad=True)
+    for function in (_Old, _New):
+        function.apply(x, seen).sum().backward()
+        with torch.no_grad():
+            function.apply(x, seen)
+    assert seen == [True] * 4
+    assert not in_autograd_function()
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert not in_autograd_function()
+
+
+def test_where_torch_does_not_tell_no_autograd_function_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(torch._C, "_is_fwd_grad_enabled")
+    seen: list[bool] = []
+    _Old.apply(torch.ones(2), seen)
+    assert seen == [False]

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pocketize._torch import in_autograd_function
 from pocketize.capture import find_tensors
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.tiling.backward import differentiable
 from pocketize.passes.runtime.tiling.network import TilingError
 
 _TORCH = os.path.dirname(torch.__file__)
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _HOOKS = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook")
 _TABLES = ("_backward_hooks", "_backward_pre_hooks")
 _CUT = {"detach", "detach_", "data", "grad"}  # these say themselves that no gradient follows
@@ -116,9 +116,9 @@ def _frames() -> Iterator[FrameType]:
 
 def _is_of_a_pass() -> bool:
     """Whether the call is in an autograd function, or in a pass whose gradients are known."""
-    frames = [frame for frame in _frames() if frame.f_code.co_filename != __file__]
-    if any(frame.f_code is _APPLY for frame in frames):
+    if in_autograd_function():
         return True  # which is looked at on its own
+    frames = [frame for frame in _frames() if frame.f_code.co_filename != __file__]
     user = next(f for f in frames if not f.f_code.co_filename.startswith((_TORCH, "<")))
     return _is_own(str(user.f_globals.get("__name__", "")))
 
