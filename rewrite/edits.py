@@ -42,6 +42,11 @@ class Edit:
         """Path of the module that changes."""
         return ""
 
+    @property
+    def what(self) -> str:
+        """What changes there, short, for a plan's reader."""
+        return self.kind
+
     def to_json(self) -> dict[str, Any]:
         """Return the edit as a JSON-able dict."""
         return {"edit": self.kind} | {
@@ -71,6 +76,11 @@ class Resize(Edit):
         """Path of the module that owns the tensor."""
         return self.tensor.rpartition(".")[0]
 
+    @property
+    def what(self) -> str:
+        """Sizes of the axis before and after."""
+        return _sizes(self, len(self.keep))
+
 
 @dataclass(frozen=True)
 class Extend(Edit):
@@ -94,6 +104,11 @@ class Extend(Edit):
     def path(self) -> str:
         """Path of the module that owns the tensor."""
         return self.tensor.rpartition(".")[0]
+
+    @property
+    def what(self) -> str:
+        """Sizes of the axis before and after."""
+        return _sizes(self, self.size + len(self.new))
 
     @property
     def old(self) -> tuple[int, ...]:
@@ -124,6 +139,11 @@ class SetAttribute(Edit):
         """Path of the module."""
         return self.module
 
+    @property
+    def what(self) -> str:
+        """The attribute before and after."""
+        return f"{self.name} {self.old} -> {self.new}"
+
 
 @dataclass(frozen=True)
 class SetArgument(Edit):
@@ -151,6 +171,12 @@ class SetArgument(Edit):
         """Path of the ``GraphModule``."""
         return self.module
 
+    @property
+    def what(self) -> str:
+        """The argument before and after."""
+        before, after = (", ".join(map(str, numbers)) for numbers in (self.old, self.new))
+        return f"{self.argument} of {self.node}: {before} -> {after}"
+
 
 @dataclass(frozen=True)
 class Redraw(Edit):
@@ -168,6 +194,11 @@ class Redraw(Edit):
     def path(self) -> str:
         """Path of the module, ``""`` for all weights."""
         return self.module
+
+    @property
+    def what(self) -> str:
+        """Which weights are drawn."""
+        return "its weights drawn anew" if self.module else "all weights drawn anew"
 
 
 @dataclass(frozen=True)
@@ -189,6 +220,17 @@ class Convert(Edit):
     def path(self) -> str:
         """Path of the module."""
         return self.module
+
+    @property
+    def what(self) -> str:
+        """The conversion, and what it is told."""
+        options = ", ".join(f"{name}={value!r:.60}" for name, value in self.options.items())
+        return f"converted by {self.conversion}" + (f" ({options})" if options else "")
+
+
+def _sizes(edit: Resize | Extend, after: int) -> str:
+    name = edit.tensor.rpartition(".")[2]
+    return f"axis {edit.axis} of {name}: {edit.size} -> {after}"
 
 
 def edit_from_json(data: dict[str, Any]) -> Edit:

@@ -15,7 +15,7 @@ from torch import fx, nn
 from pocketize.base import Change, Pass, Proposal, Target
 from pocketize.capture import capture
 from pocketize.channels import Analysis
-from pocketize.edits import Convert, Edit, Resize, SetArgument, SetAttribute
+from pocketize.edits import Convert, Edit, Redraw, Resize, SetArgument, SetAttribute
 from pocketize.errors import VerifyError
 from pocketize.groups import ChannelGroup, ChannelGroups
 from pocketize.inputs import Inputs
@@ -42,7 +42,23 @@ def settle_proposal(
     Raises:
         VerifyError: no variant of the proposal does what it predicts.
     """
-    return _Planner(model, given, inputs, generator).settle()
+    return _told(_Planner(model, given, inputs, generator).settle())
+
+
+def _told(proposal: Proposal) -> Proposal:
+    """Add rows for edits of which the pass tells nothing, one a module.
+
+    A row of a pass tells all edits in its module. Where a pass has rows, they tell all sizes too: a
+    layer's row stands for what moves with it.
+    """
+    paths = {change.path for change in proposal.changes}
+    untold: dict[str, list[str]] = {}
+    for edit in proposal.edits:
+        sized = not isinstance(edit, Convert | Redraw)
+        if edit.path not in paths and not (paths and sized):
+            untold.setdefault(edit.path, []).append(edit.what)
+    rows = (Change(path, "; ".join(dict.fromkeys(what))) for path, what in untold.items())
+    return replace(proposal, changes=(*proposal.changes, *rows))
 
 
 class _Planner:
@@ -196,12 +212,10 @@ def _place(edit: Edit) -> tuple[str, ...]:
 
 
 def _row(edit: Edit) -> Change:
-    if isinstance(edit, SetArgument):
-        before, after = (", ".join(map(str, numbers)) for numbers in (edit.old, edit.new))
-        what = f"{edit.argument} of {edit.node}: {before} -> {after}"
-        return Change(edit.module, what, "a literal in its graph")
-    assert isinstance(edit, SetAttribute)
-    return Change(edit.module, f"{edit.name} {edit.old} -> {edit.new}", "its forward reads it")
+    literal = isinstance(edit, SetArgument)
+    return Change(
+        edit.path, edit.what, "a literal in its graph" if literal else "its forward reads it"
+    )
 
 
 def _around(channels: ChannelGroups, node: fx.Node, tried: int) -> tuple[int, ...]:
