@@ -8,7 +8,15 @@ so that nets whose convolutions are unpadded have the levels that their author w
 
 from __future__ import annotations
 
-__all__ = ["Level", "Place", "find_levels", "find_places", "find_sides"]
+__all__ = [
+    "Level",
+    "Place",
+    "find_levels",
+    "find_places",
+    "find_sides",
+    "is_depthwise",
+    "is_layer",
+]
 
 import math
 from collections import Counter, defaultdict
@@ -101,7 +109,7 @@ def find_levels(channels: ChannelGroups) -> tuple[Level, ...]:
     for octave in sorted(made):
         here: dict[ChannelGroup, None] = {}
         for node in made[octave]:
-            if not _depthwise(node):
+            if not is_depthwise(node):
                 here.update(dict.fromkeys(_groups(channels, node, group_of)))
         groups = tuple(group for group in here if group not in taken)
         shared = tuple(group for group in here if group in taken)
@@ -255,15 +263,18 @@ def _octaves(stride: Any, spatial: int) -> float:
     return round(sum(math.log2(step) for step in steps), 6)
 
 
+def is_layer(node: fx.Node) -> bool:
+    """Whether an operator is a convolution or a linear layer."""
+    name = operator_name(node.target).rpartition(".")[2]
+    return name == "linear" or name.startswith(("conv_transpose", *_CONVOLUTIONS))
+
+
 def _layers(captured: Captured) -> Iterator[fx.Node]:
     """Yield convolutions and linear layers in the order in which they run."""
-    for node in captured.operators():
-        name = operator_name(node.target).rpartition(".")[2]
-        if name == "linear" or name.startswith(("conv_transpose", *_CONVOLUTIONS)):
-            yield node
+    return filter(is_layer, captured.operators())
 
 
-def _depthwise(node: fx.Node) -> bool:
+def is_depthwise(node: fx.Node) -> bool:
     """Whether a convolution keeps its channels apart: it passes them on rather than makes them."""
     groups = bind(node.target, node.args, node.kwargs).get("groups", 1)
     source = _first_tensor(node.all_input_nodes[0].meta["val"])

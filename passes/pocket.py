@@ -9,14 +9,13 @@ from __future__ import annotations
 
 __all__ = ["Pocket"]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from torch import nn
-
 from pocketize.base import Guarantee, Pass, Proposal, Refusal, Target
-from pocketize.errors import OptionError, RewriteError
-from pocketize.groups import ChannelGroup, ChannelGroups
+from pocketize.errors import OptionError
+from pocketize.groups import ChannelGroup
+from pocketize.passes.features import finest_width
 from pocketize.widths import fit_units, resize_groups
 
 
@@ -29,7 +28,8 @@ class Pocket(Pass):
     keep what they have.
 
     Attributes:
-        width: the most channels a group may keep; none takes the width of the first convolution.
+        width: the most channels a group may keep; none takes the width of the features at the
+            finest resolution (:mod:`pocketize.passes.features`).
         keep: patterns of module paths (fnmatch) whose channels stay.
         weights: "slice" keeps the channels with the largest weights, "reset" draws all anew.
     """
@@ -54,7 +54,7 @@ class Pocket(Pass):
     def propose(self, target: Target) -> Proposal:
         """Resize every free group that is wider than the width."""
         channels = target.channels()
-        width, why = (self.width, "as given") if self.width else _finest_width(channels)
+        width, why = (self.width, "as given") if self.width else finest_width(channels)
         kept = {
             group: f"kept by keep={pattern!r}"
             for pattern in self.keep
@@ -90,48 +90,6 @@ class Pocket(Pass):
                 "a branch of the forward depends on values; only the branch taken was seen"
             )
         resized = resize_groups(channels, wanted, weights=self.weights)
-        return Proposal(resized.edits, resized.changes, tuple(refused), tuple(notes), again)
-
-
-def _finest_width(channels: ChannelGroups) -> tuple[int, str]:
-    """Return the width of the finest resolution and the sentence that says so.
-
-    That is the first convolution, unless it is a patch embedding (stride equal to its kernel) and
-    another convolution works at a finer resolution.
-    """
-    modules = dict(channels.model.named_modules())
-    made: list[tuple[str, int, int]] = []  # path, channels, voxels of the output
-    for node in channels.recordings[0].operators():
-        name = str(node.target)
-        if ".conv" not in name and ".linear" not in name:
-            continue
-        shape = tuple(node.meta["val"].shape)
-        path = str(node.meta["module"])
-        if ".linear" in name:
-            made.append((path, shape[-1], 0))
-            continue
-        weight = node.args[1].meta["val"].shape  # type: ignore[union-attr]
-        spatial = len(weight) - 2
-        voxels = 1
-        for size in shape[-spatial:]:
-            voxels *= size
-        made.append((path, shape[-spatial - 1], voxels))
-    if not made:
-        raise RewriteError(
-            "pocket: the model runs no convolution and no linear layer, so there is no width to "
-            "clamp to; pass width=..."
-        )
-    convs = [row for row in made if row[2]] or made
-    path, width, voxels = convs[0]
-    first = modules.get(path)
-    if isinstance(first, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        patches = first.kernel_size == first.stride and max(first.stride) > 1
-        finer = [row for row in convs if row[2] > voxels]
-        if patches and finer:
-            finest = max(row[2] for row in finer)
-            other = next(row for row in finer if row[2] == finest)
-            return other[1], (
-                f"the first convolution at the finest resolution, {other[0]} "
-                f"({path} comes before but embeds patches)"
-            )
-    return width, f"the first convolution, {path or 'of the model'}"
+        # the second look is at other widths; that of the first holds
+        second = replace(self, width=width) if again else False
+        return Proposal(resized.edits, resized.changes, tuple(refused), tuple(notes), second)

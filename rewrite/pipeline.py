@@ -172,7 +172,8 @@ def pocketize(
 
     Args:
         model: any module; unchanged unless ``inplace``.
-        width: the most channels a group may keep; ``None`` for the width of the first convolution.
+        width: the most channels a group may keep; ``None`` for the width of the features at the
+            finest resolution, which the plan names.
         inputs: example inputs: a tensor, tuple, dict, or a text such as ``"1x1x96x96x96"``;
             ``None`` guesses from the first convolution.
         keep: path patterns (``fnmatch``) of modules that keep their channels.

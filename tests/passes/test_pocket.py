@@ -46,9 +46,9 @@ def _net(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(widths[-1], 2, 1))
 
 
-def test_without_a_width_it_takes_that_of_the_first_convolution() -> None:
+def test_without_a_width_it_takes_that_of_the_finest_features() -> None:
     (step,) = plan(_net(6, 12, 24), "pocket", inputs="1x1x8x8").passes
-    assert step.notes[0] == "width 6: the first convolution, 0"
+    assert step.notes[0] == "width 6: the first features at the finest resolution, of 0"
     assert [c.what for c in step.changes] == ["12 -> 6 channels", "24 -> 6 channels"]
 
 
@@ -66,8 +66,10 @@ def test_a_patch_embedding_does_not_give_the_width_where_a_finer_convolution_run
             return self.head(torch.cat([deep, self.fine(x)], 1))
 
     (step,) = plan(Hybrid(), "pocket", inputs="1x1x16x16").passes
-    assert step.notes[0].startswith("width 16: the first convolution at the finest resolution, up")
-    assert "embed comes before but embeds patches" in step.notes[0]
+    assert step.notes[0] == (
+        "width 16: the first features at the finest resolution, of up "
+        "(not of embed, which works at a coarser resolution)"
+    )
 
 
 def test_groups_that_are_narrower_keep_what_they_have() -> None:

@@ -48,7 +48,9 @@ class Order(nn.Module):
 
 
 def test_the_first_convolution_is_the_first_that_runs() -> None:
-    assert planned(Order()).notes == ("width 5: the first convolution, early",)
+    assert planned(Order()).notes == (
+        "width 5: the first features at the finest resolution, of early",
+    )
 
 
 def test_a_net_of_linear_layers_takes_the_width_of_the_first() -> None:
@@ -59,12 +61,12 @@ def test_a_net_of_linear_layers_takes_the_width_of_the_first() -> None:
 
 def test_a_strided_stem_that_overlaps_is_no_patch_embedding() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 4, stride=2), nn.Conv2d(6, 9, 1), nn.Conv2d(9, 2, 1))
-    assert planned(model).notes[0].startswith("width 6: the first convolution, 0")
+    assert planned(model).notes[0].startswith("width 6: the first features at the finest")
 
 
 def test_a_patch_embedding_with_nothing_finer_gives_the_width() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 2, stride=2), nn.Conv2d(6, 9, 1), nn.Conv2d(9, 2, 1))
-    assert planned(model).notes[0].startswith("width 6: the first convolution, 0")
+    assert planned(model).notes[0].startswith("width 6: the first features at the finest")
 
 
 def test_a_width_as_given_may_be_wider_or_narrower_than_the_first_convolution() -> None:
