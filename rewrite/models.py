@@ -4,9 +4,11 @@
 ``package.module:factory`` called with the keyword arguments; the current folder is searched too
 ``zoo:NAME``               a network of :mod:`pocketize.zoo`
 ``FILE.pt2``               an exported program
-``FILE.pt`` and the like   a pickled module; only where the caller trusts it, as opening one runs
-code ==========================
-=======================================================================
+``FILE.pt`` and the like   a pickled module
+========================== =======================================================================
+
+Opening an exported program or a pickle runs code that it may contain, so both are opened only where
+the caller trusts them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from pocketize.inputs import Inputs
 from pocketize.pt2 import module_of, read_exported
 
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
-_FORMS = "package.module:factory, zoo:NAME, or a file ending in .pt2"
+_FORMS = "package.module:factory, zoo:NAME, or FILE.pt2 (with --trust-pickle)"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def resolve(
         kwargs: keyword arguments of the factory.
         weights: a state_dict to load into the model, or a model that :func:`pocketize.save` wrote,
             which is then rewritten as the file says.
-        trust: unpickle ``name`` and ``weights``; they may run any code.
+        trust: open exported programs and pickles, as ``name`` and ``weights``; they may run any
+            code.
 
     Raises:
         ModelError: the argument names no model, or the factory fails.

@@ -1,26 +1,20 @@
-"""Exported programs (``.pt2``), read without letting the file run code while it is opened.
+"""Exported programs (``.pt2``): read where the caller trusts the file, and written.
 
-``torch.export.load`` unpickles what the archive asks it to and evaluates symbolic shapes as
-Python, so its own documentation warns of files from strangers. Here the archive is looked through
-first, what it could smuggle in is refused, and tensors are read with ``weights_only=True``. What
-remains is a graph of torch operators; torch itself checks that it holds nothing else.
+Opening one can run code: ``torch.export.load`` unpickles, evaluates the text of shapes and compiles
+names that stand in the file, as its documentation says. So it is opened only on request, as pickles
+are. Nothing in front of it helps: what torch reads changes with every release.
 """
 
 from __future__ import annotations
 
 __all__ = ["module_of", "read_exported", "write_exported"]
 
-import ast
 import contextlib
 import inspect
-import json
 import os
-import re
 import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -29,36 +23,28 @@ from torch.export import ExportedProgram
 from pocketize.errors import ArtifactError, RewriteError
 from pocketize.inputs import Inputs
 
-_FORCE, _FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-# the shapes of srepr: FloorDiv(Add(Symbol('s0', positive=True), Integer(-1)), Integer(2))
-_SHAPE_NODES = (
-    ast.Expression,
-    ast.Call,
-    ast.Name,
-    ast.Load,
-    ast.Constant,
-    ast.keyword,
-    ast.UnaryOp,
-    ast.USub,
-    ast.BinOp,
-    ast.operator,
-)
-
 
 def read_exported(path: str | os.PathLike[str], *, trust: bool = False) -> ExportedProgram:
     """Read an exported program.
 
     Args:
         path: a file that ``torch.export.save`` wrote.
-        trust: open it as torch does, whatever it holds; it may then run any code.
+        trust: open it; it may run any code that it holds.
 
     Raises:
-        ArtifactError: the file cannot be read, or holds what only ``trust`` lets in.
+        ArtifactError: the file is not trusted, or cannot be read.
     """
     try:
+        with open(path, "rb"):  # torch's error for a file that is not there has no file's name
+            pass
         if not trust:
-            _look_through(path)
-        with _quiet(), contextlib.nullcontext() if trust else _weights_only():
+            raise ArtifactError(
+                f"{path} is an exported program, and opening one can run any code it contains. If "
+                "you trust where it comes from, add --trust-pickle (in Python trust=True); "
+                "otherwise give package.module:factory as MODEL, and its weights as "
+                "--weights FILE.safetensors"
+            )
+        with _quiet():
             return torch.export.load(path)
     except ArtifactError:
         raise
@@ -136,71 +122,6 @@ def _drop_aliases(module: fx.GraphModule) -> None:
                 if node.target == name:
                     graph.erase_node(node)
     module.recompile()
-
-
-def _look_through(path: str | os.PathLike[str]) -> None:
-    if not zipfile.is_zipfile(path):
-        with open(path, "rb"):  # for the error of a file that is not there
-            raise ArtifactError(f"{path} is not an exported program: it is no zip archive")
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith(".json"):
-                for key, value in _entries(json.loads(archive.read(name))):
-                    _check_entry(path, key, value)
-
-
-def _entries(data: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(data, dict):
-        for key, value in data.items():
-            yield key, value
-            yield from _entries(value)
-    elif isinstance(data, list):
-        for value in data:
-            yield from _entries(value)
-
-
-def _check_entry(path: Any, key: str, value: Any) -> None:
-    if key == "path_name" and not str(value).startswith(("weight_", "tensor_")):
-        what = f"the pickled object {value!r}"
-    elif key == "expr_str" and not _is_shape(str(value)):
-        what = f"a shape that is no arithmetic: {value!r:.100}"
-    else:
-        return
-    raise ArtifactError(
-        f"{path} holds {what}, which can run any code when it is opened. If you trust where the "
-        "file comes from, add --trust-pickle"
-    )
-
-
-def _is_shape(text: str) -> bool:
-    """Tell whether an expression only builds arithmetic: ``Add(Symbol('s0'), Integer(1))``."""
-    try:
-        nodes = list(ast.walk(ast.parse(text, mode="eval")))
-    except (SyntaxError, ValueError, RecursionError):
-        return False
-    for node in nodes:
-        if not isinstance(node, _SHAPE_NODES):
-            return False
-        if isinstance(node, ast.Call) and not isinstance(node.func, ast.Name):
-            return False
-        if isinstance(node, ast.Name) and not re.fullmatch(r"[A-Z][A-Za-z]*|[a-z]+\d+", node.id):
-            return False
-        word = node.value if isinstance(node, ast.Constant) else ""
-        if isinstance(word, str) and not re.fullmatch(r"([a-z]+\d+)?", word):
-            return False
-    return True
-
-
-@contextlib.contextmanager
-def _weights_only() -> Iterator[None]:
-    """Let no ``torch.load`` below fall back on unpickling, as that of ``torch.export`` does."""
-    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORBID)}
-    os.environ[_FORCE] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[_FORCE]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def test_a_network_of_the_zoo_comes_with_its_input() -> None:
     [
         (
             "unet",
-            "cannot tell what 'unet' is; expected package.module:factory, zoo:NAME, or a file",
+            "cannot tell what 'unet' is; expected package.module:factory, zoo:NAME, or FILE.pt2",
         ),
         ("torch.nn:", "cannot tell what 'torch.nn:' is"),
         ("my-nets:UNet", "cannot tell what 'my-nets:UNet' is"),
@@ -100,7 +100,7 @@ def test_a_model_that_exists_already_is_not_taken_for_a_factory(nets: Path) -> N
 def test_an_exported_program_comes_with_its_inputs(tmp_path: Path) -> None:
     path = tmp_path / "net.pt2"
     write_exported(nn.Conv2d(3, 4, 3), Inputs((torch.ones(1, 3, 8, 8),)), path)
-    found = resolve(str(path))
+    found = resolve(str(path), trust=True)
     assert (found.kind, found.factory) == ("exported", None)
     assert found.inputs is not None
     assert found.inputs.call(found.model).shape == (1, 4, 6, 6)

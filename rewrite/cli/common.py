@@ -36,7 +36,7 @@ from pocketize.models import ResolvedModel, resolve
 from pocketize.recipe import load_recipe
 from pocketize.registry import parse_pass
 
-_MODEL_HELP = "package.module:factory, zoo:NAME, or a file ending in .pt2"
+_MODEL_HELP = "package.module:factory, zoo:NAME, or FILE.pt2 (with --trust-pickle)"
 DONE, CHECK_FAILED, USAGE, FAILED = range(4)
 
 
@@ -136,7 +136,7 @@ def add_model(parser: argparse.ArgumentParser, **options: Any) -> None:
     parser.add_argument(
         "--trust-pickle",
         action="store_true",
-        help="unpickle MODEL and --weights; they can then run any code they contain",
+        help="open MODEL (.pt2 or a pickle) and --weights although they can run code they contain",
     )
 
 

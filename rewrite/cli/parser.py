@@ -19,7 +19,7 @@ from pocketize.version import VERSION
 
 _EXAMPLES = """\
 MODEL is package.module:factory (a function or class that builds the network; the current folder is
-searched too), zoo:NAME (see `pocketize zoo`), or an exported program, FILE.pt2.
+searched too), zoo:NAME (see `pocketize zoo`), or an exported program, FILE.pt2 (--trust-pickle).
 
 examples:
   pocketize demo

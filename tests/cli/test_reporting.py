@@ -68,7 +68,7 @@ def test_a_saved_model_cannot_be_compared_without_a_factory(run: Run) -> None:
     saved = ("--pass", "pocket", *INPUT, "-o")
     assert run("apply", "my_nets:Net", *saved, "small.safetensors").code == 0
     assert run("apply", "my_nets:Net", *saved, "small.pt2").code == 0
-    code, _, err = run("report", "small.pt2", "small.safetensors", "--estimate")
+    code, _, err = run("report", "small.pt2", "small.safetensors", "--estimate", "--trust-pickle")
     assert code == 2
     assert "needs the factory of the original as BEFORE; small.pt2 is none" in err
 

@@ -80,17 +80,21 @@ def test_a_state_dict_and_an_exported_program_are_written(run: Run) -> None:
     assert run("apply", *POCKET, "--seed", "3", "-o", "small.pt2").code == 0
     state = torch.load("small.pt", weights_only=True)
     assert state["wide.weight"].shape == (4, 4, 3, 3)
-    module = module_of(read_exported("small.pt2"))
+    module = module_of(read_exported("small.pt2", trust=True))
     assert module(torch.zeros(1, 1, 8, 8)).shape == (1, 2, 8, 8)
     assert torch.equal(module.state_dict()["wide.weight"], state["wide.weight"])
 
 
 def test_an_exported_program_is_rewritten_and_written_again(run: Run) -> None:
     assert run("apply", *POCKET, "-o", "small.pt2").code == 0
-    code, out, err = run("apply", "small.pt2", "--pass", "pocket:width=2", "-o", "tiny.pt2")
+    again = ("apply", "small.pt2", "--pass", "pocket:width=2", "-o", "tiny.pt2")
+    code, _, err = run(*again)
+    assert code == 3
+    assert "add --trust-pickle" in err
+    code, out, err = run(*again, "--trust-pickle")
     assert (code, err) == (0, "")
     assert "tiny.pt2: 206 -> " in out
-    module = module_of(read_exported("tiny.pt2"))
+    module = module_of(read_exported("tiny.pt2", trust=True))
     assert module.state_dict()["wide.weight"].shape == (2, 2, 3, 3)
     assert module(torch.zeros(1, 1, 8, 8)).shape == (1, 2, 8, 8)
 
