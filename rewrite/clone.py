@@ -1,8 +1,8 @@
 """Copies of a model: a real one to rewrite, and a fake one to record.
 
-``copy.deepcopy`` alone fails on modules that keep computed tensors as attributes (the older
-``weight_norm`` does), and it copies every weight even where only shapes are wanted. Both are cured
-with the memo of ``deepcopy``.
+``copy.deepcopy`` alone fails on modules that keep computed tensors (the older ``weight_norm`` does,
+and so does a network with deep supervision that has run), and it copies every weight even where
+only shapes are wanted. Both are cured with the memo of ``deepcopy``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ __all__ = ["clone", "fake_clone", "quiet_hooks"]
 
 import contextlib
 import copy
+import gc
+import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,11 +25,15 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from pocketize.errors import CaptureError
 
+#: What ``deepcopy`` does not look into.
+_ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, weakref.ref)
+
 
 def clone(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model with weights, buffers, hooks, modes and ties.
 
     As with ``copy.deepcopy``, parameters come without gradients and without hooks of their own.
+    Tensors with a graph, such as outputs that a forward has left in a list, are copied without it.
 
     Raises:
         CaptureError: the model holds something that cannot be copied.
@@ -35,9 +42,8 @@ def clone(model: nn.Module) -> nn.Module:
     # What is made under inference_mode can never be trained; a user's __deepcopy__ that builds the
     # module anew draws random numbers, which must not be the caller's.
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-        for tensor in _plain_tensors(model):
-            if not tensor.is_leaf:
-                memo[id(tensor)] = tensor.detach().clone()
+        for tensor in _computed_tensors(model):
+            memo[id(tensor)] = tensor.detach().clone()
         return _deepcopy(model, memo)
 
 
@@ -65,7 +71,7 @@ def fake_clone(
         memo[id(parameter)] = nn.Parameter(
             _fake(parameter, mode, device), requires_grad=parameter.requires_grad
         )
-    for tensor in [*model.buffers(), *_plain_tensors(model)]:
+    for tensor in [*model.buffers(), *_plain_tensors(model), *_computed_tensors(model)]:
         if id(tensor) not in memo:
             memo[id(tensor)] = _fake(tensor, mode, device)
     return _deepcopy(model, memo)
@@ -136,6 +142,25 @@ def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 yield value
+
+
+def _computed_tensors(model: nn.Module) -> list[Tensor]:
+    """Tensors with a graph, which ``deepcopy`` refuses, wherever in a model it would find them."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    stack: list[Any] = [model]
+    while stack:
+        held = stack.pop()
+        if isinstance(held, _ATOMIC) or id(held) in seen:
+            continue
+        seen.add(id(held))
+        if isinstance(held, Tensor):
+            if not held.is_leaf:
+                found.append(held)
+            stack += vars(held).values()
+        else:
+            stack += gc.get_referents(held)
+    return found
 
 
 def _hooks(model: nn.Module) -> Iterator[Callable[..., Any]]:

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import collections
+import functools
 import threading
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -208,3 +212,135 @@ def test_closures_are_put_back_also_after_an_error() -> None:
     with pytest.raises(RuntimeError), quiet_hooks(model):
         model(torch.ones(1, 9))
     assert features == []
+
+
+# -- models that have run ------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@dataclass
+class Record:
+    value: Any = None
+
+
+class Slots:
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+
+class Supervised(nn.Module):
+    """Leaves its inner result somewhere, as networks with deep supervision do."""
+
+    def __init__(self, keep: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+        self.keep, self.kept = keep, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x).relu()
+        self.kept = self.keep(y)
+        return self.head(y)
+
+
+def noted(y: Tensor) -> Tensor:
+    made = torch.ones(1)
+    made.cause = [y]  # type: ignore[attr-defined]
+    return made
+
+
+def circle(y: Tensor) -> Record:
+    made = Record()
+    made.value = [made, y]
+    return made
+
+
+PLACES: dict[str, Callable[[Tensor], Any]] = {
+    "attribute": lambda y: y,
+    "list": lambda y: [y],
+    "tuple": lambda y: (1, y),
+    "dict": lambda y: {"deep": {"deeper": [y, y]}},
+    "ordered dict": lambda y: collections.OrderedDict(y=y),
+    "default dict": lambda y: collections.defaultdict(list, y=[y]),
+    "deque": lambda y: collections.deque([y], maxlen=2),
+    "named tuple": lambda y: Pair([y], y),
+    "dataclass": lambda y: Record([y]),
+    "object": lambda y: Slots({"y": y}),
+    "view": lambda y: [y[:1], y],
+    "partial": lambda y: functools.partial(torch.add, y),
+    "method": lambda y: Slots(y).__init__,  # type: ignore[misc]
+    "attribute of a tensor": noted,
+    "a circle": circle,
+}
+CONTEXTS: dict[str, Any] = {
+    "with gradients": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_model_that_has_run_and_keeps_what_it_computed_can_be_copied(
+    place: str, context: Any
+) -> None:
+    model, x = Supervised(PLACES[place]), torch.rand(2, 1, 8, 8)
+    with context():
+        expected = model(x)
+    kept = model.kept
+    copy = clone(model)
+    assert model.kept is kept
+    assert copy.kept is not kept
+    result = copy(x)
+    assert torch.equal(result, expected)
+    result.sum().backward()
+    assert model.body.weight.grad is None
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = fake_clone(model, mode)
+    with mode:
+        assert fake(mode.from_tensor(x)).shape == expected.shape
+
+
+def test_of_what_was_kept_the_copy_has_the_values_and_the_ties_but_no_graph() -> None:
+    model = Supervised(lambda y: {"a": [y], "b": y})
+    model(torch.rand(1, 1, 8, 8))
+    kept = clone(model).kept
+    assert kept["a"][0] is kept["b"]
+    assert torch.equal(kept["b"], model.kept["b"])
+    assert kept["b"].grad_fn is None
+    assert model.kept["b"].grad_fn is not None
+
+
+class Collector:
+    """A hook that is an object, and keeps what it sees."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[Any]] = {}
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.seen.setdefault("outputs", []).append(output)
+
+    def hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        self(module, args, output)
+
+
+def collected(store: list[Any], module: nn.Module, args: Any, output: Any) -> None:
+    store.append(output)
+
+
+@pytest.mark.parametrize(
+    "make", [Collector, lambda: Collector().hook, lambda: functools.partial(collected, [])]
+)
+def test_hooks_that_hold_outputs_do_not_keep_a_model_from_being_copied(make: Any) -> None:
+    model, x = Rich(), torch.rand(1, 3, 8, 8)
+    model.conv.register_forward_hook(make())
+    expected = model.eval()(x)
+    assert torch.equal(clone(model)(x), expected)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        assert fake_clone(model, mode)(mode.from_tensor(x)).shape == expected.shape
