@@ -7,7 +7,6 @@ from __future__ import annotations
 
 __all__ = ["Checkpoint"]
 
-import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
+from pocketize.clone import clone_modules
 from pocketize.conversions import conversion
 from pocketize.edits import Convert
 from pocketize.errors import MeasureError, OptionError, PatternError, RewriteError, nearest
 from pocketize.memory import measure
-from pocketize.memory.modules import held_tensors
 from pocketize.passes.order import REBUILDING
 from pocketize.passes.regions import Region, Survey, survey
 from pocketize.passes.runtime.checkpointing import CheckpointedForward
@@ -263,9 +262,7 @@ class _Search:
         return self.tried[index]
 
     def _estimated(self, chosen: Sequence[Region]) -> int:
-        # Its modules are copied, its tensors are not: the estimate wants their shapes only.
-        tensors = {id(t): t for module in self.model.modules() for t in held_tensors(module)}
-        copied = copy.deepcopy(self.model, dict(tensors))
+        copied = clone_modules(self.model)
         apply_edits(copied, [Convert(region.path, "checkpoint", {}) for region in chosen])
         given = self.given.optimizer
         return measure(copied, self.inputs, "train", given, estimate=True).peak

@@ -7,7 +7,7 @@ only shapes are wanted. Both are cured with the memo of ``deepcopy``.
 
 from __future__ import annotations
 
-__all__ = ["clone", "fake_clone", "quiet_hooks"]
+__all__ = ["clone", "clone_modules", "fake_clone", "quiet_hooks"]
 
 import contextlib
 import copy
@@ -47,6 +47,15 @@ def clone(model: nn.Module) -> nn.Module:
         return _deepcopy(model, memo)
 
 
+def clone_modules(model: nn.Module) -> nn.Module:
+    """Return a copy that shares every tensor with the model, for what wants their shapes only.
+
+    Raises:
+        CaptureError: the model holds something that cannot be copied.
+    """
+    return _deepcopy(model, {id(tensor): tensor for tensor in _reached_tensors(model)})
+
+
 def fake_clone(
     model: nn.Module, mode: FakeTensorMode, *, device: torch.device | None = None
 ) -> nn.Module:
@@ -75,6 +84,24 @@ def fake_clone(
         if id(tensor) not in memo:
             memo[id(tensor)] = _fake(tensor, mode, device)
     return _deepcopy(model, memo)
+
+
+def _reached_tensors(model: nn.Module) -> list[Tensor]:
+    """Tensors wherever in a model ``deepcopy`` would find them."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    stack: list[Any] = [model]
+    while stack:
+        held = stack.pop()
+        if isinstance(held, _ATOMIC) or id(held) in seen:
+            continue
+        seen.add(id(held))
+        if isinstance(held, Tensor):
+            found.append(held)
+            stack += vars(held).values()
+        else:
+            stack += gc.get_referents(held)
+    return found
 
 
 @contextlib.contextmanager
@@ -145,22 +172,8 @@ def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _computed_tensors(model: nn.Module) -> list[Tensor]:
-    """Tensors with a graph, which ``deepcopy`` refuses, wherever in a model it would find them."""
-    found: list[Tensor] = []
-    seen: set[int] = set()
-    stack: list[Any] = [model]
-    while stack:
-        held = stack.pop()
-        if isinstance(held, _ATOMIC) or id(held) in seen:
-            continue
-        seen.add(id(held))
-        if isinstance(held, Tensor):
-            if not held.is_leaf:
-                found.append(held)
-            stack += vars(held).values()
-        else:
-            stack += gc.get_referents(held)
-    return found
+    """Tensors with a graph, which ``deepcopy`` refuses."""
+    return [tensor for tensor in _reached_tensors(model) if not tensor.is_leaf]
 
 
 def _hooks(model: nn.Module) -> Iterator[Callable[..., Any]]:
