@@ -18,7 +18,7 @@ from torch import nn
 from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.conversions import conversion
 from pocketize.edits import Convert
-from pocketize.errors import InputError, OptionError, RewriteError
+from pocketize.errors import ExecutionError, InputError, OptionError, RewriteError
 from pocketize.options import read_size
 from pocketize.passes.order import REBUILDING
 from pocketize.passes.runtime.forwards import first_parameter, obstacle, wrapping
@@ -214,8 +214,8 @@ class Patchwise(Pass):
                 what, notes = self._look(target, tiling)
             else:
                 what, notes = self._look_at_parts(target, tiling, edit)
-        except (TilingError, InputError) as error:
-            return Proposal(refused=(Refusal("", str(error)),))
+        except (TilingError, InputError, ExecutionError) as error:
+            return Proposal(refused=(Refusal("", str(error).removeprefix("patchwise: ")),))
         return Proposal(
             (edit,), (Change("", what, "each fits where the whole does not"),), (), notes
         )

@@ -9,7 +9,7 @@ touches a private name.
 
 from __future__ import annotations
 
-__all__ = ["in_autograd_function", "storage_key", "transforms_active", "version_of"]
+__all__ = ["in_autograd_function", "keeps_graph", "storage_key", "transforms_active", "version_of"]
 
 import torch
 from torch import Tensor
@@ -40,3 +40,13 @@ def in_autograd_function() -> bool:
     """
     enabled = getattr(torch._C, "_is_fwd_grad_enabled", None)
     return enabled is not None and not enabled() and not torch.is_inference_mode_enabled()
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that runs now keeps its graph (``retain_graph=True``).
+
+    Where torch does not tell, the answer is no.
+    """
+    autograd = getattr(torch._C, "_autograd", None)
+    keeps = getattr(autograd, "_get_current_graph_task_keep_graph", None)
+    return bool(keeps and keeps())

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from pocketize._torch import in_autograd_function, storage_key, transforms_active, version_of
+from pocketize._torch import (
+    in_autograd_function,
+    keeps_graph,
+    storage_key,
+    transforms_active,
+    version_of,
+)
 
 
 def test_a_write_raises_a_tensors_version_and_inference_tensors_have_none() -> None:
@@ -74,4 +80,23 @@ def test_where_torch_does_not_tell_no_autograd_function_is_seen(
     monkeypatch.delattr(torch._C, "_is_fwd_grad_enabled")
     seen: list[bool] = []
     _Old.apply(torch.ones(2), seen)
+    assert seen == [False]
+
+
+def test_a_backward_pass_tells_whether_it_keeps_its_graph() -> None:
+    seen: list[bool] = []
+    x = torch.ones(2, requires_grad=True)
+    y = (x * 2).sum()
+    x.register_hook(lambda _: seen.append(keeps_graph()))
+    y.backward(retain_graph=True)
+    y.backward()
+    assert seen == [True, False]
+
+
+def test_where_torch_does_not_tell_no_graph_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    seen: list[bool] = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda _: seen.append(keeps_graph()))
+    x.sum().backward(retain_graph=True)
     assert seen == [False]

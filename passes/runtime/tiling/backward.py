@@ -13,7 +13,7 @@ __all__ = ["Differentiation", "differentiable"]
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,13 +45,21 @@ class Differentiation(Execution):
         execution: it has run, with ``retain``.
         keeper: where gradients of stored maps are kept.
         of_inputs: inputs whose gradients are asked for; None for all.
+        retain: what the execution stored is kept for another way back.
     """
 
     def __init__(
-        self, execution: Execution, keeper: Keeper, *, of_inputs: Collection[fx.Node] | None = None
+        self,
+        execution: Execution,
+        keeper: Keeper,
+        *,
+        of_inputs: Collection[fx.Node] | None = None,
+        retain: bool = False,
     ) -> None:
-        super().__init__(execution.program, execution.tensors, {}, execution.keeper)
+        super().__init__(execution.program, execution.tensors, {}, execution.keeper, retain=retain)
         self.stored, self.norms = execution.stored, execution.norms
+        if retain:
+            self.stored = dict(self.stored)
         self.gradients_keeper, self.of_inputs = keeper, of_inputs
         self._sums: dict[tuple[fx.Node, int], Kept | Tensor] = {}
         self._norm_sums: dict[fx.Node, Tensor] = {}
@@ -83,7 +91,8 @@ class Differentiation(Execution):
             }
             return self._weights, inputs
         finally:
-            self.close()
+            if not self.retain:
+                self.close()
 
     # -- what forms read: leaves ------------------------------------------------------------------
 
@@ -136,7 +145,7 @@ class Differentiation(Execution):
             if held is not None and result.requires_grad:
                 pairs.append((result, _all_of(held)))
         self._differentiate(pairs)
-        self.stored.pop(node, None)
+        self._free([node])
 
     def _sweep_back(self, step: Sweep) -> None:
         for node in step.gathers:
@@ -160,11 +169,11 @@ class Differentiation(Execution):
                     pairs.append((result, gradient))
             self._differentiate([pair for pair in pairs if pair[0].requires_grad])
             self._local.clear()
-        for node in step.targets:
-            self._forget(node)
-        for node in step.gathers:
-            self._sums.pop((node, 0), None)
-            self.stored.pop(node, None)
+        for node in [*step.targets, *step.gathers]:
+            gradient = self._sums.pop((node, 0), None)
+            if isinstance(gradient, Kept):
+                gradient.close()
+            self._free([node])
 
     def _differentiate(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Go back from results to leaves, weights and statistics, and add up what arrives."""
@@ -263,10 +272,9 @@ class Differentiation(Execution):
         room.tensor.zero_()
         return room
 
-    def _forget(self, node: fx.Node) -> None:
-        for held in (self._sums.pop((node, 0), None), self.stored.pop(node, None)):
-            if isinstance(held, Kept):
-                held.close()
+    def _free(self, nodes: Sequence[fx.Node]) -> None:
+        if not self.retain:
+            super()._free(nodes)
 
 
 def _all_of(held: Kept | Tensor) -> Tensor:

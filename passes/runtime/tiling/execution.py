@@ -79,6 +79,16 @@ class Execution:
             self.close()
         return results
 
+    def hold_alias(self, node: fx.Node) -> Tensor:
+        """Hold an alias of an output instead of itself, to which autograd gives a history."""
+        held = self.stored[node]
+        alias: Tensor = (held.tensor if isinstance(held, Kept) else held).detach()
+        if isinstance(held, Kept):
+            held.tensor = alias
+        else:
+            self.stored[node] = alias
+        return alias
+
     def close(self) -> None:
         """Give back all that is stored."""
         self._local.clear()

@@ -27,7 +27,6 @@ from pocketize.passes.runtime.tiling.network import TilingError
 
 _TORCH = os.path.dirname(torch.__file__)
 _HOOKS = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook")
-_TABLES = ("_backward_hooks", "_backward_pre_hooks")
 _CUT = {"detach", "detach_", "data", "grad"}  # these say themselves that no gradient follows
 
 
@@ -41,14 +40,6 @@ def check_gradients(model: nn.Module, inputs: Inputs) -> None:
     Raises:
         TilingError: the text says what keeps or changes gradients, and where.
     """
-    for path, module in model.named_modules():
-        for table in _TABLES:
-            for hook in vars(module).get(table, {}).values():
-                if path and not _is_own(getattr(hook, "__module__", "") or ""):
-                    raise TilingError(
-                        f"{path} has a backward hook, which training by tiles would not run; "
-                        "remove it, or train the volume whole"
-                    )
     # not leaves, as a network may write into its input
     given = inputs.map(lambda t: t.detach().requires_grad_().clone() if differentiable(t) else t)
     with torch.enable_grad(), _Watch(model):

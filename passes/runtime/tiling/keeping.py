@@ -189,10 +189,16 @@ def _reserve(file: int, nbytes: int) -> None:
 
 
 def arranged(memory: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    """Return a map (N, C, *spatial) on a row of entries."""
-    if not channels_last:
-        return memory.view(tuple(shape))
-    return memory.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    """Give a row of entries the shape of a map (N, C, *spatial), and return it.
+
+    In place: an output that were a view, made without gradients, could not be written in place
+    where gradients are enabled.
+    """
+    axes = list(range(len(shape)))
+    strides, step = [0] * len(shape), 1
+    for axis in reversed([0, *axes[2:], 1] if channels_last else axes):
+        strides[axis], step = step, step * max(1, shape[axis])
+    return memory.as_strided_(tuple(shape), strides)
 
 
 def is_channels_last(tensor: Tensor) -> bool:

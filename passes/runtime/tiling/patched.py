@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from pocketize._torch import transforms_active
+from pocketize.capture import find_tensors
+from pocketize.errors import ExecutionError
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.forwards import first_parameter
 from pocketize.passes.runtime.tiling.cutting import (
@@ -28,7 +32,12 @@ from pocketize.passes.runtime.tiling.network import TilingError
 from pocketize.passes.runtime.tiling.peers import Peers
 from pocketize.passes.runtime.tiling.placing import ProgressBar, reduction
 from pocketize.passes.runtime.tiling.preparing import Prepared, prepare
-from pocketize.passes.runtime.tiling.recording import fingerprint, tensors_by_name
+from pocketize.passes.runtime.tiling.recording import (
+    check_hooks,
+    described,
+    fingerprint,
+    tensors_by_name,
+)
 from pocketize.passes.runtime.tiling.resumed import ResumableExecution
 from pocketize.passes.runtime.tiling.resuming import Journal, journal_for
 from pocketize.passes.runtime.tiling.sharing import SharedExecution
@@ -62,22 +71,39 @@ class ExactForward(PatchForward):
         return {**vars(self), "_prepared": {}}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward by tiles where it is one for inference."""
+        """Run the forward by tiles where it is one for inference, or trains by tiles."""
         inputs = Inputs(args, kwargs)
-        if is_exported() or is_recorded():
+        empty = any(not tensor.numel() for tensor in inputs.tensors())
+        if is_exported() or is_recorded() or empty:
             return self.original(*args, **kwargs)
-        if self._infers(inputs):
-            inputs = plain(inputs)
-            return self._run(self.prepare(inputs), inputs)
-        if self.tiling.train and torch.is_grad_enabled():
-            try:
+        trains = self.tiling.train and torch.is_grad_enabled()
+        if self._is_transformed(inputs):
+            if trains:
+                raise ExecutionError(
+                    "patchwise: a function transform (torch.func.grad, vmap, jvp) or forward-mode "
+                    "AD does not go through training by tiles; call the network without it, or "
+                    "rewrite it without train=True"
+                )
+            return self.original(*args, **kwargs)
+        try:
+            if self._infers(inputs):
+                inputs = plain(inputs)
+                return self._run(self.prepare(inputs), inputs)
+            if trains:
                 return self._train(plain(inputs))
-            except TilingError:
-                # a rehearsal puts all modules into training mode; what cannot be trained by tiles
-                # in the modes that they will have is told when it is tried
-                if not is_fake(inputs):
-                    raise
+        except TilingError as error:
+            # a rehearsal puts all modules into training mode; what cannot be trained by tiles in
+            # the modes that they will have is told when it is tried
+            if not is_fake(inputs):
+                raise ExecutionError(f"patchwise: {error}") from error
         return self.original(*args, **kwargs)
+
+    def _is_transformed(self, inputs: Inputs) -> bool:
+        """Whether somebody differentiates or batches what tensors hold, not the tensors."""
+        if transforms_active():
+            return True
+        tensors = [*self.module.parameters(), *self.module.buffers(), *inputs.tensors()]
+        return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
     def _infers(self, inputs: Inputs) -> bool:
         if any(module.training for module in self.module.modules()):
@@ -108,6 +134,7 @@ class ExactForward(PatchForward):
             TilingError: the model cannot be computed by tiles.
             InputError: the tiles do not fit.
         """
+        check_hooks(self.module, training=training)
         key = (_shapes(inputs), surroundings(), fingerprint(self.module), training)
         found = self._prepared.pop(key, None)
         if found is None:
@@ -201,11 +228,16 @@ def _shapes(inputs: Inputs) -> Any:
     """Return what a recording depends on: nesting, shapes, dtypes, and what is no tensor."""
     leaves, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
     seen: dict[int, int] = {}
-    described: list[Any] = []
+    rows: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             same = seen.setdefault(id(leaf), len(seen))  # one tensor may be given twice
-            described.append((same, tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device))
+            rows.append((same, tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device))
         else:
-            described.append((type(leaf), repr(leaf)))
-    return str(spec), tuple(described)
+            if find_tensors(leaf):
+                raise TilingError(
+                    f"an argument of type {type(leaf).__name__} holds tensors, which tiles do not "
+                    "find in it; give tensors themselves, or in tuples, lists or dicts"
+                )
+            rows.append(described(leaf))
+    return str(spec), tuple(rows)

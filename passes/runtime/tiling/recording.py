@@ -7,12 +7,20 @@ of that, running the operators is not running the forward, and the recording is 
 
 from __future__ import annotations
 
-__all__ = ["Recording", "fingerprint", "record_forward", "tensors_by_name"]
+__all__ = [
+    "Recording",
+    "check_hooks",
+    "described",
+    "fingerprint",
+    "record_forward",
+    "tensors_by_name",
+]
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
@@ -42,6 +50,7 @@ _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 #: What torch or the recorder writes into a module without changing what it computes.
 _OWN = {"training", "forward", "_is_full_backward_hook"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +100,7 @@ def record_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) 
         TilingError: running the operators would not be running the forward.
         CaptureError: the model cannot be copied, or did not run.
     """
-    _check_hooks(model)
+    check_hooks(model, training=training)
     # Whoever watches operators from outside is not to see those on fake tensors.
     with _disable_current_modes(), torch.inference_mode(False):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -187,20 +196,67 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """Return what decides which operators run: classes, switches, shapes and dtypes.
+    """Return what decides which operators run: classes, attributes, and tensors but for values.
 
-    Somebody may turn deep supervision off between two calls, or load a model in half precision.
+    Somebody may turn deep supervision off between two calls, replace an activation, tie two
+    weights, or load a model in half precision.
     """
     parts: list[Any] = []
     for path, module in model.named_modules():
-        simple = tuple(
-            (name, value) for name, value in vars(module).items() if _simple(value) and name
-        )
-        parts.append((path, type(module), simple))
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                parts.append((name, tuple(tensor.shape), tensor.dtype, tensor.device))
+        held = {
+            name: _Is(value) if name == "forward" else described(value)
+            for name, value in vars(module).items()
+            if not _is_table(name)
+        }
+        parts.append((path, type(module), tuple(held.items())))
+    places: dict[int, int] = {}
+    for name, tensor in tensors_by_name(model).items():
+        place = places.setdefault(id(tensor), len(places))  # one tensor may have two names
+        kind = tensor.dtype, tensor.device, tensor.requires_grad
+        parts.append((name, place, tuple(tensor.shape), _stride(tensor), *kind))
     return tuple(parts)
+
+
+def _stride(tensor: Tensor) -> Any:
+    return tensor.stride() if tensor.layout is torch.strided else tensor.layout
+
+
+class _Is:
+    """Equal to another of the same object alone, which it keeps alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Is) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def described(value: Any, depth: int = 4) -> Any:
+    """Return something that compares equal while a forward may take a value for the same."""
+    if isinstance(value, Tensor):
+        return Tensor  # told apart elsewhere
+    if _simple(value):
+        return type(value), value
+    if isinstance(value, np.ndarray):
+        return value.shape, value.dtype, value.tobytes()
+    if not depth or isinstance(value, nn.Module | type):
+        return _Is(value)
+    if isinstance(value, list | tuple | dict):
+        items = value.items() if isinstance(value, dict) else value
+        return type(value), tuple(described(item, depth - 1) for item in items)
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(described(item, depth - 1) for item in value)
+    return _Is(value), described(dict(getattr(value, "__dict__", {})), depth - 1)
+
+
+def _is_table(name: str) -> bool:
+    """Whether an attribute is one of the tables of a module, told by other means."""
+    return name in ("_parameters", "_buffers", "_modules") or name.endswith(
+        ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+    )
 
 
 def _simple(value: Any) -> bool:
@@ -209,17 +265,27 @@ def _simple(value: Any) -> bool:
     )
 
 
-def _check_hooks(model: nn.Module) -> None:
+def check_hooks(model: nn.Module, *, training: bool = False) -> None:
+    """Refuse hooks of the user's on inner modules, which tiles do not run.
+
+    Args:
+        model: whose own hooks run around its forward.
+        training: look at hooks of the backward pass, too.
+
+    Raises:
+        TilingError: there is one.
+    """
+    tables = {"forward": _HOOKS, **({"backward": _BACKWARD_HOOKS} if training else {})}
     for path, module in model.named_modules():
         if not path:
-            continue  # the root's run around what is recorded
-        for table in _HOOKS:
-            for hook in vars(module).get(table, {}).values():
+            continue
+        for kind, names in tables.items():
+            for hook in (hook for name in names for hook in vars(module).get(name, {}).values()):
                 home = getattr(hook, "__module__", None) or type(hook).__module__
                 if home.partition(".")[0] not in ("torch", "pocketize"):
                     raise TilingError(
-                        f"{path} has a forward hook ({_name(hook)}), which tiles would not run; "
-                        "remove it, and register it again after the inference"
+                        f"{path} has a {kind} hook ({_name(hook)}), which tiles would not run; "
+                        "remove it, and register it again afterwards"
                     )
 
 
@@ -257,11 +323,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in model.named_modules():
         held = {**vars(module), **module._buffers, **module._parameters}
         for name, value in held.items():
-            if name in _OWN or name in ("_parameters", "_buffers", "_modules"):
-                continue
-            if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs"):
-                continue
-            if name.endswith("_hooks_always_called"):
+            if name in _OWN or _is_table(name):
                 continue
             where = f"{path}.{name}" if path else name
             if isinstance(value, list | tuple | set):

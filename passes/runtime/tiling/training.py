@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd.function import once_differentiable
 
+from pocketize._torch import keeps_graph, storage_key, version_of
+from pocketize.errors import ExecutionError
+from pocketize.passes.runtime.second_order import refuse_second
 from pocketize.passes.runtime.tiling.arguments import draws
 from pocketize.passes.runtime.tiling.backward import Differentiation, differentiable
 from pocketize.passes.runtime.tiling.execution import Execution
@@ -33,7 +35,7 @@ def differentiable_forward(
     """Run a program without a graph; a backward pass runs its tiles again, each with one.
 
     The gradients are those of the whole volume's loss, to rounding. Between the two passes only
-    what the program stores is kept, where the keeper says. The backward pass can run once.
+    what the program stores is kept, where the keeper says.
 
     Args:
         program: what to do.
@@ -51,12 +53,9 @@ def differentiable_forward(
     """
     check_repeatable(program.graph)
     updates = [] if model is None else updates_of(program.graph, model)
-    names = [name for name, tensor in tensors.items() if tensor.requires_grad]
-    nodes = [node for node, tensor in inputs.items() if tensor.requires_grad]
-    asked = [*(tensors[name] for name in names), *(inputs[node] for node in nodes)]
-    execution = Execution(program, tensors, inputs, keeper, outputs=outputs, retain=True)
-    made = _ByTiles.apply(_Run(execution, names, nodes), *asked)  # type: ignore[no-untyped-call]
-    update_running(execution, updates)
+    run = _Run(program, tensors, inputs, keeper, outputs)
+    made = _ByTiles.apply(run, *run.asked)  # type: ignore[no-untyped-call]
+    update_running(run.execution, updates)
     return dict(zip(program.outputs, made, strict=True))
 
 
@@ -76,52 +75,117 @@ def check_repeatable(graph: TiledGraph) -> None:
 
 
 class _Run:
-    """One run of a program, from its forward to its backward."""
+    """One run of a program, from its forward to its backward.
 
-    def __init__(self, execution: Execution, names: list[str], nodes: list[fx.Node]) -> None:
-        self.execution: Execution | None = execution
-        self.names, self.nodes = names, nodes
-        self.devices = [execution.stored[node].tensor.device for node in nodes]
+    Attributes:
+        execution: the forward, with all that it stored.
+        asked: weights and inputs whose gradients are asked for.
+    """
 
-    def take(self) -> Execution:
-        """Return the execution, once."""
-        execution, self.execution = self.execution, None
-        if execution is None:
-            raise TilingError(
-                "the backward pass of a forward by tiles runs once, and what it went through is "
-                "gone; run the forward again (retain_graph=True is not supported)"
+    def __init__(
+        self,
+        program: Program,
+        tensors: Mapping[str, Tensor],
+        inputs: Mapping[fx.Node, Tensor],
+        keeper: Keeper,
+        outputs: Keeper | None,
+    ) -> None:
+        read = {source for node in program.graph.nodes for source in node.all_input_nodes}
+        weights = {
+            node.meta["tensor"]: tensors[node.meta["tensor"]]
+            for node in program.graph.captured.graph.nodes
+            if node in read and node.op == "get_attr" and node.meta["tensor"]
+        }
+        self.names = [name for name, tensor in weights.items() if tensor.requires_grad]
+        self.nodes = [node for node, tensor in inputs.items() if tensor.requires_grad]
+        self.asked = [*(weights[n] for n in self.names), *(inputs[n] for n in self.nodes)]
+        # without the hooks of tensors, which are run with the sum over all tiles
+        aliases = {name: _alias(tensor) for name, tensor in weights.items()}
+        self.execution = Execution(program, aliases, inputs, keeper, outputs=outputs, retain=True)
+        self.done = False
+        self._watched: list[tuple[str, Tensor, Any]] = []
+        for name, tensor in weights.items():
+            self._watch(name, tensor)
+        for index, tensor in enumerate(inputs.values()):
+            self._watch(f"input {index}", tensor)
+
+    def _watch(self, what: str, tensor: Tensor) -> None:
+        self._watched.append((what, tensor, _state(tensor)))
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Return the outputs, of which the execution holds nothing but aliases."""
+        program = self.execution.program
+        # the recording has autocast's casts in it
+        with torch.autocast(self.execution.keeper.device.type, enabled=False):
+            made = self.execution.run()
+        for index, node in enumerate(program.outputs):
+            alias = self.execution.hold_alias(node)
+            if node in program.graph.gathered or any(user.op != "output" for user in node.users):
+                self._watch(f"output {index}", alias)
+        return tuple(made[node] for node in program.outputs)
+
+    def backward(self, of_outputs: Mapping[fx.Node, Tensor]) -> tuple[Tensor | None, ...]:
+        """Return the gradients of what is asked for.
+
+        Raises:
+            ExecutionError: it has run, or what it computes again was written.
+        """
+        if self.done:
+            raise ExecutionError(
+                "patchwise: the backward pass of this forward by tiles has run, and what it went "
+                "through is gone; say retain_graph=True in the first, or run the forward again"
             )
-        return execution
+        for what, tensor, before in self._watched:
+            if _state(tensor) != before:
+                raise ExecutionError(
+                    f"patchwise: {what} was written or replaced between forward and backward, "
+                    "which computes tiles again from it; run the backward pass first, or write "
+                    "into a copy"
+                )
+        keeps = keeps_graph()
+        self.done = not keeps
+        execution = self.execution
+        back = Differentiation(execution, execution.keeper, of_inputs=self.nodes, retain=keeps)
+        with torch.autocast(execution.keeper.device.type, enabled=False):
+            weights, inputs = back.gradients(of_outputs)
+        found = [weights.get(name) for name in self.names]
+        found += [inputs.get(node) for node in self.nodes]
+        moved = tuple(
+            None if gradient is None else gradient.to(tensor.device)
+            for gradient, tensor in zip(found, self.asked, strict=True)
+        )
+        if self.done:  # an output may outlive its backward pass
+            self._watched, execution.tensors = [], {}
+        return moved
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what changes when a tensor is written, or when its ``.data`` is replaced."""
+    return version_of(tensor), storage_key(tensor), tensor.storage_offset(), tensor.shape
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    alias = tensor.detach()
+    return alias.requires_grad_() if tensor.requires_grad else alias
 
 
 class _ByTiles(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, *asked: Tensor) -> tuple[Tensor, ...]:
-        assert run.execution is not None  # it is new
         ctx.run = run
-        # the recording has autocast's casts in it
-        with torch.autocast(run.execution.keeper.device.type, enabled=False):
-            made = run.execution.run()
-        program = run.execution.program
-        results = tuple(made[node] for node in program.outputs)
+        results = run.forward()
         ctx.mark_non_differentiable(*(t for t in results if not differentiable(t)))
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         run: _Run = ctx.run
-        execution = run.take()
+        outputs = run.execution.program.outputs
         of_outputs = {
             node: gradient
-            for node, gradient in zip(execution.program.outputs, gradients, strict=True)
+            for node, gradient in zip(outputs, gradients, strict=True)
             if gradient is not None and differentiable(node.meta["val"])
         }
-        back = Differentiation(execution, execution.keeper, of_inputs=run.nodes)
-        with torch.autocast(execution.keeper.device.type, enabled=False):
-            weights, inputs = back.gradients(of_outputs)
-        found = [weights.get(name) for name in run.names]
-        for node, device in zip(run.nodes, run.devices, strict=True):
-            gradient = inputs.get(node)
-            found.append(None if gradient is None else gradient.to(device))
-        return None, *found
+        with torch.no_grad():
+            found = run.backward(of_outputs)
+        return None, *refuse_second("patchwise", found, [*gradients, *run.asked])

@@ -11,8 +11,8 @@ from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
 from pocketize import rewrite
+from pocketize.errors import ExecutionError
 from pocketize.passes import Patchwise
-from pocketize.passes.runtime.tiling.network import TilingError
 from tests.passes.tiling.nets import double
 
 
@@ -120,7 +120,7 @@ def test_a_forward_that_fails_updates_nothing() -> None:
     model = Unused().double().train()
     tiled = rewrite(model, Patchwise(size=(16, 8), train=True), inputs=double(2, 1, 16, 32))
     before = copy.deepcopy(tiled.state_dict())
-    with pytest.raises(TilingError, match="nothing that is returned depends on it"):
+    with pytest.raises(ExecutionError, match="nothing that is returned depends on it"):
         tiled(double(2, 1, 16, 32))
     assert all(torch.equal(value, before[key]) for key, value in tiled.state_dict().items())
 
@@ -130,7 +130,7 @@ def test_a_norm_with_a_forward_of_its_own_is_named_and_may_be_frozen() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), Centred(4), nn.Conv2d(4, 2, 1)).double()
     x = double(2, 1, 16, 32)
     tiled = rewrite(model.train(), Patchwise(size=8, train=True), inputs=x)
-    with pytest.raises(TilingError, match=r"1 \(Centred\) is in training mode and updates"):
+    with pytest.raises(ExecutionError, match=r"1 \(Centred\) is in training mode and updates"):
         tiled(x)
     tiled[1].eval()  # type: ignore[index]
     model[1].eval()

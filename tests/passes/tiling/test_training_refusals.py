@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pocketize import rewrite
+from pocketize.errors import ExecutionError
 from pocketize.passes import Amp, InPlaceNorm, Patchwise, Recompute
-from pocketize.passes.runtime.tiling.network import TilingError
 from tests.passes.tiling.nets import double, unet
 
 
@@ -105,7 +105,7 @@ def test_gradients_that_operators_do_not_have_are_refused(
 ) -> None:
     x = double(2, 1, 12, 12)
     tiled = _tiled(Two(forward).double(), x)
-    with pytest.raises(TilingError, match=words):
+    with pytest.raises(ExecutionError, match=words):
         tiled(x)
     with torch.inference_mode():
         tiled.eval()(x)  # without gradients there is nothing to refuse
@@ -115,7 +115,7 @@ def test_a_hook_on_the_gradients_of_a_module_is_named() -> None:
     x = double(1, 1, 12, 12)
     tiled: Any = _tiled(unet().double(), x)
     tiled.down.register_full_backward_hook(lambda module, inner, outer: None)
-    with pytest.raises(TilingError, match="down has a backward hook"):
+    with pytest.raises(ExecutionError, match="down has a backward hook"):
         tiled(x)
 
 
