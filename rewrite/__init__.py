@@ -7,8 +7,8 @@
     small = pocketize(model)            # all widths clamped to the finest resolution's (PocketNet)
     print(compare(model, small, inputs=x))
 
-Importing this package initialises no device; the report and the saved models are loaded when they
-are first used.
+Names are imported when they are first used, and torch with them. Importing this package initialises
+no device.
 """
 
 from __future__ import annotations
@@ -38,32 +38,46 @@ __all__ = [
     "save",
 ]
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pocketize.base import Guarantee, Pass, PassRecord
-from pocketize.capture import Captured, capture
-from pocketize.channels import Analysis, analyse
-from pocketize.errors import PocketizeError
-from pocketize.groups import ChannelGroup, ChannelGroups
-from pocketize.pipeline import Plan, history, plan, pocketize, replay, rewrite
-from pocketize.rules import channel_rule
+from pocketize.lazy import attach
 from pocketize.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from pocketize.artifact import load, save
+    from pocketize.base import Guarantee, Pass, PassRecord
+    from pocketize.capture import Captured, capture
+    from pocketize.channels import Analysis, analyse
+    from pocketize.errors import PocketizeError
+    from pocketize.groups import ChannelGroup, ChannelGroups
     from pocketize.memory import measure
+    from pocketize.pipeline import Plan, history, plan, pocketize, replay, rewrite
     from pocketize.report import compare
+    from pocketize.rules import channel_rule
 
-_LATER = {
-    "compare": "pocketize.report",
-    "load": "pocketize.artifact",
-    "measure": "pocketize.memory",
-    "save": "pocketize.artifact",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+attach(
+    __name__,
+    {
+        "Analysis": "channels",
+        "Captured": "capture",
+        "ChannelGroup": "groups",
+        "ChannelGroups": "groups",
+        "Guarantee": "base",
+        "Pass": "base",
+        "PassRecord": "base",
+        "Plan": "pipeline",
+        "PocketizeError": "errors",
+        "analyse": "channels",
+        "capture": "capture",
+        "channel_rule": "rules",
+        "compare": "report",
+        "history": "pipeline",
+        "load": "artifact",
+        "measure": "memory",
+        "plan": "pipeline",
+        "pocketize": "pipeline",
+        "replay": "pipeline",
+        "rewrite": "pipeline",
+        "save": "artifact",
+    },
+)

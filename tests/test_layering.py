@@ -24,6 +24,7 @@ ENGINE = (
     "errors",
     "units",
     "version",
+    "lazy",
     "_torch",
     "inputs",
     "clone",

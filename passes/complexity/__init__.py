@@ -36,17 +36,45 @@ __all__ = [
     "subband_entropy",
 ]
 
-from pocketize.passes.complexity.clutter import feature_congestion, subband_entropy
-from pocketize.passes.complexity.dataset import complexity_of, measure_dataset
-from pocketize.passes.complexity.energy import edge_information, signal_energy
-from pocketize.passes.complexity.foreground import (
-    JB_WEIGHTS,
-    JBFit,
-    fit_jb_weight,
-    foreground_density,
-    jb,
+from typing import TYPE_CHECKING
+
+from pocketize.lazy import attach
+
+if TYPE_CHECKING:
+    from pocketize.passes.complexity.clutter import feature_congestion, subband_entropy
+    from pocketize.passes.complexity.dataset import complexity_of, measure_dataset
+    from pocketize.passes.complexity.energy import edge_information, signal_energy
+    from pocketize.passes.complexity.foreground import (
+        JB_WEIGHTS,
+        JBFit,
+        fit_jb_weight,
+        foreground_density,
+        jb,
+    )
+    from pocketize.passes.complexity.jpeg import jpeg_complexity
+    from pocketize.passes.complexity.keypoints import keypoints
+    from pocketize.passes.complexity.measures import MEASURES, Measure, by_scale
+    from pocketize.passes.complexity.result import Complexity
+
+attach(
+    __name__,
+    {
+        "Complexity": "result",
+        "JBFit": "foreground",
+        "JB_WEIGHTS": "foreground",
+        "MEASURES": "measures",
+        "Measure": "measures",
+        "by_scale": "measures",
+        "complexity_of": "dataset",
+        "edge_information": "energy",
+        "feature_congestion": "clutter",
+        "fit_jb_weight": "foreground",
+        "foreground_density": "foreground",
+        "jb": "foreground",
+        "jpeg_complexity": "jpeg",
+        "keypoints": "keypoints",
+        "measure_dataset": "dataset",
+        "signal_energy": "energy",
+        "subband_entropy": "clutter",
+    },
 )
-from pocketize.passes.complexity.jpeg import jpeg_complexity
-from pocketize.passes.complexity.keypoints import keypoints
-from pocketize.passes.complexity.measures import MEASURES, Measure, by_scale
-from pocketize.passes.complexity.result import Complexity

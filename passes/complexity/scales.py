@@ -11,8 +11,6 @@ __all__ = ["check_count", "coarsest_scale", "degrade", "resize", "scale_names", 
 from collections.abc import Sequence
 from numbers import Integral
 
-import torch
-
 from pocketize.errors import InputError, OptionError
 from pocketize.passes.complexity.planes import Plane
 
@@ -44,7 +42,10 @@ def resize(plane: Plane, size: Sequence[int]) -> Plane:
     """Resize a plane to ``size[0] x size[1]``, bilinear without antialiasing."""
     if plane.shape[:2] == tuple(size[:2]):
         return plane
-    # the same as OpenCV's INTER_LINEAR, but on floats; torch is there anyway
+    # the same as OpenCV's INTER_LINEAR, but on floats; torch is there anyway, and imported here so
+    # that a list of commands does not wait for it
+    import torch
+
     channels = plane[None] if plane.ndim == 2 else plane.transpose(2, 0, 1)
     resized = torch.nn.functional.interpolate(
         torch.from_numpy(channels.copy())[None], tuple(size[:2]), mode="bilinear"

@@ -28,10 +28,33 @@ __all__ = [
     "train_points",
 ]
 
-from pocketize.passes.planning.degradation import DEGRADATION, Degradation, degradation_of
-from pocketize.passes.planning.fitting import DatasetFit, DegradationFit, fit_degradation
-from pocketize.passes.planning.plan import PlannedLevel, WidthPlan
-from pocketize.passes.planning.planner import plan_widths
-from pocketize.passes.planning.points import Point
-from pocketize.passes.planning.runner import train_points
-from pocketize.passes.planning.scales import level_scales
+from typing import TYPE_CHECKING
+
+from pocketize.lazy import attach
+
+if TYPE_CHECKING:
+    from pocketize.passes.planning.degradation import DEGRADATION, Degradation, degradation_of
+    from pocketize.passes.planning.fitting import DatasetFit, DegradationFit, fit_degradation
+    from pocketize.passes.planning.plan import PlannedLevel, WidthPlan
+    from pocketize.passes.planning.planner import plan_widths
+    from pocketize.passes.planning.points import Point
+    from pocketize.passes.planning.runner import train_points
+    from pocketize.passes.planning.scales import level_scales
+
+attach(
+    __name__,
+    {
+        "DEGRADATION": "degradation",
+        "DatasetFit": "fitting",
+        "Degradation": "degradation",
+        "DegradationFit": "fitting",
+        "PlannedLevel": "plan",
+        "Point": "points",
+        "WidthPlan": "plan",
+        "degradation_of": "degradation",
+        "fit_degradation": "fitting",
+        "level_scales": "scales",
+        "plan_widths": "planner",
+        "train_points": "runner",
+    },
+)

@@ -7,9 +7,7 @@ __all__ = ["Widths"]
 import argparse
 import json
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from pocketize.cli.common import (
     DONE,
@@ -24,13 +22,14 @@ from pocketize.cli.common import (
     write_out,
 )
 from pocketize.errors import BudgetError, PlanningError
-from pocketize.passes.planning.budgets import COUNTS
 from pocketize.passes.planning.degradation import DEGRADATION, METRICS, Degradation, degradation_of
-from pocketize.passes.planning.fitting import DegradationFit
-from pocketize.passes.planning.plan import WidthPlan
-from pocketize.passes.planning.planner import plan_widths
 from pocketize.passes.planning.rounding import ROUNDING
-from pocketize.passes.planning.scales import level_scales
+
+# torch takes seconds to import, and a list of commands needs none: functions import it
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pocketize.passes.planning.plan import WidthPlan
 
 _ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _ in DEGRADATION))
 
@@ -42,6 +41,8 @@ class Widths:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
+        from pocketize.passes.planning.budgets import COUNTS
+
         add_model(parser)
         budget = parser.add_argument_group("budgets, which hold together; one is needed")
         budget.add_argument("--max-bytes", metavar="SIZE", help="of all weights: 1MB, 500KiB")
@@ -126,6 +127,8 @@ class Widths:
 
     def run(self, args: argparse.Namespace) -> int:
         """Plan, print the plan and its recipe, and write the recipe if asked to."""
+        from pocketize.passes.planning.planner import plan_widths
+
         if args.output is not None:
             check_output(args.output, force=args.force)
         degradation = _degradation(args)
@@ -185,6 +188,8 @@ def _degradation(args: argparse.Namespace) -> Degradation | None:
         return degradation_of(args.architecture, args.metric or "f1")
     if args.architecture is not None or args.metric is not None:
         raise UsageError("--fit is a degradation of your own: leave out --architecture, --metric")
+    from pocketize.passes.planning.fitting import DegradationFit
+
     try:
         fit = DegradationFit.from_json(json.loads(Path(args.fit).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:  # PlanningError is a ValueError too
@@ -208,6 +213,7 @@ def _complexity(
         return None, None
     # the measures bring packages that are there only with the extra
     from pocketize.passes.complexity import measure_dataset
+    from pocketize.passes.planning.scales import level_scales
 
     scales = (0,) if args.uniform else level_scales(model, inputs)
     progress(f"measuring the images in {args.images}")

@@ -7,10 +7,12 @@ __all__ = ["ROUNDING", "Rounding", "RoundingRule"]
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pocketize.errors import OptionError, nearest
-from pocketize.groups import ChannelGroup
+
+if TYPE_CHECKING:
+    from pocketize.groups import ChannelGroup
 
 Rounding: TypeAlias = Literal["nearest", "up", "down", "doubling", "shared"]
 

@@ -10,6 +10,20 @@ from __future__ import annotations
 
 __all__ = ["Bottleneck", "CompactBlock", "Separable"]
 
-from pocketize.passes.swaps.bottleneck import Bottleneck
-from pocketize.passes.swaps.compact import CompactBlock
-from pocketize.passes.swaps.separable import Separable
+from typing import TYPE_CHECKING
+
+from pocketize.lazy import attach
+
+if TYPE_CHECKING:
+    from pocketize.passes.swaps.bottleneck import Bottleneck
+    from pocketize.passes.swaps.compact import CompactBlock
+    from pocketize.passes.swaps.separable import Separable
+
+attach(
+    __name__,
+    {
+        "Bottleneck": "bottleneck",
+        "CompactBlock": "compact",
+        "Separable": "separable",
+    },
+)

@@ -25,16 +25,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from pocketize.base import Pass
 from pocketize.errors import PocketizeError
 from pocketize.files import atomic_write
-from pocketize.models import ResolvedModel, resolve
-from pocketize.recipe import load_recipe
-from pocketize.registry import parse_pass
+
+# torch takes seconds to import, and the help and the version need none: functions import it
+if TYPE_CHECKING:
+    from pocketize.base import Pass
+    from pocketize.models import ResolvedModel
 
 _MODEL_HELP = "package.module:factory, zoo:NAME, or FILE.pt2 (with --trust-pickle)"
 DONE, CHECK_FAILED, USAGE, FAILED = range(4)
@@ -143,6 +142,10 @@ def add_model(parser: argparse.ArgumentParser, **options: Any) -> None:
 def resolve_model(args: argparse.Namespace) -> ResolvedModel:
     """Build or read the MODEL of a command, with ``--kwargs``, ``--weights`` and ``--seed``."""
     progress(f"building {args.model}")
+    import torch
+
+    from pocketize.models import resolve
+
     if args.seed is not None:
         torch.manual_seed(args.seed)
     return resolve(
@@ -164,6 +167,9 @@ def passes_of(args: argparse.Namespace) -> list[Pass]:
     Raises:
         UsageError: neither was given.
     """
+    from pocketize.recipe import load_recipe
+    from pocketize.registry import parse_pass
+
     passes = load_recipe(args.recipe) if args.recipe is not None else []
     passes += [parse_pass(spec) for spec in args.passes]
     if not passes:

@@ -10,7 +10,6 @@ import textwrap
 
 from tabulate import tabulate
 
-from pocketize.channels import analyse
 from pocketize.cli.common import DONE, UsageError, inputs_of, progress, resolve_model, show
 from pocketize.errors import nearest
 from pocketize.registry import PassInfo, get_pass, list_passes
@@ -82,6 +81,8 @@ def run_zoo(args: argparse.Namespace) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     """Tell why a layer can be resized, or why not."""
+    from pocketize.channels import analyse
+
     resolved = resolve_model(args)
     progress("recording the model and finding its channel groups")
     show(analyse(resolved.model, inputs_of(args, resolved)).explain(args.path))

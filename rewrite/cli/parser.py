@@ -7,13 +7,11 @@ __all__ = ["build_parser", "parse"]
 import argparse
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
 from pocketize.cli.commands import Command, command_names, load_command
 from pocketize.cli.common import add_model
-from pocketize.cli.listing import run_explain, run_passes, run_zoo
-from pocketize.cli.reporting import run_demo, run_report
-from pocketize.cli.rewriting import run_apply, run_plan
 from pocketize.errors import RegistryError
 from pocketize.version import VERSION
 
@@ -78,32 +76,37 @@ def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pocketize {VERSION}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[..., int], help: str) -> argparse.ArgumentParser:
+    def command(name: str, module: str, help: str) -> argparse.ArgumentParser:
+        def run(args: argparse.Namespace) -> int:
+            # imported only now: the help needs no torch
+            code: int = getattr(import_module(f"pocketize.cli.{module}"), f"run_{name}")(args)
+            return code
+
         made = commands.add_parser(
             name, parents=[common], help=help, description=f"{help[0].upper()}{help[1:]}."
         )
         made.set_defaults(run=run)
         return made
 
-    demo = command("demo", run_demo, "rewrite a bundled 3D U-Net and report what it saves")
+    demo = command("demo", "reporting", "rewrite a bundled 3D U-Net and report what it saves")
     demo.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
 
-    passes = command("passes", run_passes, "list the passes, what they keep, and their options")
+    passes = command("passes", "listing", "list the passes, what they keep, and their options")
     passes.add_argument("name", nargs="?", help="tell about this pass only")
 
-    zoo = command("zoo", run_zoo, "list the bundled networks")
+    zoo = command("zoo", "listing", "list the bundled networks")
     zoo.add_argument("pattern", nargs="?", default="*", help="which, such as '*3d*'; quote it")
 
-    plan = command("plan", run_plan, "tell what passes would do to a model, and change nothing")
+    plan = command("plan", "rewriting", "tell what passes would do to a model, and change nothing")
     add_model(plan)
     _add_passes(plan)
     plan.add_argument("--format", choices=("text", "markdown"), default="text")
 
-    explain = command("explain", run_explain, "tell why a layer can be resized, or why not")
+    explain = command("explain", "listing", "tell why a layer can be resized, or why not")
     add_model(explain)
     explain.add_argument("path", help="a module or parameter, such as encoder.2.conv")
 
-    apply = command("apply", run_apply, "rewrite a model and save the result")
+    apply = command("apply", "rewriting", "rewrite a model and save the result")
     add_model(apply)
     _add_passes(apply)
     apply.add_argument(
@@ -118,7 +121,7 @@ def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
         "--strict", action="store_true", help="fail (exit code 1) where a pass changes nothing"
     )
     _add_report(
-        command("report", run_report, "measure two models and put the figures side by side")
+        command("report", "reporting", "measure two models and put the figures side by side")
     )
     _add_commands_from_outside(parser, commands, common, words)
     return parser

@@ -1,0 +1,47 @@
+"""Import the names of a package when they are asked for.
+
+A part that cannot be imported then costs what needs it and nothing else, and the command line
+answers ``--help`` without importing torch.
+"""
+
+from __future__ import annotations
+
+__all__ = ["attach"]
+
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+
+def attach(package: str, modules: Mapping[str, str]) -> None:
+    """Let a package import what it exports when it is asked for, and its submodules too.
+
+    Args:
+        package: name of the package.
+        modules: for each name that it exports, the module that has it, without ``package.``.
+    """
+
+    class Package(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            if name in modules:
+                return getattr(import_module(f"{package}.{modules[name]}"), name)
+            if not name.startswith("_"):
+                try:
+                    return import_module(f"{package}.{name}")
+                except ModuleNotFoundError as error:
+                    if error.name != f"{package}.{name}":
+                        raise
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            # The import system sets a submodule on its package, where a function may have its name.
+            if isinstance(value, ModuleType) and name in modules:
+                value = getattr(value, name)
+            super().__setattr__(name, value)
+
+        def __dir__(self) -> Iterable[str]:
+            return sorted({*vars(self), *modules})
+
+    sys.modules[package].__class__ = Package
