@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pocketize.artifact.custom import full_state
 from pocketize.errors import ArtifactError
 
 _log = logging.getLogger(__name__)
@@ -105,13 +106,13 @@ def _hollow_parameters() -> Iterator[WeakIdKeyDictionary]:
 
 
 def _has_strays(model: nn.Module) -> bool:
-    """Tell whether the model holds tensors without data that its state_dict does not name."""
+    """Tell whether the model holds tensors without data that its state does not name."""
     reached: dict[int, Any] = {}
     try:
         copy.deepcopy(model, reached)  # deepcopy notes the copy of every object by the id of it
     except Exception:
         return True  # a model that cannot be copied cannot be searched; a real one has no strays
-    named = {id(value) for value in model.state_dict(keep_vars=True).values()}
+    named = {id(value) for value in full_state(model).values()}
     return any(
         isinstance(copied, Tensor) and copied.is_meta and key not in named
         for key, copied in reached.items()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pocketize.artifact.custom import full_state
+
 _FLOATS = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -26,7 +28,7 @@ def describe_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, A
 
     Args:
         model: the model.
-        state: its ``state_dict(keep_vars=True)``.
+        state: what :func:`full_state` says of it.
 
     Returns:
         A JSON-able mapping for :func:`apply_state`: ``modes`` holds the paths of the modules whose
@@ -61,7 +63,7 @@ def apply_state(model: nn.Module, described: Mapping[str, Any]) -> None:
         # not module.train(), which owners override, for instance to keep a part in eval mode
         module.training = bool(modes.get(path, inherited))
     frozen = set(described.get("frozen", ()))
-    for key, value in model.state_dict(keep_vars=True).items():
+    for key, value in full_state(model).items():
         if isinstance(value, nn.Parameter):
             value.requires_grad_(key not in frozen)
     for name, dtype in described.get("buffers", {}).items():

@@ -1,6 +1,7 @@
 """Saved models: weights and the recipe of what was done to the model, in one safetensors file.
 
 The file holds the ``state_dict`` under its own keys, so any reader of safetensors can use it, and
+every parameter and persistent buffer, also those that a class leaves out of its ``state_dict``; and
 one entry of metadata, ``pocketize``, with JSON: what was rewritten, as edits that can be repeated
 by shape, and what a state_dict does not tell (ties, frozen parameters, train or eval mode, memory
 format).
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pocketize.artifact.custom import constants_of, full_state, let_classes_load, own_tensors
 from pocketize.artifact.safefile import read_header
 from pocketize.artifact.skeleton import build
 from pocketize.artifact.states import MEMORY_FORMATS, apply_state, describe_mismatch, describe_state
@@ -45,6 +47,7 @@ _ENTRIES = {
     "records": list,
     "ties": dict,
     "state": dict,
+    "constants": dict,
 }
 _STATE = {"modes": dict, "frozen": list, "channels_last": list, "buffers": dict}
 
@@ -65,9 +68,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     Raises:
         ArtifactError: the file exists or cannot be written, or the state of the model cannot be
             held in safetensors: something that is no tensor, or a tensor that is sparse, quantised
-            or without data.
+            or without data; or its class puts into its ``state_dict`` what :func:`load` could not
+            give back.
     """
-    state = model.state_dict(keep_vars=True)
+    state = full_state(model)
     tensors, ties = _distinct_tensors(model, state)
     data = {
         "format": FORMAT,
@@ -77,6 +81,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
         "records": [record.to_json() for record in history(model)],
         "ties": ties,
         "state": describe_state(model, state),
+        "constants": constants_of(model, state),
     }
     # one entry only: safetensors writes several in random order, and equal models make equal files
     metadata = {"pocketize": json.dumps(data, sort_keys=True, allow_nan=False)}
@@ -139,7 +144,7 @@ def load(
             f"rewritten by {written_by}"
         ) from error
 
-    state = model.state_dict(keep_vars=True)
+    state = full_state(model)
     ties: dict[str, str] = data["ties"]
     shapes |= {alias: shapes[key] for alias, key in ties.items() if key in shapes}
     expected = {
@@ -155,13 +160,13 @@ def load(
     _check_ties(path, state, ties)
     tensors = _read_tensors(path, data["state"])
     tensors |= {alias: tensors[key] for alias, key in ties.items() if key in tensors}
-    if built.hollow:
-        _assign(model, state, tensors)
-    else:
-        _copy(model, state, tensors)
-        _tie(model, ties)
+    values = _fill(model, state, tensors, hollow=built.hollow)
+    _tie(model, ties)
+    let_classes_load(model, values, data["constants"], origin)
     apply_state(model, data["state"])
-    return model.to(device)
+    if any(tensor.device != torch.device(device) for tensor in own_tensors(model).values()):
+        model.to(device)
+    return model
 
 
 def _distinct_tensors(
@@ -228,6 +233,7 @@ def _read_data(
                 f"this is pocketize {VERSION}, which reads formats up to {FORMAT}. "
                 "Install a newer pocketize"
             )
+        data.setdefault("constants", {})  # older files have none
         wrong = _wrong_entries(data, _ENTRIES) or _wrong_entries(data["state"], _STATE)
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"the recipe in {path} is damaged: {error!r}") from error
@@ -268,27 +274,39 @@ def _check_ties(
             )
 
 
-def _assign(model: nn.Module, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Put the tensors into a model without data; one tensor is one parameter, whatever its keys."""
+def _fill(
+    model: nn.Module, state: Mapping[str, Any], tensors: Mapping[str, Tensor], *, hollow: bool
+) -> dict[str, Tensor]:
+    """Give every parameter and persistent buffer the tensor of its key; return all by their keys.
+
+    In a hollow model a new parameter takes the place of each: one for all names of it. In a real
+    one, which may hold its parameters elsewhere too, each gets the data.
+    """
     made: dict[int, Tensor] = {}
-    values = {}
+    own = {id(tensor) for tensor in own_tensors(model).values()}
     for key, old in state.items():
-        tensor = tensors[key]
-        if isinstance(old, nn.Parameter) and id(tensor) not in made:
-            # frozen until apply_state says otherwise: integer tensors cannot require gradients
-            made[id(tensor)] = parameter = nn.Parameter(tensor, requires_grad=False)
-            parameter.__dict__.update(old.__dict__)
-        values[key] = made.get(id(tensor), tensor)
-    model.load_state_dict(values, strict=True, assign=True)
+        if id(old) not in own:
+            made[id(old)] = tensors[key]  # extra state, which its module is to load
+        elif hollow and old.is_meta:
+            if id(old) not in made:
+                made[id(old)] = _like(old, tensors[key])
+        else:
+            old.data = tensors[key].to(old.device)
+            made[id(old)] = old
+    for module in nn.Module.modules(model) if hollow else ():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                table[name] = made.get(id(tensor), tensor)
+    return {key: made[id(old)] for key, old in state.items()}
 
 
-def _copy(model: nn.Module, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy the tensors into a model with data, which may hold its parameters elsewhere too."""
-    for key, old in state.items():
-        if isinstance(old, Tensor):  # extra state may be anything
-            # empty_like keeps the memory format of the file's tensor
-            old.data = torch.empty_like(tensors[key], device=old.device)
-    model.load_state_dict(dict(tensors), strict=True)
+def _like(old: Tensor, tensor: Tensor) -> Tensor:
+    if not isinstance(old, nn.Parameter):
+        return tensor
+    # frozen until apply_state says otherwise: integer tensors cannot require gradients
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    parameter.__dict__.update(old.__dict__)
+    return parameter
 
 
 def _tie(model: nn.Module, ties: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ __all__ = ["load_weights"]
 
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from pocketize.artifact.custom import (
+    full_state,
+    leaves,
+    overrides,
+    own_tensors,
+    place_of,
+    same_values,
+    told_state,
+)
 from pocketize.artifact.safefile import read_header
 from pocketize.artifact.states import describe_mismatch
 from pocketize.errors import ArtifactError
@@ -23,8 +33,11 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 def load_weights(model: nn.Module, path: str | os.PathLike[str], *, trust: bool = False) -> None:
     """Load a state_dict into a model; keys and shapes must agree in full.
 
+    Where the model has code of its own for that (``load_state_dict``, ``_load_from_state_dict``,
+    hooks), that code decides which keys it takes, and no weight may be left as it was built.
+
     Args:
-        model: the model; unchanged where an error is raised.
+        model: the model; unchanged where an error is raised, unless its own code raised it.
         path: ``.safetensors``, or what ``torch.save`` wrote (``.pt``, ``.pth``, ``.bin``,
             ``.ckpt``): a state_dict, or a dict that holds one as ``"state_dict"``.
         trust: unpickle what ``weights_only=True`` refuses; the file may then run any code.
@@ -32,33 +45,86 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, trust: bool 
     Raises:
         ArtifactError: the file cannot be read, holds more than weights, or does not fit the model.
     """
+    by_class = _loads_itself(model)
     suffix = Path(path).suffix.lower()
     if suffix == ".safetensors":
         read_header(path)  # for its errors
-        state: dict[str, Tensor] = safetensors.torch.load_file(path)
+        state: dict[str, Any] = dict(safetensors.torch.load_file(path))
     elif suffix in _PICKLES:
-        state = _read_pickle(path, trust)
+        state = _read_pickle(path, trust, nested=by_class)
     else:
         raise ArtifactError(
             f"cannot tell what {path} holds: expected .safetensors or {', '.join(_PICKLES)}"
         )
-    expected = {
-        key: tuple(value.shape) if isinstance(value, Tensor) else ()
-        for key, value in model.state_dict().items()
-        if not key.endswith("_extra_state")
-    }
-    found = {
-        key: tuple(value.shape) for key, value in state.items() if not key.endswith("_extra_state")
-    }
-    if mismatch := describe_mismatch(expected, found):
+    told = told_state(model)
+    own = own_tensors(model)
+    flat = bool(told) and isinstance(told, dict) and _is_state(told)
+    expected, found = _shapes(told if flat else full_state(model)), _shapes(dict(leaves(state)))
+    mismatch = describe_mismatch(expected, found)
+    if mismatch and not by_class:
         hint = ""
         if found and all(key.startswith("module.") for key in found):
             hint = "\nEvery key begins with 'module.': save model.module of a DataParallel model"
         raise ArtifactError(f"{path} does not fit {type(model).__name__}:\n{mismatch}{hint}")
-    model.load_state_dict(state, strict=True)
+    # what a class leaves out of its state_dict it has from elsewhere
+    places = {place_of(value) for _, value in leaves(told) if isinstance(value, Tensor)}
+    missing = {
+        key: tensor.detach().clone()
+        for key, tensor in own.items()
+        if mismatch and place_of(tensor) in places and found.get(key) != expected.get(key)
+    }
+    try:
+        model.load_state_dict(state)
+    except Exception as error:  # a class's own code may raise anything
+        raise ArtifactError(
+            f"{path} does not fit {type(model).__name__}: its load_state_dict() raises "
+            f"{type(error).__name__}: {error}" + (f"\n{mismatch}" if mismatch else "")
+        ) from error
+    given = [value for _, value in leaves(state) if isinstance(value, Tensor)]
+    left = [
+        key
+        for key, tensor in own_tensors(model).items()
+        if key in missing
+        and same_values(tensor, missing[key])
+        and tensor.unique().numel() > 1
+        and not any(same_values(tensor, value) for value in given)
+    ]
+    if left:
+        raise ArtifactError(
+            f"{path} does not fit {type(model).__name__}: its load_state_dict() leaves {left[0]} "
+            f"as it was built\n{mismatch}"
+        )
 
 
-def _read_pickle(path: str | os.PathLike[str], trust: bool) -> dict[str, Any]:
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {
+        key: tuple(value.shape) if isinstance(value, Tensor) else ()
+        for key, value in state.items()
+        if not key.endswith("_extra_state")
+    }
+
+
+def _loads_itself(model: nn.Module) -> bool:
+    """Whether a model has code of its own that may read a state of other keys than its own."""
+    return overrides(model, "load_state_dict") or any(
+        module._load_state_dict_pre_hooks
+        or (
+            type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+            and not type(module).__module__.startswith("torch.")
+        )
+        for module in nn.Module.modules(model)
+    )
+
+
+def _is_state(content: Mapping[Any, Any]) -> bool:
+    return all(
+        isinstance(value, Tensor) or str(key).endswith("_extra_state")
+        for key, value in content.items()
+    )
+
+
+def _read_pickle(path: str | os.PathLike[str], trust: bool, *, nested: bool) -> dict[str, Any]:
+    """Read what torch.save wrote; a nest of dicts only where the model's class is to read it."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=not trust)
     except OSError as error:
@@ -74,10 +140,7 @@ def _read_pickle(path: str | os.PathLike[str], trust: bool) -> dict[str, Any]:
         raise ArtifactError(f"cannot read {path}: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(
-        isinstance(value, Tensor) or str(key).endswith("_extra_state")
-        for key, value in content.items()
-    ):
+    if not isinstance(content, dict) or not (nested or _is_state(content)):
         kind = type(content).__name__
         keys = f" with {', '.join(map(repr, list(content)[:5]))}" if kind == "dict" else ""
         raise ArtifactError(

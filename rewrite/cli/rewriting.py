@@ -6,6 +6,7 @@ __all__ = ["run_apply", "run_plan"]
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from pocketize.cli.common import (
     resolve_model,
     show,
 )
+from pocketize.errors import ArtifactError
 from pocketize.files import atomic_write
 from pocketize.inputs import Inputs
 from pocketize.models import ResolvedModel
@@ -95,7 +97,17 @@ def _write(model: nn.Module, inputs: Inputs, path: Path, suffix: str, *, force: 
         if suffix == ".pt2":
             write_exported(model, inputs, temporary)
         else:
-            torch.save(model.state_dict(), temporary)
+            torch.save(_state(model), temporary)
+
+
+def _state(model: nn.Module) -> Any:
+    try:
+        return model.state_dict()
+    except Exception as error:  # a class's own code may raise anything
+        raise ArtifactError(
+            f"state_dict() of {type(model).__name__} raises {type(error).__name__}: {error}. Mend "
+            "it, or write a .safetensors file, which holds the weights whatever state_dict does"
+        ) from error
 
 
 def _parameters(model: nn.Module) -> int:

@@ -39,6 +39,21 @@ def broken():
     raise KeyError("no such setting")
 
 
+class Nested(Net):
+    """Nests its state, and takes it back."""
+
+    def state_dict(self):
+        return {"net": super().state_dict(), "version": 1}
+
+    def load_state_dict(self, state, strict=True):
+        return super().load_state_dict(state["net"], strict=strict)
+
+
+class Untold(Net):
+    def state_dict(self, *args, **kwargs):
+        raise NotImplementedError("use export()")
+
+
 class Crash(Net):
     def forward(self, x):
         raise RuntimeError("the forward has a mistake")

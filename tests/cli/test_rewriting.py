@@ -22,7 +22,9 @@ def test_a_plan_is_printed_and_nothing_is_written(run: Run, folder: Path) -> Non
     before = sorted(folder.iterdir())
     code, out, err = run("plan", *POCKET)
     assert (code, err) == (0, "")
-    assert out.startswith("pocket (APPROXIMATE)\n\nwidth 4: the first convolution, stem\n")
+    assert out.startswith(
+        "pocket (APPROXIMATE)\n\nwidth 4: the first features at the finest resolution, of stem\n"
+    )
     assert "wide     16 -> 4 channels" in out
     assert "it reaches the model's output" in out
     assert [path for path in sorted(folder.iterdir()) if path.suffix != ""] == [
@@ -176,3 +178,33 @@ def test_a_pickled_module_needs_trust(run: Run) -> None:
     assert code == 2
     assert "net.pth is a pickle, and opening one can run any code it contains" in err
     assert run(*command, "--trust-pickle").code == 0
+
+
+@pytest.mark.parametrize("kind", ["Nested", "Untold"])
+def test_classes_that_override_state_dict_are_applied_reported_and_loaded(
+    run: Run, kind: str
+) -> None:
+    known = (f"my_nets:{kind}", "--pass", "pocket", "--input", "1x1x8x8")
+    code, out, err = run("apply", *known, "-o", "small.safetensors")
+    assert (code, err) == (0, "")
+    code, out, err = run("report", *known, "--estimate")
+    assert (code, "206" in out) == (0, True)
+    code, out, err = run("plan", f"my_nets:{kind}", "--weights", "small.safetensors", *known[1:])
+    assert (code, "nothing to change" in out) == (0, True)
+
+
+def test_a_state_that_a_class_writes_its_own_way_is_read_by_it(run: Run) -> None:
+    known = ("my_nets:Nested", "--pass", "pocket:width=16", "--input", "1x1x8x8")
+    assert run("apply", *known, "-o", "all.pt").code == 0
+    code, _, err = run(
+        "apply", *known[:1], "--weights", "all.pt", *known[1:], "-o", "b.safetensors"
+    )
+    assert code == 0, err
+
+
+def test_a_state_that_a_class_does_not_tell_cannot_be_written_as_one(run: Run) -> None:
+    known = ("my_nets:Untold", "--pass", "pocket", "--input", "1x1x8x8")
+    code, _, err = run("apply", *known, "-o", "small.pt")
+    assert code == 3
+    assert "state_dict() of Untold raises NotImplementedError: use export()" in err
+    assert "write a .safetensors file" in err
