@@ -9,7 +9,16 @@ touches a private name.
 
 from __future__ import annotations
 
-__all__ = ["in_autograd_function", "keeps_graph", "storage_key", "transforms_active", "version_of"]
+__all__ = [
+    "in_autograd_function",
+    "keeps_graph",
+    "real_tensors",
+    "storage_key",
+    "transforms_active",
+    "version_of",
+]
+
+import contextlib
 
 import torch
 from torch import Tensor
@@ -50,3 +59,10 @@ def keeps_graph() -> bool:
     autograd = getattr(torch._C, "_autograd", None)
     keeps = getattr(autograd, "_get_current_graph_task_keep_graph", None)
     return bool(keeps and keeps())
+
+
+def real_tensors() -> contextlib.AbstractContextManager[object]:
+    """Within it no dispatch mode is on, so that tensors that are made there have values."""
+    module = getattr(torch.utils, "_python_dispatch", None)
+    disable = getattr(module, "_disable_current_modes", None)
+    return contextlib.nullcontext() if disable is None else disable()  # type: ignore[no-any-return]

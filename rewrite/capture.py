@@ -11,7 +11,8 @@ Every node carries in ``node.meta``:
 * ``"module"``: the path of the innermost module whose forward ran, ``""`` for the root;
 * ``"call"``: how many times that module had been called before;
 * ``"source"``: ``"file.py:88"`` of the line outside torch that called the operator;
-* ``"tensor"``, on ``get_attr`` nodes: the name of the parameter or buffer, ``None`` for a constant.
+* ``"tensor"``, on ``get_attr`` nodes: the name of the parameter or buffer, ``None`` for a constant;
+* ``"seeded"``: whether the forward had set a seed of its own before.
 """
 
 from __future__ import annotations
@@ -54,9 +55,19 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pocketize.clone import clone, fake_clone, quiet_hooks
+from pocketize.constants import Constants
 from pocketize.errors import CaptureError, InputError
-from pocketize.inputs import Inputs, as_inputs, guess_inputs, to_model
+from pocketize.inputs import (
+    Inputs,
+    as_inputs,
+    find_tensors,
+    guess_inputs,
+    structure_of,
+    to_model,
+)
 
+#: What recordings draw random numbers from; a seed that nobody else would set.
+_SEED = 0x706F636B6574
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -218,13 +229,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if id(tensor) not in self._nodes:
                 self._assign(tensor, self.graph.placeholder(f"input_{index}"))
         self._names = _tensor_names(model)
+        self._constants = Constants(self.graph)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one operator and write its node."""
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except _DATA_DEPENDENT:
+            # No branch on values, if the number comes from numbers: sizes that were computed.
+            node = self._nodes.get(id(args[0])) if len(args) == 1 else None
+            out = self._constants.number(node) if node in self._constants else None
+            if out is None:
+                raise
         if not find_tensors(out) and not isinstance(out, int | float | bool):
             return out  # asks about a tensor (its device, say) and computes nothing
         node_args, node_kwargs = pytree.tree_map_only(Tensor, self._node_of, (args, kwargs))
@@ -289,7 +308,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _fill(self, node: fx.Node, out: Any) -> None:
         path, call = self._stack[-1]
-        node.meta.update(val=out, module=path, call=call, source=_source())
+        seeded = torch.default_generator.initial_seed() != _SEED
+        node.meta.update(val=out, module=path, call=call, source=_source(), seeded=seeded)
         if isinstance(out, Tensor):
             self._assign(out, node)
         elif isinstance(out, tuple | list):
@@ -298,36 +318,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     part = self.graph.call_function(operator.getitem, (node, index))
                     part.meta.update(node.meta, val=item)
                     self._assign(item, part)
-
-
-def find_tensors(value: Any) -> list[Tensor]:
-    """Return the tensors in an output: nested containers, dataclasses and plain objects."""
-    found: list[Tensor] = []
-    _collect_tensors(value, found, set())
-    return found
-
-
-def _collect_tensors(value: Any, found: list[Tensor], seen: set[int]) -> None:
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-            continue
-        opaque = not hasattr(leaf, "__dict__") or isinstance(leaf, type | nn.Module)
-        if not opaque and id(leaf) not in seen:  # objects may refer to each other
-            seen.add(id(leaf))
-            _collect_tensors(list(vars(leaf).values()), found, seen)
-
-
-def structure_of(value: Any) -> Any:
-    """Return nesting and shapes of an output in a form that compares equal across recordings."""
-    leaves, spec = pytree.tree_flatten(value)
-    return (
-        str(spec),
-        tuple(
-            tuple((type(leaf).__name__, t.dtype, tuple(t.shape)) for t in find_tensors(leaf))
-            for leaf in leaves
-        ),
-    )
 
 
 def _tensor_names(model: nn.Module) -> dict[int, str]:
@@ -354,7 +344,7 @@ def quiet_recording(model: nn.Module) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     random.seed(0)
     np.random.seed(0)
-    torch.default_generator.manual_seed(0)
+    torch.default_generator.manual_seed(_SEED)
     try:
         with warnings.catch_warnings(), quiet_hooks(model), _alone(model):
             warnings.simplefilter("ignore")

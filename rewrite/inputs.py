@@ -1,4 +1,4 @@
-"""Example inputs of a model: how a user writes them, and how they are guessed.
+"""Example inputs of a model: how a user writes them, how they are guessed, what comes out.
 
 A user gives a tensor, a tuple, a dict or a text such as ``"1x1x96x96x96"``; the engine works on one
 form, :class:`Inputs`.
@@ -6,7 +6,7 @@ form, :class:`Inputs`.
 
 from __future__ import annotations
 
-__all__ = ["Inputs", "as_inputs", "guess_inputs", "to_model"]
+__all__ = ["Inputs", "as_inputs", "find_tensors", "guess_inputs", "structure_of", "to_model"]
 
 import inspect
 import re
@@ -57,6 +57,36 @@ class Inputs:
             f"{'x'.join(map(str, t.shape)) or 'scalar'} {str(t.dtype).removeprefix('torch.')}"
             for t in self.tensors()
         )
+
+
+def find_tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in an output: nested containers, dataclasses and plain objects."""
+    found: list[Tensor] = []
+    _collect_tensors(value, found, set())
+    return found
+
+
+def _collect_tensors(value: Any, found: list[Tensor], seen: set[int]) -> None:
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+            continue
+        opaque = not hasattr(leaf, "__dict__") or isinstance(leaf, type | nn.Module)
+        if not opaque and id(leaf) not in seen:  # objects may refer to each other
+            seen.add(id(leaf))
+            _collect_tensors(list(vars(leaf).values()), found, seen)
+
+
+def structure_of(value: Any) -> Any:
+    """Return nesting and shapes of an output in a form that compares equal across recordings."""
+    leaves, spec = pytree.tree_flatten(value)
+    return (
+        str(spec),
+        tuple(
+            tuple((type(leaf).__name__, t.dtype, tuple(t.shape)) for t in find_tensors(leaf))
+            for leaf in leaves
+        ),
+    )
 
 
 def as_inputs(inputs: Any, model: nn.Module | None = None) -> Inputs:

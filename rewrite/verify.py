@@ -3,7 +3,8 @@
 A recording cannot tell ``C // 2`` from a literal, so the rules are optimistic. Here the optimism is
 checked: edits are carried out on a fake copy, its recording must have the same operators, and every
 intermediate shape must be the predicted one. This also catches ``x.view(b, 64, -1)``, which would
-otherwise run and be silently wrong.
+otherwise run and be silently wrong. Shapes do not tell which channel is which: so the numbers that
+a forward makes itself (``arange(c)``) must be, for the channels that stay, those that they met.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from pocketize.capture import Captured, find_tensors, quiet_recording, record
 from pocketize.clone import clone, fake_clone
+from pocketize.constants import Constants
 from pocketize.edits import Edit
 from pocketize.errors import CaptureError
 from pocketize.groups import ChannelGroups
@@ -84,6 +87,7 @@ def check_edits(
         The first mismatch, ``None`` if everything is as predicted.
     """
     stays = channels.survivors_of(edits)
+    moved = not any(edit.kind == "redraw" for edit in edits)  # else no channel is what it was
     copy: nn.Module | None = None
     for index, captured in enumerate(channels.recordings):
         if copy is None or captured.real:
@@ -93,11 +97,12 @@ def check_edits(
         except CaptureError as error:
             if not hasattr(error, "recorder"):
                 raise
-            done = [n for n in error.recorder.graph.nodes if n.op == "call_function"]
+            graph = error.recorder.graph
+            done = [n for n in graph.nodes if n.op == "call_function"]
             position = _reached(captured, done)
-            found = _compare(channels, stays, index, done, finished=False)
+            found = _compare(channels, stays, index, graph, moved=moved, finished=False)
             return found or _mismatch(channels, stays, (index, position), str(error.__cause__))
-        found = _compare(channels, stays, index, again.operators(), finished=True)
+        found = _compare(channels, stays, index, again.graph, moved=moved, finished=True)
         if found is not None:
             return found
         if again.structure != captured.structure:
@@ -139,22 +144,38 @@ def _compare(
     channels: ChannelGroups,
     stays: NDArray[np.bool_],
     index: int,
-    new: Sequence[fx.Node],
+    graph: fx.Graph,
     *,
+    moved: bool,
     finished: bool,
 ) -> Mismatch | None:
-    """Return the first operator that differs from the prediction, among those that ran."""
+    """Return the first operator that differs from the prediction, among those that ran.
+
+    Args:
+        channels: the analysis.
+        stays: for every atom whether it stays.
+        index: which of the recordings is compared.
+        graph: the new recording.
+        moved: channels keep their weights, so that numbers that meet them must be theirs.
+        finished: the new recording did not break off.
+    """
     captured = channels.recordings[index]
     values = channels.values[index]
+    made = Constants(captured.graph), Constants(graph)
     old = captured.operators()
     numbers = [i for i, node in enumerate(old) if not _idle(node)]
-    again = [node for node in new if not _idle(node)]
+    again = [node for node in graph.nodes if node.op == "call_function" and not _idle(node)]
     for position, after in zip(numbers, again, strict=False):
         before = old[position]
         where = (index, position)
         if before.target != after.target:
             text = f"{before.target} was expected to run, {after.target} did"
             return None if captured.real else _mismatch(channels, stays, where, text)
+        other = _other_numbers(before, after, made, values, stays) if moved else None
+        if other is not None:
+            line = f"{operator_name(other.target)} at {other.meta.get('source') or 'its graph'}"
+            text = f"the numbers that {line} makes would not be those that the kept channels met"
+            return _mismatch(channels, stays, where, text, [values[other]])
         expected = _shapes(values[before], stays, channels)
         found = [tuple(t.shape) for t in find_tensors(after.meta["val"])]
         if expected is not None and found and not _fits(expected, found):
@@ -177,6 +198,56 @@ def _compare(
         where = index, numbers[len(again)]
         return _mismatch(channels, stays, where, "fewer operators ran than before")
     return None
+
+
+def _other_numbers(
+    before: fx.Node,
+    after: fx.Node,
+    made: tuple[Constants, Constants],
+    values: dict[fx.Node, Any],
+    stays: NDArray[np.bool_],
+) -> fx.Node | None:
+    """Return a constant that an operator reads and that holds other numbers than was predicted.
+
+    A single number, as a tensor or repeated, may follow a count of channels: a Python number may.
+    """
+    old, new = made
+    if before in old:
+        return None
+    reads, again = (
+        [x for x in pytree.tree_leaves((n.args, dict(n.kwargs))) if isinstance(x, fx.Node)]
+        for n in (before, after)
+    )
+    for one, two in zip(reads, again, strict=False):
+        if one not in old or two not in new or not isinstance(values[one], Value):
+            continue
+        one, two = old.base(one), new.base(two)
+        if old.same(one, new, two):
+            continue
+        was, now = old.value(one, before), new.value(two, after)
+        if was is None or now is None:
+            return one
+        if _uniform(was) and _uniform(now) and (torch.equal(_first(was), _first(now))):
+            continue
+        label_axes = {axis for label in values[one].labels for axis in axes_of(label)}
+        if not label_axes and _uniform(was) and _uniform(now):
+            continue
+        for label in values[one].labels:
+            for axis in axes_of(label):
+                others = tuple(a for a in range(label.ndim) if a != axis)
+                kept = np.flatnonzero(stays[label].any(axis=others))
+                was = was.index_select(axis, torch.from_numpy(kept))
+        if was.shape != now.shape or not torch.equal(was, now):
+            return one
+    return None
+
+
+def _uniform(tensor: Tensor) -> bool:
+    return bool(tensor.numel()) and bool((tensor == _first(tensor)).all())
+
+
+def _first(tensor: Tensor) -> Tensor:
+    return tensor[(0,) * tensor.ndim]
 
 
 def _reached(captured: Captured, done: Sequence[fx.Node]) -> int:
@@ -232,12 +303,16 @@ def _mismatch(
     stays: NDArray[np.bool_],
     position: tuple[int, int],
     text: str,
+    blame: Sequence[Value] = (),
 ) -> Mismatch:
+    """Describe a mismatch; ``blame`` are values that are at fault, if some more than all others."""
     index, number = position
     node = channels.recordings[index].operators()[number]
     values = channels.values[index]
     touched = list(_flat([values[n] for n in node.all_input_nodes]))
     touched += list(_flat([values[node]]))
+    if any(not stays[label].all() for value in blame for label in value.labels):
+        touched = list(blame)
     dropped: list[NDArray[np.int64]] = []
     sizes: set[tuple[int, int]] = set()
     for value in touched:

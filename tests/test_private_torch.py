@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pocketize._torch import (
     in_autograd_function,
     keeps_graph,
+    real_tensors,
     storage_key,
     transforms_active,
     version_of,
@@ -29,6 +31,14 @@ def test_views_share_the_key_of_their_storage_and_other_tensors_have_another() -
     tensor = torch.zeros(4)
     assert storage_key(tensor) == storage_key(tensor[1:]) == storage_key(tensor.untyped_storage())
     assert storage_key(tensor) != storage_key(torch.zeros(4))
+
+
+def test_real_tensors_are_made_within_a_fake_mode() -> None:
+    with FakeTensorMode():
+        assert isinstance(torch.zeros(2), FakeTensor)
+        with real_tensors():
+            assert torch.arange(3).tolist() == [0, 1, 2]
+        assert isinstance(torch.zeros(2), FakeTensor)
 
 
 def test_function_transforms_are_seen() -> None:

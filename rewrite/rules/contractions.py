@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import string
+
+import numpy as np
 
 from pocketize.labels import Atoms, Value, axes_of
 from pocketize.rules.table import Call, Result, channel_rule
@@ -115,13 +118,23 @@ def _place(label: Atoms, term: str, letters: list[str]) -> Atoms:
 @channel_rule("aten.scaled_dot_product_attention")
 def attention(call: Call) -> Result:
     """Attention is two products of matrices; heads stay whole unless a check asks otherwise."""
-    query, key, value = call["query"], call["key"], call["value"]
+    query = call["query"]
+    key, value = (_heads_of(call[name], query) for name in ("key", "value"))
     lead = string.ascii_lowercase[: query.ndim - 2].upper()
     mask = call.get("attn_mask")
     if isinstance(mask, Value):
         call.freeze(mask, "adds it to the attention of every head")
     weights = einsum_values(call, [query, key], [f"{lead}qd", f"{lead}kd"], f"{lead}qk")
     return einsum_values(call, [weights, value], [f"{lead}qk", f"{lead}kv"], f"{lead}qv")
+
+
+def _heads_of(value: Value, query: Value) -> Value:
+    """Return keys or values with one head for each of the queries', as grouped queries have it."""
+    times = query.shape[-3] // value.shape[-3] if value.ndim > 2 and query.ndim > 2 else 1
+    if times <= 1 or value.shape[-3] == 1:
+        return value
+    labels = tuple(x if x.shape[-3] == 1 else np.repeat(x, times, -3) for x in value.labels)
+    return Value((*value.shape[:-3], value.shape[-3] * times, *value.shape[-2:]), labels)
 
 
 _REDUCTIONS = [
@@ -168,7 +181,8 @@ def select_by_value(call: Call) -> Result:
 def reduce(call: Call) -> Result:
     """Reductions drop axes; of a split axis the part that remains stays whole.
 
-    ``max`` and ``min`` of two tensors are element-wise.
+    ``max`` and ``min`` of two tensors are element-wise. Where the position of an extreme is asked
+    for, the axes stay whole: it counts from the first channel.
     """
     tensors = call.values()
     value = tensors[0]
@@ -181,6 +195,8 @@ def reduce(call: Call) -> Result:
         axes = [d % value.ndim for d in ([dims] if isinstance(dims, int) else dims)]
     keep = bool(call.get("keepdim", False))
     reason = f"{call.where} needs the axis whole"
+    if _tells_where(call):
+        value = call.whole(value, axes)
     labels = []
     for label in value.labels:
         left = call.algebra.share(label, axes, reason)
@@ -190,6 +206,17 @@ def reduce(call: Call) -> Result:
     if isinstance(out, tuple | list):
         return [Value(shape, tuple(labels)) for shape in call.shapes]
     return Value(call.shape, tuple(labels))
+
+
+def _tells_where(call: Call) -> bool:
+    """Whether an index along the axes that vanish is used."""
+    if call.operator in ("aten.argmax", "aten.argmin"):
+        return True
+    return isinstance(call.node.meta["val"], tuple) and any(
+        part.args[1] == 1 and part.users and not part.meta["val"].is_floating_point()
+        for part in call.node.users
+        if part.target is operator.getitem
+    )
 
 
 @channel_rule("aten.mse_loss", "aten.l1_loss", "aten.smooth_l1_loss", "aten.huber_loss")

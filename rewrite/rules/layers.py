@@ -48,9 +48,7 @@ _ACTIVATIONS = [
     "aten.clone",
     "aten.detach",
     "aten.alias",
-    "aten.to",
     "aten._to_copy",
-    "aten.type_as",
     "aten.lift_fresh",
     "aten.lift_fresh_copy",
     "aten.copy",
@@ -92,18 +90,22 @@ _ACTIVATIONS = [
 )
 def pointwise(call: Call) -> Result:
     """Operands that meet element by element share their channels."""
-    values = [v for v in call.values() if v.ndim <= _rank(call)]
+    if call.operator == "aten.where" and "input" not in call.arguments and len(call.values()) == 1:
+        call.freeze(call.values()[0], "tells where it is not zero")
+        return [Value(shape) for shape in call.shapes]
     shape = call.shapes[0] if _is_list(call) else call.shape
-    out = call.algebra.align(values, shape, call.reason)
+    out = call.algebra.align(call.values(), shape, call.reason)
     return [out] * len(call.shapes) if _is_list(call) else out
+
+
+@channel_rule("aten.to", "aten.type_as")
+def convert(call: Call) -> Result:
+    """Another tensor says the dtype and the device; no channel comes of it."""
+    return Value(call.shape, call.values()[0].labels)
 
 
 def _is_list(call: Call) -> bool:
     return isinstance(call.node.meta["val"], tuple | list)
-
-
-def _rank(call: Call) -> int:
-    return len(call.shapes[0]) if _is_list(call) else len(call.shape)
 
 
 @channel_rule(
@@ -222,7 +224,8 @@ def embedding(call: Call) -> Result:
     out = call.alone(kept, 1)
     call.produce(out)
     rank = len(call.shape)
-    return Value(call.shape, (_along(out, rank - 1, rank),) if out is not None else ())
+    rows = tuple(label[..., None] for label in call["indices"].labels)
+    return Value(call.shape, (*rows, _along(out, rank - 1, rank)) if out is not None else rows)
 
 
 @channel_rule(
@@ -326,11 +329,7 @@ def _spatial_rank(operator: str) -> int:
             ("_upsample_nearest_exact", ""),
         )
     ),
-    *(
-        f"aten.{name}{n}d"
-        for n in (2, 3)
-        for name in ("_adaptive_avg_pool", "max_unpool", "fractional_max_pool")
-    ),
+    *(f"aten.{name}{n}d" for n in (2, 3) for name in ("_adaptive_avg_pool", "fractional_max_pool")),
     "aten.upsample_linear1d",
     "aten.upsample_bilinear2d",
     "aten.upsample_bicubic2d",
@@ -342,19 +341,24 @@ def spatial(call: Call) -> Result:
     """Pooling and interpolation act on the last axes; channels pass."""
     x: Value = call.values()[0]
     rank = _spatial_rank(call.operator)
+    samples: Value | None = call.get("random_samples")  # (batch, channels, axis): where to pool
+    if samples is not None:
+        call.unite(call.alone(x, x.ndim - rank - 1), call.alone(samples, 1))
+        if x.ndim == rank + 2:
+            call.unite(call.alone(x, 0), call.alone(samples, 0))
     labels = call.whole(x, range(x.ndim - rank, x.ndim)).labels
     if _is_list(call):
         return [Value(shape, labels) for shape in call.shapes]
     return Value(call.shape, labels)
 
 
-@channel_rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
-def grid_sample(call: Call) -> Result:
-    """Sampling moves space; the grid itself stays as it is."""
-    x: Value = call["input"]
-    call.freeze(call["grid"], "samples at it")
-    labels = call.whole(x, range(2, x.ndim)).labels
-    return Value(call.shape, labels)
+@channel_rule("aten.max_unpool2d", "aten.max_unpool3d")
+def max_unpool(call: Call) -> Result:
+    """Every channel goes where its own indices say."""
+    x, places = call.values()[:2]
+    joined = call.algebra.align([x, places], x.shape, call.reason)
+    rank = _spatial_rank(call.operator)
+    return Value(call.shape, call.whole(joined, range(x.ndim - rank, x.ndim)).labels)
 
 
 @channel_rule(
@@ -375,7 +379,10 @@ def grid_sample(call: Call) -> Result:
 )
 def factory(call: Call) -> Result:
     """A tensor made in the forward takes its size from what it meets, until a check says no."""
-    return Value(call.shape, call.algebra.fresh(call.shape, range(len(call.shape))))
+    labels = call.algebra.fresh(call.shape, range(len(call.shape)))
+    if call.operator == "aten.eye" and len(labels) == 2 and len(set(call.shape)) == 1:
+        call.unite(labels[0].reshape(-1), labels[1].reshape(-1))
+    return Value(call.shape, labels)
 
 
 @channel_rule(

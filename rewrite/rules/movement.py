@@ -163,7 +163,8 @@ def repeat_interleave(call: Call) -> Result:
     value: Value = call.values()[0]
     times, axis = call.get("repeats"), call.get("dim")
     if not isinstance(times, int) or axis is None:
-        call.freeze(value, "repeats by a tensor or over all axes")
+        for operand in call.values():
+            call.freeze(operand, "repeats by a tensor or over all axes")
         return Value(call.shape)
     axis = value.axis(axis)
     labels = tuple(np.repeat(x, times, axis) if x.shape[axis] > 1 else x for x in value.labels)

@@ -116,29 +116,50 @@ def select(call: Call) -> Result:
 def index(call: Call) -> Result:
     """Indexing by one integer tensor on an axis without channels moves the others along."""
     value: Value = call.values()[0]
-    indices = list(call["indices"])
-    given = [(axis, x) for axis, x in enumerate(indices) if x is not None]
-    if len(given) != 1 or math.prod(call.shape) == 0:
-        call.freeze(value, "indexes it with tensors")
-        return Value(call.shape)
+    given = [(axis, x) for axis, x in enumerate(call["indices"]) if x is not None]
     axis, at = given[0]
-    kept = call.whole(value, [axis])
     inserted = len(call.shape) - value.ndim + 1
-    if inserted != at.ndim:  # a boolean mask over several axes
-        call.freeze(value, "indexes it with a mask")
-        return Value(call.shape)
-    labels = tuple(
-        x.reshape(*x.shape[:axis], *([1] * inserted), *x.shape[axis + 1 :]) for x in kept.labels
-    )
-    return Value(call.shape, labels)
+    if len(given) != 1 or math.prod(call.shape) == 0:
+        return _frozen(call, "indexes it with tensors")
+    if call.shape[axis : axis + inserted] != at.shape:  # a boolean mask
+        return _frozen(call, "indexes it with a mask")
+    return _picked(call, value, axis, at)
+
+
+def _frozen(call: Call, why: str) -> Value:
+    for value in call.values():
+        call.freeze(value, why)
+    return Value(call.shape)
+
+
+def _picked(call: Call, value: Value, axis: int, at: Value) -> Value:
+    """Return what an integer tensor picks along an axis, in whose place the tensor's axes come."""
+    kept = call.whole(value, [axis]).labels
+    before, after = axis, value.ndim - axis - 1
+    labels = [x.reshape(*x.shape[:axis], *([1] * at.ndim), *x.shape[axis + 1 :]) for x in kept]
+    labels += [x.reshape(*([1] * before), *x.shape, *([1] * after)) for x in at.labels]
+    return Value(call.shape, tuple(labels))
 
 
 @channel_rule("aten.index_select")
 def index_select(call: Call) -> Result:
     """Selecting along an axis needs it whole; other axes keep their channels."""
     value: Value = call.values()[0]
-    kept = call.whole(value, [call["dim"]])
-    return Value(call.shape, kept.labels)
+    at: Value = call["index"]
+    if not value.ndim or not at.ndim:
+        return _frozen(call, "indexes it with a number")
+    return _picked(call, value, value.axis(call["dim"]), at)
+
+
+@channel_rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def grid_sample(call: Call) -> Result:
+    """Sampling moves space; the grid itself stays as it is, but for its batch, which is x's."""
+    x: Value = call["input"]
+    grid: Value = call["grid"]
+    call.unite(call.alone(x, 0), call.alone(grid, 0))
+    call.freeze(Value(grid.shape, grid.off(0)), "samples at it")
+    labels = call.whole(x, range(2, x.ndim)).labels
+    return Value(call.shape, labels)
 
 
 @channel_rule("aten.glu")

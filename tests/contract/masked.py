@@ -27,6 +27,9 @@ from tests.contract.widths import tensors_of
 
 __all__ = ["masked_output", "poison"]
 
+#: The integer of a channel that is not there; arithmetic leaves what came of it far below zero.
+ABSENT = torch.iinfo(torch.int64).min
+
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 
@@ -81,11 +84,30 @@ class AbsentChannels(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         rule = RULES.get(name)
         if rule is None:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            return _spread_absent(out, args) if torch.Tag.pointwise in func.tags else out
         names = [argument.name for argument in func._schema.arguments]
         given = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
         given.update(zip(names, args, strict=False), **kwargs)
         return rule(func, **given)
+
+
+def gone(tensor: Tensor) -> Tensor:
+    """Where an integer stands for a channel that is not there."""
+    return tensor < ABSENT // 2 if tensor.dtype is torch.int64 else torch.zeros(()).bool()
+
+
+def _spread_absent(out: Any, operands: Iterable[Any]) -> Any:
+    """Let what was computed element by element from an absent integer be absent."""
+    if isinstance(out, Tensor) and out.dtype is not torch.bool:
+        for operand in operands:
+            if isinstance(operand, Tensor) and gone(operand).any():
+                out = out.masked_fill(gone(operand), _nothing(out))
+    return out
+
+
+def _nothing(tensor: Tensor) -> Any:
+    return math.nan if tensor.is_floating_point() else ABSENT
 
 
 _DECOMPOSED = {"einsum", "chain_matmul", "multi_dot", "linalg_multi_dot", "inner", "tensordot"}
@@ -278,8 +300,22 @@ def _max(func: Any, self: Tensor, dim: int | None = None, keepdim: bool = False,
     if dim is None:
         return self.nan_to_num(-math.inf).max()
     values, indices = self.nan_to_num(-math.inf, math.inf, -math.inf).max(dim, keepdim)
-    gone = self.isnan().all(dim, keepdim)
-    return torch.return_types.max((values.masked_fill(gone, math.nan), indices))
+    missing = self.isnan().all(dim, keepdim)
+    pair = values.masked_fill(missing, math.nan), indices.masked_fill(missing, ABSENT)
+    return torch.return_types.max(pair)
+
+
+@rule("argmax", "argmin")
+def _where_extreme(func: Any, self: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+    indices = func(self.nan_to_num(), dim, keepdim)
+    return indices if dim is None else indices.masked_fill(self.isnan().all(dim, keepdim), ABSENT)
+
+
+@rule("sort", "topk")
+def _sorted(func: Any, self: Tensor, **how: Any) -> Any:
+    """An axis that is sorted is whole, so that it is absent as a whole or not at all."""
+    values, indices = func(self, **how)
+    return values, indices.masked_fill(values.isnan(), ABSENT)
 
 
 @rule("softmax", "_softmax")
@@ -335,3 +371,45 @@ def _weight_norm(func: Any, v: Tensor, g: Tensor, dim: int) -> Any:
     norms = v.square().nansum(tuple(axes), keepdim=True).sqrt()
     weight = v * (g / norms)
     return weight if func.overloadpacket.__name__ == "_weight_norm" else (weight, norms)
+
+
+# -- integers -----------------------------------------------------------------------------------
+
+
+@rule("to", "_to_copy")
+def _converted(func: Any, self: Tensor, **how: Any) -> Tensor:
+    out = func(self, **how)
+    if self.is_floating_point() and out.dtype is torch.int64:
+        return out.masked_fill(self.isnan(), ABSENT)
+    return _spread_absent(out, [self])
+
+
+@rule(
+    *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)),
+    *(f"{kind}_max_pool{n}d" for kind in ("adaptive", "fractional") for n in (1, 2, 3)),
+)
+def _pooled(func: Any, self: Tensor, **how: Any) -> Any:
+    values, indices = func(self, **how)
+    return values, indices.masked_fill(values.isnan(), ABSENT)
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def _unpooled(func: Any, self: Tensor, indices: Tensor, **how: Any) -> Tensor:
+    """A plane of which either is absent is: the other belongs to another channel."""
+    missing = self.isnan() | gone(indices)
+    out = func(self.masked_fill(missing, 0.0), indices.masked_fill(missing, 0), **how)
+    space = tuple(range(self.ndim - int(func.overloadpacket.__name__[-2]), self.ndim))
+    return out.masked_fill(missing.any(space, keepdim=True), math.nan)
+
+
+@rule("embedding")
+def _embedded(func: Any, weight: Tensor, indices: Tensor, **_: Any) -> Tensor:
+    missing = gone(indices)
+    return weight[indices.masked_fill(missing, 0)].masked_fill(missing[..., None], math.nan)
+
+
+@rule("gather")
+def _gathered(func: Any, self: Tensor, dim: int, index: Tensor, **_: Any) -> Tensor:
+    missing = gone(index)
+    out = self.gather(dim, index.masked_fill(missing, 0))
+    return out.masked_fill(missing, _nothing(out))

@@ -14,6 +14,7 @@ from tests.models import (  # noqa: F401  (importing registers)
     norms,
     odd,
     opaque,
+    positions,
     reuse,
     sizes,
     state,
