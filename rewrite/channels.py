@@ -129,9 +129,7 @@ class Analysis:
         for captured in self.recordings:
             for node in captured.operators():
                 if ".conv" in str(node.target) and isinstance(node.args[1], fx.Node):
-                    name = node.args[1].meta.get("tensor")
-                    if name:
-                        kernels.add(name)
+                    kernels |= _kernels_behind(node.args[1])
         return kernels
 
     def _propagate(self, captured: Captured) -> dict[fx.Node, Any]:
@@ -319,6 +317,26 @@ class Analysis:
                 if site.module not in layers[root]:
                     layers[root].append(site.module)
         return layers
+
+
+def _kernels_behind(weight: fx.Node) -> set[str]:
+    """Return the parameters that the weight of a convolution is computed from, kernel by kernel."""
+    shape = weight.meta["val"].shape
+    found: set[str] = set()
+    seen: set[fx.Node] = set()
+    stack = [weight]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "get_attr" and node.meta["tensor"] is not None:
+            own = node.meta["val"].shape
+            if len(own) == len(shape) and own[2:] == shape[2:]:
+                found.add(node.meta["tensor"])
+        elif node.op == "call_function" and ".conv" not in str(node.target):
+            stack += node.all_input_nodes
+    return found
 
 
 def _mix(which: NDArray[np.uint64], counts: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -225,7 +225,7 @@ class Algebra:
             reason: why, told where the union freezes.
         """
         rank = len(shape)
-        operands = [_pad_rank(value, rank) for value in values]
+        operands = self._one_of_split([_pad_rank(value, rank) for value in values])
         result: list[Atoms] = []
         for index, operand in enumerate(operands):
             for label in operand.labels:
@@ -237,6 +237,26 @@ class Algebra:
                 if not clash and axes_of(label):
                     result.append(label)
         return Value(tuple(shape), tuple(result))
+
+    def _one_of_split(self, operands: list[Value]) -> list[Value]:
+        """Let one axis alone change where a label on several meets labels that live on one each.
+
+        Else every index of the one axis would be united with every index of the other.
+        """
+        for split in [x for value in operands for x in value.labels if len(axes_of(x)) > 1]:
+            axes = axes_of(split)
+            alone = {tuple(axes_of(x)) for value in operands for x in value.labels}
+            if sum((axis,) in alone for axis in axes) < 2:
+                continue
+            stay = axes[1:] if self._keeps_trailing(split) else axes[:-1]
+            reason = (
+                "it meets channels that a view has split, and another axis of the split changes"
+            )
+            operands = [
+                Value(value.shape, tuple(self.whole(x, stay, reason) for x in value.labels))
+                for value in operands
+            ]
+        return operands
 
     def _meet_fixed(self, label: Atoms, others: Sequence[Value], reason: str) -> Atoms:
         met = {axis for axis in axes_of(label) for other in others if other.fixed(axis)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 __all__ = ["Mismatch", "backward_failure", "check_edits", "predicted_shape", "split_channel"]
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,8 +93,10 @@ def check_edits(
     for index, captured in enumerate(channels.recordings):
         if copy is None or captured.real:
             copy = _edited(model, captured, edits)
+        mode = contextlib.nullcontext() if captured.real else _mode_of(captured)
         try:
-            again = record(copy, captured.inputs, train=captured.train)
+            with mode:
+                again = record(copy, captured.inputs, train=captured.train)
         except CaptureError as error:
             if not hasattr(error, "recorder"):
                 raise

@@ -300,3 +300,15 @@ def complex_view(call: Call) -> Result:
         return Value(call.shape, tuple(x[..., None] for x in value.labels))
     kept = call.whole(value, [-1])
     return Value(call.shape, tuple(x[..., 0] for x in kept.labels))
+
+
+@channel_rule("aten._has_compatible_shallow_copy_type")
+def set_data(call: Call) -> Result:
+    """Asked where one tensor becomes the data of another: they have the same channels."""
+    one, other = call.values()
+    if one.shape == other.shape:
+        call.algebra.align([one, other], one.shape, call.reason)
+    else:
+        for value in (one, other):
+            call.freeze(value, "gives it data of another shape")
+    return Value(())

@@ -254,3 +254,28 @@ class TinyViT(nn.Module):
         x = x + self.scale * self.attend(self.norm1(x))
         x = x + self.scale * self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return self.head(x[:, 0])
+
+
+@net("attention", movable=["stem", "out"], shrinks=["to_qkv"], frozen={"head": "output"})
+class MemoryAttention(nn.Module):
+    """Learned keys and values, with axes of their own for heads and channels, stand before those
+    of the map: the heads stay, and the channels of each are dropped alike.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 2
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.to_qkv = nn.Conv2d(8, 48, 1)
+        self.memory = nn.Parameter(torch.randn(2, 2, 8, 3))
+        self.out, self.head = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        b, _, h, w = x.shape
+        q, k, v = (t.reshape(b, self.heads, -1, h * w) for t in self.to_qkv(x).chunk(3, 1))
+        first_k, first_v = (t.expand(b, -1, -1, -1) for t in self.memory)
+        k, v = torch.cat([first_k, k], -1), torch.cat([first_v, v], -1)
+        weights = torch.einsum("bhci,bhcj->bhij", q, k).mul(0.5).softmax(-1)
+        y = torch.einsum("bhij,bhcj->bhci", weights, v).reshape(b, -1, h, w)
+        return self.head(x + self.out(y))

@@ -264,3 +264,22 @@ def unit_length_over_channels() -> nn.Module:
 class Normalise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=1)
+
+
+class FlatStandardised(nn.Module):
+    """A layer of one's own that normalises its weight over a flattened view."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.1 * torch.randn(out, into, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.view(self.weight.shape[0], -1)
+        flat = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + 1e-5)
+        return F.conv2d(x, flat.view_as(self.weight), self.bias, padding=1)
+
+
+@net("norm computed-weight", movable=["stem", "middle.weight@0", "tail"], frozen={"head": "output"})
+def weight_standardised_flat() -> nn.Module:
+    return around(FlatStandardised(16, 16))

@@ -227,3 +227,22 @@ def half_precision() -> nn.Module:
 @net("odd frozen", width=20, frozen={"stem": "", "tail": "", **_HEAD})
 class NarrowerThanTheClamp(Frame):
     """Nothing is as wide as the clamp: nothing changes."""
+
+
+@net("lazy", movable=["stem", "tail"], frozen=_HEAD)
+class ScaledByFirstCall(nn.Module):
+    """Sets its scales to what the first input asks for, and a flag that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.tail = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 1)
+        self.head = nn.Conv2d(8, 2, 1)
+        self.scale = nn.Parameter(torch.ones(16))
+        self.initialised = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if not self.initialised:
+            self.scale.data = 1 / (x.detach().std((0, 2, 3)) + 1e-3)
+            self.initialised = True
+        return self.head(self.tail(x * self.scale[:, None, None]).relu())

@@ -236,3 +236,17 @@ class ScaleByRoot(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale
+
+
+@net("sizes", movable=["stem", "valid", "tail"], frozen=_HEAD)
+class CropByTensor(Frame):
+    """Sizes to crop by, computed with tensors and read as a list: no branch on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.valid = nn.Conv2d(16, 16, 3)
+
+    def middle(self, x: Tensor) -> Tensor:
+        y = self.valid(x)
+        top, left = ((torch.tensor(x.shape[2:]) - torch.tensor(y.shape[2:])) // 2).tolist()
+        return x[:, :, top : top + y.shape[2], left : left + y.shape[3]] * y
