@@ -25,7 +25,9 @@ from pocketize.capture import find_tensors, quiet_recording
 from pocketize.errors import RewriteError
 from pocketize.inputs import Inputs
 from pocketize.memory.stage import fake_stage
+from pocketize.passes.runtime.checkpointing import hooked
 from pocketize.passes.runtime.forwards import obstacle
+from pocketize.passes.runtime.second_run import tensors_of
 
 _RUNTIME = "pocketize.passes.runtime."
 
@@ -56,6 +58,7 @@ class Region:
     end: int = 0
     inside: frozenset[str] = frozenset()
     _arguments: dict[int, int] = field(default_factory=dict)
+    _own: set[int] = field(default_factory=set)
     _random: Any = None
 
     def contains(self, other: Region) -> bool:
@@ -127,7 +130,7 @@ def survey(model: nn.Module, inputs: Inputs) -> Survey:
         copy, given = stage.model.train(), stage.inputs
         surveyor = _Surveyor(copy)
         surveyor.born(given.tensors())
-        hooks = torch.autograd.graph.saved_tensors_hooks(surveyor.keep, _same)
+        hooks = torch.autograd.graph.saved_tensors_hooks(surveyor.keep, lambda tensor: tensor)
         with stage.active, quiet_recording(copy), torch.enable_grad(), surveyor.watching():
             try:
                 with hooks, surveyor:
@@ -138,11 +141,9 @@ def survey(model: nn.Module, inputs: Inputs) -> Survey:
                     f"{type(model).__name__} does not run on tensors without values, which is "
                     f"how its activations are weighed: {type(error).__name__}: {text:.300}"
                 ) from error
+            finally:
+                surveyor.release()
     return surveyor.finish()
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -172,6 +173,10 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 region.obstacle = f"it runs {region.calls} times in one forward"
         return Survey(self.regions, list(self._kept.values()), self.work)
 
+    def release(self) -> None:
+        """Let go of all tensors, whose graphs refer to the surveyor."""
+        self._alive.clear()
+
     def born(self, tensors: Sequence[Tensor]) -> None:
         """Note the modules that run while tensors come into being."""
         for tensor in tensors:
@@ -179,7 +184,8 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._alive.append(tensor)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Note that autograd keeps a tensor."""
+        """Note that autograd keeps a tensor; without its graph, which would refer to itself."""
+        tensor = tensor.detach()
         key = _key(tensor)
         if key in self._weights or key in self._buffers:
             return tensor
@@ -221,6 +227,7 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in find_tensors((args, kwargs)):
                 region._arguments[_key(tensor)] = tensor.untyped_storage().nbytes()
                 self._alive.append(tensor)
+            region._own |= {_key(tensor) for tensor in tensors_of(module)}
             region._random = random.getstate(), _numpy_state()
             self._stack.append(path)
 
@@ -243,21 +250,26 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operator and note what it read, wrote and cost."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func is torch.ops.aten.detach.default:
+            return out  # another name, also in keep()
         made = find_tensors(out)
         count = flop_registry.get(getattr(func, "_overloadpacket", None))
         work = count(*args, **kwargs, out_val=out) if count else sum(t.numel() for t in made)
         self.work += work
         written = {_key(tensor) for tensor in _written(func, args, kwargs)}
-        read = {_key(tensor) for tensor in find_tensors((args, kwargs))}
+        literal = func.__name__.startswith("lift")  # torch.tensor(...), whose numbers stand there
+        read = set() if literal else {_key(tensor) for tensor in find_tensors((args, kwargs))}
         own = any(isinstance(v, torch.Generator) for v in (*args, *kwargs.values()))
         for path in self._stack:
             region = self.regions[path]
             region.work += work
-            outside = {k for k in read if k in self._birth and path not in self._birth[k]}
+            outside = {k for k in read if path not in self._birth.get(k, ())} - region._own
             if own:
                 self._bar(region, "it draws random numbers from a generator of its own")
             if outside - region._arguments.keys():
-                self._bar(region, "it reads a tensor that is not among its arguments")
+                self._bar(
+                    region, "it reads a tensor that is neither its own nor among its arguments"
+                )
             strange = {k for k in written if k not in self._birth and k not in self._buffers}
             if strange:
                 self._bar(region, "it writes to a tensor that is neither its own nor a buffer")
@@ -296,12 +308,6 @@ def _standing(module: nn.Module, inner: Mapping[str, nn.Module]) -> str:
     for path, held in {"it": module, **inner}.items():
         if any(base.__module__.startswith(_RUNTIME) for base in type(held).__mro__):
             return f"{path} is a {type(held).__name__}, which saves memory in its own way"
-    for path, held in inner.items():
-        for hook in [*held._forward_hooks.values(), *held._forward_pre_hooks.values()]:
-            if not type(hook).__module__.startswith("torch.nn.utils") and not _ours(hook):
-                return f"{path} has forward hooks, which would run twice"
+    if path := hooked(inner):
+        return f"{path} has forward hooks, which would run twice"
     return ""
-
-
-def _ours(hook: Any) -> bool:
-    return getattr(hook, "__qualname__", "").startswith("_Surveyor.")

@@ -10,7 +10,9 @@ touches a private name.
 from __future__ import annotations
 
 __all__ = [
+    "global_forward_hooks",
     "in_autograd_function",
+    "innermost_saving",
     "keeps_graph",
     "real_tensors",
     "storage_key",
@@ -19,14 +21,24 @@ __all__ = [
 ]
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
 
 
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor was written to, as autograd counts it; 0 for inference tensors."""
     return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def innermost_saving() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """Return the hooks on saved tensors that hold now; ``None`` if there are none to be seen."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top(False) if top else None
 
 
 def storage_key(memory: Tensor | torch.UntypedStorage) -> int:
@@ -36,9 +48,9 @@ def storage_key(memory: Tensor | torch.UntypedStorage) -> int:
 
 
 def transforms_active() -> bool:
-    """Whether a function transform runs now: ``torch.func.grad``, ``vmap``, ``jvp``, ..."""
+    """Whether a function transform runs now (``torch.func``) or dual numbers are in use."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return bool(active and active())
+    return bool(active and active()) or getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def in_autograd_function() -> bool:
@@ -66,3 +78,9 @@ def real_tensors() -> contextlib.AbstractContextManager[object]:
     module = getattr(torch.utils, "_python_dispatch", None)
     disable = getattr(module, "_disable_current_modes", None)
     return contextlib.nullcontext() if disable is None else disable()  # type: ignore[no-any-return]
+
+
+def global_forward_hooks() -> list[Any]:
+    """Return the forward hooks that were registered for all modules."""
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks")
+    return [hook for name in names for hook in getattr(modules, name, {}).values()]

@@ -9,7 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pocketize._torch import (
+    global_forward_hooks,
     in_autograd_function,
+    innermost_saving,
     keeps_graph,
     real_tensors,
     storage_key,
@@ -45,6 +47,9 @@ def test_function_transforms_are_seen() -> None:
     seen = []
     torch.func.grad(lambda x: (seen.append(transforms_active()), x.sum())[1])(torch.ones(2))
     assert seen == [True]
+    assert not transforms_active()
+    with torch.autograd.forward_ad.dual_level():
+        assert transforms_active()
     assert not transforms_active()
 
 
@@ -110,3 +115,24 @@ def test_where_torch_does_not_tell_no_graph_is_kept(monkeypatch: pytest.MonkeyPa
     x.register_hook(lambda _: seen.append(keeps_graph()))
     x.sum().backward(retain_graph=True)
     assert seen == [False]
+
+
+def test_hooks_of_all_modules_are_seen() -> None:
+    def hook(*_: object) -> None: ...
+
+    before = torch.nn.modules.module.register_module_forward_pre_hook(hook)
+    after = torch.nn.modules.module.register_module_forward_hook(hook)
+    assert global_forward_hooks() == [hook, hook]
+    before.remove()
+    after.remove()
+    assert global_forward_hooks() == []
+
+
+def test_the_innermost_hooks_on_saved_tensors_are_seen_where_torch_shows_them() -> None:
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    assert innermost_saving() is None
+    with torch.autograd.graph.saved_tensors_hooks(pack, pack):
+        shown = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+        assert innermost_saving() == ((pack, pack) if shown else None)

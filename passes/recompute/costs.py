@@ -50,8 +50,8 @@ class Costs:
         saved: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
-            saved.append(tensor)
-            return tensor
+            saved.append(tensor.detach())  # without its graph, which would refer to itself
+            return saved[-1]
 
         def prepare(copy: nn.Module) -> None:
             """Nothing."""

@@ -1,95 +1,88 @@
 """What a checkpointed module contains: a forward that is run again in the backward pass.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174. The
-machinery is ``torch.utils.checkpoint``'s, which replays random states and autocast; the buffers
-that a forward updates (running statistics, vectors of spectral norms) are looked after here.
+machinery is ``torch.utils.checkpoint``'s, which replays random states and autocast;
+:mod:`~pocketize.passes.runtime.second_run` makes the module for it as the first run found it.
 """
 
 from __future__ import annotations
 
-__all__ = ["CheckpointedForward"]
+__all__ = ["CheckpointedForward", "hooked"]
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pocketize._torch import version_of
+from pocketize._torch import global_forward_hooks
+from pocketize.errors import PocketizeWarning
 from pocketize.passes.runtime.forwards import Forward, without_backward
-
-#: Buffers up to this many elements are kept whether or not they are known to have been written to:
-#: batch norm writes to its running statistics behind the back of torch's version counters.
-_SMALL = 2**16
+from pocketize.passes.runtime.second_run import Run
 
 
 class CheckpointedForward(Forward):
     """A module's forward of which only the inputs are kept for the backward pass.
 
-    Without gradients it is the forward itself. Under ``torch.compile`` a module without buffers is
-    part of the compiled graph, and the compiler recomputes its operators; a module with buffers
-    runs outside of it, because nobody else would keep them from being updated twice.
+    Without gradients, and inside function transforms, it is the forward itself; also while modules
+    inside have forward hooks, which must not run twice. Under ``torch.compile`` a module without
+    buffers is part of the compiled graph, and the compiler recomputes its operators; a module with
+    buffers runs outside of it, because nobody else would keep them from being updated twice.
     """
+
+    #: Whether somebody was told that hooks keep the module from being checkpointed.
+    _warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward, and remember how to run it again."""
         if without_backward():
             return self.original(*args, **kwargs)
-        if next(self.module.buffers(), None) is not None:
-            return self._with_buffers(*args, **kwargs)
-        return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
+        if torch.compiler.is_compiling() and next(self.module.buffers(), None) is None:
+            return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
+        return self._checkpointed(*args, **kwargs)
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
-    def _with_buffers(self, *args: Any, **kwargs: Any) -> Any:
-        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            buffers = _Buffers(self.module)
-            return buffers.watched(), buffers
+    def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_hooked():
+            return self.original(*args, **kwargs)
+        run = Run(self.module, self.original, args, kwargs)
+        return checkpoint(run, *run.saved, use_reentrant=False, context_fn=run.contexts)
 
-        return checkpoint(self.original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _is_hooked(self) -> bool:
+        """Tell, and warn once, if forward hooks would run twice."""
+        inner = {path: m for path, m in self.module.named_modules() if m is not self.module}
+        path = hooked(inner)
+        if not path and not (inner and any(map(_is_foreign, global_forward_hooks()))):
+            return False
+        if not self._warned:
+            self._warned = True
+            kind = type(self.module).__name__
+            warnings.warn(
+                f"checkpoint: {path or 'every module'} of a checkpointed {kind} has forward hooks, "
+                f"which would run again in the backward pass, so the {kind} keeps its activations "
+                "until they are removed",
+                PocketizeWarning,
+                stacklevel=2,
+            )
+        return True
 
 
-class _Buffers:
-    """The buffers of a module as one forward found them, so that it can be run again as it was.
+def hooked(modules: Mapping[str, nn.Module]) -> str:
+    """Return the path of the first module with forward hooks that must not run twice, or ``""``.
 
-    The second run gets stand-ins with the old values. What it writes goes into them and is dropped;
-    the buffers themselves, which later forwards may have updated further, are not touched. As a
-    context it surrounds the second run, and any further one.
+    Hooks of torch, and those that pocketize measures with, are made for it.
     """
+    for path, module in modules.items():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(map(_is_foreign, hooks)):
+            return path
+    return ""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._places = [
-            (owner, name, buffer)
-            for owner in module.modules()
-            for name, buffer in owner._buffers.items()
-            if buffer is not None
-        ]
-        self._values: dict[int, Tensor] = {}
-        self._now: list[list[Tensor | None]] = []
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Surround the first run: keep the values of what it writes to."""
-        before = {id(b): (b.detach().clone(), version_of(b)) for _, _, b in self._places}
-        yield
-        self._places = [
-            (owner, name, buffer)
-            for owner, name, buffer in self._places
-            if owner._buffers.get(name) is not buffer
-            or version_of(buffer) != before[id(buffer)][1]
-            or buffer.numel() <= _SMALL
-        ]
-        self._values = {id(buffer): before[id(buffer)][0] for _, _, buffer in self._places}
-
-    def __enter__(self) -> None:
-        """Put the stand-ins into their places."""
-        stand_ins = {key: value.clone() for key, value in self._values.items()}
-        self._now.append([owner._buffers.get(name) for owner, name, _ in self._places])
-        for owner, name, buffer in self._places:
-            owner._buffers[name] = stand_ins[id(buffer)]
-
-    def __exit__(self, *error: object) -> None:
-        """Put the buffers back."""
-        for (owner, name, _), current in zip(self._places, self._now.pop(), strict=True):
-            owner._buffers[name] = current
+def _is_foreign(hook: Any) -> bool:
+    hook = getattr(hook, "func", hook)  # of a functools.partial
+    home = getattr(hook, "__module__", None) or type(hook).__module__
+    return home.partition(".")[0] not in ("torch", "pocketize")

@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from pocketize._torch import transforms_active
+
 F = TypeVar("F", bound="Forward")
 
 #: From torch 2.7 on.
@@ -32,10 +34,13 @@ _is_exporting = getattr(torch.compiler, "is_exporting", bool)
 def without_backward() -> bool:
     """Tell whether what runs now will not be differentiated by way of its module.
 
-    An exported or traced program is differentiated, if at all, by its own operators.
+    An exported or traced program is differentiated, if at all, by its own operators; function
+    transforms (``torch.func``) differentiate what runs inside them as they like.
     """
     tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
-    return not torch.is_grad_enabled() or _is_exporting() or bool(tracing())
+    if not torch.is_grad_enabled() or _is_exporting() or bool(tracing()):
+        return True
+    return not torch.compiler.is_compiling() and transforms_active()
 
 
 class Forward:

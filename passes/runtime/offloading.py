@@ -12,7 +12,7 @@ __all__ = ["OffloadedForward"]
 
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from pocketize._torch import storage_key, version_of
 from pocketize.capture import find_tensors
-from pocketize.errors import RewriteError
+from pocketize.errors import ExecutionError
 from pocketize.passes.runtime.forwards import Forward, without_backward
 
 
@@ -52,13 +53,13 @@ class OffloadedForward(Forward):
     def _hooked(self, *args: Any, **kwargs: Any) -> Any:
         own = [*self.module.parameters(), *self.module.buffers(), *find_tensors((args, kwargs))]
         if any(hasattr(tensor, "device_mesh") for tensor in own):
-            raise RewriteError(
+            raise ExecutionError(
                 f"offload: the weights of {type(self.module).__name__} are sharded, and gathered "
                 "weights cannot be told from activations; shard the model without this pass, e.g. "
                 "with fully_shard(model, offload_policy=CPUOffloadPolicy())"
             )
-        desk = _Desk(self, own)
-        with torch.autograd.graph.saved_tensors_hooks(desk.pack, _unpack):
+        desk = _Desk(self, own, dict(self.module.named_parameters()))
+        with torch.autograd.graph.saved_tensors_hooks(desk.pack, _fetch):
             return self.original(*args, **kwargs)
 
     def place(self, tensor: Tensor) -> Callable[[], Tensor]:
@@ -68,24 +69,34 @@ class OffloadedForward(Forward):
         return _File(tensor, self.folder) if self.disk else _Host(tensor)
 
 
-def _unpack(kept: Tensor | _Ticket) -> Tensor:
-    return kept if isinstance(kept, Tensor) else kept.fetch()
+def _fetch(kept: _Stays | _Ticket) -> Tensor:
+    return kept.fetch()
 
 
 class _Desk:
-    """Takes what autograd saves in one forward, and hands out one ticket for each tensor."""
+    """Takes what autograd saves in one forward, and hands out one ticket for each tensor moved."""
 
-    def __init__(self, forward: OffloadedForward, own: Iterable[Tensor]) -> None:
+    def __init__(
+        self, forward: OffloadedForward, own: Iterable[Tensor], weights: Mapping[str, Tensor]
+    ) -> None:
         self._forward = forward
-        self._own = {_key(tensor) for tensor in own if tensor.layout is torch.strided}
+        self._own = {storage_key(tensor) for tensor in own if tensor.layout is torch.strided}
+        self._names = {
+            storage_key(weight): f"parameter {name!r}"
+            for name, weight in weights.items()
+            if weight.layout is torch.strided
+        }
         self._tickets: weakref.WeakValueDictionary[Any, _Ticket] = weakref.WeakValueDictionary()
 
-    def pack(self, tensor: Tensor) -> Tensor | _Ticket:
+    def pack(self, tensor: Tensor) -> _Stays | _Ticket:
         """Return what autograd keeps instead of a tensor."""
         if not self._moves(tensor):
-            return tensor
+            name = ""
+            if self._names and tensor.layout is torch.strided:
+                name = self._names.get(storage_key(tensor), "")
+            return _Stays(tensor, name)
         layout = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
-        key = _key(tensor), tensor._version, layout
+        key = storage_key(tensor), version_of(tensor), layout
         ticket = self._tickets.get(key)
         if ticket is None or ticket.storage() is None:  # the address may be somebody else's by now
             ticket = self._tickets[key] = _Ticket(tensor, self._forward.place(tensor.detach()))
@@ -102,7 +113,30 @@ class _Desk:
         # An expanded tensor is smaller in memory than it says; so moved, it would grow.
         if not self._forward.min_bytes <= nbytes <= tensor.untyped_storage().nbytes():
             return False
-        return _key(tensor) not in self._own
+        return storage_key(tensor) not in self._own
+
+
+class _Stays:
+    """A tensor that is not moved.
+
+    Without its graph: autograd would refer to itself, and a forward without a backward would never
+    be freed. With its version: autograd does not compare versions where there are hooks.
+    """
+
+    __slots__ = ("_name", "_tensor", "_version")
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        self._tensor, self._version, self._name = tensor.detach(), version_of(tensor), name
+
+    def fetch(self) -> Tensor:
+        if (found := version_of(self._tensor)) != self._version:
+            name = self._name or f"a tensor of shape {tuple(self._tensor.shape)}"
+            raise ExecutionError(
+                f"offload: {name}, which the backward pass needs as it was, was written to between "
+                f"forward and backward (version {found}, not {self._version}). Call backward() "
+                "first and change it then, or give the forward a clone"
+            )
+        return self._tensor
 
 
 class _Ticket:
@@ -175,7 +209,3 @@ def _is_dense(tensor: Tensor) -> bool:
                 return False
             expected *= size
     return True
-
-
-def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

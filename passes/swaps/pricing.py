@@ -77,7 +77,7 @@ def _kept(module: nn.Module, call: Call) -> int:
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
             kept[storage._cdata] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # without its graph, which would refer to itself
 
     weight = next(module.parameters())
     given = torch.empty(call.shape, dtype=weight.dtype, device=weight.device, requires_grad=True)

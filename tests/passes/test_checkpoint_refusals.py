@@ -102,7 +102,7 @@ class Hook:
         ("hook", "part.inner has forward hooks, which would run twice"),
         ("input changed", "its input is changed in place"),
         ("input changed later", "its input is changed in place"),
-        ("aside", "it reads a tensor that is not among its arguments"),
+        ("aside", "it reads a tensor that is neither its own nor among its arguments"),
         ("python random", "random numbers from Python or NumPy"),
         ("generator", "a generator of its own"),
         ("writes", "neither its own nor a buffer"),
