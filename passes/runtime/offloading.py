@@ -24,6 +24,7 @@ from pocketize._torch import storage_key, version_of
 from pocketize.capture import find_tensors
 from pocketize.errors import ExecutionError
 from pocketize.passes.runtime.forwards import Forward, without_backward
+from pocketize.units import bytes_text
 
 
 class OffloadedForward(Forward):
@@ -174,14 +175,19 @@ class _File:
     def __init__(self, tensor: Tensor, folder: str | None) -> None:
         self._empty = tensor.new_empty(0)
         self._shape, self._stride = tensor.shape, tensor.stride()
-        # It has no name, so that none is left behind; closed with the last who may read it.
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-        weakref.finalize(self, self._file.close)
         flat = tensor if _is_dense(tensor) else tensor.contiguous()
         self._stride = flat.stride()
-        # In the order of memory, as bytes: NumPy has no bfloat16.
-        linear = flat.as_strided((flat.numel(),), (1,)).cpu().view(torch.uint8)
-        linear.numpy().tofile(self._file)
+        try:
+            # It has no name, so that none is left behind; closed with the last who may read it.
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
+            _write(flat, self._file)
+        except OSError as error:
+            where = folder or tempfile.gettempdir()
+            raise ExecutionError(
+                f"offload: {bytes_text(tensor.nbytes)} cannot be written to {where}: {error}. "
+                "Make room there, or name another folder"
+            ) from error
 
     def __call__(self) -> Tensor:
         self._file.seek(0)
@@ -199,6 +205,12 @@ class _Nowhere:
         shape, stride, dtype, device, mode = self._like
         with mode:
             return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+def _write(tensor: Tensor, file: Any) -> None:
+    """Write a dense tensor in the order of memory, as bytes: NumPy has no bfloat16."""
+    linear = tensor.as_strided((tensor.numel(),), (1,)).cpu().view(torch.uint8)
+    linear.numpy().tofile(file)
 
 
 def _is_dense(tensor: Tensor) -> bool:

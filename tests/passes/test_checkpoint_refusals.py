@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ class Changed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
-        self.part.aside = y * 2
+        self.part.aside.tensor = y * 2
         z = self.part(y)
         if self.kind == "input changed later":
             y.mul_(2)
@@ -68,7 +69,7 @@ class Part(nn.Module):
         super().__init__()
         self.inner = nn.Conv2d(4, 4, 3, padding=1)
         self.kind = kind
-        self.aside: Any = None
+        self.aside = SimpleNamespace()
         self.plain = torch.zeros(4)
         self.generator = torch.Generator().manual_seed(0)
         if kind == "hook":
@@ -81,7 +82,7 @@ class Part(nn.Module):
             return self.inner(torch.tanh(x * 3)).tanh()
         y = torch.sin(torch.tanh(self.inner(x)))
         if self.kind == "aside":
-            y = y + self.aside
+            y = y + self.aside.tensor
         if self.kind == "python random":
             y = y * random.random()
         if self.kind == "generator":

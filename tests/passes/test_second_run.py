@@ -67,7 +67,7 @@ def normed() -> nn.Module:
 def pair(part: nn.Module) -> tuple[Any, Any]:
     model = Outer(part).double()
     made = clone(model)  # the plan is tested elsewhere
-    apply_edits(made, [Convert("part", "checkpoint", {})])
+    apply_edits(made, [Convert("part", Checkpoint.name, {})])
     return model, made
 
 
@@ -229,7 +229,7 @@ def test_gradient_penalties_and_partial_and_repeated_backwards():
     both(normed(), use)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # by torch, for jvp
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")  # by torch, for jvp
 def test_function_transforms_and_dual_numbers():
     def use(model: Any) -> Any:
         weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -409,6 +409,25 @@ def test_inputs_with_a_class_of_their_own_are_what_the_second_run_gets():
     assert kinds == [(Named, "left")] * 2
 
 
+def test_a_tensor_handed_over_in_an_attribute_is_that_of_its_forward():
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.given = nn.Conv2d(4, 4, 1), X.new_zeros(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(torch.tanh(self.conv(x)) * self.given)
+
+    def use(model: Any) -> None:
+        total: Any = 0
+        for scale in (1.0, 2.0):
+            model.part.given = model.last.weight.flatten()[0] * scale
+            total = total + loss(model)
+        total.backward()
+
+    both(Takes(), use)
+
+
 def test_blocks_that_read_a_tensor_from_elsewhere_are_refused():
     outside = torch.ones(1, dtype=torch.float64)
 
@@ -521,7 +540,7 @@ def test_interrupts_leave_modes_buffers_and_weights_as_they_are():
     assert stopped > 5
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_scripted_modules_inside_update_their_statistics_once():
     scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)))
     part = nn.Sequential(nn.Conv2d(4, 4, 1), scripted, nn.Tanh(), nn.Conv2d(4, 4, 1), nn.Tanh())
