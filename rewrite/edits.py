@@ -131,8 +131,8 @@ class SetAttribute(Edit):
     kind: ClassVar[str] = "set-attribute"
     module: str
     name: str
-    old: int
-    new: int
+    old: int | float
+    new: int | float
 
     @property
     def path(self) -> str:
@@ -142,7 +142,8 @@ class SetAttribute(Edit):
     @property
     def what(self) -> str:
         """The attribute before and after."""
-        return f"{self.name} {self.old} -> {self.new}"
+        old, new = (f"{n:.6g}" if isinstance(n, float) else str(n) for n in (self.old, self.new))
+        return f"{self.name} {old} -> {new}"
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,13 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
     for name, value in fields.items():
         if isinstance(value, list) and all(isinstance(item, int) for item in value):
             fields[name] = tuple(value)
-    expected = {"str": str, "int": int, "tuple[int, ...]": tuple, "dict[str, Any]": dict}
+    expected = {
+        "str": str,
+        "int": int,
+        "int | float": (int, float),
+        "tuple[int, ...]": tuple,
+        "dict[str, Any]": dict,
+    }
     for f in dataclasses.fields(kind):
         if not isinstance(fields[f.name], expected[str(f.type)]):
             raise ArtifactError(f"edit {data!r:.200}: {f.name} must be {f.type}")

@@ -20,12 +20,14 @@ from pocketize.errors import VerifyError
 from pocketize.groups import ChannelGroup, ChannelGroups
 from pocketize.inputs import Inputs
 from pocketize.rehearsal import Rehearsal
-from pocketize.repairs import candidates
+from pocketize.repairs import Derived, candidates, derived
 from pocketize.verify import Mismatch, backward_failure, check_edits, split_channel
 
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 100
+#: How many numbers that were not changed a plan names.
+_TOLD = 5
 
 
 def settle_proposal(
@@ -199,7 +201,45 @@ class _Planner:
 
     def _finished(self, proposal: Proposal) -> Proposal:
         rows = tuple(_row(edit) for edit in self.repairs)
-        return replace(proposal, edits=self._edits(proposal), changes=proposal.changes + rows)
+        proposal = replace(proposal, edits=self._edits(proposal), changes=proposal.changes + rows)
+        return self._scaled(proposal) if Redraw() in proposal.edits else proposal
+
+    def _scaled(self, proposal: Proposal) -> Proposal:
+        """Let follow what was derived from widths: weights that are drawn anew count on it.
+
+        Sliced weights do not: they go on with the numbers that they were trained with.
+        """
+        channels = self._channels()
+        found = derived(self.model, channels, proposal.edits)
+        follow = [item for item in found if item.edit is not None]
+
+        def runs(items: Sequence[Derived]) -> bool:
+            edits = [item.edit for item in items if item.edit is not None]
+            return check_edits(self.model, channels, (*proposal.edits, *edits)) is None
+
+        if follow and not runs(follow):
+            follow = [item for item in follow if runs([item])]
+            follow = follow if runs(follow) else []
+        left = [str(item) for item in found if item not in follow]
+        notes = proposal.notes
+        if left:
+            more = f"; and {len(left) - _TOLD} more" if len(left) > _TOLD else ""
+            notes += (
+                f"numbers that may derive from a width, and are not changed: "
+                f"{'; '.join(left[:_TOLD])}{more}",
+            )
+        edits = tuple(item.edit for item in follow if item.edit is not None)
+        rows = tuple(
+            Change(edit.path, edit.what, f"it {item.why.removeprefix('which ')}")
+            for item in follow
+            if (edit := item.edit) is not None
+        )
+        return replace(
+            proposal,
+            edits=(*proposal.edits, *edits),
+            changes=proposal.changes + rows,
+            notes=notes,
+        )
 
 
 def _place(edit: Edit) -> tuple[str, ...]:

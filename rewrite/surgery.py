@@ -229,7 +229,7 @@ def _laid_out(made: Tensor, tensor: Tensor) -> Tensor:
     return made
 
 
-def _set_attribute(module: nn.Module, name: str, value: int) -> None:
+def _set_attribute(module: nn.Module, name: str, value: float) -> None:
     base, _, index = name.partition(".")
     if not index:
         setattr(module, base, value)
