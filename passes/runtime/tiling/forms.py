@@ -309,8 +309,9 @@ class Mixing(Form):
         """See :meth:`Form.run`."""
         read = self._reads(region)
         x = context.part(self.source, read)
-        for axis, (each, window, have) in enumerate(zip(self.sources, region, read, strict=True)):
-            x = _mixed(x, axis + 2, each.local(window, have), self.constant)
+        for axis in reversed(range(len(region))):  # as torch does it, so that Inf has the same fate
+            source = self.sources[axis].local(region[axis], read[axis])
+            x = _mixed(x, axis + 2, source, self.constant)
         return x
 
     def _reads(self, region: Region) -> Region:

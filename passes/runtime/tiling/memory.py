@@ -1,8 +1,8 @@
-"""Which recorded tensors lie in the same memory, and what reads it after it was written."""
+"""Which recorded tensors lie in the same memory, what reads it after it was written, and views."""
 
 from __future__ import annotations
 
-__all__ = ["Memory", "written_by"]
+__all__ = ["Memory", "leave_views_out", "viewed", "written_by"]
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +23,39 @@ def written_by(node: fx.Node) -> list[fx.Node]:
         several = given if isinstance(given, list | tuple) else [given]
         found += [each for each in several if isinstance(each, fx.Node)]
     return found
+
+
+def viewed(node: fx.Node) -> fx.Node | None:
+    """Return what a result is a view of, made by its operator; None where it is none."""
+    target, base = node.target, next(iter(node.args), None)
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return None
+    if not isinstance(base, fx.Node) or node.all_input_nodes != [base]:
+        return None
+    values = node.meta["val"], base.meta["val"]
+    if not all(isinstance(value, Tensor) for value in values):
+        return None
+    return base if _storage(values[0]) == _storage(values[1]) else None
+
+
+def leave_views_out(graph: fx.Graph) -> None:
+    """Leave out of a recording's outputs those that are inputs, or views of other outputs.
+
+    Whoever writes into one is to find it in the other, so that they are not computed by tiles, but
+    made of each other by :func:`viewed` operators.
+    """
+    (end,) = graph.find_nodes(op="output")
+    outputs = list(end.args[0])
+    given = {node for node in [*outputs, *graph.nodes] if node.op == "placeholder"}
+    left = []
+    for node in outputs:
+        base = None if node in given else viewed(node)
+        while base is not None and base not in given and base not in outputs:
+            base = viewed(base)
+        if base is None and node not in given:
+            left.append(node)
+    if left:
+        end.args = (left,)
 
 
 class Memory:

@@ -156,7 +156,7 @@ class ExactForward(PatchForward):
             outputs=outputs,
             model=self.module,
         )
-        return recording.outputs(made)
+        return recording.outputs(made, inputs)
 
     def _run(self, prepared: Prepared, inputs: Inputs) -> Any:
         recording, device = prepared.recording, self.device(inputs)
@@ -182,7 +182,7 @@ class ExactForward(PatchForward):
                     bar.close()
             if finish is not None:
                 made = {node: _finished(node, tensor, finish) for node, tensor in made.items()}
-        return recording.outputs(made)
+        return recording.outputs(made, inputs)
 
     def _execution(
         self,

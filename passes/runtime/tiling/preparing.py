@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from pocketize.capture import Captured
 from pocketize.errors import InputError
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.tiling.arguments import draws
 from pocketize.passes.runtime.tiling.cutting import Tiling
 from pocketize.passes.runtime.tiling.figures import foretold_peak
+from pocketize.passes.runtime.tiling.memory import Memory, leave_views_out
 from pocketize.passes.runtime.tiling.network import TiledGraph, TilingError
 from pocketize.passes.runtime.tiling.program import Program, Sweep, build_program
 from pocketize.passes.runtime.tiling.recording import Recording, record_forward
@@ -59,6 +61,9 @@ def prepare_recorded(recording: Recording, tiling: Tiling) -> Prepared:
     Raises:
         TilingError, InputError: as :func:`prepare`.
     """
+    if tiling.reduce is None:
+        leave_views_out(recording.captured.graph)
+        _check_overlaps(recording.captured)
     graph = TiledGraph(recording.captured)
     _check_random(graph)
     volume = volume_of(graph)
@@ -95,6 +100,17 @@ def _check_random(graph: TiledGraph) -> None:
             raise TilingError(
                 f"{node.target} in {node.meta['module'] or 'the model itself'} draws random "
                 "numbers, which tiles would draw in another order"
+            )
+
+
+def _check_overlaps(captured: Captured) -> None:
+    memory, outputs = Memory(captured.graph), set(captured.outputs())
+    for node in outputs:
+        if len(outputs.intersection(memory.beside(node))) > 1:
+            raise TilingError(
+                f"it returns two parts of one tensor that overlap ({node.target} in "
+                f"{node.meta['module'] or 'the model itself'}), and tiles would make two tensors "
+                "of them; return a clone of one"
             )
 
 

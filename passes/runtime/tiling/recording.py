@@ -81,9 +81,23 @@ class Recording:
             if node.op == "placeholder"
         }
 
-    def outputs(self, made: Mapping[fx.Node, Tensor]) -> Any:
-        """Put tensors into the nest that the forward returned."""
-        return map_tensors(self.template, lambda _: True, lambda t: made[self.nodes[id(t)]])
+    def outputs(self, made: Mapping[fx.Node, Tensor], inputs: Inputs) -> Any:
+        """Put tensors into the nest that the forward returned.
+
+        Args:
+            made: outputs that were computed; the others are inputs, or views of these.
+            inputs: of the call.
+        """
+        held = {**self.placeholders(inputs), **made}
+
+        def found(node: fx.Node) -> Tensor:
+            if node not in held:
+                assert isinstance(node.args[0], fx.Node)
+                assert callable(node.target)
+                held[node] = node.target(found(node.args[0]), *node.args[1:], **node.kwargs)
+            return held[node]
+
+        return map_tensors(self.template, lambda _: True, lambda t: found(self.nodes[id(t)]))
 
 
 def record_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Recording:

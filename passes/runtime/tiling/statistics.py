@@ -83,9 +83,10 @@ class Moments(Gathered):
         count, mean, deviation = more
         total = before + count
         step = mean - old_mean
+        joined = old_mean + step * (count / total)
         return (
             total,
-            old_mean + step * (count / total),
+            torch.where(step.isfinite(), joined, old_mean + mean),  # of Inf no difference is known
             old_deviation + deviation + step.square() * (before * count / total),
         )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pocketize._torch import keeps_graph, storage_key, version_of
+from pocketize.capture import find_tensors
 from pocketize.errors import ExecutionError
 from pocketize.passes.runtime.second_order import refuse_second
 from pocketize.passes.runtime.tiling.arguments import draws
@@ -91,17 +92,16 @@ class _Run:
         outputs: Keeper | None,
     ) -> None:
         read = {source for node in program.graph.nodes for source in node.all_input_nodes}
-        weights = {
-            node.meta["tensor"]: tensors[node.meta["tensor"]]
-            for node in program.graph.captured.graph.nodes
-            if node in read and node.op == "get_attr" and node.meta["tensor"]
-        }
+        named = {n: n.meta["tensor"] for n in read if n.op == "get_attr" and n.meta["tensor"]}
+        weights = {name: tensor for name, tensor in tensors.items() if name in named.values()}
         self.names = [name for name, tensor in weights.items() if tensor.requires_grad]
         self.nodes = [node for node, tensor in inputs.items() if tensor.requires_grad]
         self.asked = [*(weights[n] for n in self.names), *(inputs[n] for n in self.nodes)]
         # without the hooks of tensors, which are run with the sum over all tiles
         aliases = {name: _alias(tensor) for name, tensor in weights.items()}
         self.execution = Execution(program, aliases, inputs, keeper, outputs=outputs, retain=True)
+        asked = {node for node, name in named.items() if name in self.names}
+        self.reached = _reached(program.graph, asked.union(self.nodes))
         self.done = False
         self._watched: list[tuple[str, Tensor, Any]] = []
         for name, tensor in weights.items():
@@ -120,7 +120,7 @@ class _Run:
             made = self.execution.run()
         for index, node in enumerate(program.outputs):
             alias = self.execution.hold_alias(node)
-            if node in program.graph.gathered or any(user.op != "output" for user in node.users):
+            if node in program.graph.gathered or not self.reached.isdisjoint(node.users):
                 self._watch(f"output {index}", alias)
         return tuple(made[node] for node in program.outputs)
 
@@ -159,6 +159,18 @@ class _Run:
         return moved
 
 
+def _reached(graph: TiledGraph, asked: set[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that have gradients by what they are asked for."""
+    reached = set(asked)
+    for node in graph.nodes:
+        name = operator_name(node.target).rpartition(".")[2]
+        cut = name.startswith(("detach", "new_")) or name.endswith("_like")
+        values = [value for value in find_tensors(node.meta["val"]) if differentiable(value)]
+        if values and not cut and not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
 def _state(tensor: Tensor) -> tuple[Any, ...]:
     """Return what changes when a tensor is written, or when its ``.data`` is replaced."""
     return version_of(tensor), storage_key(tensor), tensor.storage_offset(), tensor.shape
@@ -174,7 +186,8 @@ class _ByTiles(torch.autograd.Function):
     def forward(ctx: Any, run: _Run, *asked: Tensor) -> tuple[Tensor, ...]:
         ctx.run = run
         results = run.forward()
-        ctx.mark_non_differentiable(*(t for t in results if not differentiable(t)))
+        rows = zip(run.execution.program.outputs, results, strict=True)
+        ctx.mark_non_differentiable(*(t for node, t in rows if node not in run.reached))
         return results
 
     @staticmethod
@@ -184,7 +197,7 @@ class _ByTiles(torch.autograd.Function):
         of_outputs = {
             node: gradient
             for node, gradient in zip(outputs, gradients, strict=True)
-            if gradient is not None and differentiable(node.meta["val"])
+            if gradient is not None and node in run.reached
         }
         with torch.no_grad():
             found = run.backward(of_outputs)

@@ -147,8 +147,6 @@ class Source:
     def reads(self, window: Window) -> Window:
         """Return the smallest window of inputs that a window of the result needs."""
         used = self.indices[:, window[0] : window[1]]
-        if self.weights is not None:
-            used = used[self.weights[:, window[0] : window[1]] != 0]
         used = used[used >= 0]
         return (int(used.min()), int(used.max()) + 1) if used.size else (0, 0)
 
@@ -156,9 +154,7 @@ class Source:
         """Return the source of a window of the result, with indices into a window of inputs."""
         part = self.indices[:, window[0] : window[1]]
         weights = None if self.weights is None else self.weights[:, window[0] : window[1]]
-        # entries of weight 0 may lie outside of what was read
-        inside = np.clip(part - read[0], 0, max(0, read[1] - read[0] - 1))
-        return Source(np.where(part < 0, -1, inside), weights)
+        return Source(np.where(part < 0, -1, part - read[0]), weights)
 
 
 def crop_source(start: int, stop: int, step: int = 1) -> Source:
@@ -248,13 +244,15 @@ def linear_source(size: int, length: int, scale: float | None, *, align_corners:
         align_corners: the first and last entries of both coincide.
     """
     places = np.arange(length, dtype=np.float64)
-    if align_corners:
+    if size == length:  # torch takes each entry twice, the second time with weight 0
+        real = places
+    elif align_corners:
         ratio = (size - 1) / (length - 1) if length > 1 else 0.0
         real = places * ratio
     else:
         ratio = 1.0 / scale if scale else size / length
         real = np.maximum((places + 0.5) * ratio - 0.5, 0.0)
     low = np.minimum(np.floor(real).astype(np.int64), size - 1)
-    high = np.minimum(low + 1, size - 1)
+    high = low if size == length else np.minimum(low + 1, size - 1)
     part = np.where(high > low, real - low, 0.0)
     return Source(np.stack([low, high]), np.stack([1.0 - part, part]))
