@@ -31,6 +31,7 @@ from pocketize.passes.runtime.tiling.probing import probe
 from pocketize.passes.runtime.tiling.slabs import SlabForward, slab_backward
 from pocketize.passes.runtime.tiling.sliding import WindowForward
 from pocketize.passes.runtime.tiling.telling import told, told_of_slabs, told_of_windows
+from pocketize.passes.runtime.tiling.training import check_training
 from pocketize.rehearsal import Rehearsal
 
 _FORWARDS: dict[str, type[PatchForward]] = {
@@ -223,6 +224,8 @@ class Patchwise(Pass):
     def _look(self, target: Target, tiling: Tiling) -> tuple[str, tuple[str, ...]]:
         model, inputs = target.model, target.inputs
         prepared = prepare(model, inputs, tiling)
+        if tiling.train:
+            check_training(model, inputs, tiling)
         answer = (
             f"with what waits in {self.keep_dtype}" if self.keep_dtype else "to the same answer"
         )

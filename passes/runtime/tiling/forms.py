@@ -346,11 +346,12 @@ def _native(reach: Reach, window: Window) -> int:
     """Return the padding that a convolution can be told to add itself along one axis.
 
     It adds as much in front as behind, and what that makes too much is cut from the result; only
-    where it cannot is the input copied to be padded. The copy would be as large as the input.
+    where it cannot is the input copied to be padded. The copy would be as large as the input. With
+    a graph nothing is cut, as its gradient of 0 would make NaN of an Inf in the input.
     """
     start, stop = reach.inside(window)
     front, behind = reach.outside(window)
-    if start == stop:
+    if start == stop or (front != behind and torch.is_grad_enabled()):
         return 0
     most = max(front, behind)
     wasted = (most - front) % reach.stride

@@ -96,10 +96,11 @@ def obstacles_text(graph: TiledGraph) -> str:
 
 def _check_random(graph: TiledGraph) -> None:
     for node in graph.nodes:
-        if draws(node) and node not in graph.forms:
+        if draws(node):
             raise TilingError(
                 f"{node.target} in {node.meta['module'] or 'the model itself'} draws random "
-                "numbers, which tiles would draw in another order"
+                "numbers, which tiles would draw in another order; set its probability to 0, or "
+                "put it into evaluation mode"
             )
 
 

@@ -89,15 +89,18 @@ class Recording:
             inputs: of the call.
         """
         held = {**self.placeholders(inputs), **made}
+        return map_tensors(
+            self.template, lambda _: True, lambda t: _result(self.nodes[id(t)], held)
+        )
 
-        def found(node: fx.Node) -> Tensor:
-            if node not in held:
-                assert isinstance(node.args[0], fx.Node)
-                assert callable(node.target)
-                held[node] = node.target(found(node.args[0]), *node.args[1:], **node.kwargs)
-            return held[node]
 
-        return map_tensors(self.template, lambda _: True, lambda t: found(self.nodes[id(t)]))
+def _result(node: fx.Node, held: dict[fx.Node, Tensor]) -> Tensor:
+    """Return a result that is held, or a view of one, which is then held, too."""
+    if node not in held:
+        assert isinstance(node.args[0], fx.Node)
+        assert callable(node.target)
+        held[node] = node.target(_result(node.args[0], held), *node.args[1:], **node.kwargs)
+    return held[node]
 
 
 def record_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Recording:

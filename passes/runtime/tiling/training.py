@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_repeatable", "differentiable_forward"]
+__all__ = ["check_training", "differentiable_forward"]
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +12,16 @@ from torch import Tensor, fx, nn
 
 from pocketize._torch import keeps_graph, storage_key, version_of
 from pocketize.capture import find_tensors
+from pocketize.clone import clone
 from pocketize.errors import ExecutionError
+from pocketize.inputs import Inputs
 from pocketize.passes.runtime.second_order import refuse_second
-from pocketize.passes.runtime.tiling.arguments import draws
 from pocketize.passes.runtime.tiling.backward import Differentiation, differentiable
+from pocketize.passes.runtime.tiling.cutting import Tiling
 from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Keeper
 from pocketize.passes.runtime.tiling.network import TiledGraph, TilingError
+from pocketize.passes.runtime.tiling.preparing import prepare
 from pocketize.passes.runtime.tiling.program import Program
 from pocketize.passes.runtime.tiling.running import update_running, updates_of
 from pocketize.rules import operator_name
@@ -50,9 +53,8 @@ def differentiable_forward(
         The outputs by node.
 
     Raises:
-        TilingError: an operator would not give the same result again.
+        TilingError: a norm that would update its running statistics is not computed.
     """
-    check_repeatable(program.graph)
     updates = [] if model is None else updates_of(program.graph, model)
     run = _Run(program, tensors, inputs, keeper, outputs)
     made = _ByTiles.apply(run, *run.asked)  # type: ignore[no-untyped-call]
@@ -60,19 +62,26 @@ def differentiable_forward(
     return dict(zip(program.outputs, made, strict=True))
 
 
-def check_repeatable(graph: TiledGraph) -> None:
-    """Refuse networks whose tiles would not give the same results when they run again.
+def check_training(model: nn.Module, inputs: Inputs, tiling: Tiling) -> None:
+    """Refuse what would be refused in the first step that trains by tiles.
+
+    Args:
+        model: unchanged; one in evaluation mode is tried in training mode, others as they are.
+        inputs: example inputs.
+        tiling: how the volume is to be cut.
 
     Raises:
-        TilingError: an operator draws random numbers.
+        TilingError: the model cannot be trained by tiles.
+        InputError: no tile meets ``max_peak``.
     """
-    for node in graph.nodes:
-        if draws(node):
-            where = f"{operator_name(node.target)} in {node.meta['module'] or 'the model'}"
-            raise TilingError(
-                f"{where} draws random numbers, which cannot be drawn again tile by tile; set its "
-                "probability to 0 or put it into evaluation mode"
-            )
+    copy = clone(model)
+    if not model.training:
+        copy.train()
+    try:
+        graph = prepare(copy, inputs.map(Tensor.detach), tiling, training=True).program.graph
+        updates_of(graph, copy)
+    except TilingError as error:
+        raise TilingError(f"in training (train=True), {error}") from error
 
 
 class _Run:

@@ -254,5 +254,5 @@ def linear_source(size: int, length: int, scale: float | None, *, align_corners:
         real = np.maximum((places + 0.5) * ratio - 0.5, 0.0)
     low = np.minimum(np.floor(real).astype(np.int64), size - 1)
     high = low if size == length else np.minimum(low + 1, size - 1)
-    part = np.where(high > low, real - low, 0.0)
+    part = real - low  # also where both are the last entry
     return Source(np.stack([low, high]), np.stack([1.0 - part, part]))

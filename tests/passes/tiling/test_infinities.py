@@ -76,3 +76,18 @@ def test_one_voxel_that_is_no_number_and_a_box_of_them(name: str, value: float) 
     x[0, 0, 3, 5] = x[0, 1, 7:11, 3:9] = value
     for a, b in zip(_step(model, x), _step(tiled, x), strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (3, 5), (4, 5), (11, 12)])
+def test_what_a_tile_cuts_away_makes_no_nan_of_an_infinite_gradient(
+    place: tuple[int, int],
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Conv2d(1, 2, 3, padding=1).double()
+    tiled = clone(model)
+    ExactForward(tiled, Tiling(size=(4, 5), train=True, progress=False)).install()
+    x = double(1, 1, 12, 13)
+    x[0, 0, place[0], place[1]] = math.inf
+    found = [torch.autograd.grad(net(x).sum(), list(net.parameters())) for net in (model, tiled)]
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, equal_nan=True)

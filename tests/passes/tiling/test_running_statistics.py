@@ -14,6 +14,7 @@ from pocketize import rewrite
 from pocketize.errors import ExecutionError
 from pocketize.passes import Patchwise
 from tests.passes.tiling.nets import double
+from tests.passes.tiling.test_same_or_refused import by_tiles
 
 
 class Net(nn.Module):
@@ -118,7 +119,7 @@ def test_frozen_norms_stay_as_they_are() -> None:
 def test_a_forward_that_fails_updates_nothing() -> None:
     torch.manual_seed(0)
     model = Unused().double().train()
-    tiled = rewrite(model, Patchwise(size=(16, 8), train=True), inputs=double(2, 1, 16, 32))
+    tiled = by_tiles(model, (16, 8), train=True)
     before = copy.deepcopy(tiled.state_dict())
     with pytest.raises(ExecutionError, match="nothing that is returned depends on it"):
         tiled(double(2, 1, 16, 32))
@@ -129,7 +130,9 @@ def test_a_norm_with_a_forward_of_its_own_is_named_and_may_be_frozen() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), Centred(4), nn.Conv2d(4, 2, 1)).double()
     x = double(2, 1, 16, 32)
-    tiled = rewrite(model.train(), Patchwise(size=8, train=True), inputs=x)
+    model.train()[1].eval()
+    tiled = rewrite(model, Patchwise(size=8, train=True), inputs=x)
+    tiled.train()
     with pytest.raises(ExecutionError, match=r"1 \(Centred\) is in training mode and updates"):
         tiled(x)
     tiled[1].eval()  # type: ignore[index]

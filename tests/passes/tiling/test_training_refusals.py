@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from monai.networks.nets import DynUNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pocketize import rewrite
+from pocketize import plan, rewrite
 from pocketize.errors import ExecutionError
 from pocketize.passes import Amp, InPlaceNorm, Patchwise, Recompute
 from tests.passes.tiling.nets import double, unet
@@ -97,18 +98,33 @@ def _tiled(model: nn.Module, x: Tensor, *before: Any) -> nn.Module:
         (lambda net, x: net.b(Rounded.apply(net.a(x))), "Rounded has a backward of its own"),
         (lambda net, x: net.b(Reversed.apply(net.a(x))), "Reversed has a backward of its own"),
         (_hooked, "calls register_hook on a tensor"),
+        (lambda net, x: net.b(F.dropout(net.a(x), 0.1, net.training)), "draws random numbers"),
     ],
-    ids=["mean", "features", "weight", "straight through", "reversed", "hook"],
+    ids=["mean", "features", "weight", "straight through", "reversed", "hook", "dropout"],
 )
-def test_gradients_that_operators_do_not_have_are_refused(
+def test_gradients_that_operators_do_not_have_are_refused_by_the_plan(
     forward: Callable[..., Tensor], words: str
 ) -> None:
-    x = double(2, 1, 12, 12)
-    tiled = _tiled(Two(forward).double(), x)
-    with pytest.raises(ExecutionError, match=words):
-        tiled(x)
+    model, x = Two(forward).double(), double(2, 1, 12, 12)
+    for mode in (True, False):  # a model in evaluation mode is tried in training mode
+        made = plan(model.train(mode), Patchwise(size=6, train=True), inputs=x)
+        (refusal,) = made.passes[-1].refused
+        assert re.search(rf"in training \(train=True\), .*{words}", refusal.why)
+    tiled = rewrite(model, Patchwise(size=6), inputs=x)
     with torch.inference_mode():
         tiled.eval()(x)  # without gradients there is nothing to refuse
+
+
+def test_what_the_modes_of_the_model_switch_off_is_not_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Dropout(0.3), nn.Conv2d(4, 2, 1))
+    model = model.double().train()
+    model[1].eval()
+    x = double(2, 1, 12, 12)
+    tiled = _tiled(model, x)
+    tiled(x).square().sum().backward()
+    tiled.train()
+    with pytest.raises(ExecutionError, match=r"^patchwise: aten\.dropout.* in 1 draws random"):
+        tiled(x)
 
 
 def test_a_hook_on_the_gradients_of_a_module_is_named() -> None:
