@@ -68,14 +68,17 @@ class Amp(Pass):
         """The function is the same, computed with fewer digits."""
         return Guarantee.APPROXIMATE
 
+    def conversion_options(self) -> dict[str, Any]:
+        """What its edit says."""
+        return {"dtype": self.dtype, "device": self.device}
+
     def propose(self, target: Target) -> Proposal:
         """Wrap the model's forward, and the norms whose statistics would lose their precision."""
         reason = _refusal(target.model, self)
         if reason:
             return Proposal(refused=(Refusal("", reason),))
-        options = {"dtype": self.dtype, "device": self.device}
         name = str(_DTYPES[self.dtype]).removeprefix("torch.")
-        edits = [Convert("", "amp", options)]
+        edits = [Convert("", "amp", self.conversion_options())]
         where = "" if self.device is None else f" on {self.device}"
         changes = [Change("", f"runs under {name} autocast{where}", "its outputs stay float32")]
         for path, module in target.model.named_modules():

@@ -64,14 +64,18 @@ class Offload(Pass):
         reason = self._refusal(target.model)
         if reason:
             return Proposal(refused=(Refusal("", reason),))
-        options = {"min_bytes": _size(self.min_bytes), "to": self.to, "folder": self.folder}
         where = "host memory" if self.to == "host" else "temporary files"
         change = Change(
             "",
             f"saved tensors of {bytes_text(_size(self.min_bytes))} and more move to {where}",
             "nobody reads them before the backward pass",
         )
-        return Proposal((Convert("", "offload", options),), (change,), notes=self._notes(target))
+        edit = Convert("", "offload", self.conversion_options())
+        return Proposal((edit,), (change,), notes=self._notes(target))
+
+    def conversion_options(self) -> dict[str, Any]:
+        """What its edit says."""
+        return {"min_bytes": _size(self.min_bytes), "to": self.to, "folder": self.folder}
 
     def _refusal(self, model: nn.Module) -> str:
         if wrapping(model, OffloadedForward):

@@ -205,11 +205,11 @@ class Patchwise(Pass):
 
     def propose(self, target: Target) -> Proposal:
         """Put a forward by tiles in place of the model's."""
-        tiling = _tiling(self._as_options())
+        tiling = _tiling(self.conversion_options())
         reason = _refusal(target.model)
         if reason:
             return Proposal(refused=(Refusal("", reason),))
-        edit = Convert("", "patchwise", self._as_options())
+        edit = Convert("", "patchwise", self.conversion_options())
         try:
             if self.mode == "exact":
                 what, notes = self._look(target, tiling)
@@ -279,7 +279,8 @@ class Patchwise(Pass):
             f"with what waits in {self.keep_dtype}, to {rounded.difference:.2g} of it",
         )
 
-    def _as_options(self) -> dict[str, Any]:
+    def conversion_options(self) -> dict[str, Any]:
+        """What its edit says."""
         return {
             "mode": self.mode,
             "size": None if self.size is None else list(_several(self.size)),

@@ -231,6 +231,13 @@ class Pass(abc.ABC):
             RewriteError: the pass cannot work on this model at all.
         """
 
+    def conversion_options(self) -> dict[str, Any]:
+        """Those options of the pass's conversion that follow from the pass's own.
+
+        A saved model is refused where its edits say otherwise than its record.
+        """
+        return {}
+
     def options(self) -> dict[str, Any]:
         """The options that differ from their defaults, as JSON would give them back."""
         return {

@@ -247,7 +247,7 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
         )
     fields = {f.name: data.get(f.name, _default(f)) for f in dataclasses.fields(kind)}
     for name, value in fields.items():
-        if isinstance(value, list) and all(isinstance(item, int) for item in value):
+        if isinstance(value, list) and all(type(item) is int for item in value):
             fields[name] = tuple(value)
     expected = {
         "str": str,
@@ -257,7 +257,8 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
         "dict[str, Any]": dict,
     }
     for f in dataclasses.fields(kind):
-        if not isinstance(fields[f.name], expected[str(f.type)]):
+        value = fields[f.name]
+        if not isinstance(value, expected[str(f.type)]) or isinstance(value, bool):
             raise ArtifactError(f"edit {data!r:.200}: {f.name} must be {f.type}")
     return kind(**fields)
 

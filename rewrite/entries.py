@@ -6,10 +6,11 @@ so that both answer alike to a name given twice and to a stranger's module that 
 
 from __future__ import annotations
 
-__all__ = ["discover", "distribution_of", "load_entry", "only_entry"]
+__all__ = ["discover", "distribution_of", "is_installed", "load_entry", "only_entry"]
 
 import importlib.metadata
 import re
+import sys
 from importlib.metadata import EntryPoint
 
 from pocketize.errors import RegistryError
@@ -73,3 +74,12 @@ def distribution_of(entry: EntryPoint) -> str:
 def _owner(entry: EntryPoint) -> str:
     # the name is None where a distribution's METADATA file is damaged
     return (entry.dist.name if entry.dist is not None else None) or "an unknown distribution"
+
+
+def is_installed(module_name: str) -> bool:
+    """Whether a module's package is on ``sys.path``; that it was imported before does not count."""
+    top = module_name.partition(".")[0]
+    finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
+    specs = [finder.find_spec(top, None) for finder in finders]
+    # any folder is a package without an origin
+    return any(spec is not None and spec.origin is not None for spec in specs)

@@ -56,8 +56,17 @@ __all__ = [
 import difflib
 from collections.abc import Iterable
 
+from pocketize.untrusted import printable
 
-class PocketizeError(Exception):
+
+class _Printable(Exception):
+    """Text may hold names of files and modules, and goes to terminals."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+class PocketizeError(_Printable):
     """Base class of every error that pocketize raises on purpose."""
 
 
@@ -129,7 +138,7 @@ class ReportError(PocketizeError):
     """A comparison's JSON, or a threshold on a comparison, that cannot be read."""
 
 
-class PocketizeWarning(UserWarning):
+class PocketizeWarning(_Printable, UserWarning):
     """Base class of the warnings that pocketize gives."""
 
 

@@ -1,7 +1,7 @@
 """Models as the command line names them.
 
 ========================== =======================================================================
-``package.module:factory`` called with the keyword arguments; the current folder is searched too
+``package.module:factory`` called with the keyword arguments; searched last is the current folder
 ``zoo:NAME``               a network of :mod:`pocketize.zoo`
 ``FILE.pt2``               an exported program
 ``FILE.pt`` and the like   a pickled module
@@ -15,12 +15,14 @@ from __future__ import annotations
 
 __all__ = ["ResolvedModel", "resolve"]
 
+import contextlib
 import functools
 import importlib
 import inspect
 import os
 import pickle
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +31,7 @@ import torch
 from torch import nn
 
 from pocketize.artifact import load, load_weights, read_header
+from pocketize.entries import is_installed
 from pocketize.errors import ArtifactError, ModelError, nearest
 from pocketize.inputs import Inputs
 from pocketize.pt2 import module_of, read_exported
@@ -62,6 +65,7 @@ def resolve(
     kwargs: Mapping[str, Any] | None = None,
     weights: str | os.PathLike[str] | None = None,
     trust: bool = False,
+    folder: str | os.PathLike[str] | None = None,
 ) -> ResolvedModel:
     """Find or build the model of a MODEL argument.
 
@@ -72,6 +76,7 @@ def resolve(
             which is then rewritten as the file says.
         trust: open exported programs and pickles, as ``name`` and ``weights``; they may run any
             code.
+        folder: for the files of passes, where ``weights`` is a model that was saved with such.
 
     Raises:
         ModelError: the argument names no model, or the factory fails.
@@ -91,7 +96,7 @@ def resolve(
         found = _from_pt2(name, trust) if suffix == ".pt2" else _from_pickle(name, trust)
     else:
         found = _from_import(name, kwargs or {})
-    return _with_weights(found, weights, trust) if weights is not None else found
+    return found if weights is None else _with_weights(found, weights, trust, folder)
 
 
 def _from_import(name: str, kwargs: Mapping[str, Any]) -> ResolvedModel:
@@ -99,7 +104,8 @@ def _from_import(name: str, kwargs: Mapping[str, Any]) -> ResolvedModel:
     if not colon or not path or not all(p.isidentifier() for p in module_name.split(".")):
         raise ModelError(f"cannot tell what {name!r} is; expected {_FORMS}")
     try:
-        module = importlib.import_module(module_name)
+        with _current_folder(module_name):
+            module = importlib.import_module(module_name)
     except Exception as error:
         # a user's module may raise anything when it is imported
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
@@ -121,7 +127,29 @@ def _from_import(name: str, kwargs: Mapping[str, Any]) -> ResolvedModel:
     if not callable(owner):
         raise ModelError(f"{name} is a {type(owner).__name__}, not a function or class")
     factory = functools.partial(owner, **kwargs)
-    return ResolvedModel(_built(name, factory), "factory", name, factory)
+    with _current_folder(module_name):  # for what it imports only now
+        model = _built(name, factory)
+    return ResolvedModel(model, "factory", name, factory)
+
+
+@contextlib.contextmanager
+def _current_folder(module_name: str) -> Iterator[None]:
+    """Search the current folder too, for a module that is not installed, and after all others.
+
+    So no file that lies there stands for an installed package, and where the network is an
+    installed one, none is found at all; nor is any under ``python -P``.
+    """
+    # Python 3.10 has no -P
+    if is_installed(module_name) or getattr(sys.flags, "safe_path", False):
+        yield
+        return
+    folder = os.getcwd()
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # somebody else may have removed it
+            sys.path.remove(folder)
 
 
 def _factories(owner: Any) -> list[str]:
@@ -193,7 +221,10 @@ def _from_pickle(name: str, trust: bool) -> ResolvedModel:
 
 
 def _with_weights(
-    found: ResolvedModel, weights: str | os.PathLike[str], trust: bool
+    found: ResolvedModel,
+    weights: str | os.PathLike[str],
+    trust: bool,
+    folder: str | os.PathLike[str] | None,
 ) -> ResolvedModel:
     saved = Path(weights).suffix.lower() == ".safetensors"
     if saved and "pocketize" in read_header(weights).metadata:
@@ -202,7 +233,7 @@ def _with_weights(
                 f"{weights} was saved from a rewritten model and needs the factory of the "
                 f"original; {found.label} is none"
             )
-        model = load(weights, found.factory)
+        model = load(weights, found.factory, folder=folder)
         return ResolvedModel(model, found.kind, f"{weights}", found.factory, found.inputs)
     load_weights(found.model, weights, trust=trust)
     return found

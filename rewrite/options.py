@@ -35,6 +35,7 @@ from typing import Any
 
 from pocketize.errors import OptionError
 from pocketize.units import UNITS, quantity
+from pocketize.untrusted import read_json
 
 _UNIONS = (typing.Union, types.UnionType)
 _MAPPINGS = (dict, collections.abc.Mapping)
@@ -101,8 +102,12 @@ def _check(value: Any, annotation: Any) -> Any:
         )
     if annotation is float:
         _expect(isinstance(value, numbers.Real) and not isinstance(value, bool), value)
+        try:
+            number = float(value)
+        except OverflowError as error:
+            raise _MismatchError(value) from error
         # JSON has no word for infinity, so an infinite option could not be saved with the model
-        return _expect(math.isfinite(value), float(value))
+        return _expect(math.isfinite(number), number)
     if annotation is str:
         return _expect(isinstance(value, str), value)
     if origin is typing.Literal:
@@ -159,7 +164,7 @@ def _read(text: str, annotation: Any) -> Any:
         return _read_tuple(text, arguments)
     if annotation is Any or annotation in _MAPPINGS or origin in _MAPPINGS:
         try:
-            return _check(json.loads(text), annotation)
+            return _check(read_json(text), annotation)
         except ValueError as error:
             raise _MismatchError(text) from error
     raise _unsupported(annotation)
@@ -168,7 +173,7 @@ def _read(text: str, annotation: Any) -> Any:
 def _read_tuple(text: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     if text.startswith("["):
         try:
-            return _check_tuple(json.loads(text), arguments)
+            return _check_tuple(read_json(text), arguments)
         except ValueError as error:
             # a pattern such as [ab]*.conv begins like a list; a JSON list of strings begins with ["
             if text[1:].lstrip().startswith('"'):
@@ -197,7 +202,7 @@ def _unquote(text: str) -> str:
     if not text.startswith('"'):
         return text
     try:
-        value = json.loads(text)
+        value = read_json(text)
     except ValueError as error:
         raise _MismatchError(text) from error
     return str(_expect(isinstance(value, str), value))

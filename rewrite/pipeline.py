@@ -12,33 +12,30 @@ __all__ = ["PassPlan", "Plan", "history", "plan", "pocketize", "replay", "rewrit
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
 
 from pocketize.base import Change, Guarantee, Pass, PassRecord, Proposal, Refusal
 from pocketize.capture import settle_inputs
-from pocketize.clone import clone, fake_clone
-from pocketize.edits import Convert, Edit, Redraw, edit_from_json
+from pocketize.clone import clone
+from pocketize.edits import Edit
 from pocketize.errors import (
-    ArtifactError,
     NoEffectWarning,
     OrderError,
-    RegistryError,
     RewriteError,
 )
+from pocketize.history import history, rehearse, remember, replay
 from pocketize.planner import settle_proposal
 from pocketize.registry import get_pass, parse_pass
 from pocketize.surgery import apply_edits
+from pocketize.untrusted import markdown, one_line, printable
 from pocketize.version import VERSION
-
-_HISTORY = "_pocketize_history"
 
 
 @dataclass(frozen=True)
@@ -97,16 +94,25 @@ class PassPlan:
         )
 
     def _render(self, style: str) -> str:
-        heading = f"{self.rewrite} ({self.guarantee})"
-        parts = [f"### {heading}" if style == "github" else heading, *self.notes]
+        github = style == "github"
+        cell = markdown if github else one_line
+
+        def table(headers: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+            # names and reasons are text, also where they look like numbers
+            cells = [[cell(text) for text in row] for row in rows]
+            return tabulate(cells, headers=headers, tablefmt=style, disable_numparse=True)
+
+        heading = cell(f"{self.rewrite} ({self.guarantee})")
+        notes = [markdown(n, paragraph=True) if github else printable(n) for n in self.notes]
+        parts = [f"### {heading}" if github else heading, *notes]
         if self.changes:
             rows = [(c.path or "(model)", c.what, c.why) for c in self.changes]
-            parts.append(tabulate(rows, headers=("layer", "change", "why"), tablefmt=style))
+            parts.append(table(("layer", "change", "why"), rows))
         else:
             parts.append("nothing to change")
         if self.refused:
             left = [(r.path or "(model)", r.why) for r in self.refused]
-            parts.append(tabulate(left, headers=("left alone", "why"), tablefmt=style))
+            parts.append(table(("left alone", "why"), left))
         return "\n\n".join(parts)
 
 
@@ -147,14 +153,14 @@ class Plan:
         """
         steps = [p.edits for p in self.passes]
         if inplace:
-            _rehearse(self.model, steps)
+            rehearse(self.model, steps)
         model = self.model if inplace else clone(self.model)
         generator = _generator(model, self.seed)
         for edits in steps:
             apply_edits(model, edits, generator=generator)
         records = tuple(p.record() for p in self.passes if p.edits)
         if records:
-            _remember(model, history(self.model) + records)
+            remember(model, history(self.model) + records)
         return model
 
 
@@ -283,69 +289,6 @@ def plan(
             with _own_randomness(current, seed) as generator:
                 apply_edits(current, proposal.edits, generator=generator)
     return Plan(model, tuple(plans), seed)
-
-
-def history(model: nn.Module) -> tuple[PassRecord, ...]:
-    """Return what was done to a model, oldest first; empty for one that was never rewritten."""
-    held = vars(model)
-    if isinstance(model, fx.GraphModule):
-        held = {**model.meta, **held}
-    records: tuple[PassRecord, ...] = held.get(_HISTORY, ())
-    return records
-
-
-def replay(model: nn.Module, records: Sequence[PassRecord]) -> None:
-    """Repeat recorded rewrites by shape, in place.
-
-    Weights are cut, not drawn anew: they are about to be replaced by loaded ones. Works on models
-    on the ``meta`` device.
-
-    Args:
-        model: a model as the factory of the rewritten one made it.
-        records: what :func:`history` said.
-
-    Raises:
-        ArtifactError: a record holds an edit that this version does not know.
-        RewriteError: an edit does not fit the model.
-    """
-    steps = [[edit_from_json(dict(edit)) for edit in record.edits] for record in records]
-    for record, edits in zip(records, steps, strict=True):
-        if any(isinstance(edit, Convert) for edit in edits):
-            _bring(record)
-    shapes = [[edit for edit in edits if not isinstance(edit, Redraw)] for edits in steps]
-    _rehearse(model, shapes)
-    for edits in shapes:
-        apply_edits(model, edits)
-    if records:
-        _remember(model, history(model) + tuple(records))
-
-
-def _bring(record: PassRecord) -> None:
-    """Import the pass that made a record, and with it the conversions that it registers.
-
-    Only an installed pass is imported, by the name it is registered under.
-    """
-    try:
-        get_pass(record.name)
-    except RegistryError as error:
-        raise ArtifactError(
-            f"the model was rewritten by the pass {record.name!r}, which is not to be had here: "
-            f"{error}"
-        ) from None
-
-
-def _remember(model: nn.Module, records: tuple[PassRecord, ...]) -> None:
-    setattr(model, _HISTORY, records)
-    if isinstance(model, fx.GraphModule):  # whose copies keep nothing else
-        model.meta[_HISTORY] = records
-
-
-def _rehearse(model: nn.Module, steps: Sequence[Sequence[Edit]]) -> None:
-    """Carry edits out on a copy without memory, so that an error leaves the model whole."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    copy = fake_clone(model, mode)
-    for edits in steps:
-        apply_edits(copy, [edit for edit in edits if not isinstance(edit, Redraw)])
 
 
 def _check_order(passes: Sequence[Pass]) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 from pocketize.base import Pass
 from pocketize.errors import OptionError, RecipeError, RegistryError, nearest
 from pocketize.registry import get_pass
+from pocketize.untrusted import check_nesting
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -57,8 +58,11 @@ def parse_recipe(text: str, source: str = "recipe") -> list[Pass]:
     """
     try:
         content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        check_nesting(content)
+    except ValueError as error:  # a number may have too many digits, which is no TOMLDecodeError
         raise RecipeError(f"{source} is not TOML: {error}") from error
+    except RecursionError:
+        raise RecipeError(f"{source} is not a recipe: its values are nested too deeply") from None
     for key in content:
         if key != "pass":
             raise RecipeError(

@@ -21,6 +21,7 @@ LONGEST = 400
 
 #: Files and packages of the engine, low to high.
 ENGINE = (
+    "untrusted",
     "errors",
     "units",
     "version",
@@ -50,6 +51,7 @@ ENGINE = (
     "entries",
     "registry",
     "recipe",
+    "history",
     "ranking",
     "widths",
     "planner",

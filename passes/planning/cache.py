@@ -14,6 +14,7 @@ from typing import Any
 
 from pocketize.errors import PlanningError
 from pocketize.files import atomic_write
+from pocketize.untrusted import read_json
 
 _HEADER = {"pocketize": "trained points", "format": 1}
 
@@ -105,7 +106,7 @@ class PointCache:
         for number, line in enumerate(lines[1:], start=2):
             try:
                 key, trained = _point(_parsed(line))
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise PlanningError(
                     f"{self.path}, line {number}, is no trained point ({error}); delete the line "
                     f"to train that point anew: {line:.120}"
@@ -116,7 +117,7 @@ class PointCache:
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
+        return read_json(line)
     except ValueError:
         return None
 

@@ -24,6 +24,7 @@ from pocketize.cli.common import (
 from pocketize.errors import BudgetError, PlanningError
 from pocketize.passes.planning.degradation import DEGRADATION, METRICS, Degradation, degradation_of
 from pocketize.passes.planning.rounding import ROUNDING
+from pocketize.untrusted import read_json
 
 # torch takes seconds to import, and a list of commands needs none: functions import it
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def _degradation(args: argparse.Namespace) -> Degradation | None:
     from pocketize.passes.planning.fitting import DegradationFit
 
     try:
-        fit = DegradationFit.from_json(json.loads(Path(args.fit).read_text(encoding="utf-8")))
+        fit = DegradationFit.from_json(read_json(Path(args.fit).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:  # PlanningError is a ValueError too
         raise UsageError(f"--fit {args.fit}: {error}") from error
     return fit.degradation

@@ -6,7 +6,7 @@ __all__ = ["Recompute"]
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.edits import Convert
@@ -60,6 +60,10 @@ class Recompute(Pass):
         """The same operators run on the same tensors."""
         return Guarantee.EXACT
 
+    def conversion_options(self) -> dict[str, Any]:
+        """What its edit says."""
+        return {"min_bytes": self.min_bytes}
+
     def propose(self, target: Target) -> Proposal:
         """Choose what is stored and let the model record its forward passes."""
         reason = _unfit(target)
@@ -84,7 +88,7 @@ class Recompute(Pass):
         options = {
             "rebuilt": sorted(_names(rebuilt[self.keep])),
             "frees": {name: list(parts) for name, parts in sorted(frees.items())},
-            "min_bytes": self.min_bytes,
+            **self.conversion_options(),
         }
         return Proposal(
             edits=(Convert("", self.name, options),),

@@ -68,7 +68,7 @@ def apply_state(model: nn.Module, described: Mapping[str, Any]) -> None:
             value.requires_grad_(key not in frozen)
     for name, dtype in described.get("buffers", {}).items():
         owner, _, attribute = name.rpartition(".")
-        buffers = dict(model.named_modules(remove_duplicate=False))[owner]._buffers
+        buffers = model.get_submodule(owner)._buffers
         buffer = buffers.get(attribute)
         if buffer is not None and dtype in _FLOATS:
             buffers[attribute] = buffer.to(_FLOATS[dtype])

@@ -15,10 +15,11 @@ from __future__ import annotations
 __all__ = ["FORMAT", "load", "save"]
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import safetensors
@@ -28,13 +29,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pocketize.artifact.custom import constants_of, full_state, let_classes_load, own_tensors
-from pocketize.artifact.safefile import read_header
+from pocketize.artifact.safefile import Header, SafeFile, open_safe
 from pocketize.artifact.skeleton import build
 from pocketize.artifact.states import MEMORY_FORMATS, apply_state, describe_mismatch, describe_state
 from pocketize.base import PassRecord
 from pocketize.errors import ArtifactError, PocketizeError
 from pocketize.files import atomic_write
 from pocketize.pipeline import history, replay
+from pocketize.untrusted import read_json
 from pocketize.version import VERSION
 
 FORMAT = 1
@@ -78,7 +80,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
         "pocketize": VERSION,
         "torch": str(torch.__version__),
         "model": type(model).__qualname__,  # for error messages only
-        "records": [record.to_json() for record in history(model)],
+        "records": [_in_folder(record, None).to_json() for record in history(model)],
         "ties": ties,
         "state": describe_state(model, state),
         "constants": constants_of(model, state),
@@ -97,6 +99,7 @@ def load(
     factory: Callable[[], nn.Module],
     *,
     device: str | torch.device = "cpu",
+    folder: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Load a model that :func:`save` wrote.
 
@@ -109,6 +112,8 @@ def load(
         path: the file.
         factory: builds the model as it was before it was rewritten: ``lambda: UNet(width=64)``.
         device: where the parameters and buffers go.
+        folder: where the passes ``patchwise`` and ``offload`` have their files, in place of what
+            the saved model had: a file does not decide where something is written.
 
     Returns:
         The rewritten model; ``history(model)`` tells what was done to it.
@@ -117,8 +122,31 @@ def load(
         ArtifactError: the file cannot be read, is truncated, is not one of :func:`save`'s or was
             written in a newer format; or the factory builds another model than the saved one was.
     """
-    data, shapes = _read_data(path)
-    records = [PassRecord.from_json(record) for record in data["records"]]
+    with open_safe(path) as file:
+        model = _load(path, file, factory, folder)
+    if any(tensor.device != torch.device(device) for tensor in own_tensors(model).values()):
+        model.to(device)
+    return model
+
+
+def _load(
+    path: str | os.PathLike[str],
+    file: SafeFile,
+    factory: Callable[[], nn.Module],
+    folder: str | os.PathLike[str] | None,
+) -> nn.Module:
+    data, shapes = _read_data(path, file.header), dict(file.header.shapes)
+    try:
+        place = None if folder is None else os.fspath(folder)
+        records = [_in_folder(PassRecord.from_json(record), place) for record in data["records"]]
+    except ArtifactError as error:
+        raise ArtifactError(f"the recipe in {path} is damaged: {error}") from error
+    resumes = any(record.options.get("resume") is True for record in records)
+    if resumes and folder is None:
+        raise ArtifactError(
+            f"{path} keeps what it has computed in a folder, and a file does not decide which: "
+            "name one, load(path, factory, folder='...') or --folder"
+        )
     built = build(factory)
     model = built.model
     if lazy := [name for name, value in model.named_parameters() if is_lazy(value)]:
@@ -135,38 +163,68 @@ def load(
             f"before: {path} tells what to do with it"
         )
     origin = f"{path} was saved from a {data['model']}, the factory builds a {type(model).__name__}"
+    ties: dict[str, str] = data["ties"]
+    shapes |= {alias: shapes[key] for alias, key in ties.items() if key in shapes}
+
+    def check(made: nn.Module) -> None:
+        """Compare shapes before memory is taken: the file's are those of tensors that are in it."""
+        state = full_state(made)
+        expected = {
+            # extra state is the owner's affair, which may give it another shape at any time
+            key: shapes.get(key, ()) if key.endswith("_extra_state") else tuple(value.shape)
+            for key, value in state.items()
+        }
+        if mismatch := describe_mismatch(expected, shapes):
+            raise _MisfitError(
+                f"{path} does not fit the factory's model:\n{mismatch}\n{origin}. Give the factory "
+                "the options that the saved model had before it was rewritten"
+            )
+
     try:
-        replay(model, records)
-    except PocketizeError as error:
+        replay(model, records, check=check)
+    except _MisfitError as error:
+        raise ArtifactError(str(error)) from None
+    except Exception as error:
+        # a conversion may raise anything where the file tells it what no pass would
+        why = error if isinstance(error, PocketizeError) else f"{type(error).__name__}: {error}"
         raise ArtifactError(
-            f"the factory does not build the model that was saved: {error}. {origin}. Give the "
+            f"the factory does not build the model that was saved: {why}. {origin}. Give the "
             f"factory the options that the saved model had before it was rewritten; it was "
             f"rewritten by {written_by}"
         ) from error
 
     state = full_state(model)
-    ties: dict[str, str] = data["ties"]
-    shapes |= {alias: shapes[key] for alias, key in ties.items() if key in shapes}
-    expected = {
-        # extra state is the owner's affair, which may give it another shape at any time
-        key: shapes.get(key, ()) if key.endswith("_extra_state") else tuple(value.shape)
-        for key, value in state.items()
-    }
-    if mismatch := describe_mismatch(expected, shapes):
-        raise ArtifactError(
-            f"{path} does not fit the factory's model:\n{mismatch}\n{origin}. Give the factory the "
-            "options that the saved model had before it was rewritten"
-        )
     _check_ties(path, state, ties)
-    tensors = _read_tensors(path, data["state"])
+    tensors = _read_tensors(file, data["state"])
     tensors |= {alias: tensors[key] for alias, key in ties.items() if key in tensors}
-    values = _fill(model, state, tensors, hollow=built.hollow)
-    _tie(model, ties)
-    let_classes_load(model, values, data["constants"], origin)
-    apply_state(model, data["state"])
-    if any(tensor.device != torch.device(device) for tensor in own_tensors(model).values()):
-        model.to(device)
+    try:
+        values = _fill(model, state, tensors, hollow=built.hollow)
+        _tie(model, ties)
+        let_classes_load(model, values, data["constants"], origin)
+        apply_state(model, data["state"])
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ArtifactError(
+            f"{path} does not fit the factory's model: {error}. {origin}"
+        ) from error
     return model
+
+
+class _MisfitError(Exception):
+    """The shapes in a file are not those of the model."""
+
+
+def _in_folder(record: PassRecord, folder: str | None) -> PassRecord:
+    """Return a record whose passes have their files in a folder of the caller's, or in none."""
+    named = {key: value for key, value in record.options.items() if key != "folder"}
+    edits = []
+    for edit in record.edits:
+        options = edit.get("options")
+        if isinstance(options, dict) and "folder" in options:
+            place = folder if "disk" in options.values() else None
+            edit = {**edit, "options": {**options, "folder": place}}
+            named |= {} if place is None else {"folder": place}
+        edits.append(edit)
+    return dataclasses.replace(record, options=named, edits=tuple(edits))
 
 
 def _distinct_tensors(
@@ -213,11 +271,8 @@ def _check_tensor(model: nn.Module, key: str, value: Any) -> None:
         )
 
 
-def _read_data(
-    path: str | os.PathLike[str],
-) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Return our metadata, checked, and the shape of every tensor in the file."""
-    header = read_header(path)
+def _read_data(path: str | os.PathLike[str], header: Header) -> dict[str, Any]:
+    """Return our metadata, checked."""
     text = header.metadata.get("pocketize")
     if text is None:
         raise ArtifactError(
@@ -225,7 +280,7 @@ def _read_data(
             "model.load_state_dict(safetensors.torch.load_file(path))"
         )
     try:
-        data = json.loads(text)
+        data = read_json(text)
         version = data["format"]
         if isinstance(version, int) and version > FORMAT:
             raise ArtifactError(
@@ -235,30 +290,38 @@ def _read_data(
             )
         data.setdefault("constants", {})  # older files have none
         wrong = _wrong_entries(data, _ENTRIES) or _wrong_entries(data["state"], _STATE)
+        wrong = wrong or list(_wrong_items(data))
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"the recipe in {path} is damaged: {error!r}") from error
     if wrong:
         raise ArtifactError(f"the recipe in {path} is damaged: {', '.join(wrong)}")
-    return data, header.shapes
+    result: dict[str, Any] = data
+    return result
 
 
 def _wrong_entries(data: Mapping[str, Any], kinds: Mapping[str, type]) -> list[str]:
     return [key for key, kind in kinds.items() if not isinstance(data[key], kind)]
 
 
-def _read_tensors(path: str | os.PathLike[str], described: Mapping[str, Any]) -> dict[str, Tensor]:
-    channels_last = set(described.get("channels_last", ()))
-    tensors = {}
-    try:
-        with safetensors.safe_open(path, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  (it is no mapping)
-                view = opened.get_tensor(key)
-                last = MEMORY_FORMATS.get(view.dim()) if key in channels_last else None
-                # the views share one storage, the mapped file; each tensor is to own its memory
-                tensors[key] = view.clone(memory_format=last or torch.contiguous_format)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ArtifactError(f"cannot read {path}: {error}") from error
-    return tensors
+def _wrong_items(data: Mapping[str, Any]) -> Iterator[str]:
+    state = data["state"]
+    for name, values, kind in (
+        ("ties", data["ties"].values(), str),
+        ("modes", state["modes"].values(), bool),
+        ("frozen", state["frozen"], str),
+        ("channels_last", state["channels_last"], str),
+        ("buffers", state["buffers"].values(), str),
+    ):
+        if not all(isinstance(value, kind) for value in values):
+            yield name
+
+
+def _read_tensors(file: SafeFile, described: Mapping[str, Any]) -> dict[str, Tensor]:
+    channels_last = set(described["channels_last"])
+    return {
+        key: file.read(key, MEMORY_FORMATS.get(len(shape)) if key in channels_last else None)
+        for key, shape in file.header.shapes.items()
+    }
 
 
 def _check_ties(

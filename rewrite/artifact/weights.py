@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from pocketize.artifact.custom import (
     same_values,
     told_state,
 )
-from pocketize.artifact.safefile import read_header
+from pocketize.artifact.safefile import open_safe
 from pocketize.artifact.states import describe_mismatch
 from pocketize.errors import ArtifactError
 
@@ -48,14 +47,17 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, trust: bool 
     by_class = _loads_itself(model)
     suffix = Path(path).suffix.lower()
     if suffix == ".safetensors":
-        read_header(path)  # for its errors
-        state: dict[str, Any] = dict(safetensors.torch.load_file(path))
+        with open_safe(path) as file:
+            state: dict[str, Any] = {key: file.read(key) for key in file.header.shapes}
     elif suffix in _PICKLES:
         state = _read_pickle(path, trust, nested=by_class)
     else:
         raise ArtifactError(
             f"cannot tell what {path} holds: expected .safetensors or {', '.join(_PICKLES)}"
         )
+    for key, value in leaves(state):
+        if isinstance(value, Tensor) and (value.is_meta or value.layout is not torch.strided):
+            raise ArtifactError(f"{path}: {key!r} is no dense tensor with data")
     told = told_state(model)
     own = own_tensors(model)
     flat = bool(told) and isinstance(told, dict) and _is_state(told)
@@ -118,7 +120,7 @@ def _loads_itself(model: nn.Module) -> bool:
 
 def _is_state(content: Mapping[Any, Any]) -> bool:
     return all(
-        isinstance(value, Tensor) or str(key).endswith("_extra_state")
+        isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
         for key, value in content.items()
     )
 
@@ -136,8 +138,8 @@ def _read_pickle(path: str | os.PathLike[str], trust: bool, *, nested: bool) -> 
             "weights alone with torch.save(model.state_dict(), path), or, if you trust where the "
             "file comes from, add --trust-pickle"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:  # truncated, or no file of torch.save
-        raise ArtifactError(f"cannot read {path}: {error}") from error
+    except Exception as error:  # truncated, or no file of torch.save: its reader may raise anything
+        raise ArtifactError(f"cannot read {path}: {type(error).__name__}: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not (nested or _is_state(content)):

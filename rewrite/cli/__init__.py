@@ -30,6 +30,7 @@ from pocketize.errors import (
     RegistryError,
     ReportError,
 )
+from pocketize.untrusted import printable
 
 _WRONGLY_GIVEN = (
     InputError,
@@ -61,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return leaving.code if isinstance(leaving.code, int) else USAGE
     except RegistryError as error:  # before there are any arguments to look at
         if "--debug" in (sys.argv if argv is None else argv):
-            traceback.print_exc()
+            _print_traceback()
         note(f"error: {error}")
         return USAGE
     try:
-        with _logging(args.verbose), _current_folder_importable(), warnings.catch_warnings():
+        with _logging(args.verbose), warnings.catch_warnings():
             # copying a program that torch exported makes torch warn of its own code
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
             code: int = args.run(args)
@@ -81,18 +82,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     except (PocketizeError, UsageError) as error:
         if args.debug:
-            traceback.print_exc()
+            _print_traceback()
         note(f"{'nothing done' if isinstance(error, CheckFailed) else 'error'}: {error}")
         if isinstance(error, CheckFailed):
             return error.code
         return USAGE if isinstance(error, _WRONGLY_GIVEN) else FAILED
 
 
+def _print_traceback() -> None:
+    print(printable(traceback.format_exc()), end="", file=sys.stderr)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 @contextlib.contextmanager
 def _logging(verbose: bool) -> Iterator[None]:
     logger = logging.getLogger("pocketize")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("pocketize: %(message)s"))
+    handler.setFormatter(_Printable("pocketize: %(message)s"))
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
@@ -101,18 +111,3 @@ def _logging(verbose: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
-
-
-@contextlib.contextmanager
-def _current_folder_importable() -> Iterator[None]:
-    """Search the current folder for ``package.module:factory``, as ``python -m`` does."""
-    folder = os.getcwd()
-    if folder in sys.path:
-        yield
-        return
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # somebody else may have removed it
-            sys.path.remove(folder)

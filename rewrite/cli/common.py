@@ -22,13 +22,13 @@ __all__ = [
 ]
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketize.errors import PocketizeError
 from pocketize.files import atomic_write
+from pocketize.untrusted import printable, read_json
 
 # torch takes seconds to import, and the help and the version need none: functions import it
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class CheckFailed(PocketizeError):
 
 
 def show(text: str) -> None:
-    """Print data."""
+    """Print data, in which names may be anything."""
+    text = printable(text)
     if isinstance(sys.stdout.encoding, str):
         # a terminal without the characters of a table gets question marks rather than a traceback
         text = text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding)
@@ -59,13 +60,13 @@ def show(text: str) -> None:
 
 def note(text: str) -> None:
     """Print a warning or an error."""
-    print(f"pocketize: {text}", file=sys.stderr)
+    print(f"pocketize: {printable(text)}", file=sys.stderr)
 
 
 def progress(text: str) -> None:
     """Say what takes time, to a person; files and other programs do not want to know."""
     if sys.stderr.isatty():
-        print(f"{text} ...", file=sys.stderr, flush=True)
+        print(f"{printable(text)} ...", file=sys.stderr, flush=True)
 
 
 def write_out(text: str, path: str | None, *, force: bool = False) -> None:
@@ -101,9 +102,9 @@ def parse_kwargs(text: str | None, option: str = "--kwargs") -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        kwargs = json.loads(text)
+        kwargs = read_json(text)
     except ValueError as error:
-        raise UsageError(f"{option} {text!r} is not JSON: {error}") from error
+        raise UsageError(f"{option} {text!r:.200} is not JSON: {error}") from error
     if not isinstance(kwargs, dict):
         raise UsageError(
             f'{option} {text!r} must be a JSON object such as {{"in_channels": 1}}, '
@@ -131,6 +132,9 @@ def add_model(parser: argparse.ArgumentParser, **options: Any) -> None:
         metavar="SHAPE",
         help="example input, such as 1x1x96x96x96, or 1x3x64x64,1x77:int64 (default: guessed)",
     )
+    parser.add_argument(
+        "--folder", metavar="DIR", help="for the files of passes in a model saved by `apply`"
+    )
     parser.add_argument("--seed", type=int, help="seed of new weights and of what passes draw")
     parser.add_argument(
         "--trust-pickle",
@@ -153,6 +157,7 @@ def resolve_model(args: argparse.Namespace) -> ResolvedModel:
         kwargs=parse_kwargs(args.kwargs),
         weights=args.weights,
         trust=args.trust_pickle,
+        folder=args.folder,
     )
 
 

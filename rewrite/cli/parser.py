@@ -9,15 +9,17 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from pocketize.cli.commands import Command, command_names, load_command
 from pocketize.cli.common import add_model
 from pocketize.errors import RegistryError
+from pocketize.untrusted import printable
 from pocketize.version import VERSION
 
 _EXAMPLES = """\
 MODEL is package.module:factory (a function or class that builds the network; the current folder is
-searched too), zoo:NAME (see `pocketize zoo`), or an exported program, FILE.pt2 (--trust-pickle).
+searched last), zoo:NAME (see `pocketize zoo`), or an exported program, FILE.pt2 (--trust-pickle).
 
 examples:
   pocketize demo
@@ -53,6 +55,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+class _Parser(argparse.ArgumentParser):
+    """Arguments may come from strangers, too, such as the names of files."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(printable(message), file)
+
+
 def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
     """Make the parser; ``run`` of what it returns is the function of the command.
 
@@ -67,7 +76,7 @@ def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
     common.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
     common.add_argument("--debug", action="store_true", help="show tracebacks of errors")
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pocketize",
         description="Rewrite PyTorch networks so that they need less memory.",
         epilog=_EXAMPLES,

@@ -89,7 +89,7 @@ def _after(args: argparse.Namespace, before: ResolvedModel) -> nn.Module:
             f"{args.after} was saved from a rewritten model and needs the factory of the original "
             f"as BEFORE; {before.label} is none"
         )
-    return load(args.after, before.factory)
+    return load(args.after, before.factory, folder=args.folder)
 
 
 def _render(comparison: Comparison, layout: str) -> str:

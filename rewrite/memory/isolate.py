@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from pocketize import errors
+from pocketize.entries import is_installed
 from pocketize.errors import MeasureError, PocketizeError
 from pocketize.memory.profile import MemoryProfile
 from pocketize.memory.request import Request
@@ -29,11 +30,19 @@ from pocketize.memory.request import Request
 #: Large blocks go back to the system when they are freed, so that resident memory follows use.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
-#: The paths first, so that what the payload is made of can be imported.
-_BOOT = (
-    "import json, sys; sys.path[:] = json.load(open(sys.argv[1]))['path']; "
-    "from pocketize.memory._worker import main; main(*sys.argv[1:])"
-)
+#: The paths first, so that what the payload is made of can be imported. It is run as a file in a
+#: private folder: with ``-c``, Python would search the current folder before all others.
+_BOOT = """\
+import json, os, sys, threading
+def end_with_parent():
+    os.read(0, 1)
+    os._exit(1)
+threading.Thread(target=end_with_parent, daemon=True).start()
+with open(sys.argv[1], encoding="utf-8") as file:
+    sys.path[:] = json.load(file)["path"]
+from pocketize.memory._worker import main
+main(*sys.argv[1:])
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Settings:
     """What of this process has a part in a measurement, besides the model.
 
     Attributes:
-        path: ``sys.path``.
+        path: ``sys.path``, and after it the folders of the model's classes that are not on it.
         threads: threads of one operator.
         dtype: default dtype.
         matmul_precision: of float32 matrix products.
@@ -57,10 +66,11 @@ class Settings:
     benchmark: bool
 
     @classmethod
-    def here(cls) -> Settings:
+    def here(cls, request: Request) -> Settings:
         """Return those of this process."""
+        path = [os.path.abspath(entry) for entry in sys.path]
         return cls(
-            path=[os.path.abspath(entry) for entry in sys.path],
+            path=[*path, *_folders(request)],
             threads=torch.get_num_threads(),
             dtype=str(torch.get_default_dtype()).removeprefix("torch."),
             matmul_precision=torch.get_float32_matmul_precision(),
@@ -92,15 +102,20 @@ def measure_isolated(request: Request) -> MemoryProfile | str:
         return obstacle
     with tempfile.TemporaryDirectory(prefix="pocketize-") as folder:
         settings, payload, answer = (Path(folder, n) for n in ("settings", "payload", "answer"))
-        settings.write_text(json.dumps(dataclasses.asdict(Settings.here())))
+        settings.write_text(json.dumps(dataclasses.asdict(Settings.here(request))), "utf-8")
+        boot = Path(folder, "boot.py")
+        boot.write_text(_BOOT)
         try:
             torch.save(_fields(request), payload)
         except Exception as error:  # a user's __reduce__ may raise anything
             return f"it cannot be pickled: {_brief(error)}"
-        command = [sys.executable, "-c", _BOOT, str(settings), str(payload), str(answer)]
+        command = [sys.executable, str(boot), str(settings), str(payload), str(answer)]
+        # our end of it closes with this process, whatever ends that
+        watched, held = os.pipe()
         try:
             done = subprocess.run(
                 command,
+                stdin=watched,
                 env={**os.environ, **_ALLOCATOR},
                 capture_output=True,
                 text=True,
@@ -109,11 +124,27 @@ def measure_isolated(request: Request) -> MemoryProfile | str:
             )
         except OSError as error:
             return f"no other process could be started: {_brief(error)}"
+        finally:
+            os.close(watched)
+            os.close(held)
         try:
             reply = json.loads(answer.read_text())
         except (OSError, ValueError):
             raise MeasureError(_epitaph(request, done)) from None
     return _read(reply)
+
+
+def _folders(request: Request) -> list[str]:
+    """Return where the classes of a model, and its loss, are, as far as not on ``sys.path``."""
+    kinds = {type(module) for module in request.model.modules()}
+    names = {kind.__module__ for kind in kinds} | {getattr(request.loss, "__module__", None) or ""}
+    folders = set()
+    for top in {name.partition(".")[0] for name in names}:
+        file = getattr(sys.modules.get(top), "__file__", None)
+        if file is not None and not is_installed(top):
+            place = Path(file).absolute().parent
+            folders.add(str(place.parent if Path(file).stem == "__init__" else place))
+    return sorted(folders)
 
 
 def _fields(request: Request) -> dict[str, Any]:

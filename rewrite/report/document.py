@@ -28,9 +28,13 @@ import typing
 from typing import Any, TypeVar, Union
 
 from pocketize.errors import ReportError
+from pocketize.untrusted import read_json
 
 #: Raised by one whenever a reader of the older documents would misread a newer one.
 SCHEMA = 1
+
+#: Above all counts of bytes and operations; it can be a float.
+_LARGEST = 1 << 100
 
 T = TypeVar("T")
 
@@ -188,8 +192,8 @@ def load(text: str) -> Document:
         ReportError: The text is no JSON, of another schema, or lacks or misspells a field.
     """
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = read_json(text)
+    except ValueError as error:
         raise ReportError(
             f"report: not JSON ({error}). Comparison.from_json reads what to_json() wrote."
         ) from error
@@ -221,7 +225,7 @@ def _read(kind: Any, data: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _read_record(kind, _checked(dict, data, where), where)
     if kind is float and type(data) is int:
-        return float(data)
+        data = float(_checked(int, data, where))
     return _checked(kind, data, where)
 
 
@@ -246,5 +250,7 @@ def _read_record(kind: Any, data: dict[str, Any], where: str) -> Any:
 def _checked(kind: type[T], data: Any, where: str) -> T:
     # bool is an int to isinstance, but not to a reader of the report.
     if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
-        raise ReportError(f"{where}: expected {kind.__name__}, got {data!r}.")
+        raise ReportError(f"{where}: expected {kind.__name__}, got {data!r:.100}.")
+    if isinstance(data, (int, float)) and not abs(data) < _LARGEST:  # nor is NaN
+        raise ReportError(f"{where}: expected a smaller number, got {data!r:.100}.")
     return data

@@ -8,6 +8,7 @@ from html import escape
 
 from pocketize.report.layout import Bars, Block, Cell, Code, Heading, Paragraph, Table
 from pocketize.units import bytes_text
+from pocketize.untrusted import printable
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --faint: #8881; }
@@ -37,17 +38,17 @@ def html(blocks: list[Block]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{_STYLE}\n</style>\n</head>\n"
+        f"<title>{_escape(title)}</title>\n<style>\n{_STYLE}\n</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
 
 def _block(block: Block) -> str:
     if isinstance(block, Heading):
-        return f"<h{block.level}>{escape(block.text)}</h{block.level}>"
+        return f"<h{block.level}>{_escape(block.text)}</h{block.level}>"
     if isinstance(block, Paragraph):
         kind = ' class="verdict"' if block.strong else ""
-        return f"<p{kind}>{escape(block.text)}</p>"
+        return f"<p{kind}>{_escape(block.text)}</p>"
     return _bars(block) if isinstance(block, Bars) else _table(block)
 
 
@@ -68,7 +69,7 @@ def _table(table: Table) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    return f"<code>{escape(cell)}</code>" if isinstance(cell, Code) else escape(cell)
+    return f"<code>{_escape(cell)}</code>" if isinstance(cell, Code) else _escape(cell)
 
 
 def _bars(bars: Bars) -> str:
@@ -79,16 +80,20 @@ def _bars(bars: Bars) -> str:
     for label, stack in zip(bars.labels, bars.stacks, strict=True):
         pieces = "".join(
             f'<div style="width:{100 * size / widest:.2f}%;background:{colours[name]}" '
-            f'title="{escape(_plain(name))}: {bytes_text(size)}"></div>'
+            f'title="{_escape(_plain(name))}: {bytes_text(size)}"></div>'
             for name, size in stack.items()
         )
-        lines.append(f'<div class="bar"><span>{escape(label)}</span><div>{pieces}</div></div>')
+        lines.append(f'<div class="bar"><span>{_escape(label)}</span><div>{pieces}</div></div>')
     legend = "".join(
-        f'<i style="background:{colour}"></i>{escape(_plain(name))}'
+        f'<i style="background:{colour}"></i>{_escape(_plain(name))}'
         for name, colour in colours.items()
     )
     drawn = "\n".join(lines)
     return f'<figure>\n{drawn}\n<figcaption class="legend">{legend}</figcaption>\n</figure>'
+
+
+def _escape(text: str) -> str:
+    return escape(printable(text))
 
 
 def _plain(category: str) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 __all__ = ["markdown", "text"]
 
-import re
 import textwrap
 
 from tabulate import tabulate
 
 from pocketize.report.layout import Bars, Block, Cell, Code, Heading, Paragraph, Table
+from pocketize.untrusted import markdown as escaped
+from pocketize.untrusted import one_line
 
 #: Characters of the last column of a terminal table before it wraps.
 _WRAP = 72
@@ -27,13 +28,16 @@ def markdown(blocks: list[Block]) -> str:
 
 def _text(block: Block) -> str:
     if isinstance(block, Heading):
-        return f"{block.text}\n{('=' if block.level == 1 else '-') * len(block.text)}"
+        title = one_line(block.text)
+        return f"{title}\n{('=' if block.level == 1 else '-') * len(title)}"
     if isinstance(block, Paragraph):
-        return textwrap.fill(block.text, 100, break_long_words=False, break_on_hyphens=False)
+        return textwrap.fill(
+            one_line(block.text), 100, break_long_words=False, break_on_hyphens=False
+        )
     if isinstance(block, Bars):
         return ""
     rows = [
-        [("  " if i in block.indented else "") + row[0], *row[1:]]
+        [("  " if i in block.indented else "") + one_line(row[0]), *map(one_line, row[1:])]
         for i, row in enumerate(block.rows)
     ]
     left = len(block.columns) - block.right
@@ -52,9 +56,11 @@ def _text(block: Block) -> str:
 
 def _markdown(block: Block) -> str:
     if isinstance(block, Heading):
-        return f"{'#' * block.level} {_escape(block.text)}"
+        return f"{'#' * block.level} {escaped(block.text)}"
     if isinstance(block, Paragraph):
-        return f"**{_escape(block.text)}**" if block.strong else _escape(block.text)
+        if block.strong:
+            return f"**{escaped(block.text)}**"
+        return escaped(block.text, paragraph=True)
     if isinstance(block, Bars):
         return ""
     return _markdown_table(block)
@@ -80,13 +86,5 @@ def _markdown_row(cells: tuple[Cell, ...], indent: str = "") -> str:
 def _markdown_cell(cell: Cell) -> str:
     # A pipe would end the cell even inside code, and a backtick the code.
     if isinstance(cell, Code) and "|" not in cell and "`" not in cell:
-        return f"`{cell}`"
-    return _escape(cell)
-
-
-def _escape(plain: str) -> str:
-    escaped = re.sub(r"([\\`*\[\]|<])", r"\\\1", plain.replace("\n", " "))
-    # An underscore within a word is no emphasis, so names stay readable in the source.
-    return re.sub(
-        r"(?<![A-Za-z0-9_])_+|_+(?![A-Za-z0-9_])", lambda m: m[0].replace("_", r"\_"), escaped
-    )
+        return f"`{one_line(cell)}`"
+    return escaped(cell)

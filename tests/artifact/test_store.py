@@ -50,7 +50,7 @@ def cut(model: nn.Module, keep: tuple[int, ...] = (1, 2, 5), size: int = 8) -> n
         SetAttribute("head", "in_channels", size, len(keep)),
     ]
     record = PassRecord(
-        "pocket", {"width": 3}, "retrain", "0.0.1", tuple(edit.to_json() for edit in edits)
+        "pocket", {"width": 3}, "approximate", "0.0.1", tuple(edit.to_json() for edit in edits)
     )
     # through JSON, as a record comes out of a file
     replay(model, [PassRecord.from_json(json.loads(json.dumps(record.to_json())))])
@@ -139,9 +139,9 @@ def test_weights_are_in_memory_only_once_and_each_owns_its_own(
     save(trained(cut(Net())), path)
     seen: list[bool] = []
 
-    def watch(model: nn.Module, records: Any) -> None:
+    def watch(model: nn.Module, records: Any, **more: Any) -> None:
         seen.extend(parameter.is_meta for parameter in model.parameters())
-        replay(model, records)
+        replay(model, records, **more)
 
     monkeypatch.setattr(artifact, "replay", watch)
     loaded = load(path, Net)

@@ -169,3 +169,87 @@ def test_arguments_of_the_process_are_the_default(
     monkeypatch.setattr(sys, "argv", ["pocketize", "--version"])
     assert main() == 0
     assert capsys.readouterr().out == f"pocketize {VERSION}\n"
+
+
+PLANTED = (
+    "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\nraise ImportError\n"
+)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("-m", "pocketize", "zoo"),
+        ("-m", "pocketize", "report", "own:Net", "--pass", "pocket", "--input", "1x1x8x8"),
+        ("-m", "pocketize", "plan", "torch.nn:Identity", "--pass", "pocket"),
+    ],
+)
+def test_no_file_of_the_current_folder_stands_for_an_installed_package(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    for name in ("PIL", "json", "numpy", "tqdm", "tabulate", "safetensors", "not_installed"):
+        (tmp_path / f"{name}.py").write_text(PLANTED)
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\nfrom parts import Conv\n"
+        "def Net():\n    import late\n    return nn.Sequential(Conv(1, 4, 3), Conv(4, 8, 3))\n"
+    )
+    (tmp_path / "parts.py").write_text("from torch import nn\nclass Conv(nn.Conv2d): pass\n")
+    (tmp_path / "late.py").write_text("")
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, 2), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*.ran"))
+    if "report" in command:
+        assert done.returncode == 0, done.stderr
+        assert "each figure in a fresh one" in done.stdout
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no -P")
+def test_the_current_folder_is_not_searched_where_python_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("from torch import nn\ndef net(): return nn.Conv2d(1, 2, 3)\n")
+    command = ["-m", "pocketize", "plan", "own:net", "--pass", "pocket"]
+    done = subprocess.run(
+        [sys.executable, "-P", *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "there is no module 'own'" in done.stderr
+
+
+def test_control_characters_never_reach_the_terminal(run: Run, folder: Path) -> None:
+    strange = "\x1b]0;owned\x07\x9b2J\u202e"
+    for command in (
+        ("plan", f"my_nets:{strange}"),
+        ("plan", f"{strange}.pt2", "--pass", "pocket"),
+        ("plan", "my_nets:Net", "--pass", f"pocket:keep={strange}", "--debug"),
+        ("plan", "my_nets:Net", "--pass", strange),
+        ("plan", "my_nets:Net", "--weights", f"{strange}.safetensors", "--pass", "pocket"),
+        ("plan", "my_nets:Net", "--kwargs", f"[{strange}", "--pass", "pocket"),
+        (strange,),
+        ("zoo", "a", strange),
+        ("apply", "my_nets:Net", "--pass", "pocket", "-o", f"{strange}.txt"),
+        ("apply", "my_nets:Net", "--pass", "pocket", "-o", f"{strange}.pt"),
+    ):
+        _, out, err = run(*command)
+        assert not set(out + err) & set(strange) - set("]0;owned2J"), command
+
+
+def test_a_name_in_a_model_is_shown_as_text(run: Run, folder: Path) -> None:
+    (folder / "my_nets.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    made = nn.Sequential(nn.Conv2d(1, 8, 3))\n"
+        "    made.add_module('\\x1b[2J<img src=x>\\n\\n# title', nn.Conv2d(8, 16, 3))\n"
+        "    made.add_module('last', nn.Conv2d(16, 2, 1))\n"
+        "    return made\n"
+    )
+    given = ("my_nets:net", "--pass", "width:scale=0.5", "--input", "1x1x16x16")
+    for layout in ("text", "markdown"):
+        for command in (("plan", *given), ("report", *given, "--estimate")):
+            code, out, err = run(*command, "--format", layout)
+            assert code == 0, err
+            assert "\x1b" not in out
+            assert "\n# title" not in out
+            assert "\\x1b[2J" in out.replace("\\\\", "\\").replace("\\[", "[")
+    assert "<img" not in run("plan", *given, "--format", "markdown").out

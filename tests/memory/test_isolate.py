@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from pocketize.errors import MeasureError
 from pocketize.memory import measure
 from pocketize.memory.isolate import Settings
+from pocketize.memory.request import Request
 
 
 def small() -> nn.Module:
@@ -170,7 +172,7 @@ def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
 
 def test_settings_of_this_process_go_along() -> None:
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    settings = Settings.here()
+    settings = Settings.here(Request(small(), None))
     assert settings.threads == threads
     assert all(Path(entry).is_absolute() for entry in settings.path)
     changed = Settings(
@@ -189,3 +191,74 @@ def test_settings_of_this_process_go_along() -> None:
         settings.apply()
     assert torch.get_default_dtype() is torch.float32
     assert torch.get_float32_matmul_precision() == precision
+
+
+PARENT = """
+import os, sys, time
+from pathlib import Path
+import torch
+from torch import nn
+from pocketize import measure
+
+class Waits(nn.Module):
+    def forward(self, x):
+        Path("child").write_text(str(os.getpid()))
+        time.sleep(600)
+        return x
+
+if __name__ == "__main__":
+    from parent import Waits
+    measure(Waits(), "1x1x8x8", "infer", None, isolate=True)
+"""
+
+
+def test_the_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path)
+    child = tmp_path / "child"
+    try:
+        while not (child.exists() and child.read_text()):
+            assert parent.poll() is None, "the parent ended early"
+            time.sleep(0.05)
+    finally:
+        parent.kill()
+        parent.wait()
+    for _ in range(600):
+        try:
+            os.kill(int(child.read_text()), 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the child goes on")
+
+
+PLANTED = (
+    "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\nraise ImportError\n"
+)
+
+
+def test_no_file_of_the_current_folder_is_imported_in_the_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("json", "threading", "numpy", "torch", "PIL"):
+        (tmp_path / f"{name}.py").write_text(PLANTED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
+    assert measure(small(), "1x1x8x8", "infer", None, isolate=True).isolated
+    assert not list(tmp_path.glob("*.ran"))
+
+
+def test_a_class_from_a_folder_that_is_not_searched_any_more_goes_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "left_nets.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Conv2d):\n"
+        "    def __init__(self): super().__init__(1, 2, 3)\n"
+    )
+    with monkeypatch.context() as patched:
+        patched.syspath_prepend(tmp_path)
+        import left_nets
+    profile = measure(left_nets.Net(), "1x1x8x8", "infer", None, isolate=True)
+    assert profile.isolated, profile.why_not_isolated
+    sys.modules.pop("left_nets")

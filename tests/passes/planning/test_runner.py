@@ -163,7 +163,9 @@ FOREIGN = [
     ('{"loss": 0.1}\n', "is no cache of trained points"),
     (f"{HEADER}\n{POINT}", r"line 2, is no trained point \(not a JSON object\); delete the line"),
     (f"{HEADER}\n{POINT}}}\n", r"line 2, is no trained point \('accuracy'\)"),
-    (f'{HEADER}\n{POINT}, "accuracy": NaN}}\n', "accuracy or weights out of range"),
+    (f'{HEADER}\n{POINT}, "accuracy": NaN}}\n', "not a JSON object"),
+    (f'{HEADER}\n{POINT}, "accuracy": 1e999}}\n', "accuracy or weights out of range"),
+    (f"{HEADER}\n{'[' * 100_000}\n", "line 2, is no trained point"),
 ]
 
 
