@@ -70,7 +70,7 @@ class Float32Statistics(Forward):
             input: as the norm takes it; anything but 16-bit floating point goes to the norm itself.
         """
         norm: Any = self.module
-        if input.dtype not in _LOW:
+        if input.dtype not in _LOW or not input.numel():  # torch takes no weight for an empty batch
             normalised: Tensor = self.original(input)
             return normalised
         if isinstance(norm, nn.LayerNorm):

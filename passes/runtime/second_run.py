@@ -25,6 +25,10 @@ from pocketize.errors import ExecutionError
 #: batch norm writes to its running statistics behind the back of torch's version counters.
 _SMALL = 2**16
 
+#: Values in which no tensor is, and which nobody can change; containers that may be changed.
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, deque, set, tuple))
+
 #: Global flags that decide which operators run.
 _FLAGS = (
     (torch.backends.cudnn, "enabled"),
@@ -73,6 +77,7 @@ class Run:
     def __call__(self, *saved: Tensor) -> Any:
         """Run the forward: the first time on what was given, then on what was saved of it."""
         given, self._given = self._given, None
+        self.saved = []  # the hooks keep them now, or what they moved them to
         if given is None:
             given = _copied(self._arguments, lambda v: _restored(v, saved), {})
         args, kwargs = given
@@ -252,7 +257,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        if isinstance(error, RuntimeError) and not isinstance(error, ExecutionError):
+        other = (ExecutionError, torch.OutOfMemoryError)
+        if isinstance(error, RuntimeError) and not isinstance(error, other):
             # Of another dtype or shape, it was refused before an operator read it.
             raise self.error(next(iter(self._changed.values()))) from error
 
@@ -320,16 +326,17 @@ def _key(tensor: Tensor) -> int:
 def _copied(value: Any, leaf: Callable[[Any], Any], memo: dict[int, tuple[Any, Any]]) -> Any:
     """Return a copy of Python's containers in which everything else is what ``leaf`` returns."""
     kind = type(value)
-    named = isinstance(value, tuple) and hasattr(value, "_make")
-    if not named and kind not in (dict, OrderedDict, defaultdict, list, deque, set, tuple):
+    if kind in _PLAIN:
+        return value
+    named: Any = getattr(value, "_make", None) if isinstance(value, tuple) else None
+    if not named and kind not in _CONTAINERS:
         return leaf(value)
-    if id(value) in memo:  # of which the first is kept, so that its id stays its own
-        return memo[id(value)][1]
+    if known := memo.get(id(value)):  # with the value itself, so that its id stays its own
+        return known[1]
     if isinstance(value, tuple):
         items = [_copied(item, leaf, memo) for item in value]
-        made = value._make(items) if named else tuple(items)
-        return memo.setdefault(id(value), (value, made))[1]
-    made = copy.copy(value)
+        return memo.setdefault(id(value), (value, named(items) if named else tuple(items)))[1]
+    made = kind() if kind in (dict, OrderedDict) else copy.copy(value)
     memo[id(value)] = value, made
     if isinstance(value, dict):
         for key, item in value.items():

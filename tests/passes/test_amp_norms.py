@@ -123,3 +123,21 @@ def test_gradients_of_a_converted_norm_are_those_of_the_norm():
     (made.norm(low).float() * weights).sum().backward()
     (nn.InstanceNorm2d(8)(exact) * weights).sum().backward()
     torch.testing.assert_close(low.grad.float(), exact.grad, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", NORMS)
+def test_an_empty_batch_is_taken_where_torch_takes_one_under_autocast(kind: str, train: bool):
+    model = Normed(NORMS[kind]()).train(train)
+    made = rewrite(model, Amp(), inputs=inputs())
+    empty = inputs()[:0]
+
+    def outcome(run: Any) -> Any:
+        try:
+            return tuple(run(empty).shape)
+        except (IndexError, ValueError, RuntimeError) as error:
+            return type(error)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = outcome(model)
+    assert outcome(made) == expected

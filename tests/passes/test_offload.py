@@ -241,6 +241,17 @@ def test_with_checkpoints_only_their_inputs_are_moved(files: list[int]):
     assert files == 3 * 3 * [2 * 8 * 16 * 16 * 4]
 
 
+def test_with_checkpoints_nothing_else_keeps_the_inputs_that_were_moved():
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh(), nn.Conv2d(8, 8, 1)) for _ in range(6))
+    )
+    once = rewrite(model, Checkpoint(only=("*",)), inputs="2x8x32x32")
+    made = rewrite(once, DISK, inputs="2x8x32x32")
+    before = measure(once, "2x8x32x32", optimizer=None, estimate=True)
+    after = measure(made, "2x8x32x32", optimizer=None, estimate=True)
+    assert after.peak < before.peak - 3 * 2 * 8 * 32 * 32 * 4
+
+
 def test_with_mixed_precision_it_moves_the_smaller_tensors(files: list[int]):
     once = rewrite(net(), Amp(), inputs=inputs())
     made = rewrite(once, DISK, inputs=inputs())
