@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import _disable_current_modes
 
+from pocketize._torch import global_forward_hooks
 from pocketize.capture import Captured, find_tensors, quiet_recording, record
 from pocketize.clone import fake_clone
 from pocketize.errors import CaptureError
@@ -293,17 +294,18 @@ def check_hooks(model: nn.Module, *, training: bool = False) -> None:
         TilingError: there is one.
     """
     tables = {"forward": _HOOKS, **({"backward": _BACKWARD_HOOKS} if training else {})}
+    found = [("every module", "forward", hook) for hook in global_forward_hooks()]
     for path, module in model.named_modules():
-        if not path:
-            continue
-        for kind, names in tables.items():
-            for hook in (hook for name in names for hook in vars(module).get(name, {}).values()):
-                home = getattr(hook, "__module__", None) or type(hook).__module__
-                if home.partition(".")[0] not in ("torch", "pocketize"):
-                    raise TilingError(
-                        f"{path} has a {kind} hook ({_name(hook)}), which tiles would not run; "
-                        "remove it, and register it again afterwards"
-                    )
+        for kind, names in tables.items() if path else ():
+            hooks = (hook for name in names for hook in vars(module).get(name, {}).values())
+            found += [(path, kind, hook) for hook in hooks]
+    for path, kind, hook in found:
+        home = getattr(hook, "__module__", None) or type(hook).__module__
+        if home.partition(".")[0] not in ("torch", "pocketize"):
+            raise TilingError(
+                f"{path} has a {kind} hook ({_name(hook)}), which tiles would not run; remove it, "
+                "and register it again afterwards"
+            )
 
 
 def _name(hook: Any) -> str:

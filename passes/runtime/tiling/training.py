@@ -144,6 +144,11 @@ class _Run:
                 "patchwise: the backward pass of this forward by tiles has run, and what it went "
                 "through is gone; say retain_graph=True in the first, or run the forward again"
             )
+        if not all(_has_memory(gradient) for gradient in of_outputs.values()):
+            raise ExecutionError(
+                "patchwise: training by tiles goes back with one gradient at a time, and here are "
+                "several (vmap, is_grads_batched=True, a vectorised Jacobian); take them one by one"
+            )
         for what, tensor, before in self._watched:
             if _state(tensor) != before:
                 raise ExecutionError(
@@ -166,6 +171,15 @@ class _Run:
         if self.done:  # an output may outlive its backward pass
             self._watched, execution.tensors = [], {}
         return moved
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is one, and does not stand for several as within ``vmap``."""
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def _reached(graph: TiledGraph, asked: set[fx.Node]) -> set[fx.Node]:

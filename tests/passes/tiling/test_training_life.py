@@ -286,6 +286,21 @@ def _backward_hook_after_a_step(model: Any, x: Tensor) -> Any:
     model(x)
 
 
+def _hook_on_all_modules(model: Any, x: Tensor) -> Any:
+    model(x)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        model(x)
+    finally:
+        handle.remove()
+
+
+def _gradients_in_a_batch(model: Any, x: Tensor) -> Any:
+    y, _ = model(x)
+    both = torch.stack([torch.ones_like(y), torch.zeros_like(y)])
+    torch.autograd.grad(y, model.first.weight, both, is_grads_batched=True)
+
+
 @pytest.mark.parametrize(
     ("act", "words"),
     [
@@ -293,6 +308,8 @@ def _backward_hook_after_a_step(model: Any, x: Tensor) -> Any:
         (_gradient_of_a_function, "function transform"),
         (_forward_mode, "forward-mode AD"),
         (_hook_after_a_step, "middle has a forward hook"),
+        (_hook_on_all_modules, "every module has a forward hook"),
+        (_gradients_in_a_batch, "one gradient at a time"),
         (_backward_hook_after_a_step, "middle has a backward hook"),
     ],
 )
