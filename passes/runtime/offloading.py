@@ -52,16 +52,20 @@ class OffloadedForward(Forward):
     # The compiler takes no hooks on saved tensors in its graphs; what runs inside is compiled.
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def _hooked(self, *args: Any, **kwargs: Any) -> Any:
-        own = [*self.module.parameters(), *self.module.buffers(), *find_tensors((args, kwargs))]
+        desk = self._desk((args, kwargs))
+        with torch.autograd.graph.saved_tensors_hooks(desk.pack, _fetch):
+            return self.original(*args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _desk(self, given: Any) -> _Desk:
+        own = [*self.module.parameters(), *self.module.buffers(), *find_tensors(given)]
         if any(hasattr(tensor, "device_mesh") for tensor in own):
             raise ExecutionError(
                 f"offload: the weights of {type(self.module).__name__} are sharded, and gathered "
                 "weights cannot be told from activations; shard the model without this pass, e.g. "
                 "with fully_shard(model, offload_policy=CPUOffloadPolicy())"
             )
-        desk = _Desk(self, own, dict(self.module.named_parameters()))
-        with torch.autograd.graph.saved_tensors_hooks(desk.pack, _fetch):
-            return self.original(*args, **kwargs)
+        return _Desk(self, own, dict(self.module.named_parameters()))
 
     def place(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Move a tensor away and return what brings it back."""
@@ -70,6 +74,7 @@ class OffloadedForward(Forward):
         return _File(tensor, self.folder) if self.disk else _Host(tensor)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _fetch(kept: _Stays | _Ticket) -> Tensor:
     return kept.fetch()
 
@@ -89,6 +94,7 @@ class _Desk:
         }
         self._tickets: weakref.WeakValueDictionary[Any, _Ticket] = weakref.WeakValueDictionary()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def pack(self, tensor: Tensor) -> _Stays | _Ticket:
         """Return what autograd keeps instead of a tensor."""
         if not self._moves(tensor):
