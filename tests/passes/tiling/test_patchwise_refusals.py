@@ -84,6 +84,31 @@ def test_a_forward_that_operators_do_not_tell_is_left_alone(
     assert reason in refused(kind().eval(), double(2, 1, 8, 8).float())
 
 
+class Flagging(Around):
+    """Sets a flag when it first runs, as libraries do that install what they need lazily."""
+
+    ready = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ready = True
+        return self.conv(x)
+
+
+class Preparing(Flagging):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x) if self.ready else self.conv(x * 2)
+        self.ready = True
+        return x
+
+
+def test_a_flag_set_once_does_not_matter_unless_it_changes_what_is_computed() -> None:
+    x = double(1, 1, 8, 8).float()
+    model = Flagging().eval()
+    with torch.no_grad():
+        assert torch.allclose(rewrite(model, Patchwise(size=4), inputs=x)(x), model(x), atol=1e-6)
+    assert "changes the attribute ready" in refused(Preparing().eval(), x)
+
+
 def test_a_hook_inside_is_named() -> None:
     model = unet()
     model.down.register_forward_hook(lambda module, args, output: None)
