@@ -24,6 +24,7 @@ from pocketize.clone import clone, fake_clone
 from pocketize.edits import Convert, Edit
 from pocketize.errors import OptionError, PatternError, RewriteError, nearest
 from pocketize.inputs import Inputs
+from pocketize.methods import set_mode
 from pocketize.passes.norm_sites import Site, find_sites
 from pocketize.passes.order import REBUILDING
 from pocketize.passes.runtime.inplace_activations import Activation, marked
@@ -239,7 +240,7 @@ class _Trial:
     def _run(self, model: nn.Module, inputs: Inputs, sites: Sequence[Site]) -> None:
         with torch.inference_mode(False), torch.enable_grad():
             apply_edits(model, self.edits)
-            model.train()
+            set_mode(model, True)
             for site in sites:
                 layer = model.get_submodule(site.norm)
                 layer.register_forward_hook(_Watch(self, site.norm))

@@ -25,6 +25,7 @@ from pocketize.capture import find_tensors, quiet_recording
 from pocketize.errors import RewriteError
 from pocketize.inputs import Inputs
 from pocketize.memory.stage import fake_stage
+from pocketize.methods import set_mode
 from pocketize.passes.runtime.checkpointing import hooked
 from pocketize.passes.runtime.forwards import obstacle
 from pocketize.passes.runtime.second_run import tensors_of
@@ -127,7 +128,8 @@ def survey(model: nn.Module, inputs: Inputs) -> Survey:
     """
     with torch.inference_mode(False):
         stage = fake_stage(model, inputs, None)
-        copy, given = stage.model.train(), stage.inputs
+        copy, given = stage.model, stage.inputs
+        set_mode(copy, True)
         surveyor = _Surveyor(copy)
         surveyor.born(given.tensors())
         hooks = torch.autograd.graph.saved_tensors_hooks(surveyor.keep, lambda tensor: tensor)

@@ -65,6 +65,7 @@ from pocketize.inputs import (
     structure_of,
     to_model,
 )
+from pocketize.methods import check_methods, set_mode
 
 #: What recordings draw random numbers from; a seed that nobody else would set.
 _SEED = 0x706F636B6574
@@ -125,7 +126,9 @@ def settle_inputs(model: nn.Module, inputs: Any) -> Inputs:
 
     Raises:
         InputError: no guess ran; the text lists what was tried and why each failed.
+        CaptureError: the model's class gives other answers than ``nn.Module`` does.
     """
+    check_methods(model)
     if inputs is not None:
         return to_model(as_inputs(inputs, model), model)
     tried = []
@@ -193,7 +196,7 @@ def record(model: nn.Module, inputs: Inputs, *, train: bool | None) -> Captured:
     if train is None:
         train = model.training
     else:
-        model.train(train)
+        set_mode(model, train)
     recorder = Recorder(model, inputs)
     with quiet_recording(model), recorder.module_paths():
         try:

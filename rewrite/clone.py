@@ -136,24 +136,48 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch copies its own exported programs with warnings
             copied = copy.deepcopy(model, memo)
-        _copy_notes(model, copied, memo)
+        shared = _shared(model, copied)
+        if not shared:
+            _copy_notes(model, copied, memo)
     except Exception as error:  # a user's __deepcopy__ or __reduce__ may raise anything
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. "
             "pocketize works on a copy, so copy.deepcopy(model) must work; remove or replace the "
-            "attribute that cannot be copied (an open file, a lock, a generator)"
+            "attribute that cannot be copied (an open file, a lock, a generator), and let a "
+            "__deepcopy__ of its own copy the layers as they are"
         ) from error
+    if shared:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied: {shared} of the copy is that of the model. "
+            "pocketize works on a copy, so that the model stays as it is: let __deepcopy__ return "
+            "a new module"
+        )
     return copied
 
 
+def _shared(model: nn.Module, copied: nn.Module) -> str:
+    """Return the path of a module that a copy shares with the model; ``""`` if there is none."""
+    known = {id(module) for module in nn.Module.modules(model)}
+    for path, module in nn.Module.named_modules(copied):
+        if id(module) in known:
+            return path or "the whole"
+    return ""
+
+
 def _copy_notes(model: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> None:
-    """Copy the Python attributes of parameters, such as an optimiser's marks; torch does not."""
+    """Copy attributes of parameters, such as an optimiser's marks, and slots; torch does not."""
     for old, new in zip(model.parameters(), copied.parameters(), strict=False):
         if new.is_leaf and new.requires_grad != old.requires_grad:  # of a TorchScript module
             new.requires_grad_(old.requires_grad)
         for name, value in vars(old).items():
             if name not in vars(new):
                 setattr(new, name, copy.deepcopy(value, memo))
+    for old, new in zip(model.modules(), copied.modules(), strict=False):
+        for base in type(old).__mro__:
+            slots = vars(base).get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                if hasattr(old, name) and not hasattr(new, name):
+                    object.__setattr__(new, name, copy.deepcopy(getattr(old, name), memo))
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device | None) -> Tensor:

@@ -102,7 +102,7 @@ def _check_record(record: PassRecord, converted: Sequence[Convert]) -> None:
 
 def remember(model: nn.Module, records: tuple[PassRecord, ...]) -> None:
     """Let a model know what was done to it."""
-    setattr(model, _HISTORY, records)
+    vars(model)[_HISTORY] = records  # whatever the class makes of __setattr__
     if isinstance(model, fx.GraphModule):  # whose copies keep nothing else
         model.meta[_HISTORY] = records
 

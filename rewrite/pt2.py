@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 
 from pocketize.errors import ArtifactError, RewriteError
 from pocketize.inputs import Inputs
+from pocketize.methods import set_mode
 
 
 def read_exported(path: str | os.PathLike[str], *, trust: bool = False) -> ExportedProgram:
@@ -70,7 +71,7 @@ def write_exported(model: nn.Module, inputs: Inputs, path: Path) -> None:
         RewriteError: ``torch.export`` cannot export the model.
     """
     with contextlib.suppress(NotImplementedError):  # the module of an exported program has one mode
-        model.eval()
+        set_mode(model, False)
     try:
         with _quiet():
             program = torch.export.export(model, inputs.args, inputs.kwargs, strict=False)

@@ -22,6 +22,7 @@ from pocketize.capture import find_tensors, quiet_recording, structure_of
 from pocketize.clone import fake_clone
 from pocketize.edits import Convert, Edit
 from pocketize.inputs import Inputs
+from pocketize.methods import set_mode
 from pocketize.surgery import apply_edits
 
 
@@ -80,7 +81,7 @@ class Rehearsal:
         copy = fake_clone(self.model, fakes)
         with torch.inference_mode(False):
             apply_edits(copy, [edit for edit in edits if edit.kind != "redraw"])
-            copy.train(train)
+            set_mode(copy, train)
             try:
                 with fakes, quiet_recording(copy), torch.enable_grad():
                     return _step(copy, self.inputs.map(fakes.from_tensor), train)

@@ -231,15 +231,16 @@ def _laid_out(made: Tensor, tensor: Tensor) -> Tensor:
 
 def _set_attribute(module: nn.Module, name: str, value: float) -> None:
     base, _, index = name.partition(".")
+    held = vars(module)  # where it was found, whatever the class makes of __setattr__
     if not index:
-        setattr(module, base, value)
+        held[base] = value
         return
-    old = getattr(module, base)
+    old = held[base]
     items = [value if i == int(index) else item for i, item in enumerate(old)]
     if hasattr(old, "_make"):  # a named tuple
-        setattr(module, base, old._make(items))
+        held[base] = old._make(items)
     else:
-        setattr(module, base, items if isinstance(old, list) else type(old)(items))
+        held[base] = items if isinstance(old, list) else type(old)(items)
 
 
 def _follow(module: nn.Module, changed: set[int]) -> None:

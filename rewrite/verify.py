@@ -30,6 +30,7 @@ from pocketize.edits import Edit
 from pocketize.errors import CaptureError
 from pocketize.groups import ChannelGroups
 from pocketize.labels import Value, axes_of
+from pocketize.methods import set_mode
 from pocketize.rules import bind, operator_name
 from pocketize.surgery import apply_edits
 
@@ -366,7 +367,7 @@ def backward_failure(
 
 def _backward(model: nn.Module, captured: Captured, edits: Sequence[Edit]) -> Exception | None:
     copy = _edited(model, captured, edits)
-    copy.train()
+    set_mode(copy, True)
     try:
         with _mode_of(captured), quiet_recording(copy), torch.enable_grad():
             output = captured.inputs.map(_detached).call(copy)

@@ -27,6 +27,7 @@ ENGINE = (
     "version",
     "lazy",
     "_torch",
+    "methods",
     "inputs",
     "clone",
     "labels",

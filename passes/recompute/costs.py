@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pocketize.capture import find_tensors, quiet_recording
 from pocketize.clone import fake_clone
 from pocketize.inputs import Inputs
+from pocketize.methods import set_mode
 from pocketize.passes.runtime.recompute.around import Recording
 from pocketize.passes.runtime.recompute.values import Meter
 
@@ -80,7 +81,7 @@ class Costs:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         copy = fake_clone(self._model, mode)
         prepare(copy)
-        copy.train()
+        set_mode(copy, True)
         with torch.inference_mode(False), mode, quiet_recording(copy), torch.enable_grad():
             inputs = self._inputs.map(lambda t: mode.from_tensor(t.detach().clone()))
             try:

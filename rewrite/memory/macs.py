@@ -18,6 +18,7 @@ from pocketize.inputs import Inputs
 from pocketize.memory.stage import explained, fake_inputs, real_stage
 from pocketize.memory.step import fixed_surroundings
 from pocketize.memory.tracker import is_composite, run_parts, storages_of
+from pocketize.methods import set_mode
 
 aten = torch.ops.aten
 
@@ -80,7 +81,7 @@ def count_on_fakes(model: nn.Module, inputs: Any) -> Macs:
 
 
 def _count(copy: nn.Module, inputs: Inputs) -> Macs:
-    copy.eval()
+    set_mode(copy, False)
     counter = _MacCounter(copy)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator with the linear layers inside

@@ -23,6 +23,7 @@ from pocketize.memory.request import Request
 from pocketize.memory.stage import Stage, device_of, explained, fake_stage, real_stage
 from pocketize.memory.step import Step, fixed_surroundings, make_step
 from pocketize.memory.tracker import LiveTracker, Trace, storages_of
+from pocketize.methods import check_methods
 
 
 def measure(
@@ -81,6 +82,7 @@ def measure(
         device=None if device is None else torch.device(device),
         time_steps=time_steps,
     )
+    check_methods(model)
     why_not = None
     if isolate and not estimate:
         outcome = measure_isolated(request)

@@ -31,6 +31,7 @@ from pocketize.capture import find_tensors
 from pocketize.clone import quiet_hooks
 from pocketize.errors import MeasureError
 from pocketize.inputs import Inputs
+from pocketize.methods import set_mode
 
 #: Optimizers by name: Adam keeps two tensors per parameter, SGD (without momentum) none.
 OPTIMIZERS = ("adam", "sgd")
@@ -131,9 +132,9 @@ def make_step(
             that stand for the GPU's are on the CPU.
     """
     if not train:
-        model.eval()
+        set_mode(model, False)
     elif not model.training:
-        model.train()
+        set_mode(model, True)
     trainable = [p for p in model.parameters() if p.requires_grad]
     made: torch.optim.Optimizer | None = None
     if train and optimizer is not None and trainable:

@@ -14,6 +14,7 @@ from pocketize.capture import find_tensors
 from pocketize.clone import clone
 from pocketize.errors import CaptureError
 from pocketize.inputs import Inputs
+from pocketize.methods import set_mode
 from pocketize.passes.runtime.tiling.cutting import Tiling, spatial_axis
 from pocketize.passes.runtime.tiling.network import TilingError
 from pocketize.passes.runtime.tiling.patched import ExactForward
@@ -68,7 +69,8 @@ def probe(
     if found is None:
         return None
     small, rounding = found
-    copy = clone(model).eval()
+    copy = clone(model)
+    set_mode(copy, False)
     sizes = _volume(small)
     tile = _tile(tiling, sizes)
     kept = tiling.keep_dtype if rounded else None

@@ -15,6 +15,7 @@ from pocketize.capture import find_tensors
 from pocketize.clone import clone
 from pocketize.errors import ExecutionError
 from pocketize.inputs import Inputs
+from pocketize.methods import set_mode
 from pocketize.passes.runtime.second_order import refuse_second
 from pocketize.passes.runtime.tiling.backward import Differentiation, differentiable
 from pocketize.passes.runtime.tiling.cutting import Tiling
@@ -76,7 +77,7 @@ def check_training(model: nn.Module, inputs: Inputs, tiling: Tiling) -> None:
     """
     copy = clone(model)
     if not model.training:
-        copy.train()
+        set_mode(copy, True)
     try:
         graph = prepare(copy, inputs.map(Tensor.detach), tiling, training=True).program.graph
         updates_of(graph, copy)
