@@ -77,7 +77,7 @@ def real_tensors() -> contextlib.AbstractContextManager[object]:
     """Within it no dispatch mode is on, so that tensors that are made there have values."""
     module = getattr(torch.utils, "_python_dispatch", None)
     disable = getattr(module, "_disable_current_modes", None)
-    return contextlib.nullcontext() if disable is None else disable()  # type: ignore[no-any-return]
+    return contextlib.nullcontext() if disable is None else disable()
 
 
 def global_forward_hooks() -> list[Any]:

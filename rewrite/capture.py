@@ -244,8 +244,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except _DATA_DEPENDENT:
             # No branch on values, if the number comes from numbers: sizes that were computed.
             node = self._nodes.get(id(args[0])) if len(args) == 1 else None
-            out = self._constants.number(node) if node in self._constants else None
-            if out is None:
+            if node is None or (out := self._constants.number(node)) is None:
                 raise
         if not find_tensors(out) and not isinstance(out, int | float | bool):
             return out  # asks about a tensor (its device, say) and computes nothing

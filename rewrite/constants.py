@@ -54,7 +54,9 @@ class Constants:
         return node in self._parent
 
     def number(self, node: fx.Node) -> Any:
-        """Return the number that a constant is now; ``None`` if that cannot be told."""
+        """Return the number that a node's result is now; ``None`` if that cannot be told."""
+        if node not in self:
+            return None
         family = self._family(node)
         if any(_draws(n) or _name(n).endswith("empty") for n in family if n.op != "get_attr"):
             return None

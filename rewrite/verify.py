@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from pocketize.capture import Captured, find_tensors, quiet_recording, record
 from pocketize.clone import clone, fake_clone
 from pocketize.constants import Constants
-from pocketize.edits import Edit
+from pocketize.edits import Edit, Redraw
 from pocketize.errors import CaptureError
 from pocketize.groups import ChannelGroups
 from pocketize.labels import Value, axes_of
@@ -89,7 +89,7 @@ def check_edits(
         The first mismatch, ``None`` if everything is as predicted.
     """
     stays = channels.survivors_of(edits)
-    moved = not any(edit.kind == "redraw" for edit in edits)  # else no channel is what it was
+    moved = Redraw() not in edits  # else no channel is what it was
     copy: nn.Module | None = None
     for index, captured in enumerate(channels.recordings):
         if copy is None or captured.real:

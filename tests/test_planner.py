@@ -18,6 +18,7 @@ from pocketize.errors import RewriteError, VerifyError
 from pocketize.passes import Pocket
 from pocketize.pipeline import PassPlan, Plan, plan, pocketize, rewrite
 from tests.contract.snapshot import Snapshot
+from tests.models import get
 
 INPUT = "2x3x8x8"
 
@@ -365,3 +366,12 @@ def test_a_pass_that_proposes_nothing_costs_no_analysis(monkeypatch: pytest.Monk
     monkeypatch.setattr("pocketize.planner.Analysis", refuse)
     found: Plan = plan(Between(torch.relu), Idle(), inputs=INPUT)
     assert found.passes[0].notes == ("2x3x8x8 float32",)
+
+
+@pytest.mark.parametrize(("weights", "width"), [("slice", 16), ("reset", 4)])
+def test_numbers_that_channels_meet_matter_where_channels_keep_their_weights(
+    weights: Any, width: int
+) -> None:
+    net = get("numbers_arange")
+    made = pocketize(net.build(), 4, inputs=net.inputs(), weights=weights)
+    assert made.get_parameter("stem.weight").shape[0] == width
