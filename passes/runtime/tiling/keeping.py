@@ -126,6 +126,9 @@ class Keeper:
         memory, file = self.memory(math.prod(shape), held, small=small, name=name)
         return Kept(arranged(memory, shape, channels_last), self.device, dtype, file)
 
+    def wrote(self, name: str, part: Tensor) -> None:
+        """Say that a part of a map has been written, for keepers that find it again."""
+
     def memory(
         self, size: int, held: torch.dtype, *, small: bool, name: str
     ) -> tuple[Tensor, Path | None]:

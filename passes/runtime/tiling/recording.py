@@ -256,6 +256,12 @@ class _Is:
     def __hash__(self) -> int:
         return id(self.value)
 
+    def __repr__(self) -> str:
+        """What other processes have too: a name and the code, and no address."""
+        named = self.value if hasattr(self.value, "__qualname__") else type(self.value)
+        code = getattr(getattr(self.value, "__code__", None), "co_code", b"")
+        return f"{named.__module__}.{named.__qualname__} {code.hex()}"
+
 
 def described(value: Any, depth: int = 4) -> Any:
     """Return something that compares equal while a forward may take a value for the same."""

@@ -15,6 +15,7 @@ from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Kept
 from pocketize.passes.runtime.tiling.program import Program, Sweep
 from pocketize.passes.runtime.tiling.resuming import Journal, JournalKeeper
+from pocketize.passes.runtime.tiling.windows import Region
 
 
 class ResumableExecution(Execution):
@@ -103,6 +104,10 @@ class ResumableExecution(Execution):
             self._commit(self._number + 1, 0)
             self.journal.settle()
 
+    def _write(self, room: Kept, node: fx.Node, region: Region) -> None:
+        super()._write(room, node, region)
+        self.journal.wrote(node.name, room.view(region))
+
     def _tiles(self, step: Sweep) -> Sequence[tuple[int, ...]]:
         return super()._tiles(step)[self._passed :]
 
@@ -127,10 +132,9 @@ class ResumableExecution(Execution):
                 "done": self._done,
                 "norms": {node.name: there(tensor) for node, tensor in self.norms.items()},
                 "measures": {node.name: there(held) for node, held in self._measures.items()},
-            }
+            },
+            self._idle,
         )
-        for name in self._idle:
-            self.journal.drop(name)
         self._idle.clear()
 
 

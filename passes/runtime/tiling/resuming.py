@@ -4,6 +4,10 @@ A journal is a folder. Maps are files that are written tile by tile; a small fil
 are good, and takes its place at once or not at all. What was written after it is written again,
 with the same values. So a process may end at any moment. Before the small file is written all
 others are brought to the disk.
+
+The small file has the size of every map and checksums of all that was written: files that were
+deleted, cut short or overwritten since are found before anything is read from them, and the volume
+is then computed from the beginning.
 """
 
 from __future__ import annotations
@@ -12,10 +16,13 @@ __all__ = ["Journal", "JournalKeeper", "digest", "journal_for"]
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import shutil
 import time
+import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pocketize.errors import InputError
+from pocketize.errors import InputError, PocketizeWarning
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.tiling.cutting import PatchForward, is_fake, surroundings
 from pocketize.passes.runtime.tiling.keeping import Keeper, mapped_file
@@ -37,8 +44,13 @@ logger = logging.getLogger(__name__)
 INTERVAL = 10.0
 _STATE = "progress.pt"
 _LOCK = "lock"
+_Place = tuple[int, tuple[int, ...], tuple[int, ...]]
 #: Bytes that are read at once where a digest is made.
 _BLOCK = 1 << 24
+
+
+class _DamageError(Exception):
+    """A file is not what was written."""
 
 
 class Journal:
@@ -67,54 +79,96 @@ class Journal:
         self._lock = _locked(self.folder / _LOCK)
         self._committed = time.monotonic()
         self._maps: dict[str, Path] = {}
+        self._rooms: dict[str, tuple[int, torch.dtype]] = {}
+        #: checksums of the parts of maps, by offset, shape and strides; and of small results
+        self._parts: dict[str, dict[_Place, int]] = {}
+        self._small: dict[str, str] = {}
         self.state: dict[str, Any] = {}
         if (self.folder / _STATE).exists():
-            self.state = torch.load(self.folder / _STATE, weights_only=True)
-            logger.info("going on from %s", self.folder)
+            self._restore()
+
+    def _restore(self) -> None:
+        """Go on from what is there, if all of it is what was written."""
+        try:
+            held = _read(self.folder / _STATE)
+            for name, (size, dtype) in held["rooms"].items():
+                path = self.folder / f"{name}.map"
+                if path.stat().st_size != size * dtype.itemsize:
+                    raise _DamageError(f"{path.name} has another size")
+                row = mapped_file(path, size, dtype)
+                for (offset, shape, stride), written in held["parts"].get(name, {}).items():
+                    if _checksum(row.as_strided(shape, stride, offset)) != written:
+                        raise _DamageError(f"{path.name} holds other values")
+            for name, written in held["small"].items():
+                _read(self.folder / f"{name}.pt", written)
+        except (_DamageError, OSError) as error:
+            warnings.warn(
+                f"patchwise: what was computed in {self.folder} is damaged ({error}); the volume "
+                "is computed from the beginning",
+                PocketizeWarning,
+                stacklevel=2,
+            )
+            for path in self.folder.iterdir():
+                if path.name != _LOCK:
+                    path.unlink()
+            return
+        self.state, self._small = held["state"], held["small"]
+        self._rooms, self._parts = held["rooms"], held["parts"]
+        logger.info("going on from %s", self.folder)
 
     def room(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
         """Return a row of entries, with what was written into it before."""
         path = self._maps[name] = self.folder / f"{name}.map"
+        self._rooms[name] = size, dtype
         return mapped_file(path, size, dtype)
+
+    def wrote(self, name: str, part: Tensor) -> None:
+        """Say that a part of a map, a view of it, has been written."""
+        place = part.storage_offset(), tuple(part.shape), part.stride()
+        self._parts.setdefault(name, {})[place] = _checksum(part)
 
     def put(self, name: str, value: Any) -> None:
         """Keep a small result."""
-        _replace(self.folder / f"{name}.pt", value)
+        self._small[name] = _replace(self.folder / f"{name}.pt", value)
 
     def get(self, name: str) -> Any:
         """Return a small result."""
-        return torch.load(self.folder / f"{name}.pt", weights_only=True)
+        return _read(self.folder / f"{name}.pt", self._small[name])
 
     def is_due(self) -> bool:
         """Whether it is time to commit."""
         return time.monotonic() - self._committed >= INTERVAL
 
-    def commit(self, state: dict[str, Any]) -> None:
+    def commit(self, state: dict[str, Any], idle: Iterable[str] = ()) -> None:
         """Note that all that was written until now is good.
 
         Args:
             state: how far the forward is: numbers, texts and tensors in dicts, lists and tuples.
+            idle: maps and small results that nothing reads any more; they are removed.
         """
+        idle = tuple(idle)
+        for name in idle:
+            for table in (self._maps, self._rooms, self._parts, self._small):
+                table.pop(name, None)  # type: ignore[attr-defined]
         for path in self._maps.values():
             _sync(path)
-        _replace(self.folder / _STATE, state)
+        held = {"rooms": self._rooms, "parts": self._parts, "small": self._small}
+        _replace(self.folder / _STATE, {"state": state, **held})
         self.state = state
         self._committed = time.monotonic()
+        for name in idle:
+            for path in (self.folder / f"{name}.map", self.folder / f"{name}.pt"):
+                with contextlib.suppress(PermissionError):  # a mapped file that cannot be removed
+                    path.unlink(missing_ok=True)
 
     def settle(self) -> None:
         """Nothing more is written into the maps that there are."""
         self._maps.clear()
 
-    def drop(self, name: str) -> None:
-        """Remove a map or a small result that nothing reads any more."""
-        self._maps.pop(name, None)
-        for path in (self.folder / f"{name}.map", self.folder / f"{name}.pt"):
-            with contextlib.suppress(PermissionError):  # where a mapped file cannot be removed
-                path.unlink(missing_ok=True)
-
     def finish(self) -> None:
         """Remove the folder; tensors that were read from it stay."""
         self.close()
+        (self.folder / _STATE).unlink(missing_ok=True)  # first: it must not tell of what is gone
         shutil.rmtree(self.folder, ignore_errors=True)  # as far as mapped files can be removed
 
     def close(self) -> None:
@@ -142,6 +196,10 @@ class JournalKeeper(Keeper):
     ) -> tuple[Tensor, Path | None]:
         """Return a row of the journal, with what was written into it before."""
         return self.journal.room(name, size, held), None
+
+    def wrote(self, name: str, part: Tensor) -> None:
+        """Have the journal know what it is to find."""
+        self.journal.wrote(name, part)
 
 
 @contextlib.contextmanager
@@ -206,14 +264,45 @@ def _blocks(tensor: Tensor) -> Iterator[Any]:
         yield raw.numpy()
 
 
-def _replace(path: Path, value: Any) -> None:
-    """Write a file that is there as a whole or not at all."""
+def _checksum(part: Tensor) -> int:
+    made = 0
+    for block in _blocks(part):
+        made = zlib.crc32(block, made)
+    return made
+
+
+def _replace(path: Path, value: Any) -> str:
+    """Write a file that is there as a whole or not at all; return its digest, which is in it."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    content = buffer.getbuffer()
+    told = hashlib.blake2b(content, digest_size=20).hexdigest()
     new = path.with_suffix(".new")
     with new.open("wb") as file:
-        torch.save(value, file)
+        file.write(told.encode())
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+    return told
+
+
+def _read(path: Path, expected: str | None = None) -> Any:
+    """Read what :func:`_replace` wrote.
+
+    Args:
+        path: the file.
+        expected: its digest; None for the one that is in it.
+
+    Raises:
+        _DamageError: it holds anything else.
+    """
+    content = path.read_bytes()
+    told, content = content[:40], content[40:]
+    made = hashlib.blake2b(content, digest_size=20).hexdigest()
+    if made.encode() != told or expected not in (None, made):
+        raise _DamageError(f"{path.name} is not what was written")
+    return torch.load(io.BytesIO(content), weights_only=True)
 
 
 def _sync(path: Path) -> None:

@@ -146,7 +146,9 @@ class Parts:
                 last = is_channels_last(part)
                 kept = self.keeper.room(shape, part.dtype, name=self.name, channels_last=last)
                 self._room = kept.tensor
-            self._room.narrow(self.axis, self.done, size).copy_(part)
+            written = self._room.narrow(self.axis, self.done, size)
+            written.copy_(part)
+            self.keeper.wrote(self.name, written)
         self.done += size
 
     def publish(self, peers: Peers, bounds: Sequence[tuple[int, int]]) -> None:

@@ -16,11 +16,11 @@ from monai.networks.nets import DynUNet
 from torch import Tensor, nn
 
 from pocketize import plan, rewrite
-from pocketize.errors import InputError, OptionError
+from pocketize.errors import InputError, OptionError, PocketizeWarning
 from pocketize.passes import Patchwise
 from pocketize.passes.runtime.tiling import resuming
 from pocketize.passes.runtime.tiling.resumed import ResumableExecution
-from pocketize.passes.runtime.tiling.resuming import Journal, digest
+from pocketize.passes.runtime.tiling.resuming import Journal, _read, digest
 from pocketize.passes.runtime.tiling.stretches import Stretch
 from tests.passes.tiling.nets import SmallUNet, double
 
@@ -230,7 +230,7 @@ def test_a_process_that_was_killed_is_continued_by_another(tmp_path: Path) -> No
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and first.is_alive():
         found = list(tmp_path.glob("*/progress.pt"))
-        if found and (state := torch.load(found[0], weights_only=True))["done"] > 5:
+        if found and (state := _read(found[0])["state"])["done"] > 5:
             break
         time.sleep(0.05)
     assert state is not None
@@ -308,3 +308,91 @@ def test_a_stretch_has_at_least_one_part() -> None:
     assert list(Stretch(5, None, None)) == [0, 1, 2, 3, 4]
     assert [list(Stretch(5, Two(rank), None)) for rank in range(2)] == [[0, 1], [2, 3, 4]]  # type: ignore[arg-type]
     assert [list(Stretch(1, Two(rank), None)) for rank in range(2)] == [[0], [0]]  # type: ignore[arg-type]
+
+
+def _delete(path: Path) -> None:
+    path.unlink()
+
+
+def _shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def _turn_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 4
+    path.write_bytes(content)
+
+
+def _take_anothers(path: Path) -> None:
+    others = [p for p in path.parent.glob(f"*{path.suffix}") if p != path]
+    path.write_bytes((others or [path.parent / "lock"])[0].read_bytes())
+
+
+@pytest.mark.parametrize("harm", [_delete, _shorten, _zero, _turn_a_bit, _take_anothers])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"reduce": "argmax"}, {"mode": "slab"}, {"mode": "window", "overlap": 0.5}],
+    ids=str,
+)
+def test_damaged_files_are_never_trusted(
+    harm: Callable[[Path], None],
+    more: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner = ResumableExecution if "mode" not in more else Stretch
+    name, number = ("_tell", 9) if owner is ResumableExecution else ("note", 2)
+    model, x = NETS["gated"]()
+    if owner is Stretch:
+        model = nn.Sequential(model.unet)
+    made = rewrite(model, _options(tmp_path, **more), inputs=x)
+    tried = 0
+    with torch.inference_mode():
+        expected = _leaves(made(x))
+        for turn in range(12):
+            with monkeypatch.context() as patched:
+                _stop_after(patched, owner, name, number)
+                with pytest.raises(Interrupted):
+                    made(x)
+            (journal,) = tmp_path.iterdir()
+            held = _read(journal / "progress.pt")
+            files = [f"{each}.map" for each in held["rooms"]] + [f"{s}.pt" for s in held["small"]]
+            paths = [journal / each for each in [*sorted(files), "progress.pt"]]
+            if turn >= len(paths):
+                break
+            whole = paths[turn].read_bytes()
+            harm(paths[turn])
+            written = not paths[turn].exists() or paths[turn].read_bytes() != whole
+            if written and not (harm is _delete and paths[turn].name == "progress.pt"):
+                tried += 1
+                with pytest.warns(PocketizeWarning, match=f"in {journal} is damaged .* beginning"):
+                    found = _leaves(made(x))
+            else:
+                found = _leaves(made(x))
+            for ours, theirs in zip(found, expected, strict=True):
+                assert torch.equal(ours, theirs)
+    assert tried
+
+
+def test_what_was_not_noted_yet_may_be_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = NETS["gated"]()
+    made = rewrite(model, _options(tmp_path), inputs=x)
+    with torch.inference_mode():
+        expected = _leaves(made(x))
+        _stop_after(monkeypatch, ResumableExecution, "_tell", 4)
+        with pytest.raises(Interrupted):
+            made(x)
+        (journal,) = tmp_path.iterdir()
+        torch.save("half written", journal / "later.pt")
+        (journal / "later.map").write_bytes(b"half")
+        (journal / "progress.new").write_bytes(b"half")
+        for ours, theirs in zip(_leaves(made(x)), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    assert not list(tmp_path.iterdir())
