@@ -89,3 +89,18 @@ def test_a_class_that_is_exchanged_later_gives_its_forward():
     Forward(model).install()
     model.__class__ = Twice
     assert torch.equal(model(X), 2 * expected)
+
+
+class Named(Tensor):
+    """A subclass such as MONAI's MetaTensor."""
+
+
+@pytest.mark.parametrize("given", PASSES)
+def test_inputs_of_a_class_of_their_own_give_outputs_of_that_class(given: Pass):
+    model, plain = made(given), made(given)
+    out = model(X.as_subclass(Named))
+    assert type(out) is Named
+    out.square().sum().backward()
+    plain(X).square().sum().backward()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(torch.as_tensor(a.grad), torch.as_tensor(b.grad))
