@@ -28,6 +28,7 @@ from pocketize.passes.runtime.tiling.cutting import (
 )
 from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Keeper
+from pocketize.passes.runtime.tiling.left import leave
 from pocketize.passes.runtime.tiling.network import TilingError
 from pocketize.passes.runtime.tiling.peers import Peers
 from pocketize.passes.runtime.tiling.placing import ProgressBar, reduction
@@ -156,6 +157,7 @@ class ExactForward(PatchForward):
             outputs=outputs,
             model=self.module,
         )
+        leave(self.module, recording.left)
         return recording.outputs(made, inputs)
 
     def _run(self, prepared: Prepared, inputs: Inputs) -> Any:
@@ -182,6 +184,7 @@ class ExactForward(PatchForward):
                     bar.close()
             if finish is not None:
                 made = {node: _finished(node, tensor, finish) for node, tensor in made.items()}
+        leave(self.module, recording.left)
         return recording.outputs(made, inputs)
 
     def _execution(

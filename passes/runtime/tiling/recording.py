@@ -16,7 +16,7 @@ __all__ = [
     "tensors_by_name",
 ]
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,14 @@ from pocketize.passes.runtime.forwards import first_parameter, wrapping
 from pocketize.passes.runtime.nests import map_tensors
 from pocketize.passes.runtime.tiling.cutting import PatchForward
 from pocketize.passes.runtime.tiling.gradients import check_gradients
+from pocketize.passes.runtime.tiling.left import (
+    Left,
+    NotComputed,
+    check_state,
+    is_simple,
+    is_table,
+    state_of,
+)
 from pocketize.passes.runtime.tiling.memory import Memory, written_by
 from pocketize.passes.runtime.tiling.network import TilingError
 from pocketize.passes.runtime.tiling.running import stop_tracking
@@ -47,9 +55,6 @@ from pocketize.passes.runtime.tiling.simplifying import simplify
 from pocketize.rules import bind, operator_name
 
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
-_SIMPLE = (bool, int, float, complex, str, bytes, type(None))
-#: What torch or the recorder writes into a module without changing what it computes.
-_OWN = {"training", "forward", "_is_full_backward_hook"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
@@ -63,7 +68,7 @@ class Recording:
         template: what the forward returned, with fake tensors.
         nodes: the node of each fake tensor in the template, by identity.
         tensors: fake parameters and buffers by name, as the recorded copy has them.
-        stale: attributes in which the forward leaves a tensor for later; running the operators
+        left: attributes in which the forward leaves a tensor for later; running the operators
             leaves none.
     """
 
@@ -71,7 +76,7 @@ class Recording:
     template: Any
     nodes: dict[int, fx.Node]
     tensors: dict[str, Tensor]
-    stale: tuple[str, ...] = ()
+    left: tuple[Left, ...] = ()
 
     def placeholders(self, inputs: Inputs) -> dict[fx.Node, Tensor]:
         """Return the tensors of a call by the placeholder that each stands for."""
@@ -132,7 +137,7 @@ def record_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) 
             module.training = False
         if training:
             stop_tracking(copy)
-        before = _state(copy)
+        before = state_of(copy)
         first = first_parameter(copy)
         fakes = inputs.map(mode.from_tensor)
         if first is not None:  # a volume may wait in host memory, and a model be on the device
@@ -143,10 +148,10 @@ def record_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) 
         try:
             with mode:
                 captured = record(copy, fakes, train=None if training else False)
-                output, after = returned.value, _state(copy)
+                output, after = returned.value, state_of(copy)
                 if after != before:  # by a flag that it sets once, and that changes nothing?
                     again = record(copy, fakes, train=None if training else False)
-                    if _state(copy) == after and str(again.graph) == str(captured.graph):
+                    if state_of(copy) == after and str(again.graph) == str(captured.graph):
                         before = after
         except CaptureError as error:
             if isinstance(error.__cause__, _DATA_DEPENDENT):
@@ -157,11 +162,11 @@ def record_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) 
             raise
         finally:
             torch.set_autocast_cache_enabled(cached)
-        stale = _check_state(before, after)
+        left = check_state(copy, before, after)
         if training:
             with mode, quiet_recording(copy):
                 check_gradients(copy, fakes)
-        return replace(_finished(copy, captured, output), stale=stale)
+        return replace(_finished(copy, captured, output), left=left)
 
 
 def _uncover(copy: nn.Module) -> None:
@@ -229,7 +234,7 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
         held = {
             name: _Is(value) if name == "forward" else described(value)
             for name, value in vars(module).items()
-            if not _is_table(name)
+            if not is_table(name)
         }
         parts.append((path, type(module), tuple(held.items())))
     places: dict[int, int] = {}
@@ -265,9 +270,9 @@ class _Is:
 
 def described(value: Any, depth: int = 4) -> Any:
     """Return something that compares equal while a forward may take a value for the same."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | NotComputed):
         return Tensor  # told apart elsewhere
-    if _simple(value):
+    if is_simple(value):
         return type(value), value
     if isinstance(value, np.ndarray):
         return value.shape, value.dtype, value.tobytes()
@@ -279,19 +284,6 @@ def described(value: Any, depth: int = 4) -> Any:
     if isinstance(value, set | frozenset):
         return type(value), frozenset(described(item, depth - 1) for item in value)
     return _Is(value), described(dict(getattr(value, "__dict__", {})), depth - 1)
-
-
-def _is_table(name: str) -> bool:
-    """Whether an attribute is one of the tables of a module, told by other means."""
-    return name in ("_parameters", "_buffers", "_modules") or name.endswith(
-        ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
-    )
-
-
-def _simple(value: Any) -> bool:
-    return isinstance(value, _SIMPLE) or (
-        isinstance(value, tuple) and all(_simple(item) for item in value)
-    )
 
 
 def check_hooks(model: nn.Module, *, training: bool = False) -> None:
@@ -343,61 +335,3 @@ def _written(node: fx.Node) -> list[fx.Node]:
     updates = bound["training"] if name == "batch_norm" else bound["use_input_stats"]
     running = [bound["running_mean"], bound["running_var"]]
     return [each for each in running if isinstance(each, fx.Node)] if updates else []
-
-
-def _state(model: nn.Module) -> dict[str, Any]:
-    return dict(_walk(model))
-
-
-def _walk(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    for path, module in model.named_modules():
-        held = {**vars(module), **module._buffers, **module._parameters}
-        for name, value in held.items():
-            if name in _OWN or _is_table(name):
-                continue
-            where = f"{path}.{name}" if path else name
-            if isinstance(value, list | tuple | set):
-                yield where, [_token(item) for item in value]
-            elif isinstance(value, dict):
-                yield where, {key: _token(item) for key, item in value.items()}
-            else:
-                yield where, _token(value)
-
-
-@dataclass(frozen=True)
-class _Token:
-    """Stands for a value whose class and identity are all that is compared."""
-
-    identity: int
-    is_tensor: bool
-
-
-def _token(value: Any) -> Any:
-    return value if _simple(value) else _Token(id(value), isinstance(value, Tensor))
-
-
-def _check_state(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
-    """Refuse a forward that changes attributes; return those that it leaves tensors in."""
-    stale = []
-    for name in {**before, **after}:
-        old, new = before.get(name), after.get(name)
-        if name not in before or not _same(old, new):
-            if not all(isinstance(v, _Token) and v.is_tensor for v in _changed(old, new)):
-                raise TilingError(
-                    f"its forward changes the attribute {name}, which a forward by tiles would not"
-                )
-            stale.append(name)
-    return tuple(stale)
-
-
-def _changed(old: Any, new: Any) -> list[Any]:
-    """Return the new values in a container, or the one value, that are not the old ones."""
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [b for a, b in zip(old, new, strict=True) if a != b]
-    if isinstance(old, dict) and isinstance(new, dict) and old.keys() <= new.keys():
-        return [value for key, value in new.items() if old.get(key) != value]
-    return [new]
-
-
-def _same(a: Any, b: Any) -> bool:
-    return bool(a == b) or bool(a != a and b != b)

@@ -52,10 +52,11 @@ def told(prepared: Prepared, inputs: Inputs, tiling: Tiling) -> tuple[str, ...]:
     ]
     notes += _besides(tiling)
     notes += _handled(program)
-    if recording.stale:
+    if recording.left:
+        names = dict.fromkeys(name for name, _ in recording.left)
         notes.append(
-            f"after a forward by tiles {', '.join(recording.stale[:3])} holds what the last whole "
-            "one left there"
+            f"a forward by tiles leaves no tensor in {', '.join(list(names)[:3])}, and using what "
+            "stands there raises an error"
         )
     return tuple(notes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -174,3 +175,58 @@ def test_tensors_hidden_in_an_object_are_refused() -> None:
     tiled = _tiled(Takes().double(), x)
     with pytest.raises(ExecutionError, match="argument of type Holder holds tensors"):
         tiled(x, Holder(x))
+
+
+class Leaves(nn.Module):
+    """Keeps a tensor of each forward in an attribute, and one in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1)
+        self.middle: Any = None
+        self.heads: list[Any] = [torch.zeros(1)] * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.middle = self.first(x)
+        self.heads[1] = self.middle.mean()
+        made: Tensor = self.last(self.middle)
+        return made
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_what_a_forward_leaves_in_attributes_is_not_that_of_an_earlier_one(train: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Leaves().double().train(train), double(1, 1, 12, 13)
+    model(x * 2)
+    tiled: Any = _tiled(model, x)
+    tiled(x)  # whole in evaluation mode, if there were no gradients by tiles
+    for use in (lambda t: t + 1, lambda t: 1 - t, torch.sum, lambda t: t.square(), lambda t: t[0]):
+        for left in (tiled.middle, tiled.heads[1]):
+            with pytest.raises(ExecutionError, match=r"^patchwise: the forward leaves a tensor in"):
+                use(left)
+    assert torch.equal(tiled.heads[0], torch.zeros_like(tiled.heads[0]))
+    copied = copy.deepcopy(tiled)
+    assert torch.allclose(copied(x), model(x))
+    with torch.no_grad():
+        tiled.train()(x)
+    assert torch.is_tensor(tiled.middle)
+
+
+def test_a_forward_that_reads_what_the_last_one_left_is_refused() -> None:
+    class Recurrent(Leaves):
+        def __init__(self, held: str) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4, 1, 1))
+            self.plain, self.held = torch.zeros(4, 1, 1), held
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            setattr(
+                self, self.held, getattr(self, self.held) * 0.9 + x.mean((0, 2, 3))[:, None, None]
+            )
+            made: Tensor = self.last(x - getattr(self, self.held))
+            return made
+
+    for held, words in (("plain", "reads a tensor that is no input"), ("mean", "attribute mean")):
+        made = plan(Recurrent(held), Patchwise(size=5), inputs="1x1x12x12")
+        assert words in made.passes[-1].refused[0].why
