@@ -68,7 +68,8 @@ class Run:
         self._arguments = _copied(self._given, self._save, {})
         self._names = {id(t): f"parameter {name!r}" for name, t in module.named_parameters()}
         self._names |= {id(t): f"buffer {name!r}" for name, t in module.named_buffers()}
-        self._copies = {id(b): b.detach().clone() for b in module.buffers()}
+        buffers = [b for m in module.modules() for b in m._buffers.values() if b is not None]
+        self._copies = {id(b): b.detach().clone() for b in buffers}  # whatever buffers() answers
         memo: dict[int, tuple[Any, Any]] = {}
         self._states = [(m, _copied(_state(m), self._hold, memo)) for m in module.modules()]
         self._settings = _settings()

@@ -85,6 +85,18 @@ def loss(model: nn.Module, scale: float = 1.0) -> Tensor:
     return model(X * scale).square().mean()
 
 
+def test_statistics_are_updated_once_also_where_a_class_lists_no_buffers():
+    class Silent(nn.Sequential):
+        def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+            return iter(())
+
+    part = Silent(*normed())
+    _, made = pair(part)
+    before = made.part[1].num_batches_tracked.item()
+    loss(made).backward()
+    assert made.part[1].num_batches_tracked.item() == before + 1
+
+
 def test_counters_lists_and_lazily_built_tables_are_updated_once():
     def use(model: Any) -> Any:
         for step in range(3):
