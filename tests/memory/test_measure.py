@@ -218,7 +218,7 @@ class TestUnusualModels:
         assert profile.parameters == 64 + 8 + 8
         assert profile.categories["parameters"] == profile.weight_bytes == 4 * 80
 
-    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:.*torch.jit")
     def test_scripted_inference(self) -> None:
         net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
         scripted = torch.jit.script(net)

@@ -362,7 +362,8 @@ class Checkpointed(Plain):
 def scripted(module: nn.Module) -> nn.Module:
     """Newer versions of torch deprecate TorchScript; people's models still hold it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        # a DeprecationWarning, and from torch 2.14 on a FutureWarning
+        warnings.filterwarnings("ignore", ".*torch.jit")
         return torch.jit.script(module)  # type: ignore[no-any-return]
 
 

@@ -184,7 +184,7 @@ def test_runs_without_gradients_and_trains_afterwards(context: Any):
         (lambda m: torch.jit.script(m), "TorchScript"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_models_that_it_cannot_help_are_refused_with_the_reason(convert: Any, why: str):
     model = convert(net().eval())
     with pytest.warns(NoEffectWarning, match=f"amp changed nothing.*{why}"):
@@ -217,7 +217,7 @@ def test_a_model_that_does_not_run_under_autocast_is_refused_with_what_it_raised
         rewrite(TwoInputs(), Amp(), inputs=X)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_a_part_that_is_torchscript_runs_under_autocast_too():
     model = net().eval()
     model[0] = torch.jit.script(model[0])

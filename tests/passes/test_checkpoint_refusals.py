@@ -122,7 +122,7 @@ def test_without_such_a_reason_the_same_block_is_taken():
     assert checkpointed(made) == ["part"]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 @pytest.mark.parametrize(
     ("convert", "why"), [(fx.symbolic_trace, "GraphModule"), (torch.jit.script, "TorchScript")]
 )

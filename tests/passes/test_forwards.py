@@ -45,7 +45,7 @@ def test_a_rewritten_network_can_be_exported(given: Pass):
     torch.testing.assert_close(program.module()(X), model(X))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 @pytest.mark.parametrize("given", PASSES)
 def test_a_rewritten_network_can_be_traced(given: Pass):
     model = made(given).eval().requires_grad_(False)

@@ -136,7 +136,7 @@ def test_a_block_can_be_copied_pickled_and_scripted(kind: str) -> None:
         assert type(twin) is type(block)
         assert torch.equal(twin(x), block(x))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as such
+        warnings.simplefilter("ignore")  # torch deprecates TorchScript
         scripted = torch.jit.script(block)
     assert torch.equal(scripted(x), block(x))
 

@@ -354,7 +354,7 @@ def test_the_model_itself_and_scripted_parts_stay() -> None:
     conv = nn.Conv2d(16, 16, 3)
     assert "wrap it in nn.Sequential" in refusals(conv, Separable())[""]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as such
+        warnings.simplefilter("ignore")  # torch deprecates TorchScript
         traced = torch.jit.trace(nn.Sequential(conv), torch.rand(1, 16, 8, 8))
     why = refusals(nn.Sequential(traced), Separable())
     assert "TorchScript" in why["0.0"]

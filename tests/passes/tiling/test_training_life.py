@@ -18,7 +18,7 @@ from pocketize.passes import Patchwise
 from tests.passes.tiling.nets import double
 
 #: What torch itself imports for its dual tensors is deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 
 Act = Callable[[nn.Module, Tensor], Any]
 
