@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pocketize._torch import FakeTensorMode
 from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.capture import quiet_recording
 from pocketize.clone import clone, fake_clone

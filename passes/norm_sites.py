@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
+from pocketize._torch import BatchNorm, InstanceNorm, schema_of, storage_key
 from pocketize.capture import Captured
 from pocketize.passes.runtime.forwards import obstacle
 from pocketize.passes.runtime.inplace_activations import Activation
@@ -164,7 +163,7 @@ class _Reader:
         if isinstance(module, NormInPlace):
             return "already in place"
         if norm_kind(module) is None:
-            if isinstance(module, _BatchNorm | _InstanceNorm | nn.GroupNorm):
+            if isinstance(module, (BatchNorm, InstanceNorm, nn.GroupNorm)):
                 return f"{type(module).__name__} has a forward of its own"
             return f"the forward of {type(module).__name__} calls {_operator(nodes[0])} itself"
         if len(nodes) > 1:
@@ -333,12 +332,12 @@ def _bytes(node: fx.Node) -> int:
 
 def _storages(node: fx.Node) -> set[int]:
     value = node.meta.get("val")
-    return {value.untyped_storage()._cdata} if isinstance(value, Tensor) else set()
+    return {storage_key(value)} if isinstance(value, Tensor) else set()
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:
     """Nodes of the tensors that an operator writes into."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None:
         return
     for index, argument in enumerate(schema.arguments):

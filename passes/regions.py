@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from pocketize._torch import TorchDispatchMode, schema_of, storage_key
 from pocketize.capture import find_tensors, quiet_recording
 from pocketize.errors import RewriteError
 from pocketize.inputs import Inputs
@@ -255,7 +255,7 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.detach.default:
             return out  # another name, also in keep()
         made = find_tensors(out)
-        count = flop_registry.get(getattr(func, "_overloadpacket", None))
+        count = flop_registry.get(getattr(func, "overloadpacket", None))
         work = count(*args, **kwargs, out_val=out) if count else sum(t.numel() for t in made)
         self.work += work
         written = {_key(tensor) for tensor in _written(func, args, kwargs)}
@@ -292,11 +292,11 @@ def _numpy_state() -> tuple[Any, int]:
 
 
 def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return storage_key(tensor)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    schema = getattr(func, "_schema", None)
+    schema = schema_of(func)
     for position, argument in enumerate(schema.arguments if schema is not None else ()):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = args[position] if position < len(args) else kwargs.get(argument.name)

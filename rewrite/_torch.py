@@ -1,33 +1,118 @@
 """The only file that touches private torch.
 
-What has no public name in torch is reached through a function here. Each looks its name up when it
-is called, so that a release of torch that drops one costs what needs it and not the import, and
-each either has a fallback or raises an :class:`~pocketize.errors.ExecutionError` that names the
-version of torch. ``tests/test_private_torch.py`` tries every function, and holds that no other file
-touches a private name.
+What has no public name in torch is reached through this file. A name is looked up when it is asked
+for, so that a release of torch that drops it costs what needs it and nothing else. Each has a
+fallback, or raises an :class:`~pocketize.errors.ExecutionError` that names the version of torch.
+``tests/test_private_torch.py`` tries every one, and holds that no other file touches a private
+name.
 """
 
 from __future__ import annotations
 
+# fmt: off
 __all__ = [
-    "global_forward_hooks",
-    "in_autograd_function",
-    "innermost_saving",
-    "keeps_graph",
-    "real_tensors",
-    "storage_key",
-    "transforms_active",
-    "version_of",
+    "BatchNorm", "ConvNd", "ConvTransposeNd", "DataDependentOutputException",
+    "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode", "InstanceNorm", "NormBase",
+    "OpOverload", "TorchDispatchMode", "activations_of_torch", "autograd_function_of",
+    "backward_runs", "check_norm_input", "dispatch_modes", "fake_tensor_logger",
+    "global_forward_hooks", "has_kernel", "has_tensor_hooks", "holders", "import_compiler",
+    "in_autograd_function", "in_checkpoint", "innermost_saving", "is_view", "keep_version",
+    "keeps_graph", "next_sequence_number", "pytree", "release", "run_parts", "running_node",
+    "same_convolution", "schema_of", "sparse_parts", "storage_key", "swap_tensors",
+    "takes_what_is_saved", "transforms_active", "unbatched_dim", "user_frames", "version_of",
+    "without_dispatch_modes",
 ]
+# fmt: on
 
-import contextlib
-from collections.abc import Callable
-from typing import Any
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
+
+from pocketize.errors import ExecutionError
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensor,
+        FakeTensorMode,
+    )
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+    from torch.nn.modules.batchnorm import _NormBase as NormBase
+    from torch.nn.modules.conv import _ConvNd as ConvNd
+    from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
+    from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
+    from torch.utils import _pytree as pytree
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+_FAKE, _MODES = "torch._subclasses.fake_tensor", "torch.utils._python_dispatch"
+_NORM, _NORMS = "torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm"
+_CONVS = "torch.nn.modules.conv"
+#: Classes and modules that are private, or in private modules, and where torch has them.
+_PLACES = {
+    "DataDependentOutputException": _FAKE,
+    "DynamicOutputShapeException": _FAKE,
+    "FakeTensor": _FAKE,
+    "FakeTensorMode": _FAKE,
+    "OpOverload": "torch._ops",
+    "TorchDispatchMode": _MODES,
+    "pytree": "torch.utils",
+}
+#: Private bases, where torch has them, and their public subclasses for where it has not.
+_BASES: dict[str, tuple[str, tuple[type[nn.Module], ...]]] = {
+    "BatchNorm": (_NORM, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)),
+    "ConvTransposeNd": (_CONVS, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
+    "InstanceNorm": (_NORMS, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)),
+}
+_BASES["NormBase"] = _NORM, _BASES["BatchNorm"][1] + _BASES["InstanceNorm"][1]
+_BASES["ConvNd"] = _CONVS, (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_BASES["ConvTransposeNd"][1])
+_CHECKPOINT = "torch.utils.checkpoint"
+_FOLDER = os.path.dirname(torch.__file__) + os.sep
+
+
+def __getattr__(name: str) -> Any:
+    if name in _BASES:
+        module, classes = _BASES[name]
+        return getattr(importlib.import_module(module), f"_{name}", classes)
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _find(f"{_PLACES[name]}.{'_' if name == 'pytree' else ''}{name}")
+
+
+def _find(path: str) -> Any:
+    """Return what torch has at a dotted path, or raise an ExecutionError."""
+    module, _, name = path.rpartition(".")
+    try:
+        owner = importlib.import_module(module)
+        return getattr(owner, name) if hasattr(owner, name) else importlib.import_module(path)
+    except ImportError as error:
+        raise _missing(path) from error
+
+
+def _missing(name: str) -> ExecutionError:
+    return ExecutionError(
+        f"torch {torch.__version__} has no {name}, which pocketize needs here. Use a version of "
+        "torch that the README lists as tested"
+    )
+
+
+def _of(owner: Any, name: str, title: str) -> Any:
+    """Return a private attribute of something of torch's, or raise an ExecutionError."""
+    found = getattr(owner, name, None)
+    if found is None:
+        raise _missing(f"{title}.{name}")
+    return found
 
 
 def version_of(tensor: Tensor) -> int:
@@ -35,16 +120,143 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else int(tensor._version)
 
 
-def innermost_saving() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-    """Return the hooks on saved tensors that hold now; ``None`` if there are none to be seen."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top(False) if top else None
+def keep_version(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which writing into a tensor does not count as a write."""
+    found: AbstractContextManager[Any] = _find(
+        "torch.autograd.grad_mode._unsafe_preserve_version_counter"
+    )(tensor)
+    return found
 
 
 def storage_key(memory: Tensor | torch.UntypedStorage) -> int:
     """Return a number that tells a storage from all others that are alive."""
     storage = memory.untyped_storage() if isinstance(memory, Tensor) else memory
-    return int(storage._cdata)
+    return int(_of(storage, "_cdata", "UntypedStorage"))
+
+
+def release(storage: torch.UntypedStorage) -> None:
+    """Give the memory of a storage back while tensors still stand on it."""
+    storage.resize_(0)
+
+
+def swap_tensors(one: Tensor, other: Tensor) -> None:
+    """Exchange what two tensor objects are, for everybody who holds them."""
+    torch.utils.swap_tensors(one, other)  # type: ignore[no-untyped-call]
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd takes a tensor for a view of another one."""
+    return bool(_of(tensor, "_is_view", "Tensor")())
+
+
+def has_tensor_hooks(tensor: Tensor) -> bool:
+    """Whether hooks wait for the gradient of a tensor; where torch does not tell, yes."""
+    return bool(getattr(tensor, "_backward_hooks", True))
+
+
+def holders(tensor: Tensor) -> tuple[int, int]:
+    """Return how many references C++ has to a tensor, and how many its storage has."""
+    count = _find("torch._C._storage_Use_Count")
+    of_tensor = _of(tensor, "_use_count", "Tensor")()
+    return int(of_tensor), int(count(storage_key(tensor)))
+
+
+def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return indices and values of a sparse COO tensor, which need not be coalesced."""
+    return _of(tensor, "_indices", "Tensor")(), _of(tensor, "_values", "Tensor")()
+
+
+# Operators and the modes that watch them
+
+
+def schema_of(function: Any) -> Any:
+    """Return the schema of an operator; None for what is none."""
+    return getattr(function, "_schema", None)
+
+
+def has_kernel(operator: str, key: str) -> bool | None:
+    """Whether an operator has a kernel of its own for a dispatch key; None if it is unknown.
+
+    Args:
+        operator: its name, ``"aten::add.Tensor"``.
+        key: ``"CPU"``, ``"CompositeImplicitAutograd"``, ...
+    """
+    if not _find("torch._C._dispatch_has_kernel")(operator):
+        return None
+    return bool(_find("torch._C._dispatch_has_kernel_for_dispatch_key")(operator, key))
+
+
+def run_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a composite operator as the operators that it is made of.
+
+    By its kernel, as the dispatcher would: ``func.decompose`` may prefer a decomposition written in
+    Python for the compiler, which makes many more tensors. It is what there is where torch has no
+    way to the kernel.
+    """
+    key = getattr(getattr(torch._C, "DispatchKey", None), "CompositeImplicitAutograd", None)
+    kernel = getattr(func, "_op_dk", None)
+    if key is None or kernel is None:
+        return func.decompose(*args, **kwargs)
+    return kernel(key, *args, **kwargs)
+
+
+def without_dispatch_modes() -> AbstractContextManager[Any]:
+    """Return a context in which no dispatch mode watches."""
+    found: AbstractContextManager[Any] = _find(f"{_MODES}._disable_current_modes")()
+    return found
+
+
+def dispatch_modes() -> list[Any]:
+    """Return the dispatch modes that watch now, the innermost last."""
+    return list(_find(f"{_MODES}._get_current_dispatch_mode_stack")())
+
+
+def import_compiler() -> None:
+    """Import what torch imports of its compiler when the first dispatch mode is entered."""
+    importlib.import_module("torch._dynamo")
+
+
+def fake_tensor_logger() -> logging.Logger:
+    """Return the logger to which torch tells operators that fail on tensors without memory."""
+    return logging.getLogger(_FAKE)
+
+
+def activations_of_torch(name: str) -> tuple[Any, ...]:
+    """Return the builtin functions behind ``F.<name>`` and ``F.<name>_``, as far as there are."""
+    builtin = getattr(torch._C, "_nn", None)
+    found = (getattr(builtin, each, None) for each in (name, f"{name}_"))
+    return tuple(function for function in found if function is not None)
+
+
+# Layers
+
+
+def check_norm_input(norm: nn.Module, input: Tensor) -> None:
+    """Let a batch or instance norm raise its own error for an input that does not fit it."""
+    for name in ("_check_input_dim", "_check_non_zero_input_channels"):
+        check = getattr(norm, name, None)
+        if check is not None:  # where it has none, its function fails in its own words
+            check(input)
+
+
+def same_convolution(kind: type[nn.Module], stock: type[nn.Module]) -> bool:
+    """Whether a convolution's class computes what one of torch's does."""
+    inner = {getattr(each, "_conv_forward", None) for each in (kind, stock)}
+    return kind.forward is stock.forward and len(inner) == 1
+
+
+def unbatched_dim(norm: nn.Module) -> int:
+    """Return how many axes an input has that an instance norm takes for a single sample."""
+    return int(_of(norm, "_get_no_batch_dim", type(norm).__name__)())
+
+
+def global_forward_hooks() -> list[Any]:
+    """Return the forward hooks that were registered for all modules."""
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks")
+    return [hook for name in names for hook in getattr(modules, name, {}).values()]
+
+
+# Autograd
 
 
 def transforms_active() -> bool:
@@ -63,6 +275,12 @@ def in_autograd_function() -> bool:
     return enabled is not None and not enabled() and not torch.is_inference_mode_enabled()
 
 
+def autograd_function_of(node: Any) -> type[Any] | None:
+    """Return the ``torch.autograd.Function`` whose backward a node of the graph is, if any."""
+    found: type[Any] | None = getattr(node, "_forward_cls", None)
+    return found
+
+
 def keeps_graph() -> bool:
     """Whether the backward pass that runs now keeps its graph (``retain_graph=True``).
 
@@ -73,14 +291,91 @@ def keeps_graph() -> bool:
     return bool(keeps and keeps())
 
 
-def real_tensors() -> contextlib.AbstractContextManager[object]:
-    """Within it no dispatch mode is on, so that tensors that are made there have values."""
-    module = getattr(torch.utils, "_python_dispatch", None)
-    disable = getattr(module, "_disable_current_modes", None)
-    return contextlib.nullcontext() if disable is None else disable()
+def next_sequence_number() -> int:
+    """Return the number that the next node of the graph gets in this thread."""
+    return int(_find("torch._C._autograd._get_sequence_nr")())
 
 
-def global_forward_hooks() -> list[Any]:
-    """Return the forward hooks that were registered for all modules."""
-    names = ("_global_forward_hooks", "_global_forward_pre_hooks")
-    return [hook for name in names for hook in getattr(modules, name, {}).values()]
+def running_node() -> int | Tensor | None:
+    """Return the number of the node that a backward pass runs now; None outside of one.
+
+    The node that adds to the gradient of a leaf has no number: the leaf is returned instead.
+    """
+    node: Any = _find("torch._C._current_autograd_node")()
+    if node is None:
+        return None
+    variable: Tensor | None = getattr(node, "variable", None)
+    if variable is not None:
+        return variable
+    return int(_of(node, "_sequence_nr", "Node")())
+
+
+def backward_runs(level: int) -> bool:
+    """Whether autograd called the function ``level`` frames up, and no Python code of a user."""
+    frame: FrameType | None = sys._getframe(level + 1)
+    while frame is not None and _wraps(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
+
+
+def _wraps(file: str) -> bool:
+    """Tell whether a file wraps what torch calls back, to keep the compiler out of it."""
+    inside = file.removeprefix(_FOLDER).replace(os.sep, "/")
+    return inside.startswith(("_compile.py", "utils/_python_dispatch.py", "_dynamo/"))
+
+
+def in_checkpoint() -> bool:
+    """Whether a non-reentrant checkpoint takes what autograd saves now."""
+    known, hooks = _saving_hooks(ignore_tracing=True)
+    if known:
+        return hooks is not None and getattr(hooks[0], "__module__", "") == _CHECKPOINT
+    return _on_stack(None)
+
+
+def takes_what_is_saved(pack: Any, code: CodeType) -> bool:
+    """Whether autograd gives what it saves now to a function, not to a checkpoint inside of it.
+
+    Args:
+        pack: the function, of ``torch.autograd.graph.saved_tensors_hooks``.
+        code: what entered the hooks; a checkpoint around it does not count.
+    """
+    known, hooks = _saving_hooks(ignore_tracing=False)
+    if known:
+        return hooks is not None and hooks[0] is pack
+    return not _on_stack(code)
+
+
+def innermost_saving() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """Return the hooks on saved tensors that hold now; ``None`` if there are none to be seen."""
+    return _saving_hooks(ignore_tracing=False)[1]
+
+
+def _saving_hooks(*, ignore_tracing: bool) -> tuple[bool, tuple[Any, Any] | None]:
+    """Return whether torch tells which hooks take what is saved now, and these hooks."""
+    top: Callable[[bool], Any] | None = getattr(
+        getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None
+    )
+    return (False, None) if top is None else (True, top(ignore_tracing) or None)
+
+
+def _on_stack(until: CodeType | None) -> bool:
+    """Look for a checkpoint among the callers: before torch 2.8 nobody can ask for the hooks."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code is not until:
+        if frame.f_globals.get("__name__") == _CHECKPOINT:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def user_frames(level: int = 0) -> Iterator[FrameType]:
+    """Yield the callers' frames that are not torch's own, from inside out.
+
+    Args:
+        level: how many callers to leave out.
+    """
+    frame: FrameType | None = sys._getframe(level + 1)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith((_FOLDER, "<")):
+            yield frame
+        frame = frame.f_back

@@ -31,7 +31,6 @@ __all__ = [
 
 import contextlib
 import dataclasses
-import logging
 import operator
 import os
 import random
@@ -44,16 +43,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import (
+
+from pocketize._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    TorchDispatchMode,
+    fake_tensor_logger,
+    pytree,
+    user_frames,
 )
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from pocketize.clone import clone, fake_clone, quiet_hooks
 from pocketize.constants import Constants
 from pocketize.errors import CaptureError, InputError
@@ -70,7 +70,6 @@ from pocketize.methods import check_methods, set_mode
 #: What recordings draw random numbers from; a seed that nobody else would set.
 _SEED = 0x706F636B6574
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
-_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -341,7 +340,7 @@ def quiet_recording(model: nn.Module) -> Iterator[None]:
     devices = cuda and torch.cuda.get_rng_state_all()
     fastpath = torch.backends.mha.get_fastpath_enabled()
     # A shape that does not fit is an answer here; torch logs it as an error with its traceback.
-    fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
+    fake_logger = fake_tensor_logger()
     disabled, fake_logger.disabled = fake_logger.disabled, True
     torch.backends.mha.set_fastpath_enabled(False)
     random.seed(0)
@@ -368,7 +367,7 @@ def _alone(model: nn.Module) -> Iterator[None]:
     layers = [m for m in layers if type(m).forward is nn.SyncBatchNorm.forward]
     layers = [m for m in layers if "forward" not in vars(m)]
     for layer in layers:
-        vars(layer)["forward"] = types.MethodType(_BatchNorm.forward, layer)
+        vars(layer)["forward"] = types.MethodType(nn.BatchNorm1d.forward, layer)
     try:
         yield
     finally:
@@ -377,13 +376,10 @@ def _alone(model: nn.Module) -> Iterator[None]:
 
 
 def _source() -> str:
-    frame = sys._getframe(3)  # what called the operator
-    while frame.f_back is not None and frame.f_code is not Inputs.call.__code__:
-        file = frame.f_code.co_filename
-        if not file.startswith((_TORCH, "<")):
-            return f"{os.path.basename(file)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""  # nobody's forward is in between: a graph was run
+    frame = next(user_frames(3), None)  # what called the operator
+    if frame is None or frame.f_code is Inputs.call.__code__:
+        return ""  # nobody's forward is in between: a graph was run
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
 def _brief(error: Exception) -> str:

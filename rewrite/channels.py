@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
 
+from pocketize._torch import ConvNd
 from pocketize.capture import Captured, Studio, settle_inputs
 from pocketize.errors import CaptureError
 from pocketize.groups import ChannelGroup, ChannelGroups, Member
@@ -119,7 +119,7 @@ class Analysis:
         """Names of tensors whose axes from the third on are kernel axes."""
         kernels: set[str] = set()
         for path, module in self.model.named_modules():
-            if isinstance(module, _ConvNd):
+            if isinstance(module, ConvNd):
                 rank = len(module.kernel_size) + 2
                 kernels |= {
                     f"{path}.{name}" if path else name

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from pocketize._torch import FakeTensorMode
 from pocketize.errors import CaptureError
 
 #: What ``deepcopy`` does not look into.

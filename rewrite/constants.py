@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
-from pocketize._torch import real_tensors, storage_key
+from pocketize._torch import FakeTensor, pytree, schema_of, storage_key, without_dispatch_modes
 from pocketize.rules import bind, operator_name
 
 #: What factories fill a tensor with; random numbers and memory that holds anything count as equal.
@@ -63,7 +61,7 @@ class Constants:
         value = self.value(node)
         if value is None or value.numel() != 1:
             return None
-        with real_tensors():
+        with without_dispatch_modes():
             return value.item()
 
     def value(self, node: fx.Node, reader: fx.Node | None = None) -> Tensor | None:
@@ -75,7 +73,7 @@ class Constants:
         """
         family = self._family(node)
         stop = len(self._order) if reader is None else self._order[reader]
-        with real_tensors(), torch.no_grad():
+        with without_dispatch_modes(), torch.no_grad():
             try:
                 return self._run(family, stop)[node]  # type: ignore[no-any-return]
             except Exception:  # whatever a foreign operator may raise on real tensors
@@ -192,7 +190,7 @@ def _sources(node: fx.Node) -> list[fx.Node]:
 
 def _writes(node: fx.Node) -> list[str]:
     """Return the arguments that an operator writes into."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     found = schema.arguments if schema is not None else ()
     return [a.name for a in found if a.alias_info is not None and a.alias_info.is_write]
 
@@ -227,7 +225,7 @@ def _compute(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if _draws(node):
         return _draw(node, [values[n] for n in _sources(node)])
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-    if any(a.name == "device" for a in node.target._schema.arguments):  # type: ignore[union-attr]
+    if any(a.name == "device" for a in schema_of(node.target).arguments):
         kwargs = {**kwargs, "device": "cpu"}
     return node.target(*args, **kwargs)  # type: ignore[operator]
 

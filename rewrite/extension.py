@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from pocketize._torch import FakeTensor, FakeTensorMode
 from pocketize.capture import Captured, record
 from pocketize.clone import clone, fake_clone
 from pocketize.edits import Extend

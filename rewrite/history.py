@@ -7,8 +7,8 @@ __all__ = ["history", "rehearse", "remember", "replay"]
 from collections.abc import Callable, Sequence
 
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pocketize._torch import FakeTensorMode
 from pocketize.clone import fake_clone
 from pocketize.edits import Convert, Edit, Redraw, edit_from_json
 from pocketize.errors import ArtifactError, OptionError, RegistryError

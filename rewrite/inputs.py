@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from pocketize._torch import pytree
 from pocketize.errors import InputError
 
 _SHAPE = re.compile(r"(\d+(?:x\d+)*)(?::([a-z]+\d*))?")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from pocketize._torch import schema_of
 from pocketize.edits import SetArgument
 from pocketize.errors import RewriteError
 from pocketize.rules import bind
@@ -51,5 +52,5 @@ def set_argument(module: fx.GraphModule, edit: SetArgument) -> None:
     if edit.argument in node.kwargs:
         node.update_kwarg(edit.argument, new)
     else:
-        schema = node.target._schema  # type: ignore[union-attr]
+        schema = schema_of(node.target)
         node.update_arg([a.name for a in schema.arguments].index(edit.argument), new)

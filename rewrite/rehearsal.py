@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pocketize._torch import FakeTensorMode
 from pocketize.capture import find_tensors, quiet_recording, structure_of
 from pocketize.clone import fake_clone
 from pocketize.edits import Convert, Edit

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pocketize._torch import OpOverload
 from pocketize.capture import Captured
 from pocketize.edits import Edit, Resize, SetArgument, SetAttribute
 from pocketize.groups import ChannelGroups
@@ -118,7 +119,7 @@ def _operators(graph: fx.Graph) -> list[fx.Node]:
     return [
         node
         for node in graph.nodes
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+        if node.op == "call_function" and isinstance(node.target, OpOverload)
     ]
 
 

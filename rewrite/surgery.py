@@ -14,11 +14,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from pocketize._torch import ConvNd, ConvTransposeNd, NormBase
 from pocketize.conversions import convert, find_conversion
 from pocketize.edits import (
     Convert,
@@ -257,15 +256,15 @@ def _follow(module: nn.Module, changed: set[int]) -> None:
 
 
 def _follow_shape(module: nn.Module, shape: tuple[int, ...]) -> None:
-    if isinstance(module, _ConvNd) and len(shape) == len(module.kernel_size) + 2:
+    if isinstance(module, ConvNd) and len(shape) == len(module.kernel_size) + 2:
         first, second = shape[0], shape[1] * module.groups
-        transposed = isinstance(module, _ConvTransposeNd)
+        transposed = isinstance(module, ConvTransposeNd)
         module.in_channels, module.out_channels = (first, second) if transposed else (second, first)
     elif isinstance(module, nn.Linear) and len(shape) == 2:
         module.out_features, module.in_features = shape
     elif isinstance(module, nn.Embedding) and len(shape) == 2:
         module.num_embeddings, module.embedding_dim = shape
-    elif isinstance(module, _NormBase) and len(shape) == 1:
+    elif isinstance(module, NormBase) and len(shape) == 1:
         module.num_features = shape[0]
     elif isinstance(module, nn.GroupNorm):
         module.num_channels = shape[0]

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
 
+from pocketize._torch import FakeTensor, FakeTensorMode, pytree
 from pocketize.capture import Captured, find_tensors, quiet_recording, record
 from pocketize.clone import clone, fake_clone
 from pocketize.constants import Constants

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from pocketize._torch import FakeTensorMode, storage_key
 from pocketize.capture import find_tensors, quiet_recording
 from pocketize.clone import fake_clone
 from pocketize.inputs import Inputs
@@ -92,9 +92,9 @@ class Costs:
             except Exception:  # a user's forward may raise anything; then there is no bill
                 return None
         known = [*copy.parameters(), *copy.buffers(), *inputs.tensors()]
-        return {t.untyped_storage()._cdata for t in known}
+        return {storage_key(t) for t in known}
 
 
 def _bytes(tensors: list[Tensor], fixed: set[int]) -> int:
-    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    sizes = {storage_key(t): t.untyped_storage().nbytes() for t in tensors}
     return sum(size for key, size in sizes.items() if key not in fixed)

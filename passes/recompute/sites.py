@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from pocketize._torch import storage_key
 from pocketize.capture import Captured, find_tensors
 from pocketize.rules import operator_name
 
@@ -232,6 +233,6 @@ def _nbytes(node: fx.Node) -> int:
 def _storages(node: fx.Node) -> list[int]:
     tensors = find_tensors(node.meta.get("val"))
     try:
-        return [tensor.untyped_storage()._cdata for tensor in tensors]
+        return [storage_key(tensor) for tensor in tensors]
     except (NotImplementedError, RuntimeError):  # a wrapper that owns no memory itself
         return []

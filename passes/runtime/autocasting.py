@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
+from pocketize._torch import BatchNorm, InstanceNorm, check_norm_input, unbatched_dim
 from pocketize.passes.runtime.forwards import Forward, first_parameter
 from pocketize.passes.runtime.nests import map_tensors
 
@@ -79,11 +78,11 @@ class Float32Statistics(Forward):
         if isinstance(norm, nn.GroupNorm):
             ones = input.new_ones(norm.num_channels, dtype=torch.float32)
             return functional.group_norm(input, norm.num_groups, ones, None, norm.eps)
-        norm._check_input_dim(input)
+        check_norm_input(norm, input)
         single = input.dim() == _unbatched(norm)
         batch = input.unsqueeze(0) if single else input
         ones = input.new_ones(batch.shape[1], dtype=torch.float32)
-        if isinstance(norm, _InstanceNorm):
+        if isinstance(norm, InstanceNorm):
             normalised = functional.instance_norm(
                 batch,
                 norm.running_mean,
@@ -103,9 +102,9 @@ class Float32Statistics(Forward):
 
 def _unbatched(norm: Any) -> int:
     """How many axes an input has that an instance norm takes for a single sample; 0 if none."""
-    if not isinstance(norm, _InstanceNorm):
+    if not isinstance(norm, InstanceNorm):
         return 0
-    return int(norm._get_no_batch_dim())  # type: ignore[no-untyped-call]
+    return unbatched_dim(norm)
 
 
 def keeps_low_statistics(module: nn.Module) -> bool:
@@ -116,13 +115,13 @@ def keeps_low_statistics(module: nn.Module) -> bool:
         return False  # a norm whose forward is somebody's own
     if getattr(module, "weight", None) is not None:
         return False
-    return not isinstance(module, _BatchNorm) or module.running_mean is None
+    return not isinstance(module, BatchNorm) or module.running_mean is None
 
 
-_NORMS = (_InstanceNorm, _BatchNorm, nn.GroupNorm, nn.LayerNorm)
+_NORMS = (InstanceNorm, BatchNorm, nn.GroupNorm, nn.LayerNorm)
 _FORWARDS = (
-    _InstanceNorm.forward,
-    _BatchNorm.forward,
+    nn.InstanceNorm1d.forward,
+    nn.BatchNorm1d.forward,
     nn.GroupNorm.forward,
     nn.LayerNorm.forward,
 )

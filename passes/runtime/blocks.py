@@ -13,7 +13,8 @@ __all__ = ["BottleneckBlock", "CompactBlock", "ConvBlock", "SeparableBlock", "bl
 from typing import Any, ClassVar, cast
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
+
+from pocketize._torch import ConvNd
 
 
 class ConvBlock(nn.Sequential):
@@ -40,8 +41,8 @@ class ConvBlock(nn.Sequential):
         "padding_mode",
     ]
 
-    def _conv(self, name: str) -> _ConvNd:
-        return cast(_ConvNd, self._modules[name])
+    def _conv(self, name: str) -> ConvNd:
+        return cast(ConvNd, self._modules[name])
 
     @property
     def in_channels(self) -> int:

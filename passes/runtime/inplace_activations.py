@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pocketize._torch import activations_of_torch
+
 _ATEN = torch.ops.aten
 _MARK = "_pocketize_activation"
 KINDS = ("identity", "leaky_relu", "elu", "prelu")
@@ -197,15 +199,14 @@ _FUNCTIONS: dict[Any, tuple[str, str, float]] = {
         (
             F.leaky_relu,
             F.leaky_relu_,
-            torch._C._nn.leaky_relu,
-            torch._C._nn.leaky_relu_,
+            *activations_of_torch("leaky_relu"),
             torch.ops.aten.leaky_relu.default,
             torch.ops.aten.leaky_relu_.default,
         ),
         ("leaky_relu", "negative_slope", 0.01),
     ),
     **dict.fromkeys(
-        (F.elu, F.elu_, torch._C._nn.elu, torch._C._nn.elu_),
+        (F.elu, F.elu_, *activations_of_torch("elu")),
         ("elu", "alpha", 1.0),
     ),
 }

@@ -34,8 +34,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from pocketize._torch import FakeTensor, version_of
 from pocketize.passes.runtime.inplace_activations import Activation
 
 _MARGIN = 8.0
@@ -140,7 +140,7 @@ class Guard:
     def _on_device(
         self, unsafe: Tensor, suspect: Tensor, parameters: tuple[Tensor | None, ...], name: str
     ) -> Kept:
-        versions = tuple(p._version for p in parameters if p is not None)
+        versions = tuple(version_of(p) for p in parameters if p is not None)
         by_hand = versions != self._versions and not self._stepped
         self._versions = versions
         self._stepped = False

@@ -20,7 +20,6 @@ __all__ = [
 
 import functools
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -28,10 +27,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
+from pocketize._torch import (
+    BatchNorm,
+    FakeTensor,
+    check_norm_input,
+    in_checkpoint,
+    transforms_active,
+    unbatched_dim,
+)
 from pocketize.passes.runtime.forwards import Forward
 from pocketize.passes.runtime.inplace_activations import (
     Activation,
@@ -43,11 +47,10 @@ from pocketize.passes.runtime.inplace_functions import Norm, NormActivation
 from pocketize.passes.runtime.inplace_guard import Guard
 from pocketize.passes.runtime.inplace_package import run_package
 
-_CHECKPOINT = "torch.utils.checkpoint"
 _KINDS: dict[Any, str] = {
-    _BatchNorm.forward: "batch",
+    nn.BatchNorm1d.forward: "batch",
     nn.SyncBatchNorm.forward: "batch",
-    _InstanceNorm.forward: "instance",
+    nn.InstanceNorm1d.forward: "instance",
     nn.GroupNorm.forward: "group",
 }
 
@@ -91,29 +94,17 @@ def plain_reason(module: nn.Module) -> str:
 
     In each of these cases the layer runs the forward it always had.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling() or tracing():
         return "it is being compiled or traced"
     if not torch.is_grad_enabled():
         return "it runs without gradients, as in torch.no_grad or a reentrant checkpoint"
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         return "it runs under a function transform"
-    if _in_checkpoint():
+    if in_checkpoint():
         return "it stands in a checkpointed region, which is run again anyway"
     hook = hooks_of(module)
     return f"a {hook} reads the tensor between norm and activation" if hook else ""
-
-
-def _in_checkpoint() -> bool:
-    """Whether a non-reentrant checkpoint's hooks would take what is saved now."""
-    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is not None:
-        hooks = top(True)
-        return bool(hooks) and getattr(hooks[0], "__module__", "") == _CHECKPOINT
-    # Before torch 2.8 nobody can ask for the hooks, but the region's caller is on the stack.
-    frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") != _CHECKPOINT:
-        frame = frame.f_back
-    return frame is not None
 
 
 class _Converted(nn.Module):
@@ -213,7 +204,8 @@ class NormInPlace(_Converted):
     def _plain(self, input: Tensor) -> Tensor:
         """Run the forward of the class from before, in this process alone."""
         if isinstance(self, nn.SyncBatchNorm):
-            return _BatchNorm.forward(self, input)  # its own insists on other devices than a CPU
+            # its own insists on other devices than a CPU
+            return nn.BatchNorm1d.forward(self, input)
         return cast(Tensor, super().forward(input))
 
     def _title(self) -> str:
@@ -276,8 +268,7 @@ def _group_to_share_with(module: nn.Module, input: Tensor) -> Any:
 def _check_shape(module: nn.Module, input: Tensor) -> None:
     """Raise torch's own errors for an input that does not fit a batch norm."""
     checked = cast(nn.SyncBatchNorm, module)
-    checked._check_input_dim(input)
-    checked._check_non_zero_input_channels(input)
+    check_norm_input(checked, input)
     if input.shape[1] != checked.num_features:
         raise ValueError(f"expected {checked.num_features} channels, got {input.shape[1]}")
 
@@ -313,9 +304,9 @@ def _saves(module: NormInPlace, input: Tensor, kind: str, slopes: Tensor | None)
     size = math.prod(input.shape[2:])
     if kind == "group":
         return input.shape[1] == channels and size * input.shape[1] > int(_groups(module))
-    module._check_input_dim(input)  # type: ignore[operator]
+    check_norm_input(module, input)
     if kind == "instance":
-        batched = input.ndim != module._get_no_batch_dim()  # type: ignore[operator]
+        batched = input.ndim != unbatched_dim(module)
         return bool(batched) and input.shape[1] == channels and size > 1
     return input.shape[1] == channels and input.shape[0] * size > 1
 
@@ -333,7 +324,7 @@ def _settings(
     """
     if kind == "group":
         return Norm("group", module.eps, groups=_groups(module)), (None, None)
-    layer = cast(_BatchNorm, module)
+    layer = cast(BatchNorm, module)
     mean, var = layer.running_mean, layer.running_var
     momentum = 0.0 if layer.momentum is None else layer.momentum
     if kind == "instance":

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from pocketize._torch import BatchNorm, FakeTensor, is_view
 from pocketize.passes.runtime.inplace_activations import Activation, Mark
 from pocketize.passes.runtime.inplace_guard import Guard, unsafe_channels
 
@@ -42,7 +42,7 @@ def package_obstacle(module: nn.Module, dtype: torch.dtype, activation: Activati
         dtype: type of its input.
         activation: what follows it.
     """
-    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if not isinstance(module, BatchNorm):
         return "the package inplace_abn knows batch norms only; use backend='native'"
     if activation.kind == "prelu":
         return "the package inplace_abn knows no PReLU; use backend='native'"
@@ -78,7 +78,7 @@ def run_package(
     plain = isinstance(x, FakeTensor) or x.is_meta or not package_installed()
     if plain or x.dtype != torch.float32 or norm.kind != "batch" or norm.process_group is not None:
         return None
-    if (x.is_leaf and x.requires_grad) or x._is_view():
+    if (x.is_leaf and x.requires_grad) or is_view(x):
         return None  # somebody else's memory
     if weight is not None:
         gamma, beta = weight.detach(), None if bias is None else bias.detach()

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from pocketize._torch import storage_key, version_of
+from pocketize._torch import FakeTensor, storage_key, version_of
 from pocketize.capture import find_tensors
 from pocketize.errors import ExecutionError
 from pocketize.passes.runtime.forwards import Forward, without_backward

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError
 
-from pocketize._torch import innermost_saving, storage_key, version_of
+from pocketize._torch import TorchDispatchMode, innermost_saving, storage_key, version_of
 from pocketize.capture import find_tensors
 from pocketize.errors import ExecutionError
 

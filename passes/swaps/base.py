@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from pocketize._torch import ConvNd
 from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.edits import Convert, Edit, Redraw
 from pocketize.errors import OptionError
@@ -98,7 +98,7 @@ class Swap(Pass):
         return Guarantee.APPROXIMATE if carried else Guarantee.RETRAIN
 
     @abc.abstractmethod
-    def ranks(self, conv: _ConvNd) -> tuple[int, ...] | str:
+    def ranks(self, conv: ConvNd) -> tuple[int, ...] | str:
         """Return the ranks of the block for a convolution, or why there are none."""
 
     @abc.abstractmethod

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
 
+from pocketize._torch import ConvNd
 from pocketize.initial.slots import has_values
 from pocketize.passes.swaps.base import Swap
 from pocketize.passes.swaps.conversions import BOTTLENECK
@@ -47,7 +47,7 @@ class Bottleneck(Swap):
         super().validate()
         kept_share(self.ratio, self.name)
 
-    def ranks(self, conv: _ConvNd) -> tuple[int, ...] | str:
+    def ranks(self, conv: ConvNd) -> tuple[int, ...] | str:
         """Return r_o and r_i."""
         o, i, *kernel = conv.weight.shape
         share = kept_share(self.ratio, self.name)

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
 
+from pocketize._torch import ConvNd
 from pocketize.errors import OptionError
 from pocketize.initial.slots import has_values
 from pocketize.passes.swaps.base import Swap
@@ -64,7 +64,7 @@ class CompactBlock(Swap):
                 f"{self.name}: ratio={self.ratio!r} chooses the multiplier, too; leave it out"
             )
 
-    def ranks(self, conv: _ConvNd) -> tuple[int, ...] | str:
+    def ranks(self, conv: ConvNd) -> tuple[int, ...] | str:
         """Return the channels inside and the depth multiplier."""
         o, i, *kernel = conv.weight.shape
         share = kept_share(self.ratio, self.name)

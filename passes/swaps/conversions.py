@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
+from pocketize._torch import ConvNd
 from pocketize.conversions import conversion
 from pocketize.errors import RewriteError
 from pocketize.initial.slots import has_values
@@ -122,7 +122,7 @@ def to_compact(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -
 
 def _checked(
     module: nn.Module, options: Mapping[str, Any], name: str
-) -> tuple[_ConvNd, Sequence[int]]:
+) -> tuple[ConvNd, Sequence[int]]:
     """Return the convolution and the ranks.
 
     Raises:
@@ -146,16 +146,16 @@ def _checked(
     return module, ranks
 
 
-def _bias(conv: _ConvNd) -> nn.Parameter | None:
+def _bias(conv: ConvNd) -> nn.Parameter | None:
     return conv._parameters["bias"]
 
 
-def _carries(conv: _ConvNd, options: Mapping[str, Any]) -> bool:
+def _carries(conv: ConvNd, options: Mapping[str, Any]) -> bool:
     return options.get("weights") == "decompose" and has_values(conv.weight)
 
 
 def _block(
-    kind: type[_B], layers: OrderedDict[str, nn.Module], conv: _ConvNd, options: Mapping[str, Any]
+    kind: type[_B], layers: OrderedDict[str, nn.Module], conv: ConvNd, options: Mapping[str, Any]
 ) -> _B:
     """Put norms and activations in between, and give the block what the convolution had."""
     norm, activation = options.get("norm") or {}, options.get("activation") or {}

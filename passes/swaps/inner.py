@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
+from pocketize._torch import BatchNorm, InstanceNorm
 from pocketize.capture import Captured
 from pocketize.passes.swaps.layers import NORMS
 from pocketize.rules import bind, operator_name
@@ -119,9 +118,9 @@ class Inside:
         module = self.modules.get(str(node.meta["module"]))
         if isinstance(module, nn.SyncBatchNorm):
             kind = "SyncBatchNorm"
-        elif isinstance(module, _BatchNorm):
+        elif isinstance(module, BatchNorm):
             kind = "BatchNorm"
-        elif isinstance(module, _InstanceNorm):
+        elif isinstance(module, InstanceNorm):
             kind = "InstanceNorm"
         elif isinstance(module, nn.GroupNorm):
             kind = "GroupNorm"

@@ -21,13 +21,13 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from pocketize._torch import ConvNd
 from pocketize.errors import RewriteError
 
 _M = TypeVar("_M", bound=nn.Module)
 
-_CONVS: dict[int, type[_ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONVS: dict[int, type[ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 #: Kind of a norm -> its classes by spatial rank, and the settings that are copied.
@@ -68,7 +68,7 @@ ACTIVATIONS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
 
 
 def conv_layer(
-    like: _ConvNd,
+    like: ConvNd,
     channels: tuple[int, int],
     *,
     values: Tensor | None = None,
@@ -104,7 +104,7 @@ def conv_layer(
     return made
 
 
-def norm_layer(settings: Mapping[str, Any], channels: int, like: _ConvNd) -> nn.Module:
+def norm_layer(settings: Mapping[str, Any], channels: int, like: ConvNd) -> nn.Module:
     """Return a norm.
 
     Args:
@@ -134,7 +134,7 @@ def groups_for(groups: int, channels: int) -> int:
     return next(n for n in range(min(groups, channels), 0, -1) if channels % n == 0)
 
 
-def activation_layer(settings: Mapping[str, Any], channels: int, like: _ConvNd) -> nn.Module:
+def activation_layer(settings: Mapping[str, Any], channels: int, like: ConvNd) -> nn.Module:
     """Return an activation.
 
     Args:
@@ -157,7 +157,7 @@ def activation_layer(settings: Mapping[str, Any], channels: int, like: _ConvNd) 
     return made_by(**options)
 
 
-def _with_tensors(made: _M, like: _ConvNd) -> _M:
+def _with_tensors(made: _M, like: ConvNd) -> _M:
     """Give a layer that was built without memory tensors beside the weight, as they begin."""
     for tables in (made._parameters, made._buffers):
         held = cast(dict[str, Tensor | None], tables)

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.conv import _ConvNd
 
+from pocketize._torch import ConvNd, FakeTensorMode, storage_key
 from pocketize.conversions import find_conversion
 from pocketize.passes.swaps.layers import conv_layer, numbers
 from pocketize.passes.swaps.sites import Call
@@ -44,7 +43,7 @@ class Price:
 
 
 def price(
-    conv: _ConvNd, calls: Sequence[Call], conversion: str, options: Mapping[str, Any]
+    conv: ConvNd, calls: Sequence[Call], conversion: str, options: Mapping[str, Any]
 ) -> Price:
     """Try a swap on tensors without memory.
 
@@ -70,13 +69,13 @@ def price(
 
 def _kept(module: nn.Module, call: Call) -> int:
     """Return the bytes of what autograd keeps of one forward, parameters aside."""
-    parameters = {p.untyped_storage()._cdata for p in module.parameters()}
+    parameters = {storage_key(p) for p in module.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            kept[storage._cdata] = storage.nbytes()
+        if storage_key(storage) not in parameters:
+            kept[storage_key(storage)] = storage.nbytes()
         return tensor.detach()  # without its graph, which would refer to itself
 
     weight = next(module.parameters())

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
 
+from pocketize._torch import ConvNd
 from pocketize.errors import OptionError
 from pocketize.initial.slots import has_values
 from pocketize.passes.swaps.base import Swap
@@ -60,7 +60,7 @@ class Separable(Swap):
                 " gets; give one of them"
             )
 
-    def ranks(self, conv: _ConvNd) -> tuple[int, ...] | str:
+    def ranks(self, conv: ConvNd) -> tuple[int, ...] | str:
         """Return the depth multiplier."""
         o, _, *kernel = conv.weight.shape
         share = kept_share(self.ratio, self.name)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from pocketize._torch import ConvNd, ConvTransposeNd, same_convolution
 from pocketize.capture import Captured
 from pocketize.initial.slots import has_values
 from pocketize.passes.runtime.blocks import ConvBlock
@@ -46,7 +46,7 @@ class Site:
     """
 
     path: str
-    conv: _ConvNd | None = None
+    conv: ConvNd | None = None
     calls: tuple[Call, ...] = ()
     refused: str = ""
 
@@ -75,7 +75,7 @@ def find_sites(model: nn.Module, evaluated: Captured, trained: Captured) -> list
         elif isinstance(module, torch.jit.ScriptModule):
             if "Conv" in str(getattr(module, "original_name", "")):
                 sites.append(Site(path, refused=obstacle(module)))
-        elif isinstance(module, _ConvNd) and max(module.kernel_size) > 1:
+        elif isinstance(module, ConvNd) and max(module.kernel_size) > 1:
             why = reader.obstacle(path, module)
             sites.append(Site(path, module, reader.calls(path, module), why))
     return sites
@@ -103,15 +103,15 @@ class _Reader:
                 if parameter is not None:
                     self.owners[id(parameter)].add(id(module))
 
-    def calls(self, path: str, conv: _ConvNd) -> tuple[Call, ...]:
+    def calls(self, path: str, conv: ConvNd) -> tuple[Call, ...]:
         """Return the uses of a convolution in a forward in training."""
         return tuple(_call(node, conv) for node in self.uses[True][path])
 
-    def obstacle(self, path: str, conv: _ConvNd) -> str:
+    def obstacle(self, path: str, conv: ConvNd) -> str:
         """Say why a convolution has to stay, by what it is and by how it is used."""
         return next((why for why in self._obstacles(path, conv) if why), "")
 
-    def _obstacles(self, path: str, conv: _ConvNd) -> Iterator[str]:
+    def _obstacles(self, path: str, conv: ConvNd) -> Iterator[str]:
         yield _kind_obstacle(conv)
         if conv is self.model:
             yield "it is the model itself, which stays the object it is; wrap it in nn.Sequential"
@@ -128,20 +128,16 @@ class _Reader:
         yield _value_obstacle(conv.weight)
 
 
-def _kind_obstacle(conv: _ConvNd) -> str:
+def _kind_obstacle(conv: ConvNd) -> str:
     """Say why a block could not do what a convolution does."""
-    if isinstance(conv, _ConvTransposeNd):
+    if isinstance(conv, ConvTransposeNd):
         return "it is transposed; only forward convolutions are swapped"
     if conv.groups != 1:
         return f"it has {conv.groups} groups"
     if parametrize.is_parametrized(conv) or "weight" not in conv._parameters:
         return "its weight is computed from other tensors; remove the parametrization before"
     stock = next((kind for kind in _STOCK if isinstance(conv, kind)), None)
-    if (
-        stock is None
-        or type(conv).forward is not stock.forward
-        or type(conv)._conv_forward is not stock._conv_forward
-    ):
+    if stock is None or not same_convolution(type(conv), stock):
         return f"{type(conv).__name__} has a forward of its own"
     if "forward" in vars(conv):
         return "its forward was replaced on the instance"
@@ -158,7 +154,7 @@ def _value_obstacle(weight: Tensor) -> str:
     return ""
 
 
-def _call(node: fx.Node, conv: _ConvNd) -> Call:
+def _call(node: fx.Node, conv: ConvNd) -> Call:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     value: Tensor = source.meta["val"]

@@ -9,18 +9,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
+from pocketize._torch import ConvNd, FakeTensor, NormBase
 from pocketize.initial.families import NORMAL, UNIFORM
 from pocketize.initial.laws import Constant, Geometry, Law, Random
 
-_NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_NORMS: tuple[type[nn.Module], ...] = (NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _KINDS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
-    ("conv", (_ConvNd,)),
+    ("conv", (ConvNd,)),
     ("linear", (nn.Linear,)),
     ("bilinear", (nn.Bilinear,)),
     ("embedding", (nn.Embedding, nn.EmbeddingBag)),

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from pocketize._torch import TorchDispatchMode, backward_runs, holders, without_dispatch_modes
 
 aten = torch.ops.aten
 
@@ -61,7 +62,7 @@ def in_place_twin(func: Any, args: Sequence[Any], sole: Holders) -> Any:
         An operator that takes the same arguments and writes to the first, or ``None``.
     """
     twin = _IN_PLACE.get(func)
-    if twin is None or torch.is_grad_enabled() or not _called_by_engine():
+    if twin is None or torch.is_grad_enabled() or not backward_runs(2):
         return None
     written = args[0]
     if not isinstance(written, Tensor) or written.layout is not torch.strided:
@@ -87,28 +88,7 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def _holders(tensor: Tensor) -> Holders:
-    memory = tensor.untyped_storage()
-    return Holders(
-        tensor._use_count(),  # type: ignore[attr-defined]
-        torch._C._storage_Use_Count(memory._cdata),
-        sys.getrefcount(tensor),
-    )
-
-
-def _called_by_engine() -> bool:
-    """Tell whether it was autograd that called an operator, and no Python code of a user."""
-    frame = sys._getframe(3)
-    while frame is not None and _is_wrapper(frame.f_code.co_filename):
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
-
-
-@functools.cache
-def _is_wrapper(file: str) -> bool:
-    """Tell whether a file wraps what torch calls back, to keep the compiler out of it."""
-    return file.endswith(("torch/_compile.py", "torch/utils/_python_dispatch.py")) or (
-        "torch/_dynamo/" in file
-    )
+    return Holders(*holders(tensor), sys.getrefcount(tensor))
 
 
 @functools.cache
@@ -127,7 +107,7 @@ def sole_holders() -> Holders:
                 out.untyped_storage()  # as the tracker does; it gives the storage a Python object
             return out
 
-    with torch.inference_mode(False), torch.enable_grad(), _disable_current_modes():
+    with torch.inference_mode(False), torch.enable_grad(), without_dispatch_modes():
         start = torch.ones(2, requires_grad=True)
         twice = start * 2
         loss = (twice.relu() * twice.sigmoid()).sum()

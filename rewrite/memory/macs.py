@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from pocketize._torch import FakeTensorMode, TorchDispatchMode, run_parts, storage_key
 from pocketize.clone import fake_clone, quiet_hooks
 from pocketize.errors import PocketizeError
 from pocketize.inputs import Inputs
 from pocketize.memory.stage import explained, fake_inputs, real_stage
 from pocketize.memory.step import fixed_surroundings
-from pocketize.memory.tracker import is_composite, run_parts, storages_of
+from pocketize.memory.tracker import is_composite, storages_of
 from pocketize.methods import set_mode
 
 aten = torch.ops.aten
@@ -101,7 +100,7 @@ class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts = {"conv": 0, "linear": 0, "products": 0}
         # By storage, so that a transposed or reshaped parameter is known, too.
-        self._weights = {s._cdata for p in model.parameters() for s in storages_of(p)}
+        self._weights = {storage_key(s) for p in model.parameters() for s in storages_of(p)}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -133,7 +132,7 @@ class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _has_weight(self, factor: Tensor) -> bool:
-        return any(storage._cdata in self._weights for storage in storages_of(factor))
+        return any(storage_key(storage) in self._weights for storage in storages_of(factor))
 
 
 #: Composite operators that are counted as they are.

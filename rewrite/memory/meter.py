@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pocketize._torch import storage_key
 from pocketize.memory.cuda import CudaCounters
 from pocketize.memory.isolate import measure_isolated
 from pocketize.memory.macs import count_macs, count_on_fakes
@@ -247,7 +248,9 @@ def _synchronize(device: torch.device) -> None:
 def _loaded_bytes(stage: Stage) -> int:
     """Bytes of the model and its inputs, which are there before the first step."""
     tensors = [t for module in stage.model.modules() for t in held_tensors(module)]
-    storages = {s._cdata: s for t in [*tensors, *stage.inputs.tensors()] for s in storages_of(t)}
+    storages = {
+        storage_key(s): s for t in [*tensors, *stage.inputs.tensors()] for s in storages_of(t)
+    }
     return sum(storage.nbytes() for storage in storages.values())
 
 

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch._C._autograd import _get_sequence_nr
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+
+from pocketize._torch import next_sequence_number, running_node
 
 
 class ModulePaths:
@@ -48,13 +48,12 @@ class ModulePaths:
         """Return the path of the module at work, ``""`` for the root and outside any module."""
         if self._stack:  # also in backward, where a checkpointed module runs again
             return self._stack[-1]
-        node: Any = torch._C._current_autograd_node()
-        if node is None:
+        running = running_node()
+        if running is None:
             return ""
-        variable = getattr(node, "variable", None)
-        if variable is not None:  # the node that adds to a parameter's gradient has no number
-            return self.owner(variable)
-        return self._ran[bisect.bisect_right(self._starts, node._sequence_nr()) - 1]
+        if isinstance(running, Tensor):
+            return self.owner(running)
+        return self._ran[bisect.bisect_right(self._starts, running) - 1]
 
     @contextmanager
     def following(self) -> Iterator[ModulePaths]:
@@ -86,7 +85,7 @@ class ModulePaths:
             self._note(self._stack[-1] if self._stack else "")
 
     def _note(self, path: str) -> None:
-        number = _get_sequence_nr()
+        number = next_sequence_number()
         if self._starts[-1] == number:
             self._ran[-1] = path
         else:

@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
+
+from pocketize._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    storage_key,
+    without_dispatch_modes,
 )
-from torch.utils._python_dispatch import _disable_current_modes
-
 from pocketize.capture import settle_inputs
 from pocketize.clone import clone, fake_clone
 from pocketize.errors import MeasureError, PocketizeError
@@ -134,12 +135,12 @@ def fake_stage(model: nn.Module, inputs: Any, device: torch.device | None) -> St
 
 def real_inputs(given: Inputs, model: nn.Module, place: torch.device) -> Inputs:
     """Return copies of inputs as a model wants them: on its device, floating ones in its dtype."""
-    taken = {t.untyped_storage()._cdata for t in given.tensors()}
+    taken = {storage_key(t) for t in given.tensors()}
     moved = to_model(given, model)
 
     def copied(tensor: Tensor) -> Tensor:
         there = tensor.detach().to(place)
-        if there.untyped_storage()._cdata in taken:
+        if storage_key(there) in taken:
             there = there.clone()
         return there.requires_grad_(tensor.requires_grad)
 
@@ -220,7 +221,7 @@ def _keep_scalars(model: nn.Module, copy: nn.Module) -> None:
             if isinstance(buffer, FakeTensor):
                 continue
             if id(buffer) not in known:
-                with _disable_current_modes():
+                with without_dispatch_modes():
                     value = buffer.tolist()
                 known[id(buffer)] = torch.tensor(value, dtype=buffer.dtype)
             copy.get_submodule(path)._buffers[name] = known[id(buffer)]

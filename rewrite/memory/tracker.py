@@ -17,7 +17,6 @@ __all__ = [
     "LiveTracker",
     "Trace",
     "is_composite",
-    "run_parts",
     "stand_for_file",
     "storages_of",
 ]
@@ -31,10 +30,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from pocketize._torch import (
+    FakeTensor,
+    OpOverload,
+    TorchDispatchMode,
+    has_kernel,
+    pytree,
+    run_parts,
+    schema_of,
+    sparse_parts,
+    storage_key,
+)
 from pocketize.memory.inplace import in_place_twin, sole_holders
 
 aten = torch.ops.aten
@@ -117,7 +124,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors:
             for storage in self._storages(tensor):
                 self._see(storage)
-                record = self._live.get(storage._cdata)
+                record = self._live.get(storage_key(storage))
                 if record is not None and record.role is None:
                     record.role, record.module = role, module
 
@@ -180,9 +187,9 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return storages_of(tensor)
 
     def _see(self, storage: torch.UntypedStorage) -> None:
-        if storage.filename is not None or _FILES.get(storage._cdata) is storage:
+        if storage.filename is not None or _FILES.get(storage_key(storage)) is storage:
             return  # a file that is mapped, not memory
-        key, nbytes = storage._cdata, storage.nbytes()
+        key, nbytes = storage_key(storage), storage.nbytes()
         record = self._live.get(key)
         if record is None:
             if nbytes:
@@ -247,13 +254,13 @@ def stand_for_file(tensor: Tensor) -> None:
         tensor: fake, and made where no tracker saw it.
     """
     for storage in storages_of(tensor):
-        _FILES[storage._cdata] = storage
+        _FILES[storage_key(storage)] = storage
 
 
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
     """Return the storages behind a tensor: one, or those of the parts of a sparse tensor."""
     if tensor.layout is torch.sparse_coo:
-        return [*storages_of(tensor._indices()), *storages_of(tensor._values())]
+        return [key for part in sparse_parts(tensor) for key in storages_of(part)]
     try:
         return [tensor.untyped_storage()]
     except (NotImplementedError, RuntimeError):  # a wrapper that owns no memory itself
@@ -269,29 +276,18 @@ def _category(record: _Record) -> str:
 @functools.cache
 def is_composite(func: Any, device: str) -> bool:
     """Tell whether an operator is made of others and has no kernel of its own on the device."""
-    if not isinstance(func, torch._ops.OpOverload):
+    if not isinstance(func, OpOverload):
         return False
     own = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}.get(device, "CPU")
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     name = str(func.name())  # type: ignore[no-untyped-call]
-    if not torch._C._dispatch_has_kernel(name):  # TorchScript's own, such as prim::device
-        return False
-    return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, own)
-
-
-def run_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a composite operator as the operators that it is made of.
-
-    By its kernel, as the dispatcher would: ``func.decompose`` may prefer a decomposition written in
-    Python for the compiler, which makes many more tensors.
-    """
-    return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+    composite = has_kernel(name, "CompositeImplicitAutograd")  # None: prim::device, for one
+    return bool(composite) and not has_kernel(name, own)
 
 
 @functools.cache
 def _writes(func: Any) -> bool:
     """Tell whether an operator returns tensors that it was given to write to."""
-    schema = getattr(func, "_schema", None)
+    schema = schema_of(func)
     return schema is not None and any(
         returned.alias_info is not None and returned.alias_info.is_write
         for returned in schema.returns

@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
+from pocketize._torch import OpOverload, schema_of
 from pocketize.errors import RewriteError
 from pocketize.labels import Algebra, Atoms, Value
 
@@ -199,8 +200,8 @@ class Call:
 
 def operator_name(target: Any) -> str:
     """Return ``"aten.conv2d"`` for ``aten.conv2d.default`` and ``"aten.add"`` for ``add_``."""
-    if isinstance(target, torch._ops.OpOverload):
-        namespace, name = target._schema.name.split("::")
+    if isinstance(target, OpOverload):
+        namespace, name = schema_of(target).name.split("::")
         if name.endswith("_") and not name.endswith("__"):
             name = name[:-1]
         return f"{namespace}.{name}"
@@ -253,10 +254,10 @@ def _checked(call: Call, result: Any) -> Result:
 
 def bind(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by the names of the operator's schema, defaults included."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return {str(i): a for i, a in enumerate(args)} | dict(kwargs)
     bound = {}
-    for index, argument in enumerate(target._schema.arguments):
+    for index, argument in enumerate(schema_of(target).arguments):
         if argument.name in kwargs:
             bound[argument.name] = kwargs[argument.name]
         elif index < len(args):

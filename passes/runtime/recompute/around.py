@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["Recording", "recording_of"]
 
-import importlib
 import sys
 import threading
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from pocketize._torch import import_compiler, takes_what_is_saved
 from pocketize.conversions import conversion
 from pocketize.errors import RewriteError
 from pocketize.passes.runtime.forwards import Forward, obstacle, without_backward, wrapping
@@ -29,7 +29,7 @@ class Recording(Forward):
 
     Nothing is recorded where there is no backward pass to come (``no_grad``, ``inference_mode``),
     while ``torch.compile`` traces (it plans recomputation itself, see
-    ``torch._functorch.config.activation_memory_budget``), and inside another recording.
+    its ``activation_memory_budget``), and inside another recording.
 
     Args:
         module: the model.
@@ -62,13 +62,14 @@ class Recording(Forward):
         return self._recorded(*args, **kwargs)
 
     def _recorded(self, *args: Any, **kwargs: Any) -> Any:
-        importlib.import_module("torch._dynamo")  # torch would do so amid the model
+        import_compiler()  # torch would do so amid the model
         _refuse_sharded(self.module)
         tape = Tape(self.module, self.rebuilt, self.frees, self.min_bytes, self.meter)
         hooks = saved_tensors_hooks(tape.pack, tape.unpack)
         _running.recording = True
         try:
-            with hooks, tape, Fusing(tape, lambda: _takes(hooks.pack_hook)):
+            code = Recording._recorded.__code__
+            with hooks, tape, Fusing(tape, lambda: takes_what_is_saved(hooks.pack_hook, code)):
                 return self.original(*args, **kwargs)
         finally:
             _running.recording = False
@@ -113,18 +114,3 @@ def _refuse_sharded(model: nn.Module) -> None:
             "freed them. Use the pass 'checkpoint' with FSDP, or Recompute with "
             "DistributedDataParallel"
         )
-
-
-def _takes(pack: Any) -> bool:
-    """Whether autograd gives what it saves now to this function, not to a checkpoint inside."""
-    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is not None:
-        hooks = top(False)
-        return hooks is not None and hooks[0] is pack
-    # Before torch 2.8 nobody can ask, but a checkpointed region's caller is on the stack.
-    frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code is not Recording._recorded.__code__:
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            return False
-        frame = frame.f_back
-    return True

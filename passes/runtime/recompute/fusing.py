@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pocketize._torch import has_tensor_hooks, holders, swap_tensors, version_of
 from pocketize.passes.runtime.recompute.joining import join
 from pocketize.passes.runtime.recompute.normact import NormAct, NormCall
 from pocketize.passes.runtime.recompute.tape import Tape
@@ -143,14 +144,14 @@ class Fusing(TorchFunctionMode):
         fused = NormAct.run(made.call, alias, activation, extra, write)
         memory.note = None
         # Whoever holds the tensor sees it activated, with the history that goes with it.
-        torch.utils.swap_tensors(normed, fused)  # type: ignore[no-untyped-call]
+        swap_tensors(normed, fused)
         return normed
 
     def _note(self, call: Any, tensor: Tensor) -> None:
         """Remember with its memory how a tensor was made; subclasses copy what is on a tensor."""
         memory = self.tape.memory_of(tensor)
         if memory is not None:
-            memory.note = _Made(call, tensor._version, memory.views, tensor.grad_fn)
+            memory.note = _Made(call, version_of(tensor), memory.views, tensor.grad_fn)
 
     def _noted(self, tensor: Any, kind: type) -> _Made | None:
         """Return how a tensor was made, if it is as it was and nobody waits for its gradient."""
@@ -158,8 +159,8 @@ class Fusing(TorchFunctionMode):
         made: _Made | None = None if memory is None else memory.note
         if made is None or not isinstance(made.call, kind) or tensor.grad_fn is not made.node:
             return None
-        awaited = tensor._backward_hooks or tensor.retains_grad
-        return None if awaited or tensor._version != made.version else made
+        awaited = has_tensor_hooks(tensor) or tensor.retains_grad
+        return None if awaited or version_of(tensor) != made.version else made
 
     def _cat(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         made = func(*args, **kwargs)
@@ -237,7 +238,7 @@ def _without_input(
 
 def _held(tensor: Any) -> bool:
     """Whether a tensor is watched, or held from outside Python, so that it cannot be swapped."""
-    return bool(weakref.getweakrefs(tensor)) or tensor._use_count() > 1
+    return bool(weakref.getweakrefs(tensor)) or holders(tensor)[0] > 1
 
 
 def _apply(function: Any, rest: tuple[Any, ...], named: dict[str, Any], x: Tensor) -> Tensor:

@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from pocketize._torch import version_of
+from pocketize._torch import FakeTensor, keep_version, release, storage_key, version_of
 from pocketize.passes.runtime.recompute.values import Geometry, Meter, Value
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
@@ -87,7 +85,7 @@ class Ledger:
 
     def find(self, tensor: Tensor) -> Value | None:
         """Return what a tensor holds, if that is known; ``None`` does not keep it."""
-        memory = self._memories.get(tensor.untyped_storage()._cdata)
+        memory = self._memories.get(storage_key(tensor))
         if memory is None:
             return None
         version = version_of(tensor)
@@ -100,7 +98,7 @@ class Ledger:
     def memory(self, tensor: Tensor) -> Memory:
         """Return what is known of a tensor's storage."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         memory = self._memories.get(key)
         if memory is None:
             forget = functools.partial(_forget, weakref.ref(self), key)
@@ -120,7 +118,7 @@ class Ledger:
             return
         watch, geometry = value.home
         storage = watch()
-        memory = None if storage is None else self._memories.get(storage._cdata)
+        memory = None if storage is None else self._memories.get(storage_key(storage))
         if storage is None or memory is None or memory.shell is not None:
             return
         offset, shape, _, dtype = geometry
@@ -133,14 +131,14 @@ class Ledger:
         if any(isinstance(held, weakref.ref) and held() for held in memory.values.values()):
             return
         memory.shell = value, geometry, storage.nbytes()
-        storage.resize_(0)
+        release(storage)
 
     def bring_back(self, tensor: Tensor, stage: int) -> None:
         """Build the content of a shell again, because somebody is going to read it."""
         if not is_plain(tensor):
             return
         storage = tensor.untyped_storage()
-        memory = self._memories.get(storage._cdata)
+        memory = self._memories.get(storage_key(storage))
         if memory is not None and memory.shell is not None:
             self._fill(memory, storage, tensor, stage)
 
@@ -152,7 +150,7 @@ class Ledger:
         memory.shell = None
         content = value.content(stage, self._meter)
         storage.resize_(nbytes)
-        with torch.no_grad(), _unsafe_preserve_version_counter(tensor):
+        with torch.no_grad(), keep_version(tensor):
             alias = tensor.detach()
             if alias.dtype != dtype:
                 alias = alias.view(dtype)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pocketize._torch import OpOverload, schema_of
+
 aten = torch.ops.aten
 
 
@@ -113,9 +115,9 @@ def in_place_variant(func: Any) -> Any:
 @functools.cache
 def describe(func: Any) -> Operator:
     """Look an operator up by its schema and tags."""
-    if not isinstance(func, torch._ops.OpOverload) or func.namespace not in ("aten", "prims"):
+    if not isinstance(func, OpOverload) or func.namespace not in ("aten", "prims"):
         return Operator(Kind.OTHER)
-    schema, packet = func._schema, func.overloadpacket
+    schema, packet = schema_of(func), func.overloadpacket
     heavy, weight = packet in _HEAVY, _HEAVY.get(packet)
     name = packet.__name__
     resamples = "conv" in name or "pool" in name or name.startswith("upsample")

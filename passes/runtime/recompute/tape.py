@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from pocketize._torch import TorchDispatchMode, pytree, schema_of, storage_key, version_of
 from pocketize.passes.runtime.recompute.ledger import (
     Ledger,
     Memory,
@@ -221,7 +220,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value = Value(stage, step, index if several else None)
             value.home = memory.watch, geometry
             memory.values[geometry] = value
-            memory.version = result._version
+            memory.version = version_of(result)
 
     def _normed(self, found: Statistics, args: tuple[Any, ...], made: Tensor) -> None:
         """A norm is built again with the statistics of the first time."""
@@ -263,7 +262,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> Any:
         """An operator of which nothing is known may write to anything that it was given."""
-        schema = getattr(func, "_schema", None)
+        schema = schema_of(func)
         if schema is None or schema.is_mutable:
             for tensor in filter(is_plain, tensors):
                 memory = self.ledger.memory(tensor)
@@ -330,7 +329,7 @@ def _share(given: list[Tensor], made: list[Tensor]) -> bool:
     """Whether results lie in the memory of the first argument."""
     if not given or not made or not is_plain(made[0]):
         return False
-    return bool(made[0].untyped_storage()._cdata == given[0].untyped_storage()._cdata)
+    return storage_key(made[0]) == storage_key(given[0])
 
 
 def _name_goes_on(func: Any, given: list[Tensor], made: list[Tensor]) -> bool:

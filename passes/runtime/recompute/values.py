@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
+from pocketize._torch import pytree, version_of
 from pocketize.passes.runtime.recompute.operators import Kind, Operator, in_place_variant
 
 Geometry = tuple[Any, ...]
@@ -153,7 +153,7 @@ class Value:
     def keep(self, tensor: Tensor) -> None:
         """Hold the tensor itself from now on, without its history."""
         self.tensor = tensor.detach()
-        self.version = self.tensor._version  # a fake tensor shares it with no alias
+        self.version = version_of(self.tensor)  # a fake tensor shares it with no alias
 
     def content(self, stage: int, meter: Meter | None = None) -> Tensor:
         """Return the tensor, built again where it is not kept.
@@ -176,11 +176,11 @@ class Value:
         """
         if self.held is not None:
             return self.held
-        if self.tensor is not None and self.tensor._version != self.version:
+        if self.tensor is not None and version_of(self.tensor) != self.version:
             raise RuntimeError(
                 "one of the tensors needed to recompute activations has been modified by an "
                 f"in-place operation since the forward pass: a {self.tensor.dtype} tensor of shape "
-                f"{list(self.tensor.shape)} is at version {self.tensor._version}, expected "
+                f"{list(self.tensor.shape)} is at version {version_of(self.tensor)}, expected "
                 f"{self.version}. Recompute needs the results of convolutions and the model's "
                 "inputs and weights until the backward pass; clone a tensor before writing to it"
             )

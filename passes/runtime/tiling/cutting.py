@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from pocketize._torch import FakeTensor, dispatch_modes
 from pocketize.capture import Recorder
 from pocketize.errors import InputError
 from pocketize.inputs import Inputs
@@ -137,7 +136,7 @@ class PatchForward(Forward):
 
 def is_recorded() -> bool:
     """Whether the engine records the network, which is to see the network itself."""
-    return any(isinstance(mode, Recorder) for mode in _get_current_dispatch_mode_stack())
+    return any(isinstance(mode, Recorder) for mode in dispatch_modes())
 
 
 def is_exported() -> bool:

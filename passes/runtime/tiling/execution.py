@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pocketize._torch import OpOverload, schema_of
 from pocketize.passes.runtime.tiling.keeping import Keeper, Kept, is_channels_last
 from pocketize.passes.runtime.tiling.program import Direct, Program, Sweep, needed_regions, share
 from pocketize.passes.runtime.tiling.windows import Region, cut, hull, region_of
@@ -151,7 +152,7 @@ class Execution:
         read: Any = fx.node.map_arg((node.args, node.kwargs), self.value)
         args, kwargs = read
         target: Any = node.target
-        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        if isinstance(target, OpOverload) and schema_of(target).is_mutable:
             args = (args[0].clone(), *args[1:])  # stored results stay as they are
         return target(*args, **kwargs)
 

@@ -14,11 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from pocketize.memory.tracker import is_composite, run_parts, storages_of
+from pocketize._torch import (
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    pytree,
+    run_parts,
+    storage_key,
+    without_dispatch_modes,
+)
+from pocketize.memory.tracker import is_composite, storages_of
 from pocketize.passes.runtime.tiling.cutting import Tiling
 from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Keeper
@@ -196,7 +202,7 @@ class PeakCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not isinstance(value, FakeTensor) or value.device.type != self.device:
                 continue
             for storage in storages_of(value):
-                key, nbytes = storage._cdata, storage.nbytes()
+                key, nbytes = storage_key(storage), storage.nbytes()
                 if key not in self._live:
                     self._live[key] = nbytes
                     gone = functools.partial(self._release, key)
@@ -207,8 +213,8 @@ class PeakCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def forget(self, tensor: Tensor) -> None:
         """Count a tensor no longer: it stands for one that is elsewhere."""
         for storage in storages_of(tensor):
-            self.now -= self._live.get(storage._cdata, 0)
-            self._live[storage._cdata] = 0
+            self.now -= self._live.get(storage_key(storage), 0)
+            self._live[storage_key(storage)] = 0
 
     def _release(self, key: int, _: object) -> None:
         self.now -= self._live.pop(key, 0)
@@ -253,7 +259,7 @@ def foretold_peak(recording: Recording, program: Program, tiling: Tiling) -> int
     """
     inputs = recording.captured.inputs
     mode, device = _mode_of(recording), _device_of(recording)
-    with _disable_current_modes(), torch.no_grad(), mode:
+    with without_dispatch_modes(), torch.no_grad(), mode:
         counter = PeakCounter(device)
         counter.see((list(recording.tensors.values()), inputs.tensors()))
         execution = Execution(
@@ -273,7 +279,7 @@ def whole_peak(recording: Recording) -> int:
     """Return the same of the recorded operators, each result freed after its last reader."""
     inputs, graph = recording.captured.inputs, recording.captured.graph
     mode, device = _mode_of(recording), _device_of(recording)
-    with _disable_current_modes(), torch.no_grad(), mode:
+    with without_dispatch_modes(), torch.no_grad(), mode:
         counter = PeakCounter(device)
         counter.see((list(recording.tensors.values()), inputs.tensors()))
         with counter:

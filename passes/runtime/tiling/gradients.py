@@ -10,22 +10,19 @@ from __future__ import annotations
 __all__ = ["check_gradients"]
 
 import os
-import sys
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pocketize._torch import in_autograd_function
+from pocketize._torch import autograd_function_of, in_autograd_function, user_frames
 from pocketize.capture import find_tensors
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.tiling.backward import differentiable
 from pocketize.passes.runtime.tiling.network import TilingError
 
-_TORCH = os.path.dirname(torch.__file__)
 _HOOKS = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook")
 _CUT = {"detach", "detach_", "data", "grad"}  # these say themselves that no gradient follows
 
@@ -86,9 +83,8 @@ class _Watch(TorchFunctionMode):
 
     def _where(self) -> str:
         """Return the module and the line of the call."""
-        frames = [f for f in _frames() if not f.f_code.co_filename.startswith((_TORCH, "<"))]
         line = ""
-        for frame in frames:
+        for frame in user_frames():
             if frame.f_code.co_filename == __file__:
                 continue
             line = line or f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
@@ -98,19 +94,11 @@ class _Watch(TorchFunctionMode):
         return f"the model at {line}"
 
 
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
 def _is_of_a_pass() -> bool:
     """Whether the call is in an autograd function, or in a pass whose gradients are known."""
     if in_autograd_function():
         return True  # which is looked at on its own
-    frames = [frame for frame in _frames() if frame.f_code.co_filename != __file__]
-    user = next(f for f in frames if not f.f_code.co_filename.startswith((_TORCH, "<")))
+    user = next(frame for frame in user_frames() if frame.f_code.co_filename != __file__)
     return _is_own(str(user.f_globals.get("__name__", "")))
 
 
@@ -120,7 +108,7 @@ def _functions(outputs: list[Tensor]) -> Iterator[Any]:
     seen = set(stack)
     while stack:
         node = stack.pop()
-        cls = getattr(node, "_forward_cls", None)
+        cls = autograd_function_of(node)
         if cls is not None:
             yield cls
         for before, _ in node.next_functions:

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from pocketize._torch import FakeTensor, without_dispatch_modes
 from pocketize.errors import InputError
 from pocketize.memory.tracker import stand_for_file
 from pocketize.passes.runtime.tiling.windows import Region, cut
@@ -139,7 +138,7 @@ class Keeper:
             return torch.empty(size, dtype=held, pin_memory=self.device.type == "cuda"), None
         fake = torch.empty(0)
         if isinstance(fake, FakeTensor):  # an estimate has no files
-            with _disable_current_modes(), fake.fake_mode:
+            with without_dispatch_modes(), fake.fake_mode:
                 mapped = torch.empty(size, dtype=held)
             stand_for_file(mapped)
             return mapped, None

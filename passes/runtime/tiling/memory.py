@@ -4,17 +4,18 @@ from __future__ import annotations
 
 __all__ = ["Memory", "leave_views_out", "viewed", "written_by"]
 
-import torch
 from torch import Tensor, fx
+
+from pocketize._torch import OpOverload, schema_of, storage_key
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """Return the tensors that an operator writes into, results of others."""
     target = node.target
-    if not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):
+    if not (isinstance(target, OpOverload) and schema_of(target).is_mutable):
         return []
     found: list[fx.Node] = []
-    for index, argument in enumerate(target._schema.arguments):
+    for index, argument in enumerate(schema_of(target).arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         given = node.kwargs.get(argument.name)
@@ -28,7 +29,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 def viewed(node: fx.Node) -> fx.Node | None:
     """Return what a result is a view of, made by its operator; None where it is none."""
     target, base = node.target, next(iter(node.args), None)
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+    if not isinstance(target, OpOverload) or schema_of(target).is_mutable:
         return None
     if not isinstance(base, fx.Node) or node.all_input_nodes != [base]:
         return None
@@ -101,7 +102,7 @@ class Memory:
 
 
 def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return storage_key(tensor)
 
 
 def _apart(x: Tensor, y: Tensor) -> bool:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
-from pocketize._torch import transforms_active
+from pocketize._torch import pytree, transforms_active
 from pocketize.capture import find_tensors
 from pocketize.errors import ExecutionError
 from pocketize.inputs import Inputs

@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import (
+
+from pocketize._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    global_forward_hooks,
+    without_dispatch_modes,
 )
-from torch.utils._python_dispatch import _disable_current_modes
-
-from pocketize._torch import global_forward_hooks
 from pocketize.capture import Captured, find_tensors, quiet_recording, record
 from pocketize.clone import fake_clone
 from pocketize.errors import CaptureError
@@ -125,7 +125,7 @@ def record_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) 
     """
     check_hooks(model, training=training)
     # Whoever watches operators from outside is not to see those on fake tensors.
-    with _disable_current_modes(), torch.inference_mode(False):
+    with without_dispatch_modes(), torch.inference_mode(False):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         copy = fake_clone(model, mode)
         _uncover(copy)

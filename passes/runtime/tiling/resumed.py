@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from pocketize._torch import pytree
 from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Kept
 from pocketize.passes.runtime.tiling.program import Program, Sweep

@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from pocketize._torch import pytree
 from pocketize.errors import InputError, PocketizeWarning
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.tiling.cutting import PatchForward, is_fake, surroundings

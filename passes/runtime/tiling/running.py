@@ -13,22 +13,21 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 
+from pocketize._torch import BatchNorm, NormBase
 from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.network import TiledGraph, TilingError
 from pocketize.passes.runtime.tiling.statistics import Moments
 from pocketize.rules import operator_name
 
 #: Norms, and the operators that take the statistics.
-Updates: TypeAlias = list[tuple[_NormBase, fx.Node]]
+Updates: TypeAlias = list[tuple[NormBase, fx.Node]]
 
-_FORWARDS = (_BatchNorm.forward, _InstanceNorm.forward)
+_FORWARDS = (nn.BatchNorm1d.forward, nn.InstanceNorm1d.forward)
 _NORMS = ("batch_norm", "instance_norm")
 
 
-def tracking_norms(model: nn.Module) -> dict[str, _NormBase]:
+def tracking_norms(model: nn.Module) -> dict[str, NormBase]:
     """Return the norms that would update running statistics in a forward, by path.
 
     Raises:
@@ -36,7 +35,7 @@ def tracking_norms(model: nn.Module) -> dict[str, _NormBase]:
     """
     found = {}
     for path, module in model.named_modules():
-        if not isinstance(module, _NormBase) or not module.training or module.running_mean is None:
+        if not isinstance(module, NormBase) or not module.training or module.running_mean is None:
             continue
         if "forward" in vars(module) or type(module).forward not in _FORWARDS:
             raise TilingError(
@@ -76,7 +75,7 @@ def updates_of(graph: TiledGraph, model: nn.Module) -> Updates:
         if operator_name(node.target).rpartition(".")[2] not in _NORMS:
             continue
         module = model.get_submodule(node.meta["module"] or "")
-        if id(module) not in norms or not isinstance(module, _NormBase):
+        if id(module) not in norms or not isinstance(module, NormBase):
             continue
         if not isinstance(graph.gathered.get(node), Moments):
             raise TilingError(
@@ -105,11 +104,11 @@ def _statistics(execution: Execution, node: fx.Node) -> tuple[Tensor, int]:
     return made.mean(1), moments.count
 
 
-def _update(module: _NormBase, statistics: Tensor, count: int) -> None:
+def _update(module: NormBase, statistics: Tensor, count: int) -> None:
     assert module.running_mean is not None
     assert module.running_var is not None
     factor: float | Tensor = 0.0 if module.momentum is None else module.momentum
-    if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None:
+    if isinstance(module, BatchNorm) and module.num_batches_tracked is not None:
         module.num_batches_tracked.add_(1)
         if module.momentum is None:
             factor = 1.0 / module.num_batches_tracked.double()

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from pocketize._torch import pytree
 from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Keeper, Kept
 from pocketize.passes.runtime.tiling.peers import Peers

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from pocketize._torch import without_dispatch_modes
 from pocketize.errors import InputError
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.tiling.cutting import PatchForward, is_recorded, plain
@@ -336,7 +336,7 @@ def window_starts(
 
 @functools.lru_cache(maxsize=8)
 def _importance(window: tuple[int, ...], kind: str) -> Tensor:
-    with _disable_current_modes(), torch.inference_mode(False):  # it outlives this call
+    with without_dispatch_modes(), torch.inference_mode(False):  # it outlives this call
         return importance(window, kind)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from pocketize._torch import OpOverload, schema_of
 from pocketize.passes.runtime.tiling.arguments import (
     Bound,
     NotLocal,
@@ -121,10 +122,10 @@ def _channelwise(node: fx.Node, maps: list[fx.Node]) -> Form:
 def _in_place_undone(kind: type[Pointwise], node: fx.Node, maps: list[fx.Node]) -> Form:
     """Call the operator that returns its result instead of writing it into its input."""
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-        packet = getattr(torch.ops.aten, target._schema.name.split("::")[1].rstrip("_"), None)
-        plain = getattr(packet, target._overloadname or "default", None)
-        if plain is None or plain._schema.is_mutable:
+    if isinstance(target, OpOverload) and schema_of(target).is_mutable:
+        packet = getattr(torch.ops.aten, schema_of(target).name.split("::")[1].rstrip("_"), None)
+        plain = getattr(packet, schema_of(target).overload_name or "default", None)
+        if plain is None or schema_of(plain).is_mutable:
             raise NotLocal(f"{target} writes into its input, and has no twin that does not")
         return Redirected(node, maps, plain)
     return kind(node, maps)
