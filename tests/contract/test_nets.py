@@ -117,6 +117,7 @@ def test_net_is_built_alike_every_time_and_leaves_the_random_state(net: Net) -> 
 # Tags of what concerns the number of channels only, which the sample need not have.
 _WIDTHS = {"counts-channels", "depthwise", "concat", "linear", "pad", "mask", "unfold", "gather"}
 _WIDTHS |= {"matmul", "hard-coded", "bottleneck", "shuffle", "pixel", "repeat"}
+_WIDTHS |= {"indices", "numbers", "made-weight", "sizes"}
 
 
 def test_the_sample_has_every_norm_activation_and_dropout_and_every_habit() -> None:
