@@ -236,7 +236,7 @@ def _heads(layers: list[_Layer], ends: frozenset[int]) -> set[_Layer]:
         readers = [x for x in layers if not x.reads.isdisjoint(layer.makes)]
         readers = [x for x in readers if x.makes.isdisjoint(layer.makes)]
         if layer.makes.isdisjoint(ends):
-            tail = all(x in heads and x.width == layer.width for x in readers) and readers
+            tail = bool(readers) and all(x in heads and x.width == layer.width for x in readers)
         else:
             tail = all(x in heads for x in readers)
         if tail:

@@ -172,12 +172,12 @@ def _copy_notes(model: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> No
         for name, value in vars(old).items():
             if name not in vars(new):
                 setattr(new, name, copy.deepcopy(value, memo))
-    for old, new in zip(model.modules(), copied.modules(), strict=False):
-        for base in type(old).__mro__:
+    for module, made in zip(model.modules(), copied.modules(), strict=False):
+        for base in type(module).__mro__:
             slots = vars(base).get("__slots__", ())
             for name in (slots,) if isinstance(slots, str) else slots:
-                if hasattr(old, name) and not hasattr(new, name):
-                    object.__setattr__(new, name, copy.deepcopy(getattr(old, name), memo))
+                if hasattr(module, name) and not hasattr(made, name):
+                    object.__setattr__(made, name, copy.deepcopy(getattr(module, name), memo))
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device | None) -> Tensor:

@@ -249,7 +249,7 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
     for name, value in fields.items():
         if isinstance(value, list) and all(type(item) is int for item in value):
             fields[name] = tuple(value)
-    expected = {
+    expected: dict[str, Any] = {
         "str": str,
         "int": int,
         "int | float": (int, float),

@@ -156,7 +156,7 @@ def derived(model: nn.Module, channels: ChannelGroups, edits: Sequence[Edit]) ->
     done = {(e.module, e.name.partition(".")[0]) for e in edits if isinstance(e, SetAttribute)}
     resized = {edit.tensor for edit in edits if isinstance(edit, Resize)}
     seen = _sizes_seen(channels, edits)
-    found = []
+    found: list[Derived] = []
     for path, module in model.named_modules():
         if type(module).__module__.startswith("torch."):
             continue  # torch's own layers follow their tensors

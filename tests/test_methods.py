@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketize import history, load, measure, pocketize, rewrite, save
-from pocketize.errors import CaptureError
+from pocketize.errors import CaptureError, NoEffectWarning
 from tests.toys import Net as Toy
 
 INPUT = "2x3x8x8"
@@ -249,3 +249,13 @@ def test_a_class_that_copies_by_building_itself_is_rewritten_once() -> None:
     assert small.deep.out_channels == 4
     with pytest.raises(CaptureError, match="let a __deepcopy__ of its own copy the layers as they"):
         rewrite(small, "recompute:min_bytes=1", inputs=INPUT)
+
+
+class CallsForward(Toy):
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+
+def test_a_call_that_runs_no_hooks_cannot_be_tiled() -> None:
+    with pytest.warns(NoEffectWarning, match=r"has a __call__\(\) of its own that runs no forward"):
+        rewrite(CallsForward(), "patchwise:size=4", inputs=INPUT)

@@ -187,4 +187,4 @@ def let_classes_load(
 
 def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return tuple(tensor.shape), tensor.dtype, zlib.crc32(flat.view(torch.uint8).numpy())
+    return tuple(tensor.shape), tensor.dtype, zlib.crc32(flat.view(torch.uint8).numpy().data)

@@ -359,7 +359,7 @@ def _fill(
     for module in nn.Module.modules(model) if hollow else ():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
-                table[name] = made.get(id(tensor), tensor)
+                table[name] = made.get(id(tensor), tensor)  # type: ignore[assignment]
     return {key: made[id(old)] for key, old in state.items()}
 
 

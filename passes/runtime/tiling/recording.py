@@ -206,6 +206,11 @@ def _finished(copy: nn.Module, captured: Captured, output: Any) -> Recording:
     outputs = captured.outputs()
     if not outputs:
         raise TilingError("its forward returns no tensor")
+    if output is None:
+        raise TilingError(
+            f"{type(copy).__name__} has a __call__() of its own that runs no forward hooks; let it "
+            "call super().__call__()"
+        )
     if any(node.op == "get_attr" for node in outputs):
         raise TilingError("its forward returns one of its own parameters or buffers")
     nodes = {id(t): node for t, node in zip(find_tensors(output), outputs, strict=True)}
