@@ -82,7 +82,7 @@ class ExactForward(PatchForward):
                 raise ExecutionError(
                     "patchwise: a function transform (torch.func.grad, vmap, jvp) or forward-mode "
                     "AD does not go through training by tiles; call the network without it, or "
-                    "rewrite it without train=True"
+                    "rewrite it without pocketize's train=True"
                 )
             return self.original(*args, **kwargs)
         try:

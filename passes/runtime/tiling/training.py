@@ -225,4 +225,5 @@ class _ByTiles(torch.autograd.Function):
         }
         with torch.no_grad():
             found = run.backward(of_outputs)
-        return None, *refuse_second("patchwise", found, [*gradients, *run.asked])
+        advice = "Rewrite the network without pocketize's train=True where that is needed"
+        return None, *refuse_second("patchwise", found, [*gradients, *run.asked], advice)
