@@ -16,11 +16,11 @@ __all__ = [
     "OpOverload", "TorchDispatchMode", "activations_of_torch", "autograd_function_of",
     "backward_runs", "check_norm_input", "dispatch_modes", "fake_tensor_logger",
     "global_forward_hooks", "has_kernel", "has_tensor_hooks", "holders", "import_compiler",
-    "in_autograd_function", "in_checkpoint", "innermost_saving", "is_view", "keep_version",
+    "in_autograd_function", "in_checkpoint", "innermost_saving", "is_batched", "is_view", "keep_version",
     "keeps_graph", "next_sequence_number", "pytree", "release", "run_parts", "running_node",
     "same_convolution", "schema_of", "sparse_parts", "storage_key", "swap_tensors",
     "takes_what_is_saved", "transforms_active", "unbatched_dim", "user_frames", "version_of",
-    "without_dispatch_modes",
+    "watching_alias", "without_dispatch_modes",
 ]
 # fmt: on
 
@@ -132,6 +132,24 @@ def storage_key(memory: Tensor | torch.UntypedStorage) -> int:
     """Return a number that tells a storage from all others that are alive."""
     storage = memory.untyped_storage() if isinstance(memory, Tensor) else memory
     return int(_of(storage, "_cdata", "UntypedStorage"))
+
+
+def watching_alias(tensor: Tensor) -> Tensor:
+    """Return an alias without history that sees writes to the tensor, in its version.
+
+    ``tensor.detach()`` does so too, but not in a ``__torch_dispatch__``, which runs below what
+    shares versions.
+    """
+    guard = _find("torch._C._SetExcludeDispatchKeyGuard")
+    with guard(_find("torch._C.DispatchKey").ADInplaceOrView, False):
+        return tensor.detach()
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor stands for many, in ``vmap`` or ``autograd.grad(is_grads_batched=True)``."""
+    functorch = getattr(torch._C, "_functorch", None)
+    asked = ("is_batchedtensor", "is_legacy_batchedtensor")
+    return any(bool(ask(tensor)) for n in asked if (ask := getattr(functorch, n, None)) is not None)
 
 
 def release(storage: torch.UntypedStorage) -> None:

@@ -395,3 +395,34 @@ def test_the_innermost_hooks_on_saved_tensors_are_seen_where_torch_shows_them() 
     with torch.autograd.graph.saved_tensors_hooks(pack, pack):
         shown = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
         assert innermost_saving() == ((pack, pack) if shown else None)
+
+
+class _Aliasing(_torch.TorchDispatchMode):
+    """Keeps an alias of what an operator reads, as it is below autograd."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.relu.default:
+            self.kept = _torch.watching_alias(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_alias_made_below_autograd_sees_writes() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    with _Aliasing() as mode:
+        weight.relu()
+    before = _torch.version_of(mode.kept)
+    with torch.no_grad():
+        weight.add_(1)
+    assert _torch.version_of(mode.kept) > before
+    assert not mode.kept.requires_grad
+
+
+def test_tensors_that_stand_for_many_are_told() -> None:
+    seen = []
+    torch.func.vmap(lambda x: (seen.append(_torch.is_batched(x)), x)[1])(torch.ones(2, 2))
+    x = torch.ones(2, requires_grad=True)
+    made = x * 2
+    made.register_hook(lambda slope: seen.append(_torch.is_batched(slope)))
+    torch.autograd.grad(made, x, torch.eye(2), is_grads_batched=True)
+    assert seen == [True, True]
+    assert not _torch.is_batched(x)

@@ -13,9 +13,18 @@ here by way of the module, bind the copy's forward to the copy.
 
 from __future__ import annotations
 
-__all__ = ["Forward", "first_parameter", "obstacle", "without_backward", "wrapping"]
+__all__ = [
+    "Forward",
+    "first_parameter",
+    "note_compiled",
+    "obstacle",
+    "refuse_exchanged",
+    "without_backward",
+    "wrapping",
+]
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from types import CodeType
 from typing import Any, TypeVar
@@ -23,7 +32,8 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
-from pocketize._torch import transforms_active
+from pocketize._torch import storage_key, transforms_active
+from pocketize.errors import ExecutionError, PocketizeWarning
 
 F = TypeVar("F", bound="Forward")
 
@@ -41,6 +51,36 @@ def without_backward() -> bool:
     if not torch.is_grad_enabled() or _is_exporting() or bool(tracing()):
         return True
     return not torch.compiler.is_compiling() and transforms_active()
+
+
+_compiled: set[str] = set()
+
+
+def note_compiled(name: str) -> None:
+    """Warn once that a pass does nothing for a training step that ``torch.compile`` traces.
+
+    May be called while it traces: there is no graph break.
+
+    Args:
+        name: of the pass.
+    """
+    if torch.is_grad_enabled():
+        _warn_compiled(name)
+
+
+# Runs while torch.compile traces, and is no part of what it traces.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn_compiled(name: str) -> None:
+    if name in _compiled or _is_exporting():
+        return
+    _compiled.add(name)
+    warnings.warn(
+        f"{name}: torch.compile traces this model, so the pass saves no memory: the compiler "
+        "decides what is kept for the backward pass. Let it recompute with "
+        "torch._functorch.config.activation_memory_budget (0 to 1), or train without torch.compile",
+        PocketizeWarning,
+        stacklevel=2,
+    )
 
 
 class Forward:
@@ -117,6 +157,28 @@ def obstacle(module: nn.Module) -> str:
             "the module that it was traced from, or make it a submodule of a module of your own"
         )
     return ""
+
+
+def refuse_exchanged(name: str, parameter: torch.Tensor, before: torch.Tensor) -> None:
+    """Refuse a backward pass if a weight has other data than in the forward (``p.data = ...``).
+
+    Args:
+        name: of the pass.
+        parameter: the weight as it is now.
+        before: an alias of what it was.
+
+    Raises:
+        ExecutionError: it holds other memory, with other values.
+    """
+    if storage_key(parameter) == storage_key(before) or type(before) is not torch.Tensor:
+        return  # fake tensors and other subclasses may have no values to compare
+    if parameter.device == before.device and torch.equal(parameter, before):
+        return
+    raise ExecutionError(
+        f"{name}: a weight of shape {list(before.shape)} was given other data between the forward "
+        "and the backward pass (p.data = ...), and both must see the same; run the forward again "
+        "after weights change"
+    )
 
 
 def first_parameter(module: nn.Module) -> torch.Tensor | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pocketize._torch import activations_of_torch
+from pocketize.errors import ExecutionError
 
 _ATEN = torch.ops.aten
 _MARK = "_pocketize_activation"
@@ -130,10 +131,10 @@ class Mark:
         """See to it that the activation has been skipped.
 
         Raises:
-            RuntimeError: it has not.
+            ExecutionError: it has not.
         """
         if not self.taken:
-            raise RuntimeError(
+            raise ExecutionError(
                 f"in-place-norm: {self.layer} returned an activated tensor, but {self.activation} "
                 "was not called on it, as it was when the pass was applied: the forward went "
                 "another way, or what stands between the two was changed. Leave the layer out with "
@@ -154,13 +155,13 @@ def take_mark(tensor: Any, activation: Activation) -> bool:
         activation: that activation.
 
     Raises:
-        RuntimeError: another activation has been applied, because an attribute was changed since.
+        ExecutionError: another activation has been applied, because an attribute was changed since.
     """
     found: Mark | None = getattr(tensor, _MARK, None)
     if found is None:
         return False
     if found.activation != activation:
-        raise RuntimeError(
+        raise ExecutionError(
             f"in-place-norm: the norm before this activation applied {found.activation} in its "
             f"stead, but it is {activation} now; set the activation first, then apply the pass"
         )

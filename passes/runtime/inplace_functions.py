@@ -26,16 +26,18 @@ __all__ = ["Norm", "NormActivation"]
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from pocketize._torch import is_batched
 from pocketize.passes.runtime.inplace_activations import Activation, Mark, finite_inverse
 from pocketize.passes.runtime.inplace_guard import Guard, Kept, unsafe_channels
+from pocketize.passes.runtime.inplace_second import differentiably, untouched
 from pocketize.passes.runtime.inplace_statistics import normalise, sum_over_processes
+from pocketize.passes.runtime.second_order import Stand, refuse_second
 
 #: Elements that the backward works on at a time, so that its intermediate tensors are small: what
 #: fits into a processor's cache, and on an accelerator what keeps it busy.
@@ -72,7 +74,7 @@ class Norm:
     def affine(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """View a parameter of shape (C,) so that it broadcasts over cells."""
         groups = self.groups if self.kind == "group" else parameter.numel()
-        return parameter.detach().to(dtype).view(1, groups, -1, 1)
+        return parameter.to(dtype).view(1, groups, -1, 1)
 
     def statistics(self, values: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
         """View statistics, one for each cell or each channel, so that they broadcast over cells."""
@@ -83,8 +85,17 @@ class Norm:
 class NormActivation(Function):
     """``activation(norm(x))``, which keeps its output instead of its input.
 
-    :meth:`apply` takes what :meth:`forward` takes after ``ctx``. There is no second derivative.
+    :meth:`run` takes what :meth:`forward` takes after ``ctx``. Second derivatives are those of
+    torch's own operators; there are none where processes share statistics.
     """
+
+    @staticmethod
+    def run(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Normalise and activate; see :meth:`forward`."""
+        made: Any = NormActivation.apply(x, *rest)  # type: ignore[no-untyped-call]
+        if x.requires_grad:
+            made[0].grad_fn.stand = Stand.of(x)
+        return made  # type: ignore[no-any-return]
 
     @staticmethod
     def forward(
@@ -123,26 +134,39 @@ class NormActivation(Function):
         ctx.norm, ctx.mark, ctx.guard = norm, mark, guard
         ctx.shape, ctx.dtype, ctx.count = x.shape, x.dtype, done.count
         kept = _choose(y, weight, bias, slopes, norm, mark, guard)
-        ctx.everything = kept.everything
+        ctx.everything, ctx.stand = kept.everything, None
         if kept.everything:
             source, aside = x, None
         else:
             source = y
             aside = None if kept.index is None else norm.cells(x).index_select(1, kept.index)
         parameters = weight, bias, slopes
+        ctx.parameters = [None if t is None else t.detach() for t in parameters]
         ctx.save_for_backward(source, aside, kept.index, *parameters, done.mean, done.invstd)
         new = [t for t in (done.running_mean, done.running_var) if t is not None]
         ctx.mark_non_differentiable(*new)
         return y, done.running_mean, done.running_var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients of input, weight, bias and slopes; ``grad`` is only read."""
-        source, aside, index, weight, bias, slopes, mean, invstd = ctx.saved_tensors
-        norm: Norm = ctx.norm
         ctx.mark.check()
         ctx.guard.stepped()
+        saved = untouched(ctx)
+        if ctx.norm.process_group is None and (torch.is_grad_enabled() or is_batched(grad)):
+            found = differentiably(ctx, _input(ctx, saved), saved, grad)
+        else:
+            with torch.no_grad():
+                found = NormActivation._gradients(ctx, saved, grad)
+            sources = (grad, saved[0], *saved[3:6])
+            advice = "Processes share the statistics of this norm; leave it out with keep=(...)"
+            found = refuse_second("in-place-norm", found, sources, advice)
+        return *found, *(None,) * 5
+
+    @staticmethod
+    def _gradients(ctx: Any, saved: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        source, aside, index, weight, bias, slopes, mean, invstd = saved
+        norm: Norm = ctx.norm
         exact = _accumulation(source.dtype)
         channels = ctx.shape[1]
         cells = _Cells(
@@ -174,8 +198,25 @@ class NormActivation(Function):
             found.dweight.reshape(-1).to(weight.dtype) if needs[1] else None,
             found.dbias.reshape(-1).to(bias.dtype) if needs[2] else None,
             dslopes.to(slopes.dtype) if needs[3] else None,
-            *(None,) * 5,
         )
+
+
+def _input(ctx: Any, saved: Any) -> Tensor:
+    """Return the norm's input, with its history, found from the output where it was not kept."""
+    source, aside, index, weight, bias, slopes, mean, invstd = saved
+    if ctx.everything:
+        return cast(Tensor, source)
+    norm, exact, channels = ctx.norm, invstd.dtype, ctx.shape[1]
+    with torch.no_grad():
+        over = _slopes(slopes, channels, norm, source.dtype)
+        z = ctx.mark.activation.inverse(norm.cells(source).to(exact), over)
+        xhat = _undo(z, *(None if t is None else norm.affine(t, exact) for t in (weight, bias)))
+        mean, invstd = (norm.statistics(t, channels, exact) for t in (mean, invstd))
+        x = (xhat / invstd + mean).to(ctx.dtype)
+        if index is not None:
+            x.index_copy_(1, index, aside)
+        x = x.reshape(ctx.shape)
+    return x if ctx.stand is None else Stand.give(ctx.stand, x)
 
 
 class _Gradients(NamedTuple):

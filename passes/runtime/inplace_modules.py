@@ -36,7 +36,7 @@ from pocketize._torch import (
     transforms_active,
     unbatched_dim,
 )
-from pocketize.passes.runtime.forwards import Forward
+from pocketize.passes.runtime.forwards import Forward, note_compiled
 from pocketize.passes.runtime.inplace_activations import (
     Activation,
     Mark,
@@ -100,7 +100,7 @@ def plain_reason(module: nn.Module) -> str:
     if not torch.is_grad_enabled():
         return "it runs without gradients, as in torch.no_grad or a reentrant checkpoint"
     if transforms_active():
-        return "it runs under a function transform"
+        return "it runs under a function transform or forward-mode differentiation"
     if in_checkpoint():
         return "it stands in a checkpointed region, which is run again anyway"
     hook = hooks_of(module)
@@ -167,6 +167,7 @@ class NormInPlace(_Converted):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise and activate (and mark the tensor), or just normalise, as the class before."""
         if torch.compiler.is_compiling():
+            note_compiled("in-place-norm")
             return cast(Tensor, super().forward(input))
         kind = _KINDS[self.converted_from.forward]
         group = _group_to_share_with(self, input)
@@ -185,7 +186,7 @@ class NormInPlace(_Converted):
             done = run_package(input, self.weight, self.bias, running, norm, mark, self.guard)
             if done is not None:
                 return mark.put_on(done)
-        output, *new = NormActivation.apply(  # type: ignore[no-untyped-call]
+        output, *new = NormActivation.run(
             input,
             self.weight,
             self.bias,
@@ -199,7 +200,7 @@ class NormInPlace(_Converted):
             for old, value in zip(running, new, strict=True):
                 if old is not None and value is not None:
                     old.copy_(value)
-        return mark.put_on(cast(Tensor, output))
+        return mark.put_on(output)
 
     def _plain(self, input: Tensor) -> Tensor:
         """Run the forward of the class from before, in this process alone."""

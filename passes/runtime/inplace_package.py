@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketize._torch import BatchNorm, FakeTensor, is_view
+from pocketize.errors import ExecutionError
 from pocketize.passes.runtime.inplace_activations import Activation, Mark
 from pocketize.passes.runtime.inplace_guard import Guard, unsafe_channels
 
@@ -103,4 +104,15 @@ def run_package(
         activation=mark.activation.kind,
         activation_param=mark.activation.slope,
     )
+    if activated.requires_grad:
+        activated.register_hook(_refuse_second)  # type: ignore[no-untyped-call]
     return activated
+
+
+def _refuse_second(gradient: Tensor) -> None:
+    """Refuse to be differentiated twice: the package's backward leaves no graph."""
+    if torch.is_grad_enabled():
+        raise ExecutionError(
+            "in-place-norm: the package inplace_abn has no second derivative (create_graph=True); "
+            "use backend='native'"
+        )

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pocketize.errors import ExecutionError
+
 if TYPE_CHECKING:
     from pocketize.passes.runtime.inplace_functions import Norm
 
@@ -143,7 +145,7 @@ def _with_running(
     norm: Norm,
 ) -> Normalised:
     if mean is None or var is None:
-        raise RuntimeError("in-place-norm: this norm has no running statistics to use")
+        raise ExecutionError("in-place-norm: this norm has no running statistics to use")
     output = _ATEN.native_batch_norm(x, weight, bias, mean, var, False, 0.0, norm.eps)[0]
     # Copies: a step in training mode may write to the buffers before this one's backward runs.
     return Normalised(output, mean.clone(), torch.rsqrt(var + norm.eps), 1.0)

@@ -1,10 +1,10 @@
-"""Gradients that a pass cannot differentiate a second time."""
+"""Second derivatives: of what a pass runs again, or an error where there are none."""
 
 from __future__ import annotations
 
-__all__ = ["refuse_second"]
+__all__ = ["Stand", "differentiate", "refuse_second"]
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,62 @@ def refuse_second(
     )
     made = iter(_Refusing.apply(text, len(given), *given, *wanted))  # type: ignore[no-untyped-call]
     return tuple(None if t is None else next(made) for t in gradients)
+
+
+def differentiate(
+    function: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    gradient: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Run a function and let autograd differentiate it; with a graph where grad mode is on.
+
+    Args:
+        function: of the tensors.
+        tensors: what it is given, each with the history that it has outside.
+        needed: which of them need a gradient.
+        gradient: of the result.
+
+    Returns:
+        The gradients, ``None`` where none is needed.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, since one tensor may be made of another: a weight that is used twice, for one.
+        given = [
+            None if t is None else t.view_as(t) if again else t.detach().requires_grad_(n)
+            for t, n in zip(tensors, needed, strict=True)
+        ]
+        made = function(*given)
+    wanted = [n and t is not None for t, n in zip(given, needed, strict=True)]
+    asked = [t for t, n in zip(given, wanted, strict=True) if n and t is not None]
+    found = iter(torch.autograd.grad(made, asked, gradient, allow_unused=True, create_graph=again))
+    return tuple(next(found) if n else None for n in wanted)
+
+
+class Stand(torch.autograd.Function):
+    """Gives a tensor the history of another one of its shape."""
+
+    @staticmethod
+    def of(tensor: Tensor) -> Tensor:
+        """Return what has a tensor's history and shape, without content: one element, spread."""
+        return Stand.give(tensor, tensor.new_empty(()).expand(tensor.shape))
+
+    @staticmethod
+    def give(history: Tensor, content: Tensor) -> Tensor:
+        """Return a tensor's content with another one's history."""
+        made: Tensor = Stand.apply(history, content)  # type: ignore[no-untyped-call]
+        return made
+
+    @staticmethod
+    def forward(ctx: Any, history: Tensor, content: Tensor) -> Tensor:
+        """Return the content."""
+        return content.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Hand the gradient on to the history."""
+        return gradient, None
 
 
 class _Refusing(torch.autograd.Function):
