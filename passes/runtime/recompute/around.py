@@ -13,10 +13,16 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from pocketize._torch import import_compiler, takes_what_is_saved
+from pocketize._torch import import_compiler, in_checkpoint, takes_what_is_saved
 from pocketize.conversions import conversion
-from pocketize.errors import RewriteError
-from pocketize.passes.runtime.forwards import Forward, obstacle, without_backward, wrapping
+from pocketize.errors import ExecutionError, RewriteError
+from pocketize.passes.runtime.forwards import (
+    Forward,
+    note_compiled,
+    obstacle,
+    without_backward,
+    wrapping,
+)
 from pocketize.passes.runtime.recompute.fusing import Fusing
 from pocketize.passes.runtime.recompute.tape import Tape
 from pocketize.passes.runtime.recompute.values import Meter
@@ -29,7 +35,8 @@ class Recording(Forward):
 
     Nothing is recorded where there is no backward pass to come (``no_grad``, ``inference_mode``),
     while ``torch.compile`` traces (it plans recomputation itself, see
-    its ``activation_memory_budget``), and inside another recording.
+    its ``activation_memory_budget``), under the transforms of ``torch.func`` and forward-mode
+    differentiation, in a checkpoint, which runs again anyway, and inside another recording.
 
     Args:
         module: the model.
@@ -54,10 +61,13 @@ class Recording(Forward):
         """Run the forward.
 
         Raises:
-            RuntimeError: the model's parameters are sharded by FSDP.
+            ExecutionError: the model's parameters are sharded by FSDP.
         """
-        idle = torch.compiler.is_compiling() or without_backward()
-        if idle or getattr(_running, "recording", False):
+        if torch.compiler.is_compiling():
+            note_compiled("recompute")
+            return self.original(*args, **kwargs)
+        aside = without_backward() or in_checkpoint()
+        if aside or getattr(_running, "recording", False):
             return self.original(*args, **kwargs)
         return self._recorded(*args, **kwargs)
 
@@ -101,7 +111,7 @@ def _refuse_sharded(model: nn.Module) -> None:
     """Refuse weights whose memory comes and goes: they are gone when results are built again.
 
     Raises:
-        RuntimeError: the model's parameters are sharded by FSDP.
+        ExecutionError: the model's parameters are sharded by FSDP.
     """
     sharded = False
     if "torch.distributed.fsdp" in sys.modules:
@@ -109,8 +119,8 @@ def _refuse_sharded(model: nn.Module) -> None:
 
         sharded = any(isinstance(module, FSDPModule) for module in model.modules())
     if sharded or any(hasattr(p, "_fsdp_flattened") for p in model.parameters()):
-        raise RuntimeError(
-            "Recompute does not work on a model sharded by FSDP: it reads weights when FSDP has "
-            "freed them. Use the pass 'checkpoint' with FSDP, or Recompute with "
+        raise ExecutionError(
+            "recompute: the model is sharded by FSDP, and its weights would be read when FSDP has "
+            "freed them. Use the pass 'checkpoint' with FSDP, or recompute with "
             "DistributedDataParallel"
         )

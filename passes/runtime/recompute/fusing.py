@@ -27,7 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pocketize._torch import has_tensor_hooks, holders, swap_tensors, version_of
+from pocketize._torch import (
+    has_tensor_hooks,
+    holders,
+    swap_tensors,
+    transforms_active,
+    version_of,
+)
 from pocketize.passes.runtime.recompute.joining import join
 from pocketize.passes.runtime.recompute.normact import NormAct, NormCall
 from pocketize.passes.runtime.recompute.tape import Tape
@@ -99,12 +105,12 @@ class Fusing(TorchFunctionMode):
             known = False
         if not known:
             return func(*args, **kwargs)
-        if func in _RAW:
+        if func in _RAW and not transforms_active():
             for argument in args:
                 if isinstance(argument, Tensor):
-                    self.tape.bring_back(argument)
+                    self.tape.expose(argument)
             return func(*args, **kwargs)
-        if not torch.is_grad_enabled() or not self.is_ours():
+        if not torch.is_grad_enabled() or transforms_active() or not self.is_ours():
             return func(*args, **kwargs)
         if func in _NORMS:
             return self._norm(func, args, kwargs)

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 __all__ = ["join"]
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pocketize.passes.runtime.second_order import differentiate
 
 aten = torch.ops.aten
 
@@ -108,13 +111,10 @@ class Part(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         """Differentiate by the part and by its slice of the weight."""
-        part, weight = ctx.saved_tensors
+        (part, weight), needed = ctx.saved_tensors, list(ctx.needs_input_grad[2:])
         if torch.is_grad_enabled():  # to be differentiated once more
-            asked = [t for t, n in zip((part, weight), ctx.needs_input_grad[2:], strict=True) if n]
-            made = _convolve(part, weight, ctx.like).to(gradient.dtype)
-            found = iter(torch.autograd.grad(made, asked, gradient, create_graph=True))
-            return None, None, *(next(found) if n else None for n in ctx.needs_input_grad[2:])
-        needed = list(ctx.needs_input_grad[2:])
+            run = partial(_convolve, like=ctx.like, dtype=gradient.dtype)
+            return None, None, *differentiate(run, (part, weight), needed, gradient)
         return None, None, *ctx.like.backward(gradient, part, weight, needed)
 
 
@@ -137,9 +137,9 @@ class Join(torch.autograd.Function):
         return None, by_bias, *(gradient,) * ctx.tokens
 
 
-def _convolve(data: Tensor, weight: Tensor, like: _Convolution) -> Tensor:
+def _convolve(data: Tensor, weight: Tensor, like: _Convolution, dtype: torch.dtype) -> Tensor:
     dims = len(like.stride)
     made: Tensor = aten.convolution(
         data, weight, None, like.stride, like.padding, like.dilation, False, [0] * dims, 1
     )
-    return made
+    return made.to(dtype)

@@ -31,11 +31,23 @@ class Memory:
         name: name of the parameter that lies here, or of which this is a cast.
         views: how many views were made of it.
         note: how the tensor that fills it was made, for whoever left it here.
+        exposed: somebody has a pointer to it, so that it cannot be taken away.
+        parameter: the parameter that lies here, and an alias of it.
         shell: the value to build again, its geometry and the number of bytes, where the memory has
             been taken away.
     """
 
-    __slots__ = ("name", "note", "shell", "values", "version", "views", "watch")
+    __slots__ = (
+        "exposed",
+        "name",
+        "note",
+        "parameter",
+        "shell",
+        "values",
+        "version",
+        "views",
+        "watch",
+    )
 
     def __init__(self, watch: weakref.ref[torch.UntypedStorage]) -> None:
         self.watch = watch
@@ -44,6 +56,8 @@ class Memory:
         self.name: str | None = None
         self.views = 0
         self.note: Any = None
+        self.exposed = False
+        self.parameter: tuple[Tensor, Tensor] | None = None
         self.shell: tuple[Value, Geometry, int] | None = None
 
 
@@ -79,6 +93,7 @@ class Ledger:
             value = Value(stage)
             memory = self.memory(tensor)
             value.keep(tensor)
+            value.parameter = memory.parameter
             memory.values[geometry_of(tensor)] = weakref.ref(value)
             memory.version = version_of(tensor)
         return value
@@ -119,7 +134,7 @@ class Ledger:
         watch, geometry = value.home
         storage = watch()
         memory = None if storage is None else self._memories.get(storage_key(storage))
-        if storage is None or memory is None or memory.shell is not None:
+        if storage is None or memory is None or memory.exposed or memory.shell is not None:
             return
         offset, shape, _, dtype = geometry
         count = 1

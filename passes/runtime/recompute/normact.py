@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pocketize._torch import is_batched
 from pocketize.passes.runtime.recompute.pieces import piecewise
 from pocketize.passes.runtime.recompute.statistics import Statistics
+from pocketize.passes.runtime.second_order import differentiate
 
 Activation = Callable[..., Tensor]
-Gradients = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class NormCall:
         x: its input, shape ``(N, C, ...)``.
         weight: per channel, or ``None``.
         bias: likewise.
-        mean: running mean, where it normalises with that.
+        mean: a copy of the running mean, where it normalises with that.
         var: likewise the variance.
         groups: number of groups of channels that are normalised together; ``None`` where channels
             are independent.
@@ -67,8 +68,8 @@ class NormCall:
             x=x,
             weight=given["weight"],
             bias=given["bias"],
-            mean=None if own else given["running_mean"],
-            var=None if own else given["running_var"],
+            mean=None if own else _copy(given["running_mean"]),
+            var=None if own else _copy(given["running_var"]),
             groups=given.get("num_groups"),
             eps=given["eps"],
         )
@@ -144,31 +145,24 @@ class NormAct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         """Differentiate norm and activation, in pieces where the statistics are known."""
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        if not torch.is_grad_enabled():  # or it is to be differentiated once more
+        # Or it is to be differentiated once more, or stands for many.
+        if not torch.is_grad_enabled() and not is_batched(gradient):
             with ctx.state.again():
                 found = piecewise(ctx.call, ctx.activation, tensors, needed, gradient)
             if found is not None:
                 return None, *found
-            tensors = [
-                None if t is None else t.detach().requires_grad_(n)
-                for t, n in zip(tensors, needed, strict=True)
-            ]
-        return None, *_whole(ctx, tensors, needed, gradient)
+
+        def run(*given: Tensor | None) -> Tensor:
+            with ctx.state.again():
+                made: Tensor = ctx.activation(ctx.call.run(given), *given[7:])
+            return made
+
+        return None, *differentiate(run, tensors, needed, gradient)
 
 
-def _whole(
-    ctx: Any, tensors: Sequence[Tensor | None], needed: Sequence[bool], gradient: Tensor
-) -> Gradients:
-    """Run norm and activation again and let autograd differentiate them."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad(), ctx.state.again():
-        made = ctx.activation(ctx.call.run(tensors), *tensors[7:])
-    asked = [t for t, n in zip(tensors, needed, strict=True) if n and t is not None]
-    grads = torch.autograd.grad(made, asked, gradient, allow_unused=True, create_graph=again)
-    found = iter(grads)
-    return tuple(
-        next(found) if n and t is not None else None for t, n in zip(tensors, needed, strict=True)
-    )
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    """Copy running statistics: a forward in training mode may write to them before the backward."""
+    return None if tensor is None else tensor.detach().clone()
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ def piecewise(
         The gradients; ``None`` where this way is not open.
     """
     x, weight, bias, mean, var, found_mean, found_rstd, *extra = tensors
-    if x is None or not x.is_contiguous():
-        return None
+    if x is None or not x.is_contiguous() or not x.numel():
+        return None  # of no elements: the kernels divide by their number
     if any(p.numel() not in (1, x.shape[1]) for p in extra if p is not None):
         return None
     count, channels = x.shape[:2]

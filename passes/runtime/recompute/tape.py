@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocketize._torch import TorchDispatchMode, pytree, schema_of, storage_key, version_of
+from pocketize._torch import (
+    TorchDispatchMode,
+    pytree,
+    schema_of,
+    storage_key,
+    transforms_active,
+    version_of,
+)
 from pocketize.passes.runtime.recompute.ledger import (
     Ledger,
     Memory,
@@ -86,7 +93,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ledger = Ledger(meter)
         for name, parameter in model.named_parameters():
             if is_plain(parameter):
-                self.ledger.memory(parameter).name = name
+                memory = self.ledger.memory(parameter)
+                memory.name, memory.parameter = name, (parameter, parameter.detach())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -110,7 +118,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def pack(self, tensor: Tensor) -> Any:
         """Give autograd something in place of a tensor that it wants to save."""
         with self.quietly():
-            value = self._value(tensor)
+            value = None if transforms_active() else self._value(tensor)
             if value is None:
                 return tensor.detach()
             if self.meter is not None:
@@ -133,10 +141,13 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self.quietly():
             self.ledger.close(self.stage)
 
-    def bring_back(self, tensor: Tensor) -> None:
-        """Give a shell its content back, because somebody is going to read its memory directly."""
+    def expose(self, tensor: Tensor) -> None:
+        """Let a tensor have its memory for good: somebody gets a pointer to it."""
         with self.quietly():
             self.ledger.bring_back(tensor, self.stage)
+            memory = self.memory_of(tensor)
+            if memory is not None:
+                memory.exposed = True
 
     def memory_of(self, tensor: Any) -> Memory | None:
         """Return what is known of a tensor's memory; ``None`` for what is no ordinary tensor."""
@@ -272,11 +283,18 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _forget_statistics(self, operator: Operator, args: tuple[Any, ...]) -> Iterator[Any]:
-        """Running statistics are updated once: in a repetition there are none to update."""
+        """Running statistics are updated once: in a repetition there are none to update.
+
+        Where they are used, copies are kept: a forward in training mode may write to them before
+        the backward pass, and does not raise their version.
+        """
         trains = operator.training is not None and args[operator.training] is True
         for position, argument in enumerate(args):
-            if trains and position in operator.statistics and isinstance(argument, Tensor):
-                yield None
+            if position in operator.statistics and isinstance(argument, Tensor):
+                if not trains:
+                    kept = self._value(argument)
+                    self.ledger.preserve(self.ledger.memory(argument))
+                yield None if trains else kept
             else:
                 yield argument
 

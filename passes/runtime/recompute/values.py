@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from pocketize._torch import pytree, version_of
+from pocketize._torch import pytree, version_of, watching_alias
+from pocketize.errors import ExecutionError
+from pocketize.passes.runtime.forwards import refuse_exchanged
 from pocketize.passes.runtime.recompute.operators import Kind, Operator, in_place_variant
 
 Geometry = tuple[Any, ...]
@@ -125,6 +127,7 @@ class Value:
         home: the storage it was in, and how it lay there.
         tensor: the tensor, where it is kept.
         version: the tensor's version when it was kept.
+        parameter: the parameter that it is or lies in, and an alias of that as it was.
         stage: the stage of the forward pass that made it.
         pending: readers to come, by stage.
         held: its tensor, built again and still to be read.
@@ -135,6 +138,7 @@ class Value:
         "held",
         "home",
         "index",
+        "parameter",
         "pending",
         "stage",
         "step",
@@ -147,12 +151,13 @@ class Value:
         self.home: tuple[weakref.ref[torch.UntypedStorage], Geometry] | None = None
         self.tensor: Tensor | None = None
         self.version = 0
+        self.parameter: tuple[Tensor, Tensor] | None = None
         self.pending: dict[int, int] = {}
         self.held: Tensor | None = None
 
     def keep(self, tensor: Tensor) -> None:
         """Hold the tensor itself from now on, without its history."""
-        self.tensor = tensor.detach()
+        self.tensor = watching_alias(tensor)
         self.version = version_of(self.tensor)  # a fake tensor shares it with no alias
 
     def content(self, stage: int, meter: Meter | None = None) -> Tensor:
@@ -163,7 +168,7 @@ class Value:
             meter: counts the work.
 
         Raises:
-            RuntimeError: a tensor that is needed was modified in place since.
+            ExecutionError: a tensor that is needed was modified in place since.
         """
         ready = self.ready()
         return self._build(stage, meter) if ready is None else ready
@@ -172,18 +177,20 @@ class Value:
         """Return the tensor if it is at hand.
 
         Raises:
-            RuntimeError: it was modified in place since it was kept.
+            ExecutionError: it was modified in place, or exchanged, since it was kept.
         """
         if self.held is not None:
             return self.held
         if self.tensor is not None and version_of(self.tensor) != self.version:
-            raise RuntimeError(
-                "one of the tensors needed to recompute activations has been modified by an "
-                f"in-place operation since the forward pass: a {self.tensor.dtype} tensor of shape "
-                f"{list(self.tensor.shape)} is at version {version_of(self.tensor)}, expected "
-                f"{self.version}. Recompute needs the results of convolutions and the model's "
-                "inputs and weights until the backward pass; clone a tensor before writing to it"
+            raise ExecutionError(
+                "recompute: a tensor that is needed to build activations again has been modified "
+                f"by an in-place operation since the forward pass: a {self.tensor.dtype} tensor of "
+                f"shape {list(self.tensor.shape)} is at version {version_of(self.tensor)}, "
+                f"expected {self.version}. Results of convolutions and the model's inputs and "
+                "weights are needed until the backward pass; clone a tensor before writing to it"
             )
+        if self.parameter is not None:
+            refuse_exchanged("recompute", *self.parameter)
         return self.tensor
 
     def _build(self, stage: int, meter: Meter | None) -> Tensor:

@@ -246,6 +246,7 @@ def test_the_model_keeps_its_class_keys_and_modules(x: Tensor) -> None:
     assert [type(m) for m in made.modules()] == [type(m) for m in model.modules()]
 
 
+@pytest.mark.filterwarnings("ignore:recompute. torch.compile traces")
 @pytest.mark.parametrize(("backend", "whole"), [("eager", True), ("aot_eager", False)])
 def test_torch_compile_runs_the_model_as_it_is(backend: str, whole: bool, x: Tensor) -> None:
     made = recomputed(small().double(), x)
