@@ -43,7 +43,7 @@ def refuse_second(
         return tuple(gradients)
     text = (
         f"{name}: these gradients cannot be differentiated again (a second derivative after "
-        f"create_graph=True, as in a gradient penalty): the pass computes them without a graph. "
+        f"create_graph=True, as in a gradient penalty): pocketize computes them without a graph. "
         f"{advice}"
     )
     made = iter(_Refusing.apply(text, len(given), *given, *wanted))  # type: ignore[no-untyped-call]
