@@ -76,8 +76,8 @@ def _warn_compiled(name: str) -> None:
     _compiled.add(name)
     warnings.warn(
         f"{name}: torch.compile traces this model, so the pass saves no memory: the compiler "
-        "decides what is kept for the backward pass. Let it recompute with "
-        "torch._functorch.config.activation_memory_budget (0 to 1), or train without torch.compile",
+        "decides what is kept for the backward pass. Let it recompute (its setting "
+        "activation_memory_budget, from 0 to 1), or train without torch.compile",
         PocketizeWarning,
         stacklevel=2,
     )
