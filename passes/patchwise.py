@@ -10,19 +10,27 @@ from __future__ import annotations
 __all__ = ["Patchwise", "slab_backward"]
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
+from pocketize.clone import clone_modules
 from pocketize.conversions import conversion
 from pocketize.edits import Convert
-from pocketize.errors import ExecutionError, InputError, OptionError, RewriteError
+from pocketize.errors import (
+    ExecutionError,
+    InputError,
+    MeasureError,
+    OptionError,
+    RewriteError,
+)
 from pocketize.options import read_size
 from pocketize.passes.order import REBUILDING
 from pocketize.passes.runtime.forwards import first_parameter, obstacle, wrapping
 from pocketize.passes.runtime.tiling.cutting import PatchForward, Tiling
+from pocketize.passes.runtime.tiling.figures import measured_peak
 from pocketize.passes.runtime.tiling.network import TilingError
 from pocketize.passes.runtime.tiling.patched import ExactForward
 from pocketize.passes.runtime.tiling.peers import group_name
@@ -30,7 +38,12 @@ from pocketize.passes.runtime.tiling.preparing import Prepared, prepare
 from pocketize.passes.runtime.tiling.probing import probe
 from pocketize.passes.runtime.tiling.slabs import SlabForward, slab_backward
 from pocketize.passes.runtime.tiling.sliding import WindowForward
-from pocketize.passes.runtime.tiling.telling import told, told_of_slabs, told_of_windows
+from pocketize.passes.runtime.tiling.telling import (
+    told,
+    told_of_slabs,
+    told_of_training,
+    told_of_windows,
+)
 from pocketize.passes.runtime.tiling.training import check_training
 from pocketize.rehearsal import Rehearsal
 
@@ -77,7 +90,7 @@ class Patchwise(Pass):
         reduce: "argmax" returns uint8 labels (N, 1, *spatial) in inference instead of logits, which
             never exist as a whole.
         max_peak: instead of size: the largest tiles with which the live tensors stay within, such
-            as "2GiB".
+            as "2GiB"; with ``train`` also those of a training step, as ``measure`` estimates it.
         progress: draw a bar on terminals for what takes long.
         train: exact mode also goes back by tiles: the forward keeps no graph, and the backward pass
             runs each tile again. The gradients are the whole volume's, and so are the statistics of
@@ -212,25 +225,52 @@ class Patchwise(Pass):
         edit = Convert("", "patchwise", self.conversion_options())
         try:
             if self.mode == "exact":
-                what, notes = self._look(target, tiling)
+                what, why, notes = self._look(target, tiling)
             else:
                 what, notes = self._look_at_parts(target, tiling, edit)
+                why = "each fits where the whole does not"
         except (TilingError, InputError, ExecutionError) as error:
             return Proposal(refused=(Refusal("", str(error).removeprefix("patchwise: ")),))
-        return Proposal(
-            (edit,), (Change("", what, "each fits where the whole does not"),), (), notes
-        )
+        return Proposal((edit,), (Change("", what, why),), (), notes)
 
-    def _look(self, target: Target, tiling: Tiling) -> tuple[str, tuple[str, ...]]:
+    def _look(self, target: Target, tiling: Tiling) -> tuple[str, str, tuple[str, ...]]:
         model, inputs = target.model, target.inputs
         prepared = prepare(model, inputs, tiling)
         if tiling.train:
-            check_training(model, inputs, tiling)
+            check_training(model, inputs, replace(tiling, size=prepared.program.tile, max_peak=0))
         answer = (
             f"with what waits in {self.keep_dtype}" if self.keep_dtype else "to the same answer"
         )
         what = f"runs by tiles of {_times(prepared.program.tile)}, {answer}"
-        return what, (*told(prepared, inputs, tiling), *self._probed(target, tiling, prepared))
+        peaks, notes = told(model, prepared, inputs, tiling)
+        if self.train:
+            tile, *peaks = self._trained(target, tiling)
+            what += f"; trains by tiles of {_times(tile)}"
+            if peaks:
+                notes = (*notes, told_of_training(*peaks))
+        lower = len(peaks) < 2 or peaks[0] < peaks[1]
+        why = (
+            "each fits where the whole does not"
+            if lower
+            else "on this input the peak is no lower than that of the whole; see the notes"
+        )
+        return what, why, (*notes, *self._probed(target, tiling, prepared))
+
+    def _trained(self, target: Target, tiling: Tiling) -> tuple[Any, ...]:
+        """Return the tile of a training step; its peak and that of the whole, where known."""
+        copy = clone_modules(target.model)
+        if not copy.training:  # as measure does
+            copy.train()
+        forward = ExactForward(copy, tiling)
+        forward.install()
+        sized = forward.sized(target.inputs)
+        volume = max(target.inputs.tensors(), key=lambda t: (t.ndim, t.numel())).shape[2:]
+        tile = sized.tile(volume)
+        try:
+            by_tiles = measured_peak(copy, target.inputs, replace(sized, sampled=True))
+            return tile, by_tiles, measured_peak(target.model, target.inputs)
+        except MeasureError:  # its backward pass does not run on fake tensors, or there is none
+            return (tile,)
 
     def _look_at_parts(
         self, target: Target, tiling: Tiling, edit: Convert

@@ -16,13 +16,13 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from pocketize._torch import FakeTensorMode
 from pocketize.errors import CaptureError
 
 #: What ``deepcopy`` does not look into.
@@ -57,13 +57,13 @@ def clone_modules(model: nn.Module) -> nn.Module:
 
 
 def fake_clone(
-    model: nn.Module, mode: FakeTensorMode, *, device: torch.device | None = None
+    model: nn.Module, mode: AbstractContextManager[Any], *, device: torch.device | None = None
 ) -> nn.Module:
     """Return a copy whose tensors are fake: shapes and dtypes, no memory.
 
     Args:
         model: the model; untouched.
-        mode: the fake mode that the tensors of the copy belong to.
+        mode: the fake mode that the tensors of the copy belong to; none for the meta device.
         device: where the fake tensors say they are; where the model's are by default. A model on
             the meta device needs one.
 
@@ -180,7 +180,7 @@ def _copy_notes(model: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> No
                     object.__setattr__(made, name, copy.deepcopy(getattr(module, name), memo))
 
 
-def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device | None) -> Tensor:
+def _fake(tensor: Tensor, mode: AbstractContextManager[Any], device: torch.device | None) -> Tensor:
     with torch.no_grad(), mode:
         return torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device

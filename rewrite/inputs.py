@@ -6,7 +6,16 @@ form, :class:`Inputs`.
 
 from __future__ import annotations
 
-__all__ = ["Inputs", "as_inputs", "find_tensors", "guess_inputs", "structure_of", "to_model"]
+__all__ = [
+    "Inputs",
+    "as_inputs",
+    "as_plain",
+    "find_tensors",
+    "guess_inputs",
+    "is_dressed",
+    "structure_of",
+    "to_model",
+]
 
 import inspect
 import re
@@ -90,7 +99,7 @@ def structure_of(value: Any) -> Any:
 
 
 def as_inputs(inputs: Any, model: nn.Module | None = None) -> Inputs:
-    """Bring example inputs into one form.
+    """Bring example inputs into one form, with plain tensors.
 
     Args:
         inputs: a tensor (one positional argument), a tuple or list (positional arguments), a dict
@@ -119,7 +128,25 @@ def as_inputs(inputs: Any, model: nn.Module | None = None) -> Inputs:
         )
     if not made.tensors():
         raise InputError("example inputs hold no tensor; give at least one, e.g. '1x1x96x96x96'")
-    return made
+    return made.map(as_plain) if any(map(is_dressed, made.tensors())) else made
+
+
+def is_dressed(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class that only adds Python to it, such as MONAI's ``MetaTensor``.
+
+    Parameters, and wrappers around other tensors, are not.
+    """
+    kind = type(tensor)
+    return (
+        kind is not Tensor
+        and not isinstance(tensor, nn.Parameter)
+        and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+
+
+def as_plain(tensor: Tensor) -> Tensor:
+    """Return the same tensor without the class and the attributes that somebody gave it."""
+    return tensor.as_subclass(Tensor) if is_dressed(tensor) else tensor
 
 
 def to_model(inputs: Inputs, model: nn.Module) -> Inputs:

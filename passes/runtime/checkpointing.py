@@ -11,7 +11,7 @@ __all__ = ["CheckpointedForward", "hooked"]
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -34,6 +34,8 @@ class CheckpointedForward(Forward):
 
     #: Whether somebody was told that hooks keep the module from being checkpointed.
     _warned = False
+
+    lowers: ClassVar[str] = "checkpoint"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward, and remember how to run it again."""

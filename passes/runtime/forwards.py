@@ -16,6 +16,7 @@ from __future__ import annotations
 __all__ = [
     "Forward",
     "first_parameter",
+    "lowering",
     "note_compiled",
     "obstacle",
     "refuse_exchanged",
@@ -27,7 +28,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from types import CodeType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import fx, nn
@@ -90,6 +91,9 @@ class Forward:
         module: the module; :meth:`install` puts the object into its place.
     """
 
+    #: The pass that lowers what training keeps by this; "" where it is none of those.
+    lowers: ClassVar[str] = ""
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         #: A forward that somebody else, or another pass, has set on the instance before.
@@ -135,6 +139,12 @@ def wrapping(module: nn.Module, kind: type[F]) -> F | None:
         if isinstance(forward, kind):
             return forward
     return None
+
+
+def lowering(model: nn.Module) -> list[str]:
+    """Return the names of the passes that lower what training a model keeps by its forwards."""
+    layers = (forward for module in model.modules() for forward in _layers(module))
+    return list(dict.fromkeys(forward.lowers for forward in layers if forward.lowers))
 
 
 def _layers(module: nn.Module) -> Iterator[Any]:

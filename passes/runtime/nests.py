@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["map_tensors"]
+__all__ = ["dressed", "map_tensors"]
 
 import copy
 import dataclasses
@@ -11,6 +11,8 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+
+from pocketize.inputs import is_dressed
 
 #: Values that hold no tensor, or are no containers.
 _OPAQUE = (str, bytes, int, float, type, nn.Module, FunctionType, MethodType, ModuleType)
@@ -32,6 +34,15 @@ def map_tensors(
         on the way to a replaced tensor, of the same type. Nothing is written to ``value``.
     """
     return _mapped(value, wanted, fn, {})
+
+
+def dressed(made: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor with the class and the attributes of another, such as a ``MetaTensor``."""
+    if not is_dressed(like):
+        return made
+    result = made.as_subclass(type(like))
+    vars(result).update(vars(like))
+    return result
 
 
 def _mapped(

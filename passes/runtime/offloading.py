@@ -13,7 +13,7 @@ __all__ = ["OffloadedForward"]
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ class OffloadedForward(Forward):
         disk: to files instead of host memory; also from a model on the CPU.
         folder: for the files; ``None`` is where the system has its temporary ones.
     """
+
+    lowers: ClassVar[str] = "offload"
 
     def __init__(
         self, module: nn.Module, min_bytes: int, *, disk: bool = False, folder: str | None = None

@@ -7,7 +7,7 @@ __all__ = ["Recording", "recording_of"]
 import sys
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -45,6 +45,8 @@ class Recording(Forward):
         min_bytes: likewise.
         meter: likewise.
     """
+
+    lowers: ClassVar[str] = "recompute"
 
     def __init__(
         self,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 __all__ = ["Differentiation", "differentiable"]
 
-import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -150,7 +149,7 @@ class Differentiation(Execution):
     def _sweep_back(self, step: Sweep) -> None:
         for node in step.gathers:
             self._spread(node, step)
-        for tile in itertools.product(*(range(count) for count in step.counts)):
+        for tile in self._tiles(step):
             shares = {node: self._share(node, step, tile) for node in step.targets}
             wanted = {
                 node: region
@@ -244,7 +243,7 @@ class Differentiation(Execution):
         return equal
 
     def _shares(self, node: fx.Node, step: Sweep) -> Iterator[Region]:
-        for tile in itertools.product(*(range(count) for count in step.counts)):
+        for tile in self._tiles(step):
             region = self._share(node, step, tile)
             if region is not None:
                 yield region

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pocketize._torch import FakeTensor, dispatch_modes
 from pocketize.capture import Recorder
 from pocketize.errors import InputError
-from pocketize.inputs import Inputs
+from pocketize.inputs import Inputs, as_plain
 from pocketize.passes.runtime.forwards import Forward, first_parameter
 
 
@@ -48,6 +48,7 @@ class Tiling:
         keep_dtype: name of the dtype in which floating maps wait; None for their own.
         resume: what was computed stays in ``folder`` until the forward ends.
         group: the process group that shares the tiles: "world", or its name; None for none.
+        sampled: for estimates: of each sweep only the tiles that decide the peak are gone through.
     """
 
     mode: str = "exact"
@@ -66,6 +67,7 @@ class Tiling:
     keep_dtype: str | None = None
     resume: bool = False
     group: str | None = None
+    sampled: bool = False
 
     @property
     def held(self) -> torch.dtype | None:
@@ -163,14 +165,4 @@ def surroundings() -> Any:
 
 def plain(inputs: Inputs) -> Inputs:
     """Return inputs as plain tensors, where a package has tensors of a class of its own."""
-    return inputs.map(lambda t: t.as_subclass(Tensor) if _is_dressed(t) else t)
-
-
-def _is_dressed(tensor: Tensor) -> bool:
-    kind = type(tensor)
-    # a class that only adds Python to a tensor; wrappers around other tensors are left alone
-    return (
-        kind is not Tensor
-        and not isinstance(tensor, nn.Parameter)
-        and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
-    )
+    return inputs.map(as_plain)

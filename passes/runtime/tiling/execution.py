@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["Execution"]
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -183,7 +182,7 @@ class Execution:
 
     def _tiles(self, step: Sweep) -> Sequence[tuple[int, ...]]:
         """Return the tiles of a sweep that are computed, in order."""
-        return list(itertools.product(*(range(count) for count in step.counts)))
+        return self.program.tiles(step)
 
     def _gather(self, node: fx.Node, tile: tuple[int, ...], more: tuple[Any, ...]) -> None:
         """Join what a tile says of a whole map to what others said."""

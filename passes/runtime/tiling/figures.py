@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-__all__ = ["PeakCounter", "foretold_peak", "halo", "kept_bytes", "overhead", "whole_peak"]
+__all__ = [
+    "PeakCounter",
+    "foretold_peak",
+    "halo",
+    "kept_bytes",
+    "measured_peak",
+    "overhead",
+    "whole_peak",
+]
 
 import functools
-import itertools
 import math
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from pocketize._torch import (
     FakeTensor,
@@ -24,19 +31,17 @@ from pocketize._torch import (
     storage_key,
     without_dispatch_modes,
 )
+from pocketize.clone import clone_modules
+from pocketize.inputs import Inputs
+from pocketize.memory import measure
 from pocketize.memory.tracker import is_composite, storages_of
-from pocketize.passes.runtime.tiling.cutting import Tiling
+from pocketize.passes.runtime.forwards import wrapping
+from pocketize.passes.runtime.tiling.cutting import PatchForward, Tiling
 from pocketize.passes.runtime.tiling.execution import Execution
 from pocketize.passes.runtime.tiling.keeping import Keeper
 from pocketize.passes.runtime.tiling.network import TiledGraph
 from pocketize.passes.runtime.tiling.placing import reduction
-from pocketize.passes.runtime.tiling.program import (
-    Direct,
-    Program,
-    Sweep,
-    needed_regions,
-    share,
-)
+from pocketize.passes.runtime.tiling.program import Direct, Program, Sweep
 from pocketize.passes.runtime.tiling.recording import Recording
 from pocketize.passes.runtime.tiling.windows import Region, hull
 
@@ -111,11 +116,11 @@ def overhead(program: Program) -> float:
         if not isinstance(step, Sweep):
             continue
         there.update(node for node in step.order if not graph.forms[node].cheap)
-        tiles = list(itertools.product(*(range(count) for count in step.counts)))
+        tiles = program.tiles(step)
         stride = -(-len(tiles) // _TILES)
         some = tiles[::stride]
         for tile in some:
-            for node, region in _regions(graph, step, tile).items():
+            for node, region in program.regions(step, tile).items():
                 if not graph.forms[node].cheap:
                     voxels = math.prod([high - low for low, high in region])
                     computed += voxels * _channels(node) * len(tiles) / len(some)
@@ -126,18 +131,6 @@ def overhead(program: Program) -> float:
 def _channels(node: fx.Node) -> int:
     shape = node.meta["val"].shape
     return int(shape[0] * shape[1])
-
-
-def _regions(graph: TiledGraph, step: Sweep, tile: tuple[int, ...]) -> dict[fx.Node, Region]:
-    """Return what a sweep computes for one tile."""
-    inside = set(step.order)
-    wanted: dict[fx.Node, Region] = {}
-    for node in [*step.targets, *(graph.gathered[node].source for node in step.gathers)]:
-        region = share(node.meta["val"].shape[2:], step.counts, tile)
-        if node in inside and all(low < high for low, high in region):
-            wanted[node] = hull(wanted.get(node), region)
-    needed = needed_regions(graph, step.order, wanted)
-    return {node: region for node, region in needed.items() if node in inside}
 
 
 def kept_bytes(program: Program, dtype: torch.dtype | None = None) -> int:
@@ -168,6 +161,34 @@ def _waiting(graph: TiledGraph, node: fx.Node, dtype: torch.dtype | None) -> int
     if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
         return graph.nbytes(node)
     return int(value.numel()) * dtype.itemsize
+
+
+def measured_peak(
+    model: nn.Module,
+    inputs: Inputs,
+    tiling: Tiling | None = None,
+    mode: Literal["train", "infer"] = "train",
+) -> int:
+    """Return the peak that :func:`pocketize.measure` estimates, in bytes.
+
+    Args:
+        model: unchanged.
+        inputs: of the call.
+        tiling: instead of that of the model's forward by tiles; None for the model as it is.
+        mode: of the measurement; a training step is one with Adam.
+
+    Raises:
+        MeasureError: the model does not get through it on fake tensors.
+    """
+    copy = clone_modules(model)
+    if tiling is not None:
+        forward = wrapping(copy, PatchForward)
+        assert forward is not None
+        forward.tiling = tiling
+    if any(module.training for module in copy.modules()):
+        copy.training = True  # or else all would be set to training
+    with without_dispatch_modes():
+        return measure(copy, inputs, mode, estimate=True).peak
 
 
 class PeakCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["ExactForward"]
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,13 +26,15 @@ from pocketize.passes.runtime.tiling.cutting import (
     plain,
     surroundings,
 )
+from pocketize.passes.runtime.tiling.dressing import dress
 from pocketize.passes.runtime.tiling.execution import Execution
+from pocketize.passes.runtime.tiling.figures import measured_peak
 from pocketize.passes.runtime.tiling.keeping import Keeper
 from pocketize.passes.runtime.tiling.left import leave
 from pocketize.passes.runtime.tiling.network import TilingError
 from pocketize.passes.runtime.tiling.peers import Peers
 from pocketize.passes.runtime.tiling.placing import ProgressBar, reduction
-from pocketize.passes.runtime.tiling.preparing import Prepared, prepare
+from pocketize.passes.runtime.tiling.preparing import Prepared, largest_tile, prepare
 from pocketize.passes.runtime.tiling.recording import (
     check_hooks,
     described,
@@ -48,6 +51,11 @@ logger = logging.getLogger(__name__)
 
 #: Programs for so many sizes of inputs are kept.
 _REMEMBERED = 4
+#: Tilings that were found for a target of training: a search takes long, and copies do without.
+_SIZES: dict[Any, Tiling] = {}
+_REMEMBERED_SIZES = 32
+#: One part in so many by which some tiles may miss the peak of all.
+_SLACK = 256
 
 
 class ExactForward(PatchForward):
@@ -87,10 +95,10 @@ class ExactForward(PatchForward):
             return self.original(*args, **kwargs)
         try:
             if self._infers(inputs):
-                inputs = plain(inputs)
-                return self._run(self.prepare(inputs), inputs)
+                bare = plain(inputs)
+                return dress(self.module, self._run(self.prepare(bare), bare), inputs)
             if trains:
-                return self._train(plain(inputs))
+                return dress(self.module, self._train(plain(inputs)), inputs)
         except TilingError as error:
             # a rehearsal puts all modules into training mode; what cannot be trained by tiles in
             # the modes that they will have is told when it is tried
@@ -133,16 +141,48 @@ class ExactForward(PatchForward):
         Raises:
             TilingError: the model cannot be computed by tiles.
             InputError: the tiles do not fit.
+            OptionError: no tiles meet ``max_peak``.
         """
         check_hooks(self.module, training=training)
         key = (_shapes(inputs), surroundings(), fingerprint(self.module), training)
         found = self._prepared.pop(key, None)
         if found is None:
-            found = prepare(self.module, _detached(inputs), self.tiling, training=training)
+            tiling = self.sized(inputs) if training else self.tiling
+            found = prepare(self.module, _detached(inputs), tiling, training=training)
             while len(self._prepared) >= _REMEMBERED:
                 del self._prepared[next(iter(self._prepared))]
         self._prepared[key] = found  # the last in the line is the last to go
         return found
+
+    def sized(self, inputs: Inputs) -> Tiling:
+        """Return a tiling by size: for ``max_peak``, with the largest tiles that can be trained.
+
+        Args:
+            inputs: of the call.
+
+        Raises:
+            OptionError: no tiles meet ``max_peak``.
+        """
+        tiling = self.tiling
+        if tiling.size is not None:
+            return tiling
+        asks = tuple(t.requires_grad for t in [*self.module.parameters(), *inputs.tensors()])
+        key = (tiling, asks, _shapes(inputs), surroundings(), fingerprint(self.module))
+        if key not in _SIZES:
+            volume = max(inputs.tensors(), key=lambda t: (t.ndim, t.numel())).shape[2:]
+
+            def sized(tile: tuple[int, ...]) -> Tiling:
+                return replace(tiling, size=tile, max_peak=0)
+
+            def peak_of(tile: tuple[int, ...]) -> int:
+                peak = measured_peak(self.module, inputs, replace(sized(tile), sampled=True))
+                return peak + peak // _SLACK
+
+            tile, _ = largest_tile(volume, tiling.max_peak, peak_of, "a training step with Adam")
+            while len(_SIZES) >= _REMEMBERED_SIZES:
+                del _SIZES[next(iter(_SIZES))]
+            _SIZES[key] = sized(tile)
+        return _SIZES[key]
 
     def _train(self, inputs: Inputs) -> Any:
         prepared = self.prepare(inputs, training=True)

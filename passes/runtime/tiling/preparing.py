@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["Prepared", "prepare", "prepare_recorded", "volume_of"]
+__all__ = ["Prepared", "largest_tile", "prepare", "prepare_recorded", "volume_of"]
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from pocketize.capture import Captured
-from pocketize.errors import InputError
+from pocketize.errors import OptionError
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.tiling.arguments import draws
 from pocketize.passes.runtime.tiling.cutting import Tiling
@@ -50,7 +50,8 @@ def prepare(
 
     Raises:
         TilingError: it cannot be computed by tiles.
-        InputError: the tiles do not fit the inputs, or no tile meets ``max_peak``.
+        InputError: the tiles do not fit the inputs.
+        OptionError: no tile meets ``max_peak``.
     """
     return prepare_recorded(record_forward(model, inputs, training=training), tiling)
 
@@ -59,7 +60,7 @@ def prepare_recorded(recording: Recording, tiling: Tiling) -> Prepared:
     """Do the same from a recording.
 
     Raises:
-        TilingError, InputError: as :func:`prepare`.
+        TilingError, InputError, OptionError: as :func:`prepare`.
     """
     if tiling.reduce is None:
         leave_views_out(recording.captured.graph)
@@ -69,7 +70,7 @@ def prepare_recorded(recording: Recording, tiling: Tiling) -> Prepared:
     volume = volume_of(graph)
     if tiling.size is None:
         return _within(recording, graph, tiling)
-    program = build_program(graph, tiling.tile(volume))
+    program = build_program(graph, tiling.tile(volume), sampled=tiling.sampled)
     if not any(isinstance(step, Sweep) for step in program.steps):
         raise TilingError(
             "none of its operators on maps can be computed part by part: " + obstacles_text(graph)
@@ -116,34 +117,47 @@ def _check_overlaps(captured: Captured) -> None:
 
 
 def _within(recording: Recording, graph: TiledGraph, tiling: Tiling) -> Prepared:
-    """Return the program of the largest tiles whose peak is within the target."""
-    tiles = list(_smaller(volume_of(graph)))
+    """Return the program of the largest tiles whose forward has a peak within the target."""
+
+    def peak_of(tile: tuple[int, ...]) -> int:
+        return foretold_peak(recording, build_program(graph, tile), tiling)
+
+    tile, peak = largest_tile(volume_of(graph), tiling.max_peak, peak_of, "a forward")
+    return Prepared(recording, build_program(graph, tile), peak)
+
+
+def largest_tile(
+    volume: Sequence[int], limit: int, peak_of: Callable[[tuple[int, ...]], int], what: str
+) -> tuple[tuple[int, ...], int]:
+    """Return the largest tiles whose peak is within a limit, and their peak.
+
+    Args:
+        volume: sizes of the whole.
+        limit: in bytes.
+        peak_of: of tiles of some sizes.
+        what: is run.
+
+    Raises:
+        OptionError: there are none; the text says what the smallest take.
+    """
+    tiles = list(_smaller(volume))
     low, high = 0, len(tiles) - 1
-    best: Prepared | None = None
-    least = 0
+    found, least = None, 0
     while low <= high:
         middle = (low + high) // 2
-        made = _foretold(recording, graph, tiling, tiles[middle])
-        if made.peak <= tiling.max_peak:
-            best, high = made, middle - 1
+        peak = peak_of(tiles[middle])
+        if peak <= limit:
+            found, high = (tiles[middle], peak), middle - 1
         else:
-            low, least = middle + 1, made.peak
-    if best is None:
-        raise InputError(
-            f"patchwise: no tile keeps the live tensors within {bytes_text(tiling.max_peak)}; with "
-            f"tiles of {tiles[-1]} they take {bytes_text(least)}, weights and input among them. "
-            f"Say max_peak of at least that, or keep='host' and output='host' on a GPU, 'disk' on "
-            "a CPU"
+            low, least = middle + 1, peak
+    if found is None:
+        raise OptionError(
+            f"patchwise: option 'max_peak': no tile keeps the live tensors of {what} within "
+            f"{bytes_text(limit)}; with tiles of {tiles[-1]} they take {bytes_text(least)}, "
+            "weights and input among them. Say max_peak of at least that, or keep='host' and "
+            "output='host' on a GPU, 'disk' on a CPU"
         )
-    return best
-
-
-def _foretold(
-    recording: Recording, graph: TiledGraph, tiling: Tiling, tile: Sequence[int]
-) -> Prepared:
-    program = build_program(graph, tile)
-    peak = foretold_peak(recording, program, tiling)
-    return Prepared(recording, program, peak)
+    return found
 
 
 def _smaller(volume: Sequence[int]) -> Iterator[tuple[int, ...]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 __all__ = ["Direct", "Program", "Step", "Sweep", "build_program", "needed_regions", "share"]
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,8 @@ class Direct:
 
 #: Maps that are smaller than this fraction of a part run whole and stay on the device.
 _SMALL = 4
+#: Of sweeps with no more tiles than this, all are gone through also where some would do.
+_FEW = 3
 
 Step: TypeAlias = Sweep | Direct
 
@@ -73,6 +76,7 @@ class Program:
         outputs: the nodes of the output tensors.
         tile: size of a tile at full resolution.
         limit: maps of no more bytes than this are kept on the device.
+        sampled: go only through the tiles that decide the peak; what is computed is then of no use.
     """
 
     graph: TiledGraph
@@ -80,6 +84,46 @@ class Program:
     outputs: tuple[fx.Node, ...]
     tile: tuple[int, ...]
     limit: int
+    sampled: bool = False
+    _chosen: dict[Sweep, list[tuple[int, ...]]] = field(default_factory=dict, repr=False)
+
+    def tiles(self, step: Sweep) -> list[tuple[int, ...]]:
+        """Return the tiles of a sweep, in order."""
+        if not self.sampled or math.prod(step.counts) <= _FEW:
+            return list(itertools.product(*(range(count) for count in step.counts)))
+        if step not in self._chosen:
+            largest = self._largest(step)
+            # sums begin with the first tile; what comes later meets them
+            self._chosen[step] = [(0,) * len(step.counts), largest, largest]
+        return self._chosen[step]
+
+    def regions(self, step: Sweep, tile: Sequence[int]) -> dict[fx.Node, Region]:
+        """Return what a sweep computes for one tile."""
+        graph, inside = self.graph, set(step.order)
+        wanted: dict[fx.Node, Region] = {}
+        for node in [*step.targets, *(graph.gathered[node].source for node in step.gathers)]:
+            region = share(node.meta["val"].shape[2:], step.counts, tile)
+            if node in inside and all(low < high for low, high in region):
+                wanted[node] = hull(wanted.get(node), region)
+        needed = needed_regions(graph, step.order, wanted)
+        return {node: region for node, region in needed.items() if node in inside}
+
+    def _largest(self, step: Sweep) -> tuple[int, ...]:
+        """Return the tile that computes most: along each axis, regions depend on it alone."""
+        middle = [count // 2 for count in step.counts]
+
+        def entries(axis: int, index: int) -> int:
+            tile = [index if a == axis else at for a, at in enumerate(middle)]
+            regions = self.regions(step, tile).items()
+            return sum(
+                math.prod([*node.meta["val"].shape[:2], *(high - low for low, high in region)])
+                for node, region in regions
+            )
+
+        return tuple(
+            max(range(count), key=lambda index: entries(axis, index))
+            for axis, count in enumerate(step.counts)
+        )
 
 
 def share(sizes: Sequence[int], counts: Sequence[int], tile: Sequence[int]) -> Region:
@@ -117,12 +161,13 @@ def needed_regions(
     return needed
 
 
-def build_program(graph: TiledGraph, tile: Sequence[int]) -> Program:
+def build_program(graph: TiledGraph, tile: Sequence[int], *, sampled: bool = False) -> Program:
     """Decide what is stored, what is computed for each tile, and in what order.
 
     Args:
         graph: the network.
         tile: size of a tile at full resolution, one number for each spatial axis.
+        sampled: see :class:`Program`.
     """
     builder = _Builder(graph, tuple(tile))
     for node in graph.nodes:
@@ -130,7 +175,12 @@ def build_program(graph: TiledGraph, tile: Sequence[int]) -> Program:
     outputs = tuple(dict.fromkeys(graph.captured.outputs()))
     builder.sweep([node for node in outputs if node in builder.pending])
     return Program(
-        graph, _freed(builder.steps, outputs), outputs, builder.tile, builder.limit // _SMALL
+        graph,
+        _freed(builder.steps, outputs),
+        outputs,
+        builder.tile,
+        builder.limit // _SMALL,
+        sampled,
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pocketize.capture import find_tensors
 from pocketize.errors import InputError, RewriteError
-from pocketize.inputs import Inputs, as_inputs
+from pocketize.inputs import Inputs, as_inputs, as_plain
 from pocketize.passes.runtime.forwards import wrapping
 from pocketize.passes.runtime.nests import map_tensors
 from pocketize.passes.runtime.tiling.cutting import PatchForward, is_recorded, plain, spatial_axis
@@ -34,9 +34,9 @@ class SlabForward(PatchForward):
         """Run every slab through the network and put the outputs together."""
         if is_recorded():
             return self.original(*args, **kwargs)
-        inputs = plain(Inputs(args, kwargs))
-        peers = peers_for(self, inputs)
-        with journal_for(self, inputs) as journal:
+        inputs = Inputs(args, kwargs)
+        peers = peers_for(self, plain(inputs))
+        with journal_for(self, plain(inputs)) as journal:
             return self._run(inputs, peers, journal)
 
     def _run(self, inputs: Inputs, peers: Peers | None, journal: Journal | None) -> Any:
@@ -57,7 +57,7 @@ class SlabForward(PatchForward):
                 del output, tensors  # the next slabs need their room
                 output = self.run(volume, some, sizes)
                 tensors = maps_of(output, volume.batch * len(some), volume.rank)
-                for index, tensor in enumerate(tensors):
+                for index, tensor in enumerate(map(as_plain, tensors)):
                     if len(parts) == index:
                         length = _length(tensor, axis, volume, sizes)
                         each = batch * tensor.shape[axis - volume.rank]
@@ -149,7 +149,7 @@ def slab_backward(
             "slab_backward needs a model that runs in slabs; rewrite it with "
             "Patchwise(mode='slab', size=...) first"
         )
-    given = plain(as_inputs(inputs, model))
+    given = as_inputs(inputs, model)
     volume = Volume(given, forward.device(given))
     axis, sizes, starts = forward.slabs(volume)
     total = torch.zeros((), device=volume.device)

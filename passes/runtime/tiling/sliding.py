@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pocketize._torch import without_dispatch_modes
 from pocketize.errors import InputError
-from pocketize.inputs import Inputs
+from pocketize.inputs import Inputs, as_plain
 from pocketize.passes.runtime.tiling.cutting import PatchForward, is_recorded, plain
 from pocketize.passes.runtime.tiling.keeping import Keeper
 from pocketize.passes.runtime.tiling.peers import Peers
@@ -45,9 +45,9 @@ class WindowForward(PatchForward):
         """Run every window through the network and average the outputs."""
         if is_recorded():
             return self.original(*args, **kwargs)
-        inputs = plain(Inputs(args, kwargs))
-        peers = peers_for(self, inputs)
-        with journal_for(self, inputs) as journal:
+        inputs = Inputs(args, kwargs)
+        peers = peers_for(self, plain(inputs))
+        with journal_for(self, plain(inputs)) as journal:
             return self._average(inputs, peers, journal)
 
     def _average(self, inputs: Inputs, peers: Peers | None, journal: Journal | None) -> Any:
@@ -73,7 +73,7 @@ class WindowForward(PatchForward):
                     output = self._run(volume, plan, some)
                     tensors = maps_of(output, volume.batch * len(some), volume.rank)
                     weighed = weights
-                    for index, tensor in enumerate(tensors):
+                    for index, tensor in enumerate(map(as_plain, tensors)):
                         weighed = _fitted(weighed, weights, tensor.shape[-volume.rank :])
                         if len(rows) == index:
                             rows.append(

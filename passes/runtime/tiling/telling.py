@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-__all__ = ["told", "told_of_slabs", "told_of_windows"]
+__all__ = ["told", "told_of_slabs", "told_of_training", "told_of_windows"]
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
-from pocketize.errors import CaptureError, InputError
+from torch import nn
+
+from pocketize.errors import CaptureError, InputError, MeasureError
 from pocketize.inputs import Inputs
+from pocketize.passes.runtime.forwards import lowering
+from pocketize.passes.runtime.inplace_modules import NormInPlace
 from pocketize.passes.runtime.tiling.cutting import PatchForward, Tiling
 from pocketize.passes.runtime.tiling.figures import (
     foretold_peak,
     halo,
     kept_bytes,
+    measured_peak,
     overhead,
     whole_peak,
 )
@@ -29,16 +35,25 @@ from pocketize.units import bytes_text
 _PLACES = {"device": "on the device", "host": "in host memory", "disk": "in files"}
 
 
-def told(prepared: Prepared, inputs: Inputs, tiling: Tiling) -> tuple[str, ...]:
-    """Return sentences about a program: halo, overhead, what is stored, the peak, what runs whole.
+def told(
+    model: nn.Module, prepared: Prepared, inputs: Inputs, tiling: Tiling
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return the peaks of tiles and of the whole, and sentences about a program.
+
+    They tell halo, overhead, what is stored, the peaks, and what runs whole.
 
     Args:
+        model: as it is.
         prepared: the program for the example inputs.
         inputs: those.
         tiling: where things are kept.
     """
     program, recording = prepared.program, prepared.recording
-    peak = prepared.peak or foretold_peak(recording, program, tiling)
+    peak = prepared.peak or foretold_peak(recording, replace(program, sampled=True), tiling)
+    try:
+        whole = measured_peak(model, inputs, mode="infer")
+    except MeasureError:  # it asks for values
+        whole = whole_peak(recording)
     sweeps = sum(isinstance(step, Sweep) for step in program.steps)
     notes = [
         f"on {inputs.describe()}: {sweeps} sweeps over the volume; tiles may begin anywhere",
@@ -46,11 +61,11 @@ def told(prepared: Prepared, inputs: Inputs, tiling: Tiling) -> tuple[str, ...]:
         f"{overhead(program):.2f} times the voxels of the network are computed",
         f"at most {bytes_text(kept_bytes(program, tiling.held))} wait {_PLACES[tiling.keep]} "
         f"between sweeps, outputs are put together {_PLACES[tiling.output]}",
-        f"live tensors on the device peak at {bytes_text(peak)}, weights and input among them; of "
-        f"the volume as a whole at {bytes_text(whole_peak(recording))}, even where every result is "
-        "freed after its last reader (both estimated)",
+        f"live tensors on the device peak at {bytes_text(peak)} in inference, weights and input "
+        f"among them; of the volume as a whole at {bytes_text(whole)} (both estimated)",
     ]
     notes += _besides(tiling)
+    notes += _inert(model, tiling)
     notes += _handled(program)
     if recording.left:
         names = dict.fromkeys(name for name, _ in recording.left)
@@ -58,7 +73,20 @@ def told(prepared: Prepared, inputs: Inputs, tiling: Tiling) -> tuple[str, ...]:
             f"a forward by tiles leaves no tensor in {', '.join(list(names)[:3])}, and using what "
             "stands there raises an error"
         )
-    return tuple(notes)
+    return (peak, whole), tuple(notes)
+
+
+def told_of_training(by_tiles: int, whole: int) -> str:
+    """Say what a training step takes.
+
+    Args:
+        by_tiles: peak of the live tensors in bytes, as :func:`pocketize.measure` estimates it.
+        whole: the same where the volume trains whole.
+    """
+    return (
+        f"live tensors of a training step with Adam peak at {bytes_text(by_tiles)} by tiles, at "
+        f"{bytes_text(whole)} where the volume trains whole (both estimated)"
+    )
 
 
 def told_of_slabs(forward: SlabForward, inputs: Inputs) -> tuple[str, tuple[str, ...]]:
@@ -115,6 +143,21 @@ def _besides(tiling: Tiling) -> list[str]:
             "are of one process alone"
         )
     return notes
+
+
+def _inert(model: nn.Module, tiling: Tiling) -> list[str]:
+    """Say which passes before this one have no effect in training by tiles."""
+    names = lowering(model)
+    if any(isinstance(module, NormInPlace) for module in model.modules()):
+        names.append("in-place-norm")
+    if not tiling.train or not names:
+        return []
+    told, verb = " and ".join(names), "do" if len(names) > 1 else "does"
+    return [
+        f"{told} {verb} nothing in training by tiles: the backward pass runs the operators of a "
+        f"tile again, without the modules. Leave {told} out; smaller tiles lower the peak of a "
+        "step, and keep='host' or keep='disk' moves what waits"
+    ]
 
 
 def _part_peak(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pocketize.capture import find_tensors
 from pocketize.errors import InputError
-from pocketize.inputs import Inputs
-from pocketize.passes.runtime.nests import map_tensors
+from pocketize.inputs import Inputs, as_plain
+from pocketize.passes.runtime.nests import dressed, map_tensors
 from pocketize.passes.runtime.tiling.keeping import Keeper, is_channels_last
 from pocketize.passes.runtime.tiling.peers import Peers
 from pocketize.passes.runtime.tiling.placing import Reduction
@@ -42,10 +42,9 @@ class Volume:
         self.rank = len(self.sizes)
         if 0 in self.sizes:
             raise InputError(f"patchwise: the volume is empty: {tuple(largest.shape)}")
-        self.maps = {id(t) for t in inputs.tensors() if tuple(t.shape[2:]) == self.sizes}
         for tensor in inputs.tensors():
             wide = tensor.ndim == largest.ndim and any(size > 1 for size in tensor.shape[2:])
-            if wide and id(tensor) not in self.maps:
+            if wide and not self._is_cut(tensor):
                 raise InputError(
                     f"patchwise: inputs of several sizes cannot be cut alike: {self.sizes} and "
                     f"{tuple(tensor.shape[2:])}; resize the smaller, or use mode='exact'"
@@ -60,13 +59,16 @@ class Volume:
         """
 
         def cut(tensor: Tensor) -> Tensor:
-            if id(tensor) in self.maps:
+            if self._is_cut(tensor):
                 return torch.cat([self._tile(tensor, start, sizes) for start in starts])
             moved = tensor.to(self.device)
             each = len(starts) > 1 and tensor.ndim > 0 and tensor.shape[0] == self.batch
             return torch.cat([moved] * len(starts)) if each else moved
 
-        return self.inputs.map(cut)
+        return self.inputs.map(lambda t: dressed(cut(as_plain(t)), t))
+
+    def _is_cut(self, tensor: Tensor) -> bool:
+        return tuple(tensor.shape[2:]) == self.sizes
 
     def _tile(self, tensor: Tensor, starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
         pads: list[int] = []
@@ -173,5 +175,5 @@ class Parts:
 
 def nest_of(template: Any, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> Any:
     """Put results into the nest of a tile's output, each for the tensor in its place."""
-    by_identity = {id(t): made for t, made in zip(tensors, results, strict=True)}
+    by_identity = {id(t): dressed(made, t) for t, made in zip(tensors, results, strict=True)}
     return map_tensors(template, lambda _: True, lambda t: by_identity[id(t)])

@@ -328,18 +328,6 @@ def _bytes_after(text: str, start: str) -> float:
     return found
 
 
-def test_a_target_for_the_peak_chooses_the_tiles() -> None:
-    x = double(1, 1, 32, 128).float()
-    model = unet()
-    whole = measure(model, x, "infer", estimate=True).peak
-    target = int(whole * 0.8)
-    made = rewrite(model, Patchwise(max_peak=f"{target}B"), inputs=x)
-    agree(infer(made, x), infer(model, x), 1e-4)
-    (program,) = tiles_of(made)
-    assert program.tile != (32, 128)
-    assert measure(made, x, "infer", estimate=True).peak <= target
-
-
 def test_labels_of_a_tiled_model_are_what_a_tensor_subclass_gives_as_well() -> None:
     class Dressed(Tensor):
         pass

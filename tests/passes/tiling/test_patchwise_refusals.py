@@ -171,12 +171,6 @@ def test_labels_need_channels_to_choose_among() -> None:
     assert "2 to 256 channels" in reason
 
 
-def test_a_target_that_no_tile_meets_says_what_the_smallest_takes() -> None:
-    reason = refused(unet(), double(1, 1, 32, 64).float(), size=None, max_peak="1KiB")
-    assert "no tile keeps the live tensors within 1.0 KiB" in reason
-    assert "with tiles of (8, 8) they take" in reason
-
-
 def test_passes_that_change_the_network_come_before() -> None:
     with pytest.raises(OrderError, match="patchwise must come after amp"):
         plan(unet(), Patchwise(size=4), Amp(), inputs="1x1x8x8")
