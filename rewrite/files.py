@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["atomic_write"]
+__all__ = ["atomic_write", "open_for_torch"]
 
 import contextlib
+import hashlib
+import io
 import os
+import platform
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pocketize.errors import ArtifactError
 
@@ -17,15 +22,20 @@ from pocketize.errors import ArtifactError
 def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary path in the folder of ``path``, and rename it to ``path`` at the end.
 
-    The data is on the disk before the name is. Where the block raises, nothing remains. A symbolic
+    The data is on the disk before the name is. Where the block raises, nothing remains; what a
+    process that was killed left there is removed by the next that writes the same file. A symbolic
     link is followed, so it stays a link.
 
     Raises:
-        ArtifactError: the file exists and ``overwrite`` is false, or it cannot be written.
+        ArtifactError: the file exists and ``overwrite`` is false, also where another process was
+            faster, or it cannot be written.
     """
     target = Path(os.path.realpath(path))
     _check(target, path, overwrite)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    # of the target's name only a digest, as names may not be longer than the target's may be
+    ours = f".pocketize-{_digest(target.name)}-{_digest(platform.node())}"
+    _remove_left(target.parent, ours)
+    temporary = target.with_name(f"{ours}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         # opened here and not by tempfile, so that the file gets the rights that the umask says
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -34,22 +44,105 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
         temporary.chmod(rights)  # the writer may have made a file of its own in its place
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
-        _check(target, path, overwrite)  # somebody may have been faster
-        os.replace(temporary, target)
+        _place(temporary, target, overwrite=overwrite)
         _sync_folder(target.parent)
+    except FileExistsError as error:
+        raise _exists(path) from error
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _place(temporary: Path, target: Path, *, overwrite: bool) -> None:
+    """Give a file its name; of several that may not overwrite, one does.
+
+    Raises:
+        FileExistsError: another process was faster.
+    """
+    if overwrite:
+        os.replace(temporary, target)
+        return
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:  # not every file system has links: reserve the name, then fill it
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(temporary, target)
+
+
+def _remove_left(folder: Path, ours: str) -> None:
+    """Remove the files that processes of this machine left behind when they were killed."""
+    if os.name != "posix":  # where asking for a process would end it
+        return
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            found = re.fullmatch(rf"{re.escape(ours)}-(\d+)-[0-9a-f]+\.tmp", name)
+            if found and not _is_alive(int(found[1])):
+                (folder / name).unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of somebody else
+        return True
+    return True
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+
+
+class _ForTorch(io.FileIO):
+    """Keeps the first error and goes on, since torch's writers end the process at one."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while self.error is None and done < len(view):
+                done += super().write(view[done:]) or 0
+        except OSError as error:
+            self.error = error
+        return len(view)
+
+
+@contextlib.contextmanager
+def open_for_torch(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
+    """Open a file that torch writes to.
+
+    Raises:
+        OSError: something could not be written, such as on a full disk; torch's own writers raise
+            other errors then, or end the process.
+    """
+    with _ForTorch(path, "wb") as file:
+        try:
+            yield file
+        except Exception:
+            if file.error is None:
+                raise
+        if file.error is not None:
+            raise file.error
+
+
 def _check(target: Path, path: str | os.PathLike[str], overwrite: bool) -> None:
-    if target.is_dir():
+    # not the methods of paths, which raise where a name is too long
+    if os.path.isdir(target):
         raise ArtifactError(f"cannot write {path}: it is a folder")
-    if target.exists() and not overwrite:
-        raise ArtifactError(f"{path} exists already; choose another name or ask to overwrite it")
-    if not target.parent.is_dir():
+    if os.path.exists(target) and not overwrite:
+        raise _exists(path)
+    if not os.path.isdir(target.parent):
         raise ArtifactError(f"cannot write {path}: there is no folder {target.parent}")
+
+
+def _exists(path: str | os.PathLike[str]) -> ArtifactError:
+    return ArtifactError(f"{path} exists already; choose another name or ask to overwrite it")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,12 +15,14 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from pocketize.errors import ArtifactError, RewriteError
+from pocketize.files import open_for_torch
 from pocketize.inputs import Inputs
 from pocketize.methods import set_mode
 
@@ -82,8 +84,8 @@ def write_exported(model: nn.Module, inputs: Inputs, path: Path) -> None:
             f"torch.export cannot export {type(model).__name__}: {type(error).__name__}: {reason} "
             "Save as .safetensors instead"
         ) from error
-    with open(path, "wb") as file, _quiet():
-        torch.export.save(program, file)
+    with open_for_torch(path) as file, _quiet():
+        torch.export.save(program, cast("IO[bytes]", file))
 
 
 def module_of(program: ExportedProgram) -> fx.GraphModule:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["SUFFIXES", "Picture", "list_images", "pair_masks", "read_image"]
+__all__ = ["MOST_BYTES", "SUFFIXES", "Picture", "list_images", "pair_masks", "read_image"]
 
+import math
 import os
 import re
-import zlib
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,12 @@ import numpy.typing as npt
 
 from pocketize.errors import InputError, OptionError, nearest
 from pocketize.passes.complexity.packages import needed_for
+
+MOST_BYTES = 8 << 30
+"""A file that says it has more, once it is decoded, is not decoded: a few KiB may say anything."""
+
+# a mask may be packed a thousandfold; a photograph is not
+_SURELY_FINE, _MOST_TIMES = 256 << 20, 200
 
 _PILLOW = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".bmp")
 _NIFTI = (".nii", ".nii.gz")
@@ -98,15 +105,45 @@ def read_image(path: str | os.PathLike[str], *, axis: int | None = None) -> Pict
         if name.endswith(_NIFTI):
             return Picture(file.name, _read_nifti(file), -1 if axis is None else axis, size)
         if name.endswith(".npy"):
-            return Picture(file.name, np.load(file, allow_pickle=False), axis, size)
+            return Picture(file.name, _read_numpy(file, size), axis, size)
         image, is_volume = _read_picture(file)
     except OptionError:  # a ValueError, too, but not about the file
         raise
-    except (OSError, EOFError, ValueError, SyntaxError, zlib.error) as error:
-        # what Pillow, nibabel and numpy raise of files that are cut short or not what they say
+    except Exception as error:
+        # Pillow, nibabel and numpy raise anything of files that are cut short or not what they say
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InputError(f"{file} cannot be read: {why}") from error
+        raise InputError(f"{file} cannot be read: {why or type(error).__name__}") from error
     return Picture(file.name, image, (-1 if axis is None else axis) if is_volume else None, size)
+
+
+def _check_size(shape: Any, itemsize: int, *, file_bytes: int | None = None) -> None:
+    """Check what a header says before memory is taken for it.
+
+    Args:
+        shape: of the pixels.
+        itemsize: bytes of one, once it is decoded.
+        file_bytes: of a file that is not compressed, and has no fewer.
+
+    Raises:
+        ValueError: it is too large, or more than the file can hold.
+    """
+    nbytes = math.prod(int(size) for size in shape) * itemsize
+    if nbytes > MOST_BYTES:
+        raise ValueError(
+            f"its header says {nbytes / 2**30:,.1f} GiB of pixels, more than {MOST_BYTES >> 30} "
+            "GiB (pocketize.passes.complexity.reading.MOST_BYTES sets the limit)"
+        )
+    if file_bytes is not None and nbytes > file_bytes:
+        raise ValueError(f"its header says {nbytes:,} bytes, and the file has {file_bytes:,}")
+
+
+def _read_numpy(file: Path, size: int) -> npt.NDArray[Any]:
+    # mapped, the header is read and checked against the file, and nothing else
+    mapped = np.load(file, mmap_mode="r", allow_pickle=False)
+    if not isinstance(mapped, np.ndarray):
+        raise ValueError("it is no array")
+    _check_size(mapped.shape, mapped.itemsize, file_bytes=size)
+    return np.array(mapped)
 
 
 def _read_nifti(file: Path) -> npt.NDArray[Any]:
@@ -115,7 +152,12 @@ def _read_nifti(file: Path) -> npt.NDArray[Any]:
         from nibabel.filebasedimages import ImageFileError
         from nibabel.spatialimages import HeaderDataError
     try:
-        volume: npt.NDArray[Any] = nibabel.load(file).get_fdata(dtype=np.float32)
+        opened = nibabel.load(file)
+        _check_size(opened.shape, np.dtype(np.float32).itemsize)
+        if not file.name.lower().endswith(".gz"):
+            stored = np.dtype(opened.get_data_dtype()).itemsize
+            _check_size(opened.shape, stored, file_bytes=file.stat().st_size)
+        volume: npt.NDArray[Any] = opened.get_fdata(dtype=np.float32)
     except (ImageFileError, HeaderDataError, TypeError) as error:
         raise ValueError(str(error)) from error
     return volume
@@ -126,8 +168,24 @@ def _read_picture(file: Path) -> tuple[npt.NDArray[Any], bool]:
     with needed_for("image files", "Pillow"):
         from PIL import Image, ImageSequence
     try:
-        with Image.open(file) as opened:
+        with warnings.catch_warnings():
+            # an error below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(file)
+        with opened:
             pages = getattr(opened, "n_frames", 1) if opened.format in ("TIFF", "GIF") else 1
+            # of one page Pillow warns, and refuses twice as much
+            if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError(
+                    f"its header says {opened.width} x {opened.height} pixels"
+                )
+            shape, itemsize = (opened.height, opened.width, pages), _bytes_of(opened.mode)
+            _check_size(shape, itemsize)
+            stored = math.prod(shape) * itemsize
+            if stored > _SURELY_FINE and stored > _MOST_TIMES * file.stat().st_size:
+                raise ValueError(
+                    f"{file.stat().st_size:,} bytes become {stored:,}: it was made to fill memory"
+                )
             if pages == 1:
                 return _pixels(opened), False
             frames = [_pixels(frame) for frame in ImageSequence.Iterator(opened)]
@@ -140,6 +198,11 @@ def _read_picture(file: Path) -> tuple[npt.NDArray[Any], bool]:
             "size, so save each page as an image of its own"
         )
     return np.stack(frames, axis=-1), True
+
+
+def _bytes_of(mode: str) -> int:
+    """Bytes of a pixel of Pillow's, in its memory and as the array that becomes of it."""
+    return {"1": 2, "L": 2, "I": 8, "F": 8}.get(mode, 4 if mode.startswith("I;16") else 7)
 
 
 def _pixels(picture: Any) -> npt.NDArray[Any]:

@@ -73,10 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # so that a reader that has gone shows here
             return code
     except BrokenPipeError:
-        # whoever read has seen enough, as in `pocketize zoo | head -1`; without this, Python would
-        # complain again when it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read has seen enough, as in `pocketize zoo | head -1`
         return _BROKEN_PIPE
+    except OSError as error:
+        # a full disk under stdout, or a file that a library opened
+        if args.debug:
+            _print_traceback()
+        _drop_output()
+        note(f"error: {error}")
+        return FAILED
     except KeyboardInterrupt:
         note("interrupted")
         return _INTERRUPTED
@@ -87,6 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, CheckFailed):
             return error.code
         return USAGE if isinstance(error, _WRONGLY_GIVEN) else FAILED
+
+
+def _drop_output() -> None:
+    """Without this, Python would complain again when it closes stdout."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_traceback() -> None:

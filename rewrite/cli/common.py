@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,13 +85,16 @@ def check_output(path: str, *, force: bool) -> None:
     Raises:
         UsageError: the file exists and ``--force`` was not given, or its folder does not exist.
     """
-    target = Path(path)
-    if target.is_dir():
+    # not the methods of paths, which raise where a name is too long
+    if os.path.isdir(path):
         raise UsageError(f"{path} is a folder; name a file")
-    if target.exists() and not force:
+    if os.path.exists(path) and not force:
         raise UsageError(f"{path} exists already; choose another name or add --force")
-    if not target.resolve().parent.is_dir():
-        raise UsageError(f"there is no folder {target.parent} to write {target.name} to")
+    folder, name = os.path.split(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise UsageError(f"there is no folder {Path(path).parent} to write {Path(path).name} to")
+    if len(os.fsencode(name)) > 255:  # of nearly all file systems; found out after the work else
+        raise UsageError(f"the name of {path} is too long for a file")
 
 
 def parse_kwargs(text: str | None, option: str = "--kwargs") -> dict[str, Any]:

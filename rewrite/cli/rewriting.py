@@ -6,7 +6,7 @@ __all__ = ["run_apply", "run_plan"]
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from pocketize.cli.common import (
     show,
 )
 from pocketize.errors import ArtifactError
-from pocketize.files import atomic_write
+from pocketize.files import atomic_write, open_for_torch
 from pocketize.inputs import Inputs
 from pocketize.models import ResolvedModel
 from pocketize.pipeline import Plan, plan
@@ -97,7 +97,9 @@ def _write(model: nn.Module, inputs: Inputs, path: Path, suffix: str, *, force: 
         if suffix == ".pt2":
             write_exported(model, inputs, temporary)
         else:
-            torch.save(_state(model), temporary)
+            state = _state(model)
+            with open_for_torch(temporary) as file:
+                torch.save(state, cast("IO[bytes]", file))
 
 
 def _state(model: nn.Module) -> Any:

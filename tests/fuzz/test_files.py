@@ -9,15 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pocketize import load, rewrite, save
 from pocketize.artifact import load_weights
-from pocketize.errors import ArtifactError, PlanningError, RecipeError, ReportError
+from pocketize.errors import ArtifactError, InputError, PlanningError, RecipeError, ReportError
 from pocketize.passes import Patchwise
+from pocketize.passes.complexity.reading import read_image
 from pocketize.passes.planning.cache import PointCache, Trained, TrainedKey
 from pocketize.pipeline import history
 from pocketize.recipe import load_recipe
@@ -165,3 +169,18 @@ def test_caches_of_trained_points(alone: Path) -> None:
         path.write_bytes(content)
         with contextlib.suppress(PlanningError):
             PointCache(path).get(TrainedKey("m", "d", 0.5, 1))
+
+
+def test_images(alone: Path) -> None:
+    rng = seeded("images")
+    pixels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    for suffix in (".png", ".jpg", ".tif", ".gif", ".bmp"):
+        Image.fromarray(pixels).save(alone / f"x{suffix}")
+    np.save(alone / "x.npy", pixels)
+    nibabel.save(nibabel.Nifti1Image(pixels.astype(np.int16), np.eye(4)), alone / "x.nii")
+    for path in sorted(alone.iterdir()):
+        for content in changed_bytes(path.read_bytes(), rng, 60):
+            path.write_bytes(content)
+            with contextlib.suppress(InputError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what these packages have to say of such files
+                assert read_image(path).image.size

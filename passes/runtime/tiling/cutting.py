@@ -8,6 +8,7 @@ __all__ = [
     "is_exported",
     "is_fake",
     "is_recorded",
+    "name_and_code",
     "plain",
     "spatial_axis",
     "surroundings",
@@ -161,6 +162,13 @@ def surroundings() -> Any:
         if torch.is_autocast_enabled(kind)
     ]
     return tuple(states), torch.get_default_dtype()
+
+
+def name_and_code(value: Any) -> str:
+    """Return what tells objects apart in other processes, too: a name and code, and no address."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    code = getattr(getattr(value, "__code__", None), "co_code", b"")
+    return f"{named.__module__}.{named.__qualname__} {code.hex()}"
 
 
 def plain(inputs: Inputs) -> Inputs:

@@ -38,7 +38,7 @@ from pocketize.errors import CaptureError
 from pocketize.inputs import Inputs
 from pocketize.passes.runtime.forwards import first_parameter, wrapping
 from pocketize.passes.runtime.nests import map_tensors
-from pocketize.passes.runtime.tiling.cutting import PatchForward
+from pocketize.passes.runtime.tiling.cutting import PatchForward, name_and_code
 from pocketize.passes.runtime.tiling.gradients import check_gradients
 from pocketize.passes.runtime.tiling.left import (
     Left,
@@ -267,10 +267,7 @@ class _Is:
         return id(self.value)
 
     def __repr__(self) -> str:
-        """What other processes have too: a name and the code, and no address."""
-        named = self.value if hasattr(self.value, "__qualname__") else type(self.value)
-        code = getattr(getattr(self.value, "__code__", None), "co_code", b"")
-        return f"{named.__module__}.{named.__qualname__} {code.hex()}"
+        return name_and_code(self.value)
 
 
 def described(value: Any, depth: int = 4) -> Any:

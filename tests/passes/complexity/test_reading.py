@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import gzip
 import re
+import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import nibabel
@@ -170,7 +174,7 @@ def test_arrays_of_numpy_are_read_without_pickle(tmp_path: Path, noise: Image) -
     np.testing.assert_array_equal(picture.image, noise)
     assert picture.axis == 2
     np.save(tmp_path / "b.npy", np.array([{"x": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match=r"b\.npy cannot be read: .*allow_pickle"):
+    with pytest.raises(InputError, match=r"b\.npy cannot be read: .*Python objects"):
         read_image(tmp_path / "b.npy")
 
 
@@ -236,3 +240,60 @@ def test_masks_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="there is no folder or file"):
         pair_masks(images, tmp_path / "labels")
+
+
+def _png(width: int, height: int) -> bytes:
+    """A header, and pixels that are not there."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        told = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + told
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000))
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def _npy(shape: str, kind: str = "<f8") -> bytes:
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64)
+
+
+def _nii(*shape: int) -> bytes:
+    header = nibabel.Nifti1Header()
+    header.set_data_shape(shape)
+    header.set_data_dtype(np.int16)
+    header["vox_offset"] = 352
+    header["magic"] = b"n+1"
+    return bytes(header.binaryblock) + bytes(4 + 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.png", _png(9400, 9400), "bytes become 618,520,000: it was made to fill memory"),
+        ("a.png", _png(13_000, 13_000), "13000 x 13000 pixels .*MAX_IMAGE_PIXELS sets the limit"),
+        ("a.png", _png(2**31 - 1, 2**31 - 1), "MAX_IMAGE_PIXELS sets the limit"),
+        ("a.npy", _npy("(1000000, 1000000)"), "cannot be read"),
+        ("a.npy", _npy(f"({10**30},)"), "cannot be read"),
+        ("a.npy", _npy("(-1, 5)"), "cannot be read"),
+        ("a.npy", _npy("(3,)", "|O"), "cannot be read"),
+        ("a.npy", _npy("(" * 5000), "cannot be read"),
+        ("a.nii", _nii(30_000, 30_000, 300), "GiB of pixels, more than 8 GiB"),
+        ("a.nii", _nii(300, 300, 300), "its header says 54,000,000 bytes, and the file has 452"),
+        ("a.nii.gz", gzip.compress(_nii(30_000, 30_000, 300)), "more than 8 GiB"),
+        ("a.nii.gz", gzip.compress(_nii(30, 30, 30)), "cannot be read"),
+    ],
+)
+def test_a_header_that_says_more_than_there_is_takes_no_memory(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=message):
+            read_image(tmp_path / name)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
