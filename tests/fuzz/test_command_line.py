@@ -14,7 +14,22 @@ from tests.cli.conftest import NETS
 from tests.fuzz.mutations import TIMES, seeded
 
 NUMBERS = ("0", "-1", "1", "7", "1e9", "99999999999", "9" * 30, "9" * 5000, "nan", "inf", "-0", "x")
-TEXTS = ("", "a", "n" * 252, "é" * 300, "\x1b[2J", "a b", "*", "[", "{}", '"', "../x", "/", ":", ",")
+TEXTS = (
+    "",
+    "a",
+    "n" * 252,
+    "é" * 300,
+    "\x1b[2J",
+    "a b",
+    "*",
+    "[",
+    "{}",
+    '"',
+    "../x",
+    "/",
+    ":",
+    ",",
+)
 SIZES = (
     "1x1x8x8",
     "1x1x0x0",
@@ -111,8 +126,7 @@ def test_commands_end_with_a_documented_code(
             try:
                 code = main(words)
             except BaseException as error:
-                error.add_note(f"pocketize {' '.join(map(repr, words))}")
-                raise
+                raise AssertionError(f"pocketize {words!r:.2000}: {error!r:.300}") from error
         told = capsys.readouterr()
         assert code in (0, 1, 2, 3), words
         assert code in (0, 1) or told.err, words
