@@ -282,8 +282,8 @@ def _nii(*shape: int) -> bytes:
         ("a.npy", _npy("(" * 5000), "cannot be read"),
         ("a.nii", _nii(30_000, 30_000, 300), "GiB of pixels, more than 8 GiB"),
         ("a.nii", _nii(300, 300, 300), "its header says 54,000,000 bytes, and the file has 452"),
-        ("a.nii.gz", gzip.compress(_nii(30_000, 30_000, 300)), "more than 8 GiB"),
-        ("a.nii.gz", gzip.compress(_nii(30, 30, 30)), "cannot be read"),
+        ("a.nii.gz", gzip.compress(_nii(30_000, 30_000, 300), mtime=0), "more than 8 GiB"),
+        ("a.nii.gz", gzip.compress(_nii(30, 30, 30), mtime=0), "cannot be read"),
     ],
 )
 def test_a_header_that_says_more_than_there_is_takes_no_memory(
