@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["CheckpointedForward", "hooked"]
 
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -37,6 +38,17 @@ class CheckpointedForward(Forward):
 
     lowers: ClassVar[str] = "checkpoint"
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.RLock()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward, and remember how to run it again."""
         if without_backward():
@@ -49,8 +61,10 @@ class CheckpointedForward(Forward):
     def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
         if self._is_hooked():
             return self.original(*args, **kwargs)
-        run = Run(self.module, self.original, args, kwargs)
-        return checkpoint(run, *run.saved, use_reentrant=False, context_fn=run.contexts)
+        # A second run gives the module the attributes that it had: other threads wait meanwhile.
+        with self._lock:
+            run = Run(self.module, self.original, self._lock, args, kwargs)
+            return checkpoint(run, *run.saved, use_reentrant=False, context_fn=run.contexts)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _is_hooked(self) -> bool:

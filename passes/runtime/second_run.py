@@ -48,6 +48,7 @@ class Run:
     Args:
         module: the module.
         forward: what is run.
+        lock: held during the second run.
         args: arguments of the first run.
         kwargs: keyword arguments of the first run.
 
@@ -57,9 +58,14 @@ class Run:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __init__(
-        self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        lock: AbstractContextManager[Any],
+        args: Any,
+        kwargs: Any,
     ) -> None:
-        self._module, self._forward = module, forward
+        self._module, self._forward, self._lock = module, forward, lock
         self._given: Any = args, kwargs  # until the first run
         self.saved: list[Tensor] = []
         self._inputs: list[_Input] = []
@@ -145,6 +151,7 @@ class Run:
     def __enter__(self) -> None:
         """Make everything as the first run found it."""
         with ExitStack() as stack:
+            stack.enter_context(self._lock)
             stack.enter_context(self._as_it_was())
             self._open.append(stack.pop_all())
 

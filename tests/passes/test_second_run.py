@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -550,6 +553,51 @@ def test_interrupts_leave_modes_buffers_and_weights_as_they_are():
             assert all(old[name] is new[name] for name in old)
         assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert stopped > 5
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+class Scaled(nn.Module):
+    """Multiplies by an attribute, and lets somebody know when it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act, self.scale = nn.Conv2d(1, 4, 3), nn.Sigmoid(), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        told(self.scale)
+        return self.act(self.conv(x).sigmoid() * self.scale)
+
+
+def told(scale: float) -> None:
+    """Replaced by a test."""
+
+
+def test_a_forward_in_another_thread_does_not_see_what_a_second_run_puts_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = rewrite(nn.Sequential(Scaled(), nn.Conv2d(4, 1, 1)), Checkpoint(only=("0",)))
+    x = torch.randn(1, 1, 8, 8)
+    loss = net(x).sum()
+    net[0].scale = 2.0
+    seen: list[float] = []
+    began = threading.Event()
+
+    def second_run(scale: float) -> None:
+        seen.append(scale)
+        if scale == 1.0:
+            thread.start()
+            began.wait()
+            time.sleep(0.05)  # for the other thread to come to the block
+
+    def forward() -> None:
+        began.set()
+        net(x)
+
+    thread = threading.Thread(target=forward)
+    monkeypatch.setattr(sys.modules[__name__], "told", second_run)
+    loss.backward()
+    thread.join()
+    assert seen == [1.0, 2.0]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
