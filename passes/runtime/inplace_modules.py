@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from pocketize._torch import (
     BatchNorm,
@@ -186,16 +187,17 @@ class NormInPlace(_Converted):
             done = run_package(input, self.weight, self.bias, running, norm, mark, self.guard)
             if done is not None:
                 return mark.put_on(done)
-        output, *new = NormActivation.run(
-            input,
-            self.weight,
-            self.bias,
-            None if reason else slopes,
-            *running,
-            norm,
-            mark,
-            self.guard,
-        )
+
+        new: list[Tensor | None] = []
+
+        def run(input: Tensor) -> Tensor:
+            given = input, self.weight, self.bias, None if reason else slopes, *running
+            output, *new[:] = NormActivation.run(*given, norm, mark, self.guard)
+            return cast(Tensor, output)
+
+        # A class of tensors gives its results their class and metadata in __torch_function__.
+        dressed = has_torch_function_unary(input)
+        output: Tensor = handle_torch_function(run, (input,), input) if dressed else run(input)
         with torch.no_grad():
             for old, value in zip(running, new, strict=True):
                 if old is not None and value is not None:

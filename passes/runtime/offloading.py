@@ -107,12 +107,16 @@ class _Desk:
         key = storage_key(tensor), version_of(tensor), layout
         ticket = self._tickets.get(key)
         if ticket is None or ticket.storage() is None:  # the address may be somebody else's by now
-            ticket = self._tickets[key] = _Ticket(tensor, self._forward.place(tensor.detach()))
+            kept = tensor.detach()
+            if type(kept) not in (Tensor, FakeTensor):  # autograd needs no class and no metadata
+                kept = kept.as_subclass(Tensor)
+            ticket = self._tickets[key] = _Ticket(tensor, self._forward.place(kept))
         return ticket
 
     def _moves(self, tensor: Tensor) -> bool:
-        if type(tensor) not in (Tensor, nn.Parameter, FakeTensor):
-            return False
+        kind = type(tensor)
+        if kind is not FakeTensor and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return False  # it need not have memory of its own
         if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_inference():
             return False
         if tensor.device.type == "cpu" and not self._forward.disk:

@@ -12,7 +12,8 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from pocketize import compare, measure, plan, pocketize, rewrite
-from pocketize.passes import Patchwise
+from pocketize.passes import Offload, Patchwise
+from pocketize.passes.runtime.offloading import OffloadedForward
 from pocketize.registry import list_passes
 
 
@@ -178,3 +179,20 @@ def test_measurements_and_comparisons_take_examples_of_a_class() -> None:
     told = compare(model, small, inputs={"input": meta(values)}, estimate=True)
     assert str(told) == str(compare(model, small, inputs={"input": values}, estimate=True))
     assert copy.deepcopy(small)(meta(values)).meta["filename_or_obj"] == "a.nii"
+
+
+@pytest.mark.parametrize("kind", [Tensor, Named, Noted, MetaTensor])
+def test_offload_moves_activations_of_any_class(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[type] = []
+    place = OffloadedForward.place
+
+    def counted(self: OffloadedForward, tensor: Tensor) -> Any:
+        moved.append(type(tensor))
+        return place(self, tensor)
+
+    monkeypatch.setattr(OffloadedForward, "place", counted)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 1, 3))
+    lean = rewrite(net, Offload(to="disk", min_bytes="1KiB"), inputs="1x1x16x16")
+    moved.clear()
+    lean(torch.rand(1, 1, 16, 16).as_subclass(kind)).sum().backward()
+    assert moved == [Tensor]
