@@ -17,11 +17,10 @@ __all__ = [
     "backward_runs", "check_norm_input", "dispatch_modes", "fake_tensor_logger",
     "global_forward_hooks", "has_kernel", "has_tensor_hooks", "holders", "import_compiler",
     "in_autograd_function", "in_checkpoint", "innermost_saving", "is_batched", "is_view",
-    "keep_version",
-    "keeps_graph", "next_sequence_number", "pytree", "release", "run_parts", "running_node",
-    "same_convolution", "schema_of", "sparse_parts", "storage_key", "swap_tensors",
-    "takes_what_is_saved", "transforms_active", "unbatched_dim", "user_frames", "version_of",
-    "watching_alias", "without_dispatch_modes",
+    "keep_version", "keeps_graph", "next_sequence_number", "pytree", "release", "run_parts",
+    "running_node", "same_convolution", "saving_hooks_allowed", "schema_of", "sparse_parts",
+    "storage_key", "swap_tensors", "takes_what_is_saved", "transforms_active", "unbatched_dim",
+    "user_frames", "version_of", "watching_alias", "without_dispatch_modes",
 ]
 # fmt: on
 
@@ -123,9 +122,8 @@ def version_of(tensor: Tensor) -> int:
 
 def keep_version(tensor: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which writing into a tensor does not count as a write."""
-    found: AbstractContextManager[Any] = _find(
-        "torch.autograd.grad_mode._unsafe_preserve_version_counter"
-    )(tensor)
+    context = _find("torch.autograd.grad_mode._unsafe_preserve_version_counter")
+    found: AbstractContextManager[Any] = context(tensor)
     return found
 
 
@@ -278,6 +276,12 @@ def global_forward_hooks() -> list[Any]:
 # Autograd
 
 
+def saving_hooks_allowed() -> bool:
+    """Whether hooks on saved tensors may be set now; yes where torch does not tell."""
+    allowed = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", None)
+    return allowed is None or bool(allowed())
+
+
 def transforms_active() -> bool:
     """Whether a function transform runs now (``torch.func``) or dual numbers are in use."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
@@ -371,9 +375,8 @@ def innermost_saving() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]
 
 def _saving_hooks(*, ignore_tracing: bool) -> tuple[bool, tuple[Any, Any] | None]:
     """Return whether torch tells which hooks take what is saved now, and these hooks."""
-    top: Callable[[bool], Any] | None = getattr(
-        getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None
-    )
+    autograd = getattr(torch._C, "_autograd", None)
+    top: Any = getattr(autograd, "_top_saved_tensors_default_hooks", None)
     return (False, None) if top is None else (True, top(ignore_tracing) or None)
 
 
@@ -388,11 +391,7 @@ def _on_stack(until: CodeType | None) -> bool:
 
 
 def user_frames(level: int = 0) -> Iterator[FrameType]:
-    """Yield the callers' frames that are not torch's own, from inside out.
-
-    Args:
-        level: how many callers to leave out.
-    """
+    """Yield the frames of callers that are not torch's own, from ``level`` frames up outwards."""
     frame: FrameType | None = sys._getframe(level + 1)
     while frame is not None:
         if not frame.f_code.co_filename.startswith((_FOLDER, "<")):

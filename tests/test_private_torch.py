@@ -21,6 +21,7 @@ from pocketize._torch import (
     in_autograd_function,
     innermost_saving,
     keeps_graph,
+    saving_hooks_allowed,
     storage_key,
     transforms_active,
     version_of,
@@ -426,3 +427,9 @@ def test_tensors_that_stand_for_many_are_told() -> None:
     torch.autograd.grad(made, x, torch.eye(2), is_grads_batched=True)
     assert seen == [True, True]
     assert not _torch.is_batched(x)
+
+
+def test_forbidden_hooks_on_saved_tensors_are_seen() -> None:
+    assert saving_hooks_allowed()
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert not saving_hooks_allowed()

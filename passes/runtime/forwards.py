@@ -33,7 +33,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import fx, nn
 
-from pocketize._torch import storage_key, transforms_active
+from pocketize._torch import saving_hooks_allowed, storage_key, transforms_active
 from pocketize.errors import ExecutionError, PocketizeWarning
 
 F = TypeVar("F", bound="Forward")
@@ -46,12 +46,15 @@ def without_backward() -> bool:
     """Tell whether what runs now will not be differentiated by way of its module.
 
     An exported or traced program is differentiated, if at all, by its own operators; function
-    transforms (``torch.func``) differentiate what runs inside them as they like.
+    transforms (``torch.func``) differentiate what runs inside them as they like. The same holds
+    where ``disable_saved_tensors_hooks`` forbids the hooks that passes work with.
     """
     tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
     if not torch.is_grad_enabled() or _is_exporting() or bool(tracing()):
         return True
-    return not torch.compiler.is_compiling() and transforms_active()
+    if torch.compiler.is_compiling():
+        return False
+    return transforms_active() or not saving_hooks_allowed()
 
 
 _compiled: set[str] = set()
