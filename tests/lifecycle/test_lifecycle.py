@@ -1,0 +1,127 @@
+"""The life-cycle contract: what the untouched network does, or an error of pocketize."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pocketize.errors import ExecutionError, NoEffectWarning, PocketizeWarning
+from tests.lifecycle.networks import COMBINATIONS, PASSES, Rewrite, untouched
+from tests.lifecycle.situations import SITUATIONS, Situation
+
+PAGE = Path(__file__).parents[2] / "docs" / "situations.md"
+TOLERANCE = 1e-9
+#: What a cell of the table may say, by what happened.
+CELLS = {
+    "right": "right",
+    "refused": "error",
+    "as torch": "error, as torch",
+    "not planned": "refused by the plan",
+}
+
+
+def outcome(given: Situation, rewrite: Rewrite) -> str:
+    """Try a rewritten network in a situation.
+
+    Returns:
+        ``"right"`` if it gives what the untouched network gives, with the disturbance or as if
+        there had been none; ``"refused"`` for an error of pocketize; ``"as torch"`` for torch's own
+        error where torch refuses the untouched network too; ``"not planned"`` if the plan refuses
+        the network, which stays as it is.
+
+    Raises:
+        AssertionError: it is wrong, or an error does not begin with the name of its pass.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", NoEffectWarning)
+            net = rewrite.fresh(given.training, given.variant)
+    except NoEffectWarning:
+        return "not planned"
+    try:
+        with _quietly():
+            found = given.run(net, True)
+    except ExecutionError as error:
+        if str(error).startswith(tuple(f"{p.name}: " for p in rewrite.passes)):
+            return "refused"
+        raise AssertionError(f"the error does not begin with its pass: {error}") from error
+    except RuntimeError:
+        if _untouched(given, True) is None:
+            return "as torch"
+        raise
+    problem = _difference(_untouched(given, True), found)
+    if problem and not _difference(_untouched(given, False), found):
+        problem = ""
+    assert not problem, problem
+    return "right"
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Ignore our warnings, which are tested where they are given, and some that torch gives."""
+    with warnings.catch_warnings():
+        for category in (PocketizeWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        # from within the compiler
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not")
+        yield
+
+
+@functools.cache
+def _untouched(given: Situation, disturb: bool) -> list[Tensor] | None:
+    """Return what the untouched network gives; None if torch refuses it."""
+    try:
+        with _quietly():
+            return given.run(untouched(given.training, given.variant), disturb)
+    except RuntimeError:
+        assert disturb, "the situation does not run without a rewrite"
+        return None
+
+
+def _difference(expected: list[Tensor] | None, found: list[Tensor]) -> str:
+    if expected is None:
+        return "torch refuses the untouched network"
+    assert len(expected) == len(found), "one of the two gives fewer tensors"
+    expected, found = ([t.detach().double() for t in tensors] for tensors in (expected, found))
+    sizes = [t[t.isfinite()].abs().max() for t in expected if bool(t.isfinite().any())]
+    largest = float(max(sizes, default=0)) or 1.0
+    for index, (a, b) in enumerate(zip(expected, found, strict=True)):
+        if a.shape != b.shape:
+            return f"tensor {index}: {tuple(b.shape)}, not {tuple(a.shape)}"
+        finite = a.isfinite()
+        if not torch.equal(finite, b.isfinite()):
+            return f"tensor {index}: other elements are finite"
+        off = float((a - b)[finite].abs().max()) / largest if finite.any() else 0.0
+        if off > TOLERANCE:
+            return f"tensor {index} of {len(expected)} is off by {off:.1e} of the largest value"
+    return ""
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.parametrize("column", PASSES)
+def test_a_pass_does_what_the_table_says(column: str, name: str) -> None:
+    given = SITUATIONS[name]
+    assert CELLS[outcome(given, PASSES[column])] in table()[given.title][column].split(" or ")
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.parametrize("label", COMBINATIONS)
+def test_passes_together_are_right_or_refuse(label: str, name: str) -> None:
+    outcome(SITUATIONS[name], COMBINATIONS[label])
+
+
+def table() -> dict[str, dict[str, str]]:
+    """Read the first table of the page: situation -> pass -> cell."""
+    found = re.search(r"(^\|.*\n)+", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert found is not None
+    head, _, *body = (row.strip("| ").split(" | ") for row in found[0].splitlines())
+    columns = [name.strip("` ") for name in head[1:]]
+    return {cells[0]: dict(zip(columns, cells[1:], strict=True)) for cells in body}
