@@ -18,6 +18,8 @@ __all__ = [
 ]
 
 import inspect
+import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -229,13 +231,33 @@ def _parse_shape(text: str, whole: str) -> Tensor:
             f"cannot read input shape {text!r} in {whole!r}: expected sizes joined by 'x', e.g. "
             "'1x1x96x96x96', several inputs joined by ',', a dtype after ':' as in '1x77:int64'"
         )
-    shape = [int(size) for size in match[1].split("x")]
+    try:
+        shape = [int(size) for size in match[1].split("x")]
+    except ValueError as error:  # more digits than Python reads
+        raise InputError(f"input shape {text:.60}... has a size of too many digits") from error
     dtype = getattr(torch, match[2], None) if match[2] else torch.float32
     if not isinstance(dtype, torch.dtype):
         raise InputError(f"unknown dtype {match[2]!r} in {whole!r}; try float32 or int64")
     if 0 in shape:
         raise InputError(f"input shape {text!r} has an empty axis; every size must be at least 1")
-    if dtype.is_floating_point or dtype.is_complex:
-        generator = torch.Generator().manual_seed(0)  # the same figures every time, RNG untouched
-        return torch.randn(shape, dtype=dtype, generator=generator)
-    return torch.zeros(shape, dtype=dtype)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes > _memory():
+        raise InputError(
+            f"an input of shape {text:.60} takes {nbytes:.3g} bytes, more than this machine has"
+        )
+    try:
+        if dtype.is_floating_point or dtype.is_complex:
+            generator = torch.Generator().manual_seed(0)  # the same every time, RNG untouched
+            return torch.randn(shape, dtype=dtype, generator=generator)
+        return torch.zeros(shape, dtype=dtype)
+    except (RuntimeError, TypeError) as error:  # too many axes, or a dtype that has no numbers
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"no input of shape {text:.60} can be made: {reason}") from error
+
+
+def _memory() -> float:
+    """Bytes of this machine's memory; infinite where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf

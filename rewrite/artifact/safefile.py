@@ -144,7 +144,7 @@ class SafeFile:
             raw = tensor.view(-1).view(torch.uint8)
             with _named(self._path):
                 self._file.seek(self._data + entry.begin)
-                count = self._file.readinto(memoryview(raw.numpy()))
+                count = self._file.readinto(raw.numpy().data)
             if count != len(raw):
                 raise self._damaged("it became shorter while it was read")
             if entry.dtype is torch.bool:

@@ -17,6 +17,7 @@ __all__ = [
     "passes_of",
     "progress",
     "resolve_model",
+    "seed",
     "show",
     "write_out",
 ]
@@ -117,6 +118,14 @@ def parse_kwargs(text: str | None, option: str = "--kwargs") -> dict[str, Any]:
     return kwargs
 
 
+def seed(text: str) -> int:
+    """Read a seed that torch takes."""
+    value = int(text)
+    if not -(1 << 63) <= value < 1 << 64:
+        raise argparse.ArgumentTypeError("a seed has at most 64 bits")
+    return value
+
+
 def add_model(parser: argparse.ArgumentParser, **options: Any) -> None:
     """Declare MODEL and what goes with it: what :func:`resolve_model` and :func:`inputs_of` read.
 
@@ -139,7 +148,7 @@ def add_model(parser: argparse.ArgumentParser, **options: Any) -> None:
     parser.add_argument(
         "--folder", metavar="DIR", help="for the files of passes in a model saved by `apply`"
     )
-    parser.add_argument("--seed", type=int, help="seed of new weights and of what passes draw")
+    parser.add_argument("--seed", type=seed, help="seed of new weights and of what passes draw")
     parser.add_argument(
         "--trust-pickle",
         action="store_true",

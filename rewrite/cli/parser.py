@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from pocketize.cli.commands import Command, command_names, load_command
-from pocketize.cli.common import add_model
+from pocketize.cli.common import add_model, seed
 from pocketize.errors import RegistryError
 from pocketize.untrusted import printable
 from pocketize.version import VERSION
@@ -72,7 +72,7 @@ def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
     Raises:
         RegistryError: the words ask for such a command, and it cannot be used.
     """
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
     common.add_argument("--debug", action="store_true", help="show tracebacks of errors")
 
@@ -98,7 +98,7 @@ def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
         return made
 
     demo = command("demo", "reporting", "rewrite a bundled 3D U-Net and report what it saves")
-    demo.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
+    demo.add_argument("--seed", type=seed, default=0, help="seed of the weights (default 0)")
 
     passes = command("passes", "listing", "list the passes, what they keep, and their options")
     passes.add_argument("name", nargs="?", help="tell about this pass only")
@@ -138,8 +138,8 @@ def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
 
 def _add_commands_from_outside(
     parser: argparse.ArgumentParser,
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    common: argparse.ArgumentParser,
+    commands: argparse._SubParsersAction[_Parser],
+    common: _Parser,
     words: Sequence[str],
 ) -> None:
     """Add what :mod:`pocketize.cli.commands` finds, and tell in the help what cannot be used."""
@@ -158,7 +158,7 @@ def _add_commands_from_outside(
 
 
 def _list_commands_from_outside(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], own: frozenset[str]
+    commands: argparse._SubParsersAction[_Parser], own: frozenset[str]
 ) -> str:
     unusable = ""
     for name in command_names():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketize._torch import storage_key
+from pocketize.errors import MeasureError
 from pocketize.memory.cuda import CudaCounters
 from pocketize.memory.isolate import measure_isolated
 from pocketize.memory.macs import count_macs, count_on_fakes
@@ -80,7 +81,7 @@ def measure(
         optimizer=optimizer,
         loss=loss,
         estimate=estimate,
-        device=None if device is None else torch.device(device),
+        device=None if device is None else _device(device),
         time_steps=time_steps,
     )
     check_methods(model)
@@ -91,6 +92,14 @@ def measure(
             return dataclasses.replace(outcome, isolated=True)
         why_not = outcome
     return dataclasses.replace(measure_here(request), why_not_isolated=why_not)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise MeasureError(f"device {device!r:.60} is none that torch knows: {reason}") from error
 
 
 def measure_here(request: Request, *, own: bool = False) -> MemoryProfile:

@@ -55,22 +55,36 @@ OPTIONS += ("folder", "max_peak", "levels", "only", "force", "ratio", "overlap",
 OUTPUTS = ("x.pt", "x.pt2", "x.safetensors", "x.txt", "n" * 252 + ".pt", "no/x.pt", ".", "")
 
 
+GOOD = (
+    *("pocket", "pocket:width=2", "pocket:weights=reset", "width:scale=0.5", "recompute"),
+    *("recompute:min_bytes=1", "in-place-norm", "checkpoint", "checkpoint:only=wide"),
+    *("offload:to=disk,min_bytes=1B", "patchwise:size=4,progress=no", "amp", "bottleneck"),
+    *("patchwise:size=4,mode=slab", "patchwise:size=4,mode=window,overlap=0.5", "separable"),
+    *("patchwise:max_peak=1MiB", "patchwise:size=4,train=yes", "compact-block:force=wide"),
+)
+
+
 def _spec(rng: random.Random) -> str:
-    options = [
-        f"{rng.choice(OPTIONS)}={rng.choice((*NUMBERS, *TEXTS, '0.5', '8', 'disk', '1B', 'slab'))}"
-        for _ in range(rng.choice((0, 1, 1, 2)))
-    ]
-    return f"{rng.choice(PASSES)}:{','.join(options)}" if options else rng.choice(PASSES)
+    """A pass, as it may be given, or with one value that may not."""
+    good = rng.choice(GOOD)
+    how = rng.random()
+    hostile = rng.choice((*NUMBERS, *TEXTS, "0.5", "8", "disk", "1B", "slab"))
+    if how < 0.5:
+        return good
+    if how < 0.7 and "=" in good:
+        return f"{good.rpartition('=')[0]}={hostile}"
+    name = good.partition(":")[0] if how < 0.95 else rng.choice(PASSES)
+    return f"{name}:{rng.choice(OPTIONS)}={hostile}"
 
 
 def _kwargs(rng: random.Random) -> str:
-    deep = "[" * rng.choice((3, 3000))
-    value = rng.choice((*NUMBERS, "null", '"a"', "[]", deep))
+    value = rng.choice((*NUMBERS, "8", "null", '"a"', "[]", "[" * rng.choice((3, 3000))))
     return rng.choice((f'{{"width": {value}}}', f'{{"channels": {value}}}', value, "{", ""))
 
 
 def commands(rng: random.Random, times: int) -> Iterator[list[str]]:
-    common = {
+    """Yield commands that would do something, in most of which one or two words are wrong."""
+    hostile = {
         "--input": lambda: rng.choice(SIZES),
         "--seed": lambda: rng.choice(NUMBERS),
         "--kwargs": lambda: _kwargs(rng),
@@ -87,22 +101,24 @@ def commands(rng: random.Random, times: int) -> Iterator[list[str]]:
         "--optimizer": lambda: rng.choice(("adam", "sgd", "none", "x")),
     }
     for _ in range(times * TIMES):
-        command = rng.choice(("plan", "plan", "apply", "report", "explain", "zoo", "passes", "x"))
-        words = [command]
-        if command in ("plan", "apply", "report", "explain"):
-            words.append(rng.choice((*MODELS[:2], *MODELS)))
-            known = common | (report if command == "report" else {})
-            given = rng.sample(sorted(known), rng.choice((0, 1, 2, 3)))
-            for option in given:
-                words += [option, known[option]()]
-            if "--pass" not in given and rng.random() < 0.7:
-                words += ["--pass", _spec(rng)]
-            if "--input" not in given and rng.random() < 0.8:
-                words += ["--input", "1x1x8x8"]
-            words += ["--estimate"] if command == "report" else []
-            words += ["-o", rng.choice(OUTPUTS)] if command == "apply" else []
-        if command not in ("plan", "apply", "report"):
-            words.append(rng.choice((*TEXTS, "wide", "pocket", "*3d*")))
+        command = rng.choice(("plan", "plan", "apply", "apply", "report", "explain", "zoo", "x"))
+        if command in ("zoo", "x"):
+            yield [rng.choice(("zoo", "passes", *TEXTS)), rng.choice((*TEXTS, "pocket", "*3d*"))]
+            continue
+        words = [command, rng.choice(("own:Net",) * 12 + MODELS)]
+        given = {"--input": "1x1x8x8"}
+        if command == "explain":
+            words.append(rng.choice((*TEXTS, "wide", "stem.weight")))
+        else:
+            given["--pass"] = _spec(rng)
+        if command == "apply":
+            given["-o"] = rng.choice(("x.pt", "x.pt2", "x.safetensors", *OUTPUTS))
+            words.append("--force")
+        words += ["--estimate"] if command == "report" else []
+        known = hostile | (report if command == "report" else {})
+        for option in rng.sample(sorted(known), rng.choice((0, 1, 1, 2))):
+            given[option] = known[option]()
+        words += [word for pair in given.items() for word in pair]
         yield words
 
 

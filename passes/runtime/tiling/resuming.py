@@ -124,7 +124,7 @@ class Journal:
 
     def wrote(self, name: str, part: Tensor) -> None:
         """Say that a part of a map, a view of it, has been written."""
-        place = part.storage_offset(), tuple(part.shape), part.stride()
+        place = int(part.storage_offset()), tuple(part.shape), part.stride()
         self._parts.setdefault(name, {})[place] = _checksum(part)
 
     def put(self, name: str, value: Any) -> None:
@@ -149,7 +149,7 @@ class Journal:
         idle = tuple(idle)
         for name in idle:
             for table in (self._maps, self._rooms, self._parts, self._small):
-                table.pop(name, None)  # type: ignore[attr-defined]
+                table.pop(name, None)
         for path in self._maps.values():
             _sync(path)
         held = {"rooms": self._rooms, "parts": self._parts, "small": self._small}
