@@ -103,17 +103,23 @@ def read_image(path: str | os.PathLike[str], *, axis: int | None = None) -> Pict
     try:
         size = file.stat().st_size
         if name.endswith(_NIFTI):
-            return Picture(file.name, _read_nifti(file), -1 if axis is None else axis, size)
-        if name.endswith(".npy"):
-            return Picture(file.name, _read_numpy(file, size), axis, size)
-        image, is_volume = _read_picture(file)
+            image, is_volume = _read_nifti(file), True
+        elif name.endswith(".npy"):
+            image, is_volume = _read_numpy(file, size), False
+        else:
+            image, is_volume = _read_picture(file)
+        if not image.size:
+            raise ValueError(f"it has no pixels, but the shape {image.shape}")
     except OptionError:  # a ValueError, too, but not about the file
         raise
     except Exception as error:
         # Pillow, nibabel and numpy raise anything of files that are cut short or not what they say
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InputError(f"{file} cannot be read: {why or type(error).__name__}") from error
-    return Picture(file.name, image, (-1 if axis is None else axis) if is_volume else None, size)
+    if axis is None and is_volume:
+        axis = -1
+    picture_is_flat = not is_volume and not name.endswith(".npy")
+    return Picture(file.name, image, None if picture_is_flat else axis, size)
 
 
 def _check_size(shape: Any, itemsize: int, *, file_bytes: int | None = None) -> None:

@@ -278,6 +278,8 @@ def _nii(*shape: int) -> bytes:
         ("a.npy", _npy("(1000000, 1000000)"), "cannot be read"),
         ("a.npy", _npy(f"({10**30},)"), "cannot be read"),
         ("a.npy", _npy("(-1, 5)"), "cannot be read"),
+        ("a.npy", _npy("(0, 5)"), "it has no pixels"),
+        ("a.nii", _nii(8, 8, 0), "it has no pixels"),
         ("a.npy", _npy("(3,)", "|O"), "cannot be read"),
         ("a.npy", _npy("(" * 5000), "cannot be read"),
         ("a.nii", _nii(30_000, 30_000, 300), "GiB of pixels, more than 8 GiB"),
