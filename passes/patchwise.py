@@ -244,7 +244,8 @@ class Patchwise(Pass):
         what = f"runs by tiles of {_times(prepared.program.tile)}, {answer}"
         peaks, notes = told(model, prepared, inputs, tiling)
         if self.train:
-            tile, *peaks = self._trained(target, tiling)
+            tile, *steps = self._trained(target, tiling)
+            peaks = tuple(steps)
             what += f"; trains by tiles of {_times(tile)}"
             if peaks:
                 notes = (*notes, told_of_training(*peaks))

@@ -193,7 +193,7 @@ class NormInPlace(_Converted):
         def run(input: Tensor) -> Tensor:
             given = input, self.weight, self.bias, None if reason else slopes, *running
             output, *new[:] = NormActivation.run(*given, norm, mark, self.guard)
-            return cast(Tensor, output)
+            return output
 
         # A class of tensors gives its results their class and metadata in __torch_function__.
         dressed = has_torch_function_unary(input)

@@ -169,9 +169,10 @@ class Differentiation(Execution):
             self._differentiate([pair for pair in pairs if pair[0].requires_grad])
             self._local.clear()
         for node in [*step.targets, *step.gathers]:
-            gradient = self._sums.pop((node, 0), None)
-            if isinstance(gradient, Kept):
-                gradient.close()
+            if (node, 0) in self._sums:
+                waited = self._sums.pop((node, 0))
+                if isinstance(waited, Kept):
+                    waited.close()
             self._free([node])
 
     def _differentiate(self, pairs: list[tuple[Tensor, Tensor]]) -> None:

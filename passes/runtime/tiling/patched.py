@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import forward_ad
 
 from pocketize._torch import pytree, transforms_active
 from pocketize.capture import find_tensors
@@ -85,7 +84,7 @@ class ExactForward(PatchForward):
         if is_exported() or is_recorded() or empty:
             return self.original(*args, **kwargs)
         trains = self.tiling.train and torch.is_grad_enabled()
-        if self._is_transformed(inputs):
+        if transforms_active():
             if trains:
                 raise ExecutionError(
                     "patchwise: a function transform (torch.func.grad, vmap, jvp) or forward-mode "
@@ -105,13 +104,6 @@ class ExactForward(PatchForward):
             if not is_fake(inputs):
                 raise ExecutionError(f"patchwise: {error}") from error
         return self.original(*args, **kwargs)
-
-    def _is_transformed(self, inputs: Inputs) -> bool:
-        """Whether somebody differentiates or batches what tensors hold, not the tensors."""
-        if transforms_active():
-            return True
-        tensors = [*self.module.parameters(), *self.module.buffers(), *inputs.tensors()]
-        return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
     def _infers(self, inputs: Inputs) -> bool:
         if any(module.training for module in self.module.modules()):
