@@ -7,6 +7,7 @@ __all__ = ["measure", "measure_here", "measure_on"]
 import dataclasses
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketize._torch import storage_key
-from pocketize.errors import MeasureError
+from pocketize.errors import MeasureError, PocketizeWarning
 from pocketize.memory.cuda import CudaCounters
 from pocketize.memory.isolate import measure_isolated
 from pocketize.memory.macs import count_macs, count_on_fakes
@@ -69,6 +70,9 @@ def measure(
             or a notebook, or it holds a lambda) is measured here, and ``why_not_isolated`` says
             why. An estimate is always made here.
 
+    A :class:`~pocketize.errors.PocketizeWarning` tells that ``torch.compile`` was applied to the
+    model: tensors can be counted only while it runs without the compiler.
+
     Raises:
         InputError: the inputs cannot be read, or none could be guessed.
         CaptureError: the model cannot be copied.
@@ -85,6 +89,15 @@ def measure(
         time_steps=time_steps,
     )
     check_methods(model)
+    if _is_compiled(model):
+        warnings.warn(
+            f"measure: torch.compile was applied to this {type(model).__name__}, and its tensors "
+            "are counted as it runs without the compiler. Compiled, it keeps for the backward pass "
+            "what the compiler decides, whatever passes such as recompute would save; on a GPU, "
+            "compare torch.cuda.max_memory_allocated() of a step",
+            PocketizeWarning,
+            stacklevel=2,
+        )
     why_not = None
     if isolate and not estimate:
         outcome = measure_isolated(request)
@@ -92,6 +105,15 @@ def measure(
             return dataclasses.replace(outcome, isolated=True)
         why_not = outcome
     return dataclasses.replace(measure_here(request), why_not_isolated=why_not)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``Module.compile`` was applied to a module or one inside it."""
+    return any(
+        "_orig_mod" in dict(module.named_children())
+        or vars(module).get("_compiled_call_impl") is not None
+        for module in model.modules()
+    )
 
 
 def _device(device: str | torch.device) -> torch.device:

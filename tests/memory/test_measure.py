@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
-from pocketize.errors import CaptureError, InputError, MeasureError
+from pocketize.errors import CaptureError, InputError, MeasureError, PocketizeWarning
 from pocketize.inputs import Inputs
 from pocketize.memory import MemoryProfile, measure
 
@@ -379,3 +379,16 @@ class TestErrors:
 def test_profiles_survive_json() -> None:
     profile = measure(small(), "2x1x8x8", time_steps=1)
     assert MemoryProfile.from_json(profile.to_json()) == profile
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_model_is_told_to_be_counted_without_the_compiler(whole: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
+    plain = measure(model, "1x1x8x8").peak
+    if whole:
+        compiled: Any = torch.compile(model, backend="eager")
+    else:
+        compiled = model
+        model[0].compile(backend="eager")
+    with pytest.warns(PocketizeWarning, match=r"torch\.compile was applied to this \w+, and its"):
+        assert measure(compiled, "1x1x8x8").peak == plain
