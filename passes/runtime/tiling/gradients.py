@@ -39,7 +39,7 @@ def check_gradients(model: nn.Module, inputs: Inputs) -> None:
     """
     # not leaves, as a network may write into its input
     given = inputs.map(lambda t: t.detach().requires_grad_().clone() if differentiable(t) else t)
-    with torch.enable_grad(), _Watch(model):
+    with torch.enable_grad(), _Watch(model) as watch:
         outputs = find_tensors(given.call(model))
     for cls in _functions(outputs):
         if not _is_own(cls.__module__):
@@ -47,6 +47,12 @@ def check_gradients(model: nn.Module, inputs: Inputs) -> None:
                 f"{cls.__name__} has a backward of its own, which training by tiles does not run; "
                 "train the volume whole (train=False)"
             )
+    if watch.inside:  # under torch.no_grad(), or of torch.utils.checkpoint: outputs do not tell
+        raise TilingError(
+            f"{watch.inside} in an autograd function, whose backward training by tiles does not "
+            "run; detach what it reads instead of calling it under torch.no_grad(), give "
+            "torch.utils.checkpoint use_reentrant=False, or train the volume whole (train=False)"
+        )
 
 
 class _Watch(TorchFunctionMode):
@@ -55,6 +61,8 @@ class _Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.paths = {id(module): path for path, module in model.named_modules()}
+        #: The first call in an autograd function: where, and of what.
+        self.inside = ""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -73,7 +81,11 @@ class _Watch(TorchFunctionMode):
             return out
         asks = any(t.requires_grad for t in find_tensors((args, kwargs)))
         keeps = any(differentiable(t) and not t.requires_grad for t in find_tensors(out))
-        if asks and keeps and not _is_of_a_pass():
+        if not asks or not keeps or _is_of_a_pass():
+            return out
+        if in_autograd_function():
+            self.inside = self.inside or f"{self._where()} computes {name}"
+        else:
             raise TilingError(
                 f"{self._where()} computes {name} under torch.no_grad(), and training by tiles "
                 "would give it gradients; detach what it reads instead, or train the volume whole "
@@ -95,9 +107,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _is_of_a_pass() -> bool:
-    """Whether the call is in an autograd function, or in a pass whose gradients are known."""
-    if in_autograd_function():
-        return True  # which is looked at on its own
+    """Whether the call is in a pass whose gradients are known."""
     user = next(frame for frame in user_frames() if frame.f_code.co_filename != __file__)
     return _is_own(str(user.f_globals.get("__name__", "")))
 

@@ -59,6 +59,12 @@ def _quiet_features(net: Two, x: Tensor) -> Tensor:
     return net.b(features)
 
 
+def _quietly_rounded(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        rounded: Tensor = Rounded.apply(x)
+    return rounded
+
+
 def _quiet_mean(net: Two, x: Tensor) -> Tensor:
     y = net.a(x)
     with torch.no_grad():
@@ -97,10 +103,22 @@ def _tiled(model: nn.Module, x: Tensor, *before: Any) -> nn.Module:
         (_quiet_weight, r"computes mT under torch\.no_grad"),
         (lambda net, x: net.b(Rounded.apply(net.a(x))), "Rounded has a backward of its own"),
         (lambda net, x: net.b(Reversed.apply(net.a(x))), "Reversed has a backward of its own"),
+        (lambda net, x: net.b(net.a(x) * _quietly_rounded(net.a(x))), "computes round in"),
+        (lambda net, x: net.b(checkpoint(net.a, x, use_reentrant=True)), "use_reentrant=False"),
         (_hooked, "calls register_hook on a tensor"),
         (lambda net, x: net.b(F.dropout(net.a(x), 0.1, net.training)), "draws random numbers"),
     ],
-    ids=["mean", "features", "weight", "straight through", "reversed", "hook", "dropout"],
+    ids=[
+        *(
+            "mean",
+            "features",
+            "weight",
+            "straight through",
+            "reversed",
+            "function without gradients",
+        ),
+        *("reentrant checkpoint", "hook", "dropout"),
+    ],
 )
 def test_gradients_that_operators_do_not_have_are_refused_by_the_plan(
     forward: Callable[..., Tensor], words: str
