@@ -37,7 +37,7 @@ from pocketize.passes.runtime.inplace_activations import Activation, Mark, finit
 from pocketize.passes.runtime.inplace_guard import Guard, Kept, unsafe_channels
 from pocketize.passes.runtime.inplace_second import differentiably, untouched
 from pocketize.passes.runtime.inplace_statistics import normalise, sum_over_processes
-from pocketize.passes.runtime.second_order import Stand, refuse_second
+from pocketize.passes.runtime.second_order import Stand, aliases_of_hooked, refuse_second
 
 #: Elements that the backward works on at a time, so that its intermediate tensors are small: what
 #: fits into a processor's cache, and on an accelerator what keeps it busy.
@@ -92,7 +92,7 @@ class NormActivation(Function):
     @staticmethod
     def run(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Normalise and activate; see :meth:`forward`."""
-        made: Any = NormActivation.apply(x, *rest)  # type: ignore[no-untyped-call]
+        made: Any = NormActivation.apply(x, *aliases_of_hooked(rest))  # type: ignore[no-untyped-call]
         if x.requires_grad:
             made[0].grad_fn.stand = Stand.of(x)
         return made  # type: ignore[no-any-return]

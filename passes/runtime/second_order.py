@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["Stand", "differentiate", "refuse_second"]
+__all__ = ["Stand", "aliases_of_hooked", "differentiate", "refuse_second"]
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pocketize._torch import has_tensor_hooks
 from pocketize.errors import ExecutionError
 
 
@@ -79,6 +80,17 @@ def differentiate(
     asked = [t for t, n in zip(given, wanted, strict=True) if n and t is not None]
     found = iter(torch.autograd.grad(made, asked, gradient, allow_unused=True, create_graph=again))
     return tuple(next(found) if n else None for n in wanted)
+
+
+def aliases_of_hooked(tensors: Iterable[Any]) -> list[Any]:
+    """Return what an autograd function may save without losing hooks on weights.
+
+    torch 2.6 forgets the hooks of a weight that an autograd function saves, itself, where hooks on
+    saved tensors hold. It does not forget those of a weight of which a view is saved.
+    """
+    return [
+        t.view_as(t) if isinstance(t, nn.Parameter) and has_tensor_hooks(t) else t for t in tensors
+    ]
 
 
 class Stand(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch import Tensor
 from pocketize._torch import is_batched
 from pocketize.passes.runtime.recompute.pieces import piecewise
 from pocketize.passes.runtime.recompute.statistics import Statistics
-from pocketize.passes.runtime.second_order import differentiate
+from pocketize.passes.runtime.second_order import aliases_of_hooked, differentiate
 
 Activation = Callable[..., Tensor]
 
@@ -126,7 +126,8 @@ class NormAct(torch.autograd.Function):
         """
         state = _Autocast.now(normed.device.type)
         what = call.bare(), activation, state, normed, in_place
-        made: Tensor = NormAct.apply(what, *call.tensors, *extra)  # type: ignore[no-untyped-call]
+        given = aliases_of_hooked([*call.tensors, *extra])
+        made: Tensor = NormAct.apply(what, *given)  # type: ignore[no-untyped-call]
         return made
 
     @staticmethod
