@@ -235,7 +235,12 @@ class Patchwise(Pass):
 
     def _look(self, target: Target, tiling: Tiling) -> tuple[str, str, tuple[str, ...]]:
         model, inputs = target.model, target.inputs
-        prepared = prepare(model, inputs, tiling)
+        try:
+            prepared = prepare(model, inputs, tiling)
+        except OptionError:
+            if tiling.train:
+                self._trained(target, tiling)  # the step has an error of its own
+            raise
         if tiling.train:
             check_training(model, inputs, replace(tiling, size=prepared.program.tile, max_peak=0))
         answer = (

@@ -1,10 +1,8 @@
-"""The only file that touches private torch.
+"""The only file that touches private torch; ``tests/test_private_torch.py`` holds that.
 
-What has no public name in torch is reached through this file. A name is looked up when it is asked
-for, so that a release of torch that drops it costs what needs it and nothing else. Each has a
-fallback, or raises an :class:`~pocketize.errors.ExecutionError` that names the version of torch.
-``tests/test_private_torch.py`` tries every one, and holds that no other file touches a private
-name.
+A name is looked up when it is asked for, so that a release of torch that drops it costs what needs
+it and nothing else. Each has a fallback, or raises an :class:`~pocketize.errors.ExecutionError`
+that names the version of torch.
 """
 
 from __future__ import annotations
@@ -16,11 +14,11 @@ __all__ = [
     "OpOverload", "TorchDispatchMode", "activations_of_torch", "autograd_function_of",
     "backward_runs", "check_norm_input", "dispatch_modes", "fake_tensor_logger",
     "global_forward_hooks", "has_kernel", "has_tensor_hooks", "holders", "import_compiler",
-    "in_autograd_function", "in_checkpoint", "innermost_saving", "is_batched", "is_view",
-    "keep_version", "keeps_graph", "next_sequence_number", "pytree", "release", "run_parts",
-    "running_node", "same_convolution", "saving_hooks_allowed", "schema_of", "sparse_parts",
-    "storage_key", "swap_tensors", "takes_what_is_saved", "transforms_active", "unbatched_dim",
-    "user_frames", "version_of", "watching_alias", "without_dispatch_modes",
+    "in_autograd_function", "in_checkpoint", "innermost_saving", "is_batched", "is_compiled",
+    "is_view", "keep_version", "keeps_graph", "next_sequence_number", "pytree", "release",
+    "run_parts", "running_node", "same_convolution", "saving_hooks_allowed", "schema_of",
+    "sparse_parts", "storage_key", "swap_tensors", "takes_what_is_saved", "transforms_active",
+    "unbatched_dim", "user_frames", "version_of", "watching_alias", "without_dispatch_modes",
 ]
 # fmt: on
 
@@ -134,10 +132,9 @@ def storage_key(memory: Tensor | torch.UntypedStorage) -> int:
 
 
 def watching_alias(tensor: Tensor) -> Tensor:
-    """Return an alias without history that sees writes to the tensor, in its version.
+    """Return an alias without history whose version counts writes to the tensor.
 
-    ``tensor.detach()`` does so too, but not in a ``__torch_dispatch__``, which runs below what
-    shares versions.
+    In a ``__torch_dispatch__``, below what shares versions, ``tensor.detach()`` does not.
     """
     guard = _find("torch._C._SetExcludeDispatchKeyGuard")
     with guard(_find("torch._C.DispatchKey").ADInplaceOrView, False):
@@ -206,9 +203,8 @@ def has_kernel(operator: str, key: str) -> bool | None:
 def run_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a composite operator as the operators that it is made of.
 
-    By its kernel, as the dispatcher would: ``func.decompose`` may prefer a decomposition written in
-    Python for the compiler, which makes many more tensors. It is what there is where torch has no
-    way to the kernel.
+    By its kernel, as the dispatcher would, or where torch has no way to it by ``func.decompose``,
+    which may prefer a decomposition for the compiler that makes many more tensors.
     """
     key = getattr(getattr(torch._C, "DispatchKey", None), "CompositeImplicitAutograd", None)
     kernel = getattr(func, "_op_dk", None)
@@ -273,6 +269,11 @@ def global_forward_hooks() -> list[Any]:
     return [hook for name in names for hook in getattr(modules, name, {}).values()]
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``Module.compile`` was applied to a module itself."""
+    return hasattr(module, "_orig_mod") or vars(module).get("_compiled_call_impl") is not None
+
+
 # Autograd
 
 
@@ -291,8 +292,8 @@ def transforms_active() -> bool:
 def in_autograd_function() -> bool:
     """Whether the forward of a ``torch.autograd.Function`` runs now.
 
-    Such a forward runs without forward-mode gradients, which ``torch.no_grad()`` leaves on. Where
-    torch no longer tells, the answer is no: who asks treats it as code under ``no_grad``.
+    It runs without forward-mode gradients, which ``torch.no_grad()`` leaves on. Where torch no
+    longer tells, the answer is no.
     """
     enabled = getattr(torch._C, "_is_fwd_grad_enabled", None)
     return enabled is not None and not enabled() and not torch.is_inference_mode_enabled()

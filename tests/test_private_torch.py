@@ -20,6 +20,7 @@ from pocketize._torch import (
     global_forward_hooks,
     in_autograd_function,
     innermost_saving,
+    is_compiled,
     keeps_graph,
     saving_hooks_allowed,
     storage_key,
@@ -427,6 +428,14 @@ def test_tensors_that_stand_for_many_are_told() -> None:
     torch.autograd.grad(made, x, torch.eye(2), is_grads_batched=True)
     assert seen == [True, True]
     assert not _torch.is_batched(x)
+
+
+def test_compiled_modules_are_told() -> None:
+    model = torch.nn.Linear(1, 1)
+    assert not is_compiled(model)
+    assert is_compiled(torch.compile(model, backend="eager"))
+    model.compile(backend="eager")
+    assert is_compiled(model)
 
 
 def test_forbidden_hooks_on_saved_tensors_are_seen() -> None:

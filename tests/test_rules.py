@@ -53,7 +53,9 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
 
 
-@torch.library.custom_op("pocketize_tests::halves", mutates_args=())
+@torch.library.custom_op(
+    "pocketize_tests::halves", mutates_args=(), schema="(Tensor x) -> Tensor[]"
+)
 def halves(x: Tensor) -> list[Tensor]:
     """Two copies, negative and positive."""
     return [-x, x.clone()]

@@ -68,7 +68,7 @@ def note_compiled(name: str) -> None:
     Args:
         name: of the pass.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling():  # and not exporting
         _warn_compiled(name)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pocketize._torch import storage_key
+from pocketize._torch import is_compiled, storage_key
 from pocketize.errors import MeasureError, PocketizeWarning
 from pocketize.memory.cuda import CudaCounters
 from pocketize.memory.isolate import measure_isolated
@@ -89,7 +89,7 @@ def measure(
         time_steps=time_steps,
     )
     check_methods(model)
-    if _is_compiled(model):
+    if any(map(is_compiled, model.modules())):
         warnings.warn(
             f"measure: torch.compile was applied to this {type(model).__name__}, and its tensors "
             "are counted as it runs without the compiler. Compiled, it keeps for the backward pass "
@@ -105,15 +105,6 @@ def measure(
             return dataclasses.replace(outcome, isolated=True)
         why_not = outcome
     return dataclasses.replace(measure_here(request), why_not_isolated=why_not)
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether ``torch.compile`` or ``Module.compile`` was applied to a module or one inside it."""
-    return any(
-        "_orig_mod" in dict(module.named_children())
-        or vars(module).get("_compiled_call_impl") is not None
-        for module in model.modules()
-    )
 
 
 def _device(device: str | torch.device) -> torch.device:

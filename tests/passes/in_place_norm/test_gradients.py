@@ -148,7 +148,8 @@ def test_only_the_channels_that_cannot_be_undone_are_kept() -> None:
 def test_a_layer_of_zeros_keeps_its_input_and_not_its_output() -> None:
     _, net = pair("batch-2d", channels=16, gamma=0.0)
     x = batch("batch-2d", 16).requires_grad_()
-    source, aside, index, *_ = net(x).grad_fn.saved_tensors
+    output = net(x)
+    source, aside, index, *_ = output.grad_fn.saved_tensors
     assert torch.equal(source, x)
     assert aside is None
     assert index is None
