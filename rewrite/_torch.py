@@ -271,7 +271,7 @@ def global_forward_hooks() -> list[Any]:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``torch.compile`` or ``Module.compile`` was applied to a module itself."""
-    return hasattr(module, "_orig_mod") or vars(module).get("_compiled_call_impl") is not None
+    return "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None
 
 
 # Autograd

@@ -35,6 +35,7 @@ import operator
 import os
 import random
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Iterator
@@ -328,6 +329,10 @@ def _tensor_names(model: nn.Module) -> dict[int, str]:
     return names
 
 
+#: Recordings change what all threads share, so they take turns.
+_RECORDING = threading.RLock()
+
+
 @contextlib.contextmanager
 def quiet_recording(model: nn.Module) -> Iterator[None]:
     """Fix what makes recordings differ, and put it back: random states, fast paths, warnings.
@@ -335,6 +340,12 @@ def quiet_recording(model: nn.Module) -> Iterator[None]:
     What hooks of the model write into their closures is undone too, and synchronised batch norms
     run alone: a copy without memory has nothing to tell the other processes.
     """
+    with _RECORDING, _fixed(), quiet_hooks(model), _alone(model):
+        yield
+
+
+@contextlib.contextmanager
+def _fixed() -> Iterator[None]:
     python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = cuda and torch.cuda.get_rng_state_all()
@@ -347,7 +358,7 @@ def quiet_recording(model: nn.Module) -> Iterator[None]:
     np.random.seed(0)
     torch.default_generator.manual_seed(_SEED)
     try:
-        with warnings.catch_warnings(), quiet_hooks(model), _alone(model):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

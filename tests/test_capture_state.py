@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -296,3 +297,24 @@ def test_attention_is_recorded_operator_by_operator_and_its_fast_path_put_back(
         torch.backends.mha.set_fastpath_enabled(before)
     assert "aten.scaled_dot_product_attention.default" in found
     assert not any("_transformer_encoder_layer_fwd" in name for name in found)
+
+
+def test_recordings_in_several_threads_leave_global_settings_as_they_were() -> None:
+    logger, x = logging.getLogger("torch._subclasses.fake_tensor"), image()
+    before = torch.backends.mha.get_fastpath_enabled(), logger.disabled, torch.get_rng_state()
+    inside = threading.Barrier(2, timeout=5)
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                inside.wait(0.2)  # for the other recording, if it does not take its turn
+            return x
+
+    threads = [threading.Thread(target=capture, args=(Waits(), x)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    after = torch.backends.mha.get_fastpath_enabled(), logger.disabled, torch.get_rng_state()
+    assert after[:2] == before[:2]
+    assert torch.equal(after[2], before[2])

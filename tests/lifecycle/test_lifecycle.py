@@ -68,8 +68,8 @@ def outcome(given: Situation, rewrite: Rewrite) -> str:
 def _quietly() -> Iterator[None]:
     """Ignore our warnings, which are tested where they are given, and some that torch gives."""
     with warnings.catch_warnings():
-        for category in (PocketizeWarning, DeprecationWarning):
-            warnings.simplefilter("ignore", category)
+        warnings.simplefilter("ignore", PocketizeWarning)
+        warnings.filterwarnings("ignore", message=r".*torch\.jit")  # of torch.func.jvp
         # from within the compiler
         warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not")
         yield

@@ -220,6 +220,7 @@ def _many_gradients(net: nn.Module) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own use of it
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")  # torch's own use of it
 @pytest.mark.parametrize(
     "of",
     [
