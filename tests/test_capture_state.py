@@ -302,19 +302,24 @@ def test_attention_is_recorded_operator_by_operator_and_its_fast_path_put_back(
 def test_recordings_in_several_threads_leave_global_settings_as_they_were() -> None:
     logger, x = logging.getLogger("torch._subclasses.fake_tensor"), image()
     before = torch.backends.mha.get_fastpath_enabled(), logger.disabled, torch.get_rng_state()
-    inside = threading.Barrier(2, timeout=5)
+    first_inside, second_inside = threading.Event(), threading.Event()
 
     class Waits(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            with contextlib.suppress(threading.BrokenBarrierError):
-                inside.wait(0.2)  # for the other recording, if it does not take its turn
+            if threading.current_thread() is first:
+                first_inside.set()
+                second_inside.wait(0.2)  # it does not come, if recordings take turns
+            else:
+                second_inside.set()
+                first.join(5)  # what it puts back is overwritten by this one
             return x
 
-    threads = [threading.Thread(target=capture, args=(Waits(), x)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    first, second = (threading.Thread(target=capture, args=(Waits(), x)) for _ in range(2))
+    first.start()
+    assert first_inside.wait(5)
+    second.start()
+    first.join()
+    second.join()
     after = torch.backends.mha.get_fastpath_enabled(), logger.disabled, torch.get_rng_state()
     assert after[:2] == before[:2]
     assert torch.equal(after[2], before[2])
