@@ -124,7 +124,7 @@ def test_the_demo_shows_plan_and_report(run: Run) -> None:
     code, out, err = run("demo")
     assert (code, err) == (0, "")
     assert out.startswith("$ pocketize plan zoo:pocketnet_unet3d --pass pocket\n")
-    assert "width 16: the first convolution, encoder.0.0.0" in out
+    assert "width 16: the first features at the finest resolution, of encoder.0.0.0" in out
     assert "Measured on cpu: training peak " in out
     assert "5,470,850" in out
     assert out.endswith("pocketize apply zoo:pocketnet_unet3d --pass pocket -o small.safetensors\n")

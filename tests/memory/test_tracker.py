@@ -286,10 +286,12 @@ AWKWARD = {
 #: the statistics that a batch norm keeps of bfloat16 data.
 WRONG_FAKES = {"recurrent_middle", "lstm_over_image", "autocast_inside"}
 #: Nets that ask for values, which there are none of in an estimate.
-NO_FAKES = {"branch_on_values", "stochastic_depth"}
+NO_FAKES = {"branch_on_values", "stochastic_depth", "crop_by_tensor"}
 #: Tensors from before the step that the profiler cannot know: those that a hook replaces, whose
-#: release it does not see, and those of a layer that the model hides in a list.
+#: release it does not see, and those of a layer that the model hides in a list. And a table of
+#: numbers, whose bytes it counts and takes for no tensor's.
 UNSEEN = {"weight_norm_legacy", "spectral_norm_legacy", "unregistered_layer"}
+UNSEEN |= {"numbers_mixing_table"}
 #: Nothing to train: no floating-point output, no parameter.
 NO_LOSS = {"class_map_output", "no_parameters", "sum_over_channels_output"}
 
