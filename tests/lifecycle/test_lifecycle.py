@@ -115,7 +115,10 @@ def test_a_pass_does_what_the_table_says(column: str, name: str) -> None:
 @pytest.mark.parametrize("name", SITUATIONS)
 @pytest.mark.parametrize("label", COMBINATIONS)
 def test_passes_together_are_right_or_refuse(label: str, name: str) -> None:
-    outcome(SITUATIONS[name], COMBINATIONS[label])
+    given = SITUATIONS[name]
+    found = outcome(given, COMBINATIONS[label])
+    # Otherwise the untouched network would be compared with itself.
+    assert found != "not planned" or given.variant == "dropout"
 
 
 def table() -> dict[str, dict[str, str]]:
