@@ -23,35 +23,35 @@ from typing import TYPE_CHECKING
 from pocketize.lazy import attach
 
 if TYPE_CHECKING:
-    from pocketize.passes.amp import Amp
-    from pocketize.passes.cascade import Cascade
-    from pocketize.passes.checkpoint import Checkpoint
-    from pocketize.passes.extend_inputs import ExtendInputs
-    from pocketize.passes.in_place_norm import InPlaceNorm
-    from pocketize.passes.offload import Offload
-    from pocketize.passes.patchwise import Patchwise
-    from pocketize.passes.pocket import Pocket
-    from pocketize.passes.recompute import Recompute
+    from pocketize.passes.amp.amp import Amp
+    from pocketize.passes.cascade.cascade import Cascade
+    from pocketize.passes.cascade.extend_inputs import ExtendInputs
+    from pocketize.passes.checkpoint.checkpoint import Checkpoint
+    from pocketize.passes.inplace.in_place_norm import InPlaceNorm
+    from pocketize.passes.offload.offload import Offload
+    from pocketize.passes.recompute.recompute import Recompute
     from pocketize.passes.swaps.bottleneck import Bottleneck
     from pocketize.passes.swaps.compact import CompactBlock
     from pocketize.passes.swaps.separable import Separable
-    from pocketize.passes.width import Width
+    from pocketize.passes.tiling.patchwise import Patchwise
+    from pocketize.passes.widths.pocket import Pocket
+    from pocketize.passes.widths.width import Width
 
 attach(
     __name__,
     {
-        "Amp": "amp",
+        "Amp": "amp.amp",
         "Bottleneck": "swaps.bottleneck",
-        "Cascade": "cascade",
-        "Checkpoint": "checkpoint",
+        "Cascade": "cascade.cascade",
+        "Checkpoint": "checkpoint.checkpoint",
         "CompactBlock": "swaps.compact",
-        "ExtendInputs": "extend_inputs",
-        "InPlaceNorm": "in_place_norm",
-        "Offload": "offload",
-        "Patchwise": "patchwise",
-        "Pocket": "pocket",
-        "Recompute": "recompute",
+        "ExtendInputs": "cascade.extend_inputs",
+        "InPlaceNorm": "inplace.in_place_norm",
+        "Offload": "offload.offload",
+        "Patchwise": "tiling.patchwise",
+        "Pocket": "widths.pocket",
+        "Recompute": "recompute.recompute",
         "Separable": "swaps.separable",
-        "Width": "width",
+        "Width": "widths.width",
     },
 )

@@ -45,39 +45,39 @@ from pocketize.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from pocketize.artifact import load, save
-    from pocketize.base import Guarantee, Pass, PassRecord
-    from pocketize.capture import Captured, capture
-    from pocketize.channels import Analysis, analyse
+    from pocketize.channels.analysis import Analysis, analyse
+    from pocketize.channels.groups import ChannelGroup, ChannelGroups
+    from pocketize.channels.rules import channel_rule
+    from pocketize.engine.pipeline import Plan, history, plan, pocketize, replay, rewrite
     from pocketize.errors import PocketizeError
-    from pocketize.groups import ChannelGroup, ChannelGroups
+    from pocketize.graph.capture import Captured, capture
     from pocketize.memory import measure
-    from pocketize.pipeline import Plan, history, plan, pocketize, replay, rewrite
+    from pocketize.plugin.base import Guarantee, Pass, PassRecord
     from pocketize.report import compare
-    from pocketize.rules import channel_rule
 
 attach(
     __name__,
     {
-        "Analysis": "channels",
-        "Captured": "capture",
-        "ChannelGroup": "groups",
-        "ChannelGroups": "groups",
-        "Guarantee": "base",
-        "Pass": "base",
-        "PassRecord": "base",
-        "Plan": "pipeline",
+        "Analysis": "channels.analysis",
+        "Captured": "graph.capture",
+        "ChannelGroup": "channels.groups",
+        "ChannelGroups": "channels.groups",
+        "Guarantee": "plugin.base",
+        "Pass": "plugin.base",
+        "PassRecord": "plugin.base",
+        "Plan": "engine.pipeline",
         "PocketizeError": "errors",
-        "analyse": "channels",
-        "capture": "capture",
-        "channel_rule": "rules",
+        "analyse": "channels.analysis",
+        "capture": "graph.capture",
+        "channel_rule": "channels.rules",
         "compare": "report",
-        "history": "pipeline",
+        "history": "engine.pipeline",
         "load": "artifact",
         "measure": "memory",
-        "plan": "pipeline",
-        "pocketize": "pipeline",
-        "replay": "pipeline",
-        "rewrite": "pipeline",
+        "plan": "engine.pipeline",
+        "pocketize": "engine.pipeline",
+        "replay": "engine.pipeline",
+        "rewrite": "engine.pipeline",
         "save": "artifact",
     },
 )

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from pocketize.capture import Captured, Studio
-from pocketize.channels import Analysis
-from pocketize.inputs import as_inputs
-from pocketize.labels import FROZEN, Value, axes_of
+from pocketize.channels.analysis import Analysis
+from pocketize.channels.labels import FROZEN, Value, axes_of
+from pocketize.graph.capture import Captured, Studio
+from pocketize.graph.inputs import as_inputs
 
 __all__ = ["Board"]
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
-from pocketize.edits import Redraw
+from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
+from pocketize.plugin.edits import Redraw
 
 __all__ = ["INPUT", "Fresh", "Halve", "Idle", "Net", "tensors_equal", "toy"]
 

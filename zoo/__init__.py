@@ -39,8 +39,8 @@ __all__ = [
     "register",
 ]
 
-from . import complexity, memory_fcn, patchwise, pocketnet  # noqa: F401  (importing registers)
-from .registry import (
+from pocketize.zoo import complexity, memory_fcn, patchwise, pocketnet  # noqa: F401  (importing registers)
+from pocketize.zoo.registry import (
     ModelInfo,
     OptionError,
     UnknownModelError,

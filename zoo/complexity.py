@@ -16,7 +16,7 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, nn
 
-from .registry import register
+from pocketize.zoo.registry import register
 
 mishra = partial(
     register,

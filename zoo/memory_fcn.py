@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .registry import OptionError, register
+from pocketize.zoo.registry import OptionError, register
 
 
 def conv_norm_relu(i: int, o: int, kernel: int = 3, groups: int = 1) -> nn.Sequential:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .registry import register
+from pocketize.zoo.registry import register
 
 
 def double_conv(i: int, o: int) -> nn.Sequential:

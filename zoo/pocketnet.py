@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .registry import OptionError, register
+from pocketize.zoo.registry import OptionError, register
 
 PAPER = (
     "Celaya et al., PocketNet: A Smaller Neural Network for Medical Image Analysis, "

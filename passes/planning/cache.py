@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pocketize.artifact.files import atomic_write
 from pocketize.errors import PlanningError
-from pocketize.files import atomic_write
 from pocketize.untrusted import read_json
 
 _HEADER = {"pocketize": "trained points", "format": 1}

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from pocketize.capture import Captured
-from pocketize.groups import ChannelGroup, ChannelGroups
-from pocketize.passes.levels import Level
-from pocketize.rules import bind, operator_name
-from pocketize.widths import sizes_after
+from pocketize.channels.groups import ChannelGroup, ChannelGroups
+from pocketize.channels.levels import Level
+from pocketize.channels.widths import sizes_after
+from pocketize.graph.capture import Captured
+from pocketize.ops.schema import bind, operator_name
 
 
 @dataclass(frozen=True)

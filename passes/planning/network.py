@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 from torch import nn
 
-from pocketize.capture import settle_inputs
-from pocketize.channels import analyse
-from pocketize.edits import Resize
+from pocketize.channels.analysis import analyse
+from pocketize.channels.groups import ChannelGroup
+from pocketize.channels.levels import find_levels
+from pocketize.engine.pipeline import plan
 from pocketize.errors import OptionError, PlanningError, RewriteError
-from pocketize.groups import ChannelGroup
+from pocketize.graph.capture import settle_inputs
 from pocketize.memory import measure
-from pocketize.passes.levels import find_levels
 from pocketize.passes.planning.counting import Counter, Sizes
-from pocketize.passes.width import Width
-from pocketize.pipeline import plan
+from pocketize.passes.widths.width import Width
+from pocketize.plugin.edits import Resize
 
 
 class Network:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pocketize.groups import ChannelGroup
+from pocketize.channels.groups import ChannelGroup
 from pocketize.passes.planning.budgets import Budgets
 from pocketize.passes.planning.counting import Sizes
 from pocketize.passes.planning.degradation import Degradation

@@ -13,8 +13,8 @@ from tabulate import tabulate
 
 from pocketize.passes.planning.counting import Sizes
 from pocketize.passes.planning.degradation import Degradation
-from pocketize.passes.width import Width
-from pocketize.recipe import dump_recipe
+from pocketize.passes.widths.width import Width
+from pocketize.plugin.recipe import dump_recipe
 from pocketize.units import bytes_text, count_text, percent_text
 
 

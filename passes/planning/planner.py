@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from pocketize.channels.groups import ChannelGroup
 from pocketize.errors import BudgetError, OptionError, PlanningError
-from pocketize.groups import ChannelGroup
 from pocketize.passes.planning.budgets import (
     Budgets,
     Count,

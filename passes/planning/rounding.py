@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from pocketize.errors import OptionError, nearest
 
 if TYPE_CHECKING:
-    from pocketize.groups import ChannelGroup
+    from pocketize.channels.groups import ChannelGroup
 
 Rounding: TypeAlias = Literal["nearest", "up", "down", "doubling", "shared"]
 

@@ -17,16 +17,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pocketize.capture import capture
-from pocketize.clone import clone
-from pocketize.edits import Redraw
+from pocketize.engine.pipeline import rewrite
+from pocketize.engine.surgery import apply_edits
 from pocketize.errors import PlanningError
+from pocketize.graph.capture import capture
+from pocketize.graph.clone import clone
 from pocketize.passes.planning.cache import PointCache, Trained, TrainedKey
 from pocketize.passes.planning.counting import conv_weights
 from pocketize.passes.planning.points import Point
-from pocketize.passes.width import Width
-from pocketize.pipeline import rewrite
-from pocketize.surgery import apply_edits
+from pocketize.passes.widths.width import Width
+from pocketize.plugin.edits import Redraw
 
 _D = TypeVar("_D")
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from pocketize.capture import settle_inputs
-from pocketize.channels import analyse
-from pocketize.passes.levels import find_levels
+from pocketize.channels.analysis import analyse
+from pocketize.channels.levels import find_levels
+from pocketize.graph.capture import settle_inputs
 
 
 def level_scales(model: nn.Module, inputs: Any = None) -> tuple[int, ...]:

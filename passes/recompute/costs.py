@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pocketize._torch import FakeTensorMode, storage_key
-from pocketize.capture import find_tensors, quiet_recording
-from pocketize.clone import fake_clone
-from pocketize.inputs import Inputs
-from pocketize.methods import set_mode
-from pocketize.passes.runtime.recompute.around import Recording
-from pocketize.passes.runtime.recompute.values import Meter
+from pocketize.graph.capture import find_tensors, quiet_recording
+from pocketize.graph.clone import fake_clone
+from pocketize.graph.inputs import Inputs
+from pocketize.graph.methods import set_mode
+from pocketize.passes.recompute.around import Recording
+from pocketize.passes.recompute.values import Meter
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from pocketize._torch import storage_key
-from pocketize.capture import Captured, find_tensors
-from pocketize.rules import operator_name
+from pocketize.graph.capture import Captured, find_tensors
+from pocketize.ops.schema import operator_name
 
 #: Operators with a weight of their own, with its position among the arguments.
 _WEIGHTED = {

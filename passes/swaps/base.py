@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from pocketize._torch import ConvNd
-from pocketize.base import Change, Guarantee, Pass, Proposal, Refusal, Target
-from pocketize.edits import Convert, Edit, Redraw
+from pocketize.engine.dry_run import Rehearsal
 from pocketize.errors import OptionError
 from pocketize.initial.slots import has_values
-from pocketize.passes.order import RESIZING
+from pocketize.passes.shared.order import RESIZING
 from pocketize.passes.swaps.choices import SIDES, matching, on_side
 from pocketize.passes.swaps.inner import Inner, Inside
 from pocketize.passes.swaps.pricing import Price, price
 from pocketize.passes.swaps.sites import Site, find_sites
 from pocketize.passes.swaps.tensors import folded, relative_error
-from pocketize.rehearsal import Rehearsal
+from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
+from pocketize.plugin.edits import Convert, Edit, Redraw
 from pocketize.units import bytes_text
 
 _NOTHING = Inner({}, {})

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from pocketize.capture import Captured
+from pocketize.channels.levels import find_sides
 from pocketize.errors import PatternError, nearest
-from pocketize.passes.levels import find_sides
+from pocketize.graph.capture import Captured
 
 #: Words of the option ``where`` that are no patterns.
 SIDES = ("all", "encoder", "decoder")

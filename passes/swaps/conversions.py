@@ -16,20 +16,15 @@ import torch
 from torch import nn
 
 from pocketize._torch import ConvNd
-from pocketize.conversions import conversion
 from pocketize.errors import RewriteError
 from pocketize.initial.slots import has_values
-from pocketize.passes.runtime.blocks import (
-    BottleneckBlock,
-    CompactBlock,
-    ConvBlock,
-    SeparableBlock,
-)
+from pocketize.passes.swaps.blocks import BottleneckBlock, CompactBlock, ConvBlock, SeparableBlock
 from pocketize.passes.swaps.blockterms import block_terms
 from pocketize.passes.swaps.channelwise import channelwise
 from pocketize.passes.swaps.layers import activation_layer, conv_layer, norm_layer
 from pocketize.passes.swaps.tensors import folded
 from pocketize.passes.swaps.tucker import tucker
+from pocketize.plugin.conversions import conversion
 
 BOTTLENECK = "bottleneck"
 SEPARABLE = "separable"

@@ -13,9 +13,9 @@ from typing import Any
 from torch import fx, nn
 
 from pocketize._torch import BatchNorm, InstanceNorm
-from pocketize.capture import Captured
+from pocketize.graph.capture import Captured
+from pocketize.ops.schema import bind, operator_name
 from pocketize.passes.swaps.layers import NORMS
-from pocketize.rules import bind, operator_name
 
 #: Operators between a convolution and what is asked for that are no layer of their own.
 _IDLE = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "contiguous"}

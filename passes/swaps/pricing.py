@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pocketize._torch import ConvNd, FakeTensorMode, storage_key
-from pocketize.conversions import find_conversion
 from pocketize.passes.swaps.layers import conv_layer, numbers
 from pocketize.passes.swaps.sites import Call
+from pocketize.plugin.conversions import find_conversion
 
 #: Tensors of a parameter's size in a training step: itself, its gradient, and Adam's two moments.
 STATES = 4

@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from pocketize._torch import ConvNd, ConvTransposeNd, same_convolution
-from pocketize.capture import Captured
+from pocketize.graph.capture import Captured
 from pocketize.initial.slots import has_values
-from pocketize.passes.runtime.blocks import ConvBlock
-from pocketize.passes.runtime.forwards import obstacle
+from pocketize.passes.shared.forwards import obstacle
+from pocketize.passes.swaps.blocks import ConvBlock
 
 _STOCK = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -7,6 +7,22 @@ from __future__ import annotations
 
 __all__ = ["FORMAT", "load", "load_weights", "read_header", "save"]
 
-from pocketize.artifact.safefile import read_header
-from pocketize.artifact.store import FORMAT, load, save
-from pocketize.artifact.weights import load_weights
+from typing import TYPE_CHECKING
+
+from pocketize.lazy import attach
+
+if TYPE_CHECKING:
+    from pocketize.artifact.safefile import read_header
+    from pocketize.artifact.store import FORMAT, load, save
+    from pocketize.artifact.weights import load_weights
+
+attach(
+    __name__,
+    {
+        "FORMAT": "store",
+        "load": "store",
+        "load_weights": "weights",
+        "read_header": "safefile",
+        "save": "store",
+    },
+)

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pocketize.artifact.custom import constants_of, full_state, let_classes_load, own_tensors
+from pocketize.artifact.files import atomic_write
 from pocketize.artifact.safefile import Header, SafeFile, open_safe
 from pocketize.artifact.skeleton import build
 from pocketize.artifact.states import MEMORY_FORMATS, apply_state, describe_mismatch, describe_state
-from pocketize.base import PassRecord
+from pocketize.engine.pipeline import history, replay
 from pocketize.errors import ArtifactError, PocketizeError
-from pocketize.files import atomic_write
-from pocketize.pipeline import history, replay
+from pocketize.plugin.base import PassRecord
 from pocketize.untrusted import read_json
 from pocketize.version import VERSION
 

@@ -34,8 +34,8 @@ import inspect
 from collections.abc import Collection
 from typing import Protocol, runtime_checkable
 
-from pocketize.entries import discover, distribution_of, load_entry, only_entry
 from pocketize.errors import RegistryError
+from pocketize.plugin.entries import discover, distribution_of, load_entry, only_entry
 
 GROUP = "pocketize.commands"
 """The entry point group in which distributions declare their commands."""

@@ -28,14 +28,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocketize.artifact.files import atomic_write
 from pocketize.errors import PocketizeError
-from pocketize.files import atomic_write
 from pocketize.untrusted import printable, read_json
 
 # torch takes seconds to import, and the help and the version need none: functions import it
 if TYPE_CHECKING:
-    from pocketize.base import Pass
-    from pocketize.models import ResolvedModel
+    from pocketize.artifact.models import ResolvedModel
+    from pocketize.plugin.base import Pass
 
 _MODEL_HELP = "package.module:factory, zoo:NAME, or FILE.pt2 (with --trust-pickle)"
 DONE, CHECK_FAILED, USAGE, FAILED = range(4)
@@ -161,7 +161,7 @@ def resolve_model(args: argparse.Namespace) -> ResolvedModel:
     progress(f"building {args.model}")
     import torch
 
-    from pocketize.models import resolve
+    from pocketize.artifact.models import resolve
 
     if args.seed is not None:
         torch.manual_seed(args.seed)
@@ -185,8 +185,8 @@ def passes_of(args: argparse.Namespace) -> list[Pass]:
     Raises:
         UsageError: neither was given.
     """
-    from pocketize.recipe import load_recipe
-    from pocketize.registry import parse_pass
+    from pocketize.plugin.recipe import load_recipe
+    from pocketize.plugin.registry import parse_pass
 
     passes = load_recipe(args.recipe) if args.recipe is not None else []
     passes += [parse_pass(spec) for spec in args.passes]

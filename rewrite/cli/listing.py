@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from pocketize.cli.common import DONE, UsageError, inputs_of, progress, resolve_model, show
 from pocketize.errors import nearest
-from pocketize.registry import PassInfo, get_pass, list_passes
+from pocketize.plugin.registry import PassInfo, get_pass, list_passes
 
 
 def run_passes(args: argparse.Namespace) -> int:
@@ -81,7 +81,7 @@ def run_zoo(args: argparse.Namespace) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     """Tell why a layer can be resized, or why not."""
-    from pocketize.channels import analyse
+    from pocketize.channels.analysis import analyse
 
     resolved = resolve_model(args)
     progress("recording the model and finding its channel groups")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pocketize.artifact import load
-from pocketize.capture import settle_inputs
+from pocketize.artifact.models import ResolvedModel, resolve
 from pocketize.cli.common import (
     CHECK_FAILED,
     DONE,
@@ -26,8 +26,8 @@ from pocketize.cli.common import (
     show,
     write_out,
 )
-from pocketize.models import ResolvedModel, resolve
-from pocketize.pipeline import plan
+from pocketize.engine.pipeline import plan
+from pocketize.graph.capture import settle_inputs
 from pocketize.report import Comparison, Threshold, compare
 
 _FORMATS = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html"}

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from pocketize.artifact import save
-from pocketize.capture import settle_inputs
+from pocketize.artifact.files import atomic_write, open_for_torch
+from pocketize.artifact.models import ResolvedModel
+from pocketize.artifact.pt2 import write_exported
 from pocketize.cli.common import (
     DONE,
     CheckFailed,
@@ -25,12 +27,10 @@ from pocketize.cli.common import (
     resolve_model,
     show,
 )
+from pocketize.engine.pipeline import Plan, plan
 from pocketize.errors import ArtifactError
-from pocketize.files import atomic_write, open_for_torch
-from pocketize.inputs import Inputs
-from pocketize.models import ResolvedModel
-from pocketize.pipeline import Plan, plan
-from pocketize.pt2 import write_exported
+from pocketize.graph.capture import settle_inputs
+from pocketize.graph.inputs import Inputs
 from pocketize.units import count_text, ratio_text
 
 _SUFFIXES = (".safetensors", ".pt2", ".pt")

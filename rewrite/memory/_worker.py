@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pocketize.errors import PocketizeError
-from pocketize.inputs import Inputs
+from pocketize.graph.inputs import Inputs
 from pocketize.memory.isolate import Settings
 from pocketize.memory.meter import measure_here
 from pocketize.memory.request import Request

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from pocketize import errors
-from pocketize.entries import is_installed
 from pocketize.errors import MeasureError, PocketizeError
 from pocketize.memory.profile import MemoryProfile
 from pocketize.memory.request import Request
+from pocketize.plugin.entries import is_installed
 
 #: Large blocks go back to the system when they are freed, so that resident memory follows use.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}

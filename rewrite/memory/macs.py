@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pocketize._torch import FakeTensorMode, TorchDispatchMode, run_parts, storage_key
-from pocketize.clone import fake_clone, quiet_hooks
 from pocketize.errors import PocketizeError
-from pocketize.inputs import Inputs
+from pocketize.graph.clone import fake_clone, quiet_hooks
+from pocketize.graph.inputs import Inputs
+from pocketize.graph.methods import set_mode
 from pocketize.memory.stage import explained, fake_inputs, real_stage
 from pocketize.memory.step import fixed_surroundings
 from pocketize.memory.tracker import is_composite, storages_of
-from pocketize.methods import set_mode
 
 aten = torch.ops.aten
 
@@ -52,7 +52,7 @@ def count_macs(model: nn.Module, inputs: Any) -> Macs:
 
     Args:
         model: any module; a copy of it is run.
-        inputs: anything that :func:`pocketize.inputs.as_inputs` takes.
+        inputs: anything that :func:`pocketize.graph.inputs.as_inputs` takes.
 
     Raises:
         InputError: the inputs cannot be read.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pocketize._torch import is_compiled, storage_key
 from pocketize.errors import MeasureError, PocketizeWarning
+from pocketize.graph.methods import check_methods
 from pocketize.memory.cuda import CudaCounters
 from pocketize.memory.isolate import measure_isolated
 from pocketize.memory.macs import count_macs, count_on_fakes
@@ -26,7 +27,6 @@ from pocketize.memory.request import Request
 from pocketize.memory.stage import Stage, device_of, explained, fake_stage, real_stage
 from pocketize.memory.step import Step, fixed_surroundings, make_step
 from pocketize.memory.tracker import LiveTracker, Trace, storages_of
-from pocketize.methods import check_methods
 
 
 def measure(
@@ -50,9 +50,9 @@ def measure(
     Args:
         model: any module. If it is in training mode its modules keep their modes during a training
             step (frozen norms stay frozen), otherwise all are set to training.
-        inputs: anything that :func:`pocketize.inputs.as_inputs` takes: a tensor, a tuple, a dict, a
-            text such as ``"1x1x96x96x96"``. ``None`` guesses. Floating inputs are brought to the
-            dtype and device of the model.
+        inputs: anything that :func:`pocketize.graph.inputs.as_inputs` takes: a tensor, a tuple, a
+            dict, a text such as ``"1x1x96x96x96"``. ``None`` guesses. Floating inputs are
+            brought to the dtype and device of the model.
         mode: ``"train"``, or ``"infer"`` for a forward pass in evaluation mode under
             ``torch.inference_mode()``.
         optimizer: ``"adam"``, ``"sgd"`` (no momentum, hence no state) or ``None`` (the step ends

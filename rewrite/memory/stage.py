@@ -29,10 +29,10 @@ from pocketize._torch import (
     storage_key,
     without_dispatch_modes,
 )
-from pocketize.capture import settle_inputs
-from pocketize.clone import clone, fake_clone
 from pocketize.errors import MeasureError, PocketizeError
-from pocketize.inputs import Inputs, as_inputs, to_model
+from pocketize.graph.capture import settle_inputs
+from pocketize.graph.clone import clone, fake_clone
+from pocketize.graph.inputs import Inputs, as_inputs, to_model
 from pocketize.memory.inplace import is_dense
 
 _VALUES_WANTED = (DataDependentOutputException, DynamicOutputShapeException)

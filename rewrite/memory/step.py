@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pocketize.capture import find_tensors
-from pocketize.clone import quiet_hooks
 from pocketize.errors import MeasureError
-from pocketize.inputs import Inputs
-from pocketize.methods import set_mode
+from pocketize.graph.capture import find_tensors
+from pocketize.graph.clone import quiet_hooks
+from pocketize.graph.inputs import Inputs
+from pocketize.graph.methods import set_mode
 
 #: Optimizers by name: Adam keeps two tensors per parameter, SGD (without momentum) none.
 OPTIMIZERS = ("adam", "sgd")

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pocketize.base import PassRecord
-from pocketize.capture import settle_inputs
+from pocketize.engine.pipeline import history
 from pocketize.errors import MeasureError
+from pocketize.graph.capture import settle_inputs
 from pocketize.memory import MemoryProfile, measure
-from pocketize.pipeline import history
+from pocketize.plugin.base import PassRecord
 from pocketize.report.comparison import Comparison
 from pocketize.report.document import (
     SCHEMA,

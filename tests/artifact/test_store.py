@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from pocketize.artifact import load, save, skeleton
 from pocketize.artifact import store as artifact
-from pocketize.base import PassRecord
-from pocketize.edits import Edit, Resize, SetAttribute
+from pocketize.engine.pipeline import history, replay
 from pocketize.errors import ArtifactError
-from pocketize.pipeline import history, replay
+from pocketize.plugin.base import PassRecord
+from pocketize.plugin.edits import Edit, Resize, SetAttribute
 
 
 class Net(nn.Module):

@@ -14,9 +14,9 @@ from torch import nn
 
 from pocketize import load, rewrite, save
 from pocketize.artifact import load_weights, read_header
+from pocketize.engine.pipeline import history
 from pocketize.errors import ArtifactError
 from pocketize.passes import Offload, Patchwise
-from pocketize.pipeline import history
 
 
 def net() -> nn.Module:

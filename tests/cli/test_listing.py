@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 
 from pocketize import zoo
-from pocketize.base import Guarantee, OptionInfo
 from pocketize.cli import listing
-from pocketize.registry import PassInfo
+from pocketize.plugin.base import Guarantee, OptionInfo
+from pocketize.plugin.registry import PassInfo
 
 from .conftest import Ran
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from pocketize import zoo
 from pocketize.artifact import load
-from pocketize.pipeline import history
-from pocketize.pt2 import module_of, read_exported
+from pocketize.artifact.pt2 import module_of, read_exported
+from pocketize.engine.pipeline import history
 
 from .conftest import Ran
 

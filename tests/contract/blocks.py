@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from pocketize.passes.runtime.blocks import ConvBlock
+from pocketize.passes.swaps.blocks import ConvBlock
 from tests.contract.case import Case
 from tests.contract.checking import require
 from tests.contract.rebuilt import rebuilt

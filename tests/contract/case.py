@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pocketize.base import Guarantee, Pass
-from pocketize.clone import clone
-from pocketize.inputs import Inputs, as_inputs
-from pocketize.pipeline import PassPlan, plan, rewrite
+from pocketize.engine.pipeline import PassPlan, plan, rewrite
+from pocketize.graph.clone import clone
+from pocketize.graph.inputs import Inputs, as_inputs
+from pocketize.plugin.base import Guarantee, Pass
 from tests.contract.rounds import whole
 from tests.contract.snapshot import Snapshot
 from tests.models.registry import Net

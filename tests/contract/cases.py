@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pocketize.base import Pass
-from pocketize.channels import analyse
+from pocketize.channels.analysis import analyse
+from pocketize.channels.levels import find_levels
 from pocketize.passes import (
     Amp,
     Bottleneck,
@@ -25,8 +25,8 @@ from pocketize.passes import (
     Separable,
     Width,
 )
-from pocketize.passes.levels import find_levels
 from pocketize.passes.swaps.base import Swap
+from pocketize.plugin.base import Pass
 from tests.contract.blocks import as_blocks
 from tests.contract.case import Case
 from tests.contract.clamp import clamped, halved

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pocketize.clone import clone
-from pocketize.edits import SetAttribute
+from pocketize.engine.pipeline import history, replay
 from pocketize.errors import NoEffectWarning
-from pocketize.pipeline import history, replay
+from pocketize.graph.clone import clone
+from pocketize.plugin.edits import SetAttribute
 from tests.contract import trees
 from tests.contract.case import Case
 from tests.contract.checking import check, require

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from pocketize.channels import analyse
-from pocketize.groups import ChannelGroup, ChannelGroups
-from pocketize.pipeline import PassPlan
+from pocketize.channels.analysis import analyse
+from pocketize.channels.groups import ChannelGroup, ChannelGroups
+from pocketize.engine.pipeline import PassPlan
 from tests.contract.case import Case
 from tests.contract.checking import require
 from tests.contract.widths import width_of

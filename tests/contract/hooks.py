@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pocketize.edits import Convert
+from pocketize.plugin.edits import Convert
 from tests.contract.case import Case
 from tests.contract.checking import check, require
 from tests.contract.snapshot import HOOK_TABLES
@@ -16,7 +16,7 @@ from tests.contract.training import step
 
 __all__ = ["hook_names", "hooks_survive"]
 
-RUNTIME = "pocketize.passes.runtime"
+RUNTIME = "pocketize.passes"
 """Where what passes put into rewritten nets lives."""
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pocketize.edits import Edit, Resize
-from pocketize.inputs import Inputs
+from pocketize.graph.inputs import Inputs
+from pocketize.plugin.edits import Edit, Resize
 from tests.contract.widths import tensors_of
 
 __all__ = ["masked_output", "poison"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from pocketize.edits import Convert
+from pocketize.plugin.edits import Convert
 from tests.contract.case import Case
 
 __all__ = ["collapsed", "rebuilt", "told_once"]

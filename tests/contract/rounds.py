@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import reduce
 
-from pocketize.edits import Edit, Resize, SetAttribute
-from pocketize.pipeline import PassPlan, Plan
+from pocketize.engine.pipeline import PassPlan, Plan
+from pocketize.plugin.edits import Edit, Resize, SetAttribute
 
 __all__ = ["composed", "whole"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pocketize.inputs import Inputs
+from pocketize.graph.inputs import Inputs
 from tests.contract import trees
 from tests.contract.case import Case, seeded
 from tests.contract.snapshot import plain_attributes

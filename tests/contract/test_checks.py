@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketize.base import Change, Guarantee, PassRecord, Proposal
+from pocketize.engine.pipeline import PassPlan
 from pocketize.errors import NoEffectWarning
-from pocketize.inputs import as_inputs
+from pocketize.graph.inputs import as_inputs
 from pocketize.passes import Pocket
-from pocketize.pipeline import PassPlan
+from pocketize.plugin.base import Change, Guarantee, PassRecord, Proposal
 from tests.contract.case import Case
 from tests.contract.everything import CHECKS, failures
 from tests.contract.snapshot import Snapshot

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pocketize.base import Refusal
 from pocketize.passes import Pocket
+from pocketize.plugin.base import Refusal
 from tests.contract.case import Case, make_case
 from tests.contract.clamp import clamped
 from tests.contract.test_checks import NET, Victim

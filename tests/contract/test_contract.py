@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pocketize.pipeline import rewrite
-from pocketize.registry import list_passes
+from pocketize.engine.pipeline import rewrite
+from pocketize.plugin.registry import list_passes
 from tests.conftest import whole_contract
 from tests.contract.case import make_case
 from tests.contract.cases import CASES, COMBINATIONS, Extent, Row

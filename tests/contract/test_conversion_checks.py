@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pocketize.base import Change, Proposal
-from pocketize.edits import Convert
+from pocketize.engine.pipeline import PassPlan
 from pocketize.errors import NoEffectWarning
 from pocketize.passes import Pocket
-from pocketize.pipeline import PassPlan
+from pocketize.plugin.base import Change, Proposal
+from pocketize.plugin.edits import Convert
 from tests.contract.everything import failures
 from tests.contract.hooks import RUNTIME
 from tests.contract.test_checks import add_hook, drop_hook, fake_case, forge_history, scale

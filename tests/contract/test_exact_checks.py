@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketize.base import Guarantee
 from pocketize.errors import NoEffectWarning
-from pocketize.inputs import as_inputs
+from pocketize.graph.inputs import as_inputs
 from pocketize.passes import Pocket
+from pocketize.plugin.base import Guarantee
 from tests.contract.case import Case, make_case, weakest
 from tests.contract.everything import failures
 from tests.contract.snapshot import Snapshot

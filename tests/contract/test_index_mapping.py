@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from pocketize.clone import clone
-from pocketize.edits import Edit, Resize
-from pocketize.inputs import Inputs, as_inputs
+from pocketize.engine.pipeline import plan
+from pocketize.engine.surgery import apply_edits
+from pocketize.graph.clone import clone
+from pocketize.graph.inputs import Inputs, as_inputs
 from pocketize.passes import Pocket
-from pocketize.pipeline import plan
-from pocketize.surgery import apply_edits
+from pocketize.plugin.edits import Edit, Resize
 from tests.contract import trees
 from tests.contract.masked import masked_output
 from tests.contract.rounds import whole

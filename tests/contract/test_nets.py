@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pocketize.inputs import as_inputs
+from pocketize.graph.inputs import as_inputs
 from tests.contract import trees
 from tests.contract.sample import CORE, SAMPLE
 from tests.contract.widths import tensors_of, width_of

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocketize.inputs import Inputs
+from pocketize.graph.inputs import Inputs
 from tests.contract import trees
 from tests.contract.case import seeded
 

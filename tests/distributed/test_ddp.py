@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pocketize import rewrite
-from pocketize.base import Pass
 from pocketize.errors import PocketizeWarning
 from pocketize.passes import Amp, Checkpoint, InPlaceNorm, Offload, Recompute
+from pocketize.plugin.base import Pass
 from tests.distributed.group import SyncNorm, Unet, batch, result_of, run, train
 
 pytestmark = pytest.mark.slow

@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from pocketize import rewrite
-from pocketize.base import Pass
 from pocketize.errors import RewriteError
 from pocketize.passes import Amp, Checkpoint, InPlaceNorm, Offload, Recompute
+from pocketize.plugin.base import Pass
 from tests.distributed.group import PROCESSES, SyncNorm, Unet, batch, result_of, run, train
 
 pytestmark = pytest.mark.slow

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from pocketize import load, rewrite, save
 from pocketize.errors import InputError, OptionError
-from pocketize.inputs import Inputs, as_inputs
+from pocketize.graph.inputs import Inputs, as_inputs
 from pocketize.memory.tracker import LiveTracker
 from pocketize.passes import Patchwise
-from pocketize.passes.runtime.tiling.cutting import Tiling
-from pocketize.passes.runtime.tiling.peers import group_name
-from pocketize.passes.runtime.tiling.preparing import prepare
-from pocketize.passes.runtime.tiling.sharing import Shares
+from pocketize.passes.tiling.cutting import Tiling
+from pocketize.passes.tiling.peers import group_name
+from pocketize.passes.tiling.preparing import prepare
+from pocketize.passes.tiling.sharing import Shares
 from tests.distributed.group import PROCESSES, result_of, run
 from tests.passes.tiling.nets import DeepSupervision, SmallUNet, TwoInputs, double
 

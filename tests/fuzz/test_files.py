@@ -19,12 +19,12 @@ from torch import nn
 
 from pocketize import load, rewrite, save
 from pocketize.artifact import load_weights
+from pocketize.engine.pipeline import history
 from pocketize.errors import ArtifactError, InputError, PlanningError, RecipeError, ReportError
 from pocketize.passes import Patchwise
 from pocketize.passes.complexity.reading import read_image
 from pocketize.passes.planning.cache import PointCache, Trained, TrainedKey
-from pocketize.pipeline import history
-from pocketize.recipe import load_recipe
+from pocketize.plugin.recipe import load_recipe
 from pocketize.report import Comparison, compare
 from tests.fuzz.mutations import changed_bytes, changed_json, seeded
 

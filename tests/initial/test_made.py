@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from pocketize.conversions import conversion
-from pocketize.edits import Convert, Redraw
+from pocketize.engine.surgery import apply_edits
 from pocketize.errors import RewriteError
-from pocketize.surgery import apply_edits
+from pocketize.plugin.conversions import conversion
+from pocketize.plugin.edits import Convert, Redraw
 
 
 @conversion("test-two-convs")

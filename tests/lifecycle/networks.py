@@ -9,9 +9,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from pocketize.base import Pass
+from pocketize.engine.pipeline import rewrite
 from pocketize.passes import Checkpoint, InPlaceNorm, Offload, Patchwise, Recompute
-from pocketize.pipeline import rewrite
+from pocketize.plugin.base import Pass
 
 __all__ = ["COMBINATIONS", "PASSES", "LifeNet", "Rewrite", "untouched", "volume"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
 from pocketize.errors import CaptureError, InputError, MeasureError, PocketizeWarning
-from pocketize.inputs import Inputs
+from pocketize.graph.inputs import Inputs
 from pocketize.memory import MemoryProfile, measure
 
 

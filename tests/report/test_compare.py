@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketize.base import Change, PassRecord, Refusal
 from pocketize.errors import MeasureError
 from pocketize.memory import MemoryProfile
+from pocketize.plugin.base import Change, PassRecord, Refusal
 from pocketize.report import build, compare
 
 

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from pocketize import analyse, plan
-from pocketize.capture import capture, find_tensors
-from pocketize.inputs import as_inputs
+from pocketize.graph.capture import capture, find_tensors
+from pocketize.graph.inputs import as_inputs
 from pocketize.passes import Pocket
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the networks are those of the tests

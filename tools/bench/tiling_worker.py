@@ -20,14 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pocketize import measure
-from pocketize.inputs import as_inputs
+from pocketize.graph.inputs import as_inputs
 from pocketize.memory.meter import measure_on
 from pocketize.memory.request import Request
 from pocketize.memory.stage import real_stage
 from pocketize.memory.step import fixed_surroundings
-from pocketize.passes.runtime.tiling.cutting import Tiling
-from pocketize.passes.runtime.tiling.figures import foretold_peak, kept_bytes
-from pocketize.passes.runtime.tiling.preparing import prepare
+from pocketize.passes.tiling.cutting import Tiling
+from pocketize.passes.tiling.figures import foretold_peak, kept_bytes
+from pocketize.passes.tiling.preparing import prepare
 from tools.bench.fresh import MARK, Resident
 from tools.bench.tiling_rows import SUBJECTS, WAYS, Size, Subject, Way
 

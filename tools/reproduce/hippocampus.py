@@ -42,7 +42,7 @@ from volumes import (
 
 from pocketize import rewrite
 from pocketize.passes import Cascade, Patchwise
-from pocketize.passes.patchwise import slab_backward
+from pocketize.passes.tiling.patchwise import slab_backward
 
 SIZE = "48x64x48"
 FILTERS = (8, 16, 32, 32)

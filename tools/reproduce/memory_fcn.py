@@ -29,8 +29,8 @@ from torch import nn
 from tqdm import tqdm
 
 from pocketize import measure, rewrite
-from pocketize.base import Pass
 from pocketize.passes import Amp, Bottleneck, CompactBlock, InPlaceNorm, Separable
+from pocketize.plugin.base import Pass
 from pocketize.zoo.memory_fcn import MemoryFCN3d
 
 FULL = "1x1x256x256x152"

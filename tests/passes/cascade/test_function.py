@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pocketize import history, measure, rewrite
-from pocketize.capture import find_tensors
 from pocketize.errors import InputError
+from pocketize.graph.capture import find_tensors
 from pocketize.passes import Cascade
-from pocketize.passes.runtime.guidance import prediction_of, shrunken
+from pocketize.passes.cascade.guidance import prediction_of, shrunken
 from pocketize.zoo.patchwise import UNet3d
 from tests.foreign import foreign_nets
 from tests.passes.cascade.nets import Small, quiet

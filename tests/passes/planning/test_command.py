@@ -17,7 +17,7 @@ from pocketize.artifact import load
 from pocketize.cli import main
 from pocketize.passes.complexity import complexity_of
 from pocketize.passes.planning import Degradation, fit_degradation, level_scales, plan_widths
-from pocketize.recipe import load_recipe, parse_recipe
+from pocketize.plugin.recipe import load_recipe, parse_recipe
 from pocketize.zoo.complexity import conv_weights
 from tests.passes.planning.nets import LYMPH, parameters
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from pocketize import analyse, rewrite
+from pocketize.channels.levels import find_levels
 from pocketize.errors import PlanningError
 from pocketize.passes import Width
-from pocketize.passes.levels import find_levels
 from pocketize.passes.planning import plan_widths
 from pocketize.passes.planning.counting import Counter
 from pocketize.zoo.complexity import conv_weights

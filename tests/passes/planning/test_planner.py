@@ -17,7 +17,7 @@ from pocketize import measure, rewrite
 from pocketize.errors import BudgetError, OptionError, PatternError, PlanningError
 from pocketize.passes import Width
 from pocketize.passes.planning import Degradation, WidthPlan, fit_degradation, plan_widths
-from pocketize.recipe import parse_recipe
+from pocketize.plugin.recipe import parse_recipe
 from pocketize.zoo.complexity import conv_weights
 from tests.passes.planning.nets import (
     LYMPH,

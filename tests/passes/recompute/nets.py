@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pocketize.capture import find_tensors
-from pocketize.passes.runtime.recompute.around import recording_of
+from pocketize.graph.capture import find_tensors
+from pocketize.passes.recompute.around import recording_of
 
 __all__ = ["Net", "gradients", "reference", "same"]
 

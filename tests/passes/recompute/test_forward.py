@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from pocketize import load, rewrite, save
 from pocketize.passes import Recompute
-from pocketize.passes.runtime.recompute.around import recording_of
-from pocketize.passes.runtime.recompute.ledger import Ledger
-from pocketize.passes.runtime.recompute.normact import NormCall
+from pocketize.passes.recompute.around import recording_of
+from pocketize.passes.recompute.ledger import Ledger
+from pocketize.passes.recompute.normact import NormCall
 from tests.passes.recompute.nets import Net, gradients, reference, same
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pocketize import rewrite
 from pocketize.passes import Recompute
-from pocketize.passes.runtime.recompute import pieces
+from pocketize.passes.recompute import pieces
 from tests.passes.recompute.nets import Functional, Net, gradients, reference, same
 
 NORMS: dict[str, Any] = {

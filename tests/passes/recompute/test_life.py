@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from pocketize import rewrite
 from pocketize.errors import ExecutionError, PocketizeWarning
 from pocketize.passes import Recompute
-from pocketize.passes.runtime import forwards
+from pocketize.passes.shared import forwards
 from tests.passes.recompute.nets import Net, gradients, reference, same
 
 KEEP = ["conv", "block", "level"]

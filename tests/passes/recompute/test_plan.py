@@ -11,8 +11,8 @@ from monai.networks.nets import DynUNet
 from torch import Tensor, nn
 
 from pocketize import history, measure, plan, rewrite
-from pocketize.capture import capture
 from pocketize.errors import NoEffectWarning, OptionError, OrderError
+from pocketize.graph.capture import capture
 from pocketize.passes import InPlaceNorm, Recompute
 from pocketize.passes.recompute.sites import chosen, find_sites, freed
 from tests.passes.recompute.nets import Net

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pocketize.passes  # noqa: F401  (registers the conversions)
-from pocketize.clone import fake_clone
-from pocketize.edits import Convert
+from pocketize.engine.surgery import apply_edits
 from pocketize.errors import RewriteError
-from pocketize.passes.runtime.blocks import ConvBlock
-from pocketize.surgery import apply_edits
+from pocketize.graph.clone import fake_clone
+from pocketize.passes.swaps.blocks import ConvBlock
+from pocketize.plugin.edits import Convert
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 KINDS = ("bottleneck", "separable", "compact-block")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pocketize import plan, rewrite
-from pocketize.capture import capture
+from pocketize.graph.capture import capture
 from pocketize.passes import CompactBlock, Separable
 from pocketize.passes.swaps.inner import Inside
 from pocketize.passes.swaps.layers import groups_for

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from pocketize import history, plan, rewrite
-from pocketize.base import Guarantee
-from pocketize.edits import Convert, Redraw
 from pocketize.errors import NoEffectWarning, OptionError, PatternError
 from pocketize.passes import Bottleneck, CompactBlock, Separable
-from pocketize.passes.runtime.blocks import BottleneckBlock, ConvBlock, SeparableBlock
+from pocketize.passes.swaps.blocks import BottleneckBlock, ConvBlock, SeparableBlock
 from pocketize.passes.swaps.blockterms import BlockTerms
 from pocketize.passes.swaps.channelwise import Channelwise
 from pocketize.passes.swaps.tucker import Tucker
+from pocketize.plugin.base import Guarantee
+from pocketize.plugin.edits import Convert, Redraw
 
 IMAGE = "1x16x8x8"
 SWAPS = (Bottleneck, Separable, CompactBlock)

@@ -25,8 +25,8 @@ from pocketize.passes import (
     Separable,
     Width,
 )
-from pocketize.passes.runtime.blocks import ConvBlock, SeparableBlock
-from pocketize.passes.runtime.inplace_modules import NormInPlace
+from pocketize.passes.inplace.modules import NormInPlace
+from pocketize.passes.swaps.blocks import ConvBlock, SeparableBlock
 
 
 class Net(nn.Module):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pocketize import rewrite
-from pocketize.capture import find_tensors, structure_of
+from pocketize.graph.capture import find_tensors, structure_of
 from pocketize.passes import Patchwise
 from tests.passes.tiling.nets import double, unet
 

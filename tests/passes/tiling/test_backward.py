@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketize.capture import capture, find_tensors
-from pocketize.inputs import as_inputs
+from pocketize.graph.capture import capture, find_tensors
+from pocketize.graph.inputs import as_inputs
 from pocketize.memory.tracker import LiveTracker
-from pocketize.passes.runtime.tiling.backward import Differentiation
-from pocketize.passes.runtime.tiling.execution import Execution
-from pocketize.passes.runtime.tiling.keeping import Keeper
-from pocketize.passes.runtime.tiling.network import TiledGraph
-from pocketize.passes.runtime.tiling.program import Program, build_program
+from pocketize.passes.tiling.backward import Differentiation
+from pocketize.passes.tiling.execution import Execution
+from pocketize.passes.tiling.keeping import Keeper
+from pocketize.passes.tiling.network import TiledGraph
+from pocketize.passes.tiling.program import Program, build_program
 from tests.foreign import foreign_nets
 from tests.passes.tiling.test_execution import LARGE, _Odd
 

@@ -12,12 +12,12 @@ from torch import nn
 
 from pocketize import measure, plan, rewrite
 from pocketize.errors import OptionError
-from pocketize.inputs import as_inputs
+from pocketize.graph.inputs import as_inputs
 from pocketize.passes import Patchwise
-from pocketize.passes.runtime.forwards import wrapping
-from pocketize.passes.runtime.tiling.figures import foretold_peak, measured_peak
-from pocketize.passes.runtime.tiling.patched import ExactForward
-from pocketize.passes.runtime.tiling.preparing import prepare
+from pocketize.passes.shared.forwards import wrapping
+from pocketize.passes.tiling.figures import foretold_peak, measured_peak
+from pocketize.passes.tiling.patched import ExactForward
+from pocketize.passes.tiling.preparing import prepare
 from tests.passes.tiling.nets import unet
 
 MIB = 1 << 20

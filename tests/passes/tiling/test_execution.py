@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from monai.networks.nets import DynUNet, SegResNet, UNet
 from torch import Tensor, nn
 
-from pocketize.capture import capture, find_tensors
-from pocketize.inputs import as_inputs
+from pocketize.graph.capture import capture, find_tensors
+from pocketize.graph.inputs import as_inputs
 from pocketize.memory.tracker import LiveTracker
-from pocketize.passes.runtime.tiling.execution import Execution
-from pocketize.passes.runtime.tiling.keeping import Keeper
-from pocketize.passes.runtime.tiling.network import TiledGraph, TilingError
-from pocketize.passes.runtime.tiling.program import Program, Sweep, build_program
+from pocketize.passes.tiling.execution import Execution
+from pocketize.passes.tiling.keeping import Keeper
+from pocketize.passes.tiling.network import TiledGraph, TilingError
+from pocketize.passes.tiling.program import Program, Sweep, build_program
 from tests.foreign import foreign_nets
 
 

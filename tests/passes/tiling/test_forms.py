@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from pocketize.passes.runtime.tiling.arguments import NotLocal
-from pocketize.passes.runtime.tiling.forms import Form
-from pocketize.passes.runtime.tiling.table import local_form
-from pocketize.passes.runtime.tiling.windows import Region, is_contested
+from pocketize.passes.tiling.arguments import NotLocal
+from pocketize.passes.tiling.forms import Form
+from pocketize.passes.tiling.intervals import Region, is_contested
+from pocketize.passes.tiling.table import local_form
 from tests.foreign import foreign_nets
 from tests.passes.tiling.whole import Whole, crop, is_map, run_whole
 

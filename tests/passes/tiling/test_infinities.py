@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pocketize.clone import clone
-from pocketize.passes.runtime.tiling.cutting import Tiling
-from pocketize.passes.runtime.tiling.patched import ExactForward
+from pocketize.graph.clone import clone
+from pocketize.passes.tiling.cutting import Tiling
+from pocketize.passes.tiling.patched import ExactForward
 from tests.passes.tiling.nets import double
 
 

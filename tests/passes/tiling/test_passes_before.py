@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from pocketize import measure, plan, rewrite
-from pocketize.base import Pass
 from pocketize.passes import Amp, Checkpoint, InPlaceNorm, Offload, Patchwise, Recompute
+from pocketize.plugin.base import Pass
 
 SIZE = "1x1x16x16"
 INERT: dict[str, Pass] = {

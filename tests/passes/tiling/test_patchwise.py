@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pocketize import history, load, measure, plan, rewrite, save
-from pocketize.base import Guarantee
-from pocketize.capture import capture, find_tensors, structure_of
 from pocketize.errors import NoEffectWarning
+from pocketize.graph.capture import capture, find_tensors, structure_of
 from pocketize.passes import Amp, InPlaceNorm, Patchwise, Recompute
-from pocketize.passes.runtime.forwards import wrapping
-from pocketize.passes.runtime.tiling.cutting import Tiling
-from pocketize.passes.runtime.tiling.patched import ExactForward
+from pocketize.passes.shared.forwards import wrapping
+from pocketize.passes.tiling.cutting import Tiling
+from pocketize.passes.tiling.patched import ExactForward
+from pocketize.plugin.base import Guarantee
 from tests.foreign import foreign_nets
 from tests.passes.tiling.nets import DeepSupervision, Outputs, TwoInputs, double, unet
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from pocketize import plan, rewrite
 from pocketize.errors import InputError, NoEffectWarning, OptionError, OrderError
 from pocketize.passes import Amp, Patchwise
-from pocketize.passes.runtime.tiling import placing
-from pocketize.passes.runtime.tiling.forms import Convolution
+from pocketize.passes.tiling import reduce as placing
+from pocketize.passes.tiling.forms import Convolution
 from tests.passes.tiling.nets import double, unet
 
 

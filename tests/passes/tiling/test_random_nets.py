@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pocketize.clone import clone
-from pocketize.passes.runtime.tiling.cutting import Tiling
-from pocketize.passes.runtime.tiling.patched import ExactForward
+from pocketize.graph.clone import clone
+from pocketize.passes.tiling.cutting import Tiling
+from pocketize.passes.tiling.patched import ExactForward
 from tests.passes.tiling.random_nets import RandomNet
 
 _LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}

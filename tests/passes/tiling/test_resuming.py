@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from pocketize import plan, rewrite
 from pocketize.errors import InputError, OptionError, PocketizeWarning
 from pocketize.passes import Patchwise
-from pocketize.passes.runtime.tiling import resuming
-from pocketize.passes.runtime.tiling.resumed import ResumableExecution
-from pocketize.passes.runtime.tiling.resuming import Journal, _read, digest
-from pocketize.passes.runtime.tiling.stretches import Stretch
+from pocketize.passes.tiling import resuming
+from pocketize.passes.tiling.resumed import ResumableExecution
+from pocketize.passes.tiling.resuming import Journal, _read, digest
+from pocketize.passes.tiling.stretches import Stretch
 from tests.passes.tiling.nets import SmallUNet, double
 
 

@@ -7,9 +7,9 @@ import torch
 from monai.networks.nets import DynUNet
 
 from pocketize import plan, rewrite
-from pocketize.base import Guarantee
 from pocketize.errors import OptionError
 from pocketize.passes import Patchwise
+from pocketize.plugin.base import Guarantee
 
 
 def _net() -> DynUNet:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pocketize.capture import find_tensors
-from pocketize.clone import clone
 from pocketize.errors import ExecutionError
-from pocketize.passes.runtime.tiling.cutting import Tiling
-from pocketize.passes.runtime.tiling.patched import ExactForward
+from pocketize.graph.capture import find_tensors
+from pocketize.graph.clone import clone
+from pocketize.passes.tiling.cutting import Tiling
+from pocketize.passes.tiling.patched import ExactForward
 from tests.passes.tiling.nets import double
 
 Between = Callable[[Tensor], Any]

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pocketize import load, plan, rewrite, save
-from pocketize.base import Guarantee
-from pocketize.capture import capture
 from pocketize.errors import InputError, RewriteError
+from pocketize.graph.capture import capture
 from pocketize.passes import Patchwise
-from pocketize.passes.runtime.tiling.cutting import Tiling
-from pocketize.passes.runtime.tiling.slabs import SlabForward, slab_backward
+from pocketize.passes.tiling.cutting import Tiling
+from pocketize.passes.tiling.slabs import SlabForward, slab_backward
+from pocketize.plugin.base import Guarantee
 from tests.passes.tiling.nets import DeepSupervision, TwoInputs, double, unet
 
 

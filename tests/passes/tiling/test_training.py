@@ -10,13 +10,13 @@ from monai.networks.nets import DynUNet
 from torch import Tensor, nn
 
 from pocketize import rewrite
-from pocketize.capture import capture
 from pocketize.errors import ExecutionError
+from pocketize.graph.capture import capture
 from pocketize.passes import Patchwise
-from pocketize.passes.runtime.tiling.keeping import Keeper
-from pocketize.passes.runtime.tiling.network import TiledGraph
-from pocketize.passes.runtime.tiling.program import build_program
-from pocketize.passes.runtime.tiling.training import differentiable_forward
+from pocketize.passes.tiling.keeping import Keeper
+from pocketize.passes.tiling.network import TiledGraph
+from pocketize.passes.tiling.program import build_program
+from pocketize.passes.tiling.training import differentiable_forward
 from tests.passes.tiling.test_execution import LARGE
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pocketize import plan, rewrite
-from pocketize.capture import find_tensors
 from pocketize.errors import ExecutionError
+from pocketize.graph.capture import find_tensors
 from pocketize.passes import Patchwise
 from tests.passes.tiling.nets import double
 

@@ -15,12 +15,12 @@ from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
 from pocketize import measure, plan, rewrite
-from pocketize.capture import find_tensors
 from pocketize.errors import InputError
+from pocketize.graph.capture import find_tensors
 from pocketize.passes import Patchwise
-from pocketize.passes.runtime.tiling import sliding
-from pocketize.passes.runtime.tiling.cutting import Tiling
-from pocketize.passes.runtime.tiling.sliding import WindowForward, importance, window_starts
+from pocketize.passes.tiling import windows as sliding
+from pocketize.passes.tiling.cutting import Tiling
+from pocketize.passes.tiling.windows import WindowForward, importance, window_starts
 from tests.foreign import foreign_nets
 from tests.passes.tiling.nets import DeepSupervision, double, unet
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pocketize.capture import Captured, capture
-from pocketize.passes.runtime.tiling.windows import Region
+from pocketize.graph.capture import Captured, capture
+from pocketize.passes.tiling.intervals import Region
 
 __all__ = ["Whole", "crop", "is_map", "run_whole"]
 

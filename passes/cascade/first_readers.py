@@ -1,0 +1,335 @@
+"""Which weights read the channels of a network's input.
+
+Every index of the input's channel axis gets a number, and what the recorded operators do to the
+input is done to an array of these numbers: moving, padding, concatenating. Where a convolution or a
+linear layer reads the result, the array tells which input channel each index of its weight meets.
+What is computed there no longer holds the input's channels, so the walk ends.
+
+Anything in between that lets one input channel act on another, or that has a parameter for each,
+would compute something else if there were more of them: the walk refuses it by name.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Inlet", "find_inlets"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pocketize.errors import RewriteError
+from pocketize.graph.capture import Captured
+from pocketize.ops.schema import bind, operator_name
+
+_RESHAPES = {
+    f"aten.{name}"
+    for name in (
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "_reshape_alias",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "view_as",
+        "reshape_as",
+    )
+}
+_MOVES = {
+    f"aten.{name}"
+    for name in (
+        "permute",
+        "transpose",
+        "movedim",
+        "moveaxis",
+        "swapaxes",
+        "swapdims",
+        "slice",
+        "select",
+        "narrow",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "cat",
+        "concat",
+        "stack",
+        "expand",
+        "repeat",
+        "tile",
+        "flip",
+        "roll",
+        "unfold",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "channel_shuffle",
+    )
+}
+_COPIES = {
+    f"aten.{name}"
+    for name in (
+        "contiguous",
+        "clone",
+        "detach",
+        "alias",
+        "to",
+        "_to_copy",
+        "lift_fresh",
+        "dropout",
+        "feature_dropout",
+        "native_dropout",
+    )
+}
+_PADS = {"aten.pad", "aten.constant_pad_nd"} | {
+    f"aten.{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)
+}
+_SPATIAL = {
+    f"aten.{name}{n}d"
+    for name in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "max_unpool")
+    for n in (1, 2, 3)
+} | {
+    "aten.instance_norm",
+    *(f"aten.max_pool{n}d_with_indices" for n in (1, 2, 3)),
+    *(f"aten._adaptive_avg_pool{n}d" for n in (2, 3)),
+    *(
+        f"aten.{kind}"
+        for kind in (
+            "upsample_nearest1d",
+            "upsample_nearest2d",
+            "upsample_nearest3d",
+            "_upsample_nearest_exact1d",
+            "_upsample_nearest_exact2d",
+            "_upsample_nearest_exact3d",
+            "upsample_linear1d",
+            "upsample_bilinear2d",
+            "_upsample_bilinear2d_aa",
+            "upsample_bicubic2d",
+            "_upsample_bicubic2d_aa",
+            "upsample_trilinear3d",
+        )
+    ),
+}
+_CONVOLUTIONS = {
+    "aten.convolution",
+    "aten._convolution",
+    *(f"aten.conv{n}d" for n in (1, 2, 3)),
+    *(f"aten.conv_transpose{n}d" for n in (1, 2, 3)),
+}
+
+
+@dataclass(frozen=True)
+class Inlet:
+    """An axis of a weight that meets channels of the input.
+
+    Attributes:
+        tensor: name of the parameter.
+        axis: the axis.
+        channels: for each index the input channel that it meets, counted from 1; 0 for none.
+        module: path of the module that reads it.
+    """
+
+    tensor: str
+    axis: int
+    channels: tuple[int, ...]
+    module: str
+
+
+def find_inlets(captured: Captured, argument: int = 0) -> dict[tuple[str, int], Inlet]:
+    """Find the weights that read the channels of an input.
+
+    Args:
+        captured: a recording of the model.
+        argument: which of its input tensors, in the order of the arguments; channels on axis 1.
+
+    Returns:
+        The weights by name and axis, in the order in which they are read.
+
+    Raises:
+        RewriteError: something other than a convolution or a linear layer reads the channels; the
+            text names the operator and the module.
+    """
+    return _Walk(captured, argument).run()
+
+
+class _Walk:
+    """Carries the numbers of the input's channels through one recording."""
+
+    def __init__(self, captured: Captured, argument: int) -> None:
+        self.graph = captured.graph
+        self.outputs = captured.outputs()
+        self.numbers: dict[fx.Node, Any] = {}
+        self.inlets: dict[tuple[str, int], Inlet] = {}
+        places = list(self.graph.find_nodes(op="placeholder"))
+        if not 0 <= argument < len(places):
+            raise RewriteError(f"the model has {len(places)} input tensors, none is {argument}")
+        shape = tuple(places[argument].meta["val"].shape)
+        if len(shape) < 2:
+            raise RewriteError(f"an input of shape {shape} has no axis of channels")
+        channels = torch.arange(1, shape[1] + 1, dtype=torch.int32)
+        self.numbers[places[argument]] = channels.view(-1, *[1] * (len(shape) - 2)).expand(shape)
+
+    def run(self) -> dict[tuple[str, int], Inlet]:
+        for node in self.graph.nodes:
+            if node.op == "call_function" and any(
+                n in self.numbers and _any(self.numbers[n]) for n in node.all_input_nodes
+            ):
+                made = self._follow(node)
+                if made is not None:
+                    self.numbers[node] = made
+        for node in self.outputs:
+            if node in self.numbers and _any(self.numbers[node]):
+                raise RewriteError("the model returns channels of its input, which would be more")
+        if not self.inlets:
+            raise RewriteError("no convolution and no linear layer reads the input")
+        return self.inlets
+
+    def _follow(self, node: fx.Node) -> Any:
+        """Return the numbers in an operator's result; ``None`` where it holds none."""
+        name = operator_name(node.target)
+        if name == "getitem":
+            return self.numbers[node.all_input_nodes[0]][node.args[1]]
+        if name in _RESHAPES:
+            return self._array(node.all_input_nodes[0]).reshape(node.meta["val"].shape)
+        if name in _MOVES:
+            return self._moved(node, node.args, node.kwargs)
+        if name in _PADS:
+            return self._padded(node)
+        if name in _SPATIAL:
+            return self._spread(node)
+        if name in _CONVOLUTIONS:
+            return self._convolved(node)
+        if name == "aten.linear":
+            return self._projected(node)
+        if name in _COPIES or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            return self._met(node)
+        raise self._refusal(node, "reads the input's channels, and more of them might change it")
+
+    def _moved(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        args, kwargs = fx.node.map_arg((args, kwargs), self._array)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _array(self, node: fx.Node) -> Tensor:
+        found = self.numbers.get(node)
+        if isinstance(found, Tensor):
+            return found
+        return torch.zeros((), dtype=torch.int32).expand(node.meta["val"].shape)
+
+    def _padded(self, node: fx.Node) -> Tensor:
+        arguments = bind(node.target, node.args, node.kwargs)
+        array = self._array(arguments["self"])
+        amounts = arguments["pad" if "pad" in arguments else "padding"]
+        if len(amounts) // 2 < array.ndim - 1:  # in space: a channel stays what it is
+            spread: Tensor = self._spread(node)
+            return spread
+        if arguments.get("mode", "constant") != "constant":
+            raise self._refusal(node, "pads the axis of channels with channels")
+        return torch.nn.functional.pad(array, amounts)
+
+    def _spread(self, node: fx.Node) -> Any:
+        """An operator that treats every channel alone, without parameters."""
+        arguments = bind(node.target, node.args, node.kwargs)
+        tensors = [key for key, value in arguments.items() if isinstance(value, fx.Node)]
+        if len(tensors) > 1:
+            raise self._refusal(node, f"has a {tensors[1]} for every channel of the input")
+        array = self._array(arguments[tensors[0]])
+        channels = self._of_axis(node, array, 1)
+        values = node.meta["val"]
+        made = [
+            channels.view(-1, *[1] * (value.ndim - 2)).expand(value.shape)
+            for value in (values if isinstance(values, tuple | list) else [values])
+        ]
+        return made if isinstance(values, tuple | list) else made[0]
+
+    def _convolved(self, node: fx.Node) -> None:
+        arguments = bind(node.target, node.args, node.kwargs)
+        weight = arguments["weight"]
+        if arguments.get("groups", 1) != 1:
+            raise self._refusal(node, "is a grouped convolution, whose groups would have to grow")
+        array = self._array(arguments["input"])
+        rank = weight.meta["val"].ndim
+        if array.ndim != rank:
+            raise self._refusal(node, "runs without a batch axis")
+        transposed = "transpose" in operator_name(node.target) or arguments.get("transposed", False)
+        self._note(node, weight, 0 if transposed else 1, self._of_axis(node, array, 1))
+
+    def _projected(self, node: fx.Node) -> None:
+        arguments = bind(node.target, node.args, node.kwargs)
+        array = self._array(arguments["input"])
+        self._note(node, arguments["weight"], 1, self._of_axis(node, array, array.ndim - 1))
+
+    def _note(self, node: fx.Node, weight: fx.Node, axis: int, channels: Tensor) -> None:
+        while operator_name(weight.target) in _COPIES:  # cast by autocast, for instance
+            weight = weight.all_input_nodes[0]
+        name = weight.meta.get("tensor") if weight.op == "get_attr" else None
+        if name is None:
+            raise self._refusal(
+                node,
+                "has a weight that is computed from others (weight_norm, spectral_norm); "
+                "remove the parametrization first",
+            )
+        inlet = Inlet(name, axis, tuple(channels.tolist()), str(node.meta["module"]))
+        held = self.inlets.setdefault((name, axis), inlet)
+        if held.channels != inlet.channels or any(n == name and a != axis for n, a in self.inlets):
+            raise self._refusal(node, f"reads other channels with {name} than {held.module} does")
+
+    def _met(self, node: fx.Node) -> Any:
+        """Element by element; what meets the input's channels must be the same for all of them."""
+        shape = _first(node.meta["val"]).shape
+        found: Tensor | None = None
+        for other in node.all_input_nodes:
+            array = self.numbers.get(other)
+            if isinstance(array, Tensor) and _any(array):
+                if array.shape != shape:
+                    raise self._refusal(node, "repeats the input's channels to meet others")
+                if found is not None and not bool(((found == array) | (array == 0)).all()):
+                    raise self._refusal(node, "lets channels of the input meet one another")
+                found = array
+        assert found is not None  # the walk comes here only for operators that read the channels
+        seen = _seen(found)
+        several = [a for a in range(seen.ndim) if bool((seen != seen.narrow(a, 0, 1)).any())]
+        for other in node.all_input_nodes:
+            array = self.numbers.get(other)
+            if isinstance(array, Tensor) and _any(array):
+                continue
+            sizes = (*[1] * len(shape), *_first(other.meta["val"]).shape)[-len(shape) :]
+            if any(sizes[axis] != 1 for axis in several):
+                raise self._refusal(node, "joins the input's channels with others one by one")
+        values = node.meta["val"]
+        return [found] * len(values) if isinstance(values, tuple | list) else found
+
+    def _of_axis(self, node: fx.Node, array: Tensor, axis: int) -> Tensor:
+        """The channel of each index of an axis, 0 for none; padding does not count."""
+        seen = _seen(array)
+        others = [a for a in range(array.ndim) if a != axis]
+        shape = [1] * array.ndim
+        shape[axis] = array.shape[axis]
+        highest = seen.amax(dim=others, keepdim=True).expand(shape)
+        if not bool(((seen == highest) | (seen == 0)).all()):
+            raise self._refusal(node, "reads several channels of the input as one")
+        return highest.reshape(-1)
+
+    def _refusal(self, node: fx.Node, why: str) -> RewriteError:
+        source = node.meta.get("source")
+        where = f" at {source}" if source else ""
+        path = node.meta["module"] or "the model itself"
+        return RewriteError(f"{operator_name(node.target)}{where} in {path} {why}")
+
+
+def _any(numbers: Tensor | Sequence[Tensor]) -> bool:
+    if isinstance(numbers, Tensor):
+        return bool(_seen(numbers).any())
+    return any(_any(one) for one in numbers)
+
+
+def _first(value: Any) -> Tensor:
+    first: Tensor = value[0] if isinstance(value, tuple | list) else value
+    return first
+
+
+def _seen(numbers: Tensor) -> Tensor:
+    """One entry of every axis that only repeats itself, so that large inputs cost nothing."""
+    return numbers[tuple(slice(0, 1) if s == 0 else slice(None) for s in numbers.stride())]

@@ -1,0 +1,1 @@
+"""Submodules whose forward runs a second time in the backward pass."""

@@ -1,0 +1,1 @@
+"""Normalisation and activation fused into one operator that overwrites its input."""

@@ -1,0 +1,277 @@
+"""Norm and activation that keep one tensor instead of two or three.
+
+Source: Rota Bulò, Porzi, Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training
+of DNNs", CVPR 2018. Here for batch, instance and group norms alike, exact for gammas of any sign
+and size, and without writing into any tensor; ``docs/in-place-norm.md`` tells how.
+"""
+
+from __future__ import annotations
+
+__all__ = ["InPlaceNorm"]
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pocketize._torch import FakeTensorMode
+from pocketize.engine.surgery import apply_edits
+from pocketize.errors import OptionError, PatternError, RewriteError, nearest
+from pocketize.graph.capture import quiet_recording
+from pocketize.graph.clone import clone, fake_clone
+from pocketize.graph.inputs import Inputs
+from pocketize.graph.methods import set_mode
+from pocketize.passes.inplace.activations import Activation, marked
+from pocketize.passes.inplace.conversions import ACTIVATION, CALL, NORM
+from pocketize.passes.inplace.inplace_abn import INSTALL, package_installed, package_obstacle
+from pocketize.passes.inplace.modules import plain_reason
+from pocketize.passes.inplace.norm_sites import Site, find_sites
+from pocketize.passes.shared.order import REBUILDING
+from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
+from pocketize.plugin.edits import Convert, Edit
+from pocketize.units import bytes_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class InPlaceNorm(Pass):
+    """Let norm and activation keep the activated output only, and undo both in backward.
+
+    For batch, instance and group norms followed by a leaky ReLU, PReLU or ELU, and for norms that a
+    convolution reads. Evaluation, ``torch.compile`` and checkpointed regions run as before.
+
+    Attributes:
+        keep: patterns of module paths (fnmatch) whose norms stay as they are.
+        backend: "native" and "auto" are plain PyTorch, "inplace_abn" is mapillary's package.
+        activation: "leaky_relu:0.01" turns every ReLU after a norm into that; none leaves them.
+    """
+
+    name: ClassVar[str] = "in-place-norm"
+    summary: ClassVar[str] = "Norm + activation keep one tensor, which the backward inverts"
+    after: ClassVar[tuple[str, ...]] = REBUILDING
+    conflicts: ClassVar[tuple[str, ...]] = ("recompute",)
+
+    keep: tuple[str, ...] = ()
+    backend: Literal["auto", "native", "inplace_abn"] = "auto"
+    activation: str | None = None
+
+    def validate(self) -> None:
+        """Refuse activations other than a leaky ReLU with a slope between 0 and 1."""
+        if self.activation is not None:
+            self._exchange()
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """The same function, unless an activation is exchanged."""
+        return Guarantee.EXACT if self.activation is None else Guarantee.RETRAIN
+
+    def propose(self, target: Target) -> Proposal:
+        """Convert every norm whose activated output tells what its input was."""
+        if self.backend == "inplace_abn" and not package_installed():
+            raise RewriteError(
+                "in-place-norm: backend='inplace_abn' needs the package inplace_abn, which is not "
+                f"installed; it is built against your torch by: {INSTALL} . backend='native' needs "
+                "no package"
+            )
+        kept = self._kept(target.model)
+        found = find_sites(
+            target.model, target.captured(), target.captured(train=True), self._exchange()
+        )
+        modules = dict(target.model.named_modules())
+        sites = []
+        for site in found:
+            if site.norm in kept:
+                site = Site(site.norm, refused=f"kept by keep={kept[site.norm]!r}")
+            elif self.backend == "inplace_abn" and not site.refused:
+                dtype = _dtype(modules[site.norm])
+                why = site.shared or package_obstacle(modules[site.norm], dtype, site.activation)
+                site = replace(site, refused=why) if why else site
+            sites.append(site)
+        sites = self._tried(target.model, target.inputs, sites)
+        accepted = [site for site in sites if not site.refused]
+        return Proposal(
+            self._edits(accepted),
+            tuple(self._rows(target.model, accepted)),
+            tuple(Refusal(site.norm, site.refused) for site in sites if site.refused),
+            tuple(self._notes(target, accepted)),
+        )
+
+    def _exchange(self) -> Activation | None:
+        if self.activation is None:
+            return None
+        kind, _, slope = self.activation.partition(":")
+        try:
+            value = float(slope or 0.01)
+        except ValueError:
+            value = 0.0
+        if kind != "leaky_relu" or not 0.0 < value < 1.0:
+            raise OptionError(
+                "in-place-norm: activation must be 'leaky_relu:SLOPE' with a slope between 0 and 1,"
+                f" such as 'leaky_relu:0.01', not {self.activation!r}"
+            )
+        return Activation(kind, value)
+
+    def _kept(self, model: nn.Module) -> dict[str, str]:
+        """Return the pattern that keeps a path as it is, for every path that one keeps."""
+        paths = [path for path, _ in model.named_modules() if path]
+        kept: dict[str, str] = {}
+        for pattern in self.keep:
+            matched = {path for path in _all_paths(model) if fnmatch.fnmatchcase(path, pattern)}
+            if not matched:
+                raise PatternError(
+                    f"pattern {pattern!r} matches no module of "
+                    f"{type(model).__name__}.{nearest(pattern, paths)}"
+                )
+            inside = {id(m) for path in matched for m in model.get_submodule(path).modules()}
+            for path, module in model.named_modules():
+                if id(module) in inside:
+                    kept.setdefault(path, pattern)
+        return kept
+
+    def _edits(self, sites: Sequence[Site]) -> tuple[Edit, ...]:
+        backend = "inplace_abn" if self.backend == "inplace_abn" else "native"
+        edits: dict[tuple[str, str], Edit] = {}
+        for site in sites:
+            told: dict[str, Any] = {"kind": site.activation.kind, "slope": site.activation.slope}
+            told |= {"slopes_of": site.reader} if site.activation.kind == "prelu" else {}
+            edits[NORM, site.norm] = Convert(site.norm, NORM, {**told, "backend": backend})
+        for site in sites:
+            told = {"kind": site.activation.kind, "slope": site.activation.slope}
+            if site.call:
+                edits[CALL, site.reader] = Convert(site.reader, CALL, {})
+            elif site.activation.kind != "identity":
+                told |= {"exchange": True} if site.exchange else {}
+                edits[ACTIVATION, site.reader] = Convert(site.reader, ACTIVATION, told)
+        return tuple(edits.values())
+
+    def _tried(self, model: nn.Module, inputs: Inputs, sites: list[Site]) -> list[Site]:
+        """Refuse the sites that do not work in place when the converted model is trained."""
+        accepted = [site for site in sites if not site.refused]
+        if not accepted:
+            return sites
+        failures = _Trial(model, inputs, self._edits(accepted)).failures(accepted)
+        return [
+            replace(site, refused=site.refused or failures.get(site.norm, "")) for site in sites
+        ]
+
+    def _rows(self, model: nn.Module, sites: Sequence[Site]) -> Iterator[Change]:
+        modules = dict(model.named_modules())
+        told: dict[str, Change] = {}
+        for site in sites:
+            kind = type(modules[site.norm]).__name__
+            followed = "" if site.activation.kind == "identity" else f" + {_title(site.activation)}"
+            told[site.norm] = Change(
+                site.norm,
+                f"{kind}{followed} in place: {bytes_text(site.saved)} less kept",
+                "its output determines its input",
+            )
+        for site in sites:
+            if site.activation.kind == "identity":
+                continue
+            if site.exchange:
+                what = f"ReLU -> {_title(site.activation)}, computed by the norm before it"
+                why = f"as given by activation={self.activation!r}: train the model anew"
+            elif site.call:
+                what = "its forward skips activations that a norm has computed"
+                why = f"it calls {_title(site.activation)} as a function"
+            else:
+                what = "passes on what a norm has activated"
+                why = f"comes after {site.norm}"
+            told.setdefault(site.reader, Change(site.reader, what, why))
+        for row in told.values():
+            yield row
+            module = modules[row.path]
+            for path, other in model.named_modules(remove_duplicate=False):
+                if other is module and path != row.path:
+                    yield Change(path, "the same layer", f"it is {row.path}")
+
+    def _notes(self, target: Target, sites: Sequence[Site]) -> Iterator[str]:
+        if not sites:
+            return
+        total = sum(site.saved for site in sites)
+        yield (
+            f"{len(sites)} norms keep {bytes_text(total)} less for the backward, at "
+            f"{target.inputs.describe()}"
+        )
+        exchanged = sum(site.exchange for site in sites)
+        if exchanged:
+            yield (
+                f"{exchanged} ReLUs become leaky ReLUs ({self.activation}): a new function, so the "
+                "model has to be trained, or trained on"
+            )
+        if self.backend == "inplace_abn":
+            yield (
+                "inplace_abn runs the layers while every gamma is above twice eps, and plain "
+                "PyTorch when one is not"
+            )
+
+
+class _Trial:
+    """A training forward of the converted model, on a copy without memory where that works."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs, edits: Sequence[Edit]) -> None:
+        self.model, self.inputs, self.edits = model, inputs, edits
+        self.outputs: list[tuple[str, Tensor]] = []
+        self.why: dict[str, str] = {}
+
+    def failures(self, sites: Sequence[Site]) -> dict[str, str]:
+        """Return why sites do not work in place, by the path of the norm."""
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        try:
+            copy = fake_clone(self.model, mode)
+            inputs = self.inputs.map(mode.from_tensor)
+            with mode:
+                self._run(copy, inputs, sites)
+        except Exception:  # a branch that depends on values, or anything a user's forward raises
+            self.outputs, self.why = [], {}
+            try:
+                self._run(clone(self.model), self.inputs.map(lambda t: t.detach().clone()), sites)
+            except Exception as error:  # it was recorded without gradients, and fails with them
+                text = " ".join(str(error).split())
+                why = f"the model does not run with gradients: {type(error).__name__}: {text:.200}"
+                return {site.norm: why for site in sites}
+        for path, output in self.outputs:
+            if marked(output):
+                self.why[path] = "its activation could not be skipped"
+        return self.why
+
+    def _run(self, model: nn.Module, inputs: Inputs, sites: Sequence[Site]) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            apply_edits(model, self.edits)
+            set_mode(model, True)
+            for site in sites:
+                layer = model.get_submodule(site.norm)
+                layer.register_forward_hook(_Watch(self, site.norm))
+            with quiet_recording(model):
+                inputs.call(model)
+
+
+class _Watch:
+    """Forward hook of a converted norm in a trial."""
+
+    def __init__(self, trial: _Trial, path: str) -> None:
+        self.trial, self.path = trial, path
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        why = plain_reason(module)
+        if why:
+            self.trial.why[self.path] = why
+        self.trial.outputs.append((self.path, output))
+
+
+def _all_paths(model: nn.Module) -> Iterator[str]:
+    return (path for path, _ in model.named_modules(remove_duplicate=False) if path)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    tensors = [*module.parameters(), *module.buffers()]
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
+
+
+def _title(activation: Activation) -> str:
+    if activation.kind == "prelu":
+        return "PReLU"
+    names = {"leaky_relu": "LeakyReLU", "elu": "ELU"}
+    return f"{names.get(activation.kind, activation.kind)}({activation.slope:g})"

@@ -1,0 +1,351 @@
+"""Where a recorded net has a norm and an activation that can be one, and if not, why not."""
+
+from __future__ import annotations
+
+__all__ = ["Site", "find_sites"]
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from pocketize._torch import BatchNorm, InstanceNorm, schema_of, storage_key
+from pocketize.graph.capture import Captured
+from pocketize.passes.inplace.activations import Activation
+from pocketize.passes.inplace.modules import NormInPlace, activation_of, hooks_of, norm_kind
+from pocketize.passes.shared.forwards import obstacle
+
+_NORMS = {"batch_norm", "instance_norm", "group_norm"}
+_DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+#: Activations without an inverse, or one that training may take away.
+_OTHERS = {
+    "celu",
+    "gelu",
+    "glu",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "log_sigmoid",
+    "mish",
+    "prelu",
+    "relu",
+    "relu6",
+    "rrelu",
+    "selu",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "softplus",
+    "tanh",
+}
+#: What keeps its input for the backward and is no activation.
+_LAYERS = ("conv", "linear", "addmm", "matmul", "_convolution", "slow_conv", "thnn_conv")
+_KEEPERS = (*_LAYERS, "mul", "silu", "gelu", "mish", "batch_norm", "instance_norm", "group_norm")
+
+
+_IDENTITY = Activation("identity")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A norm and what reads it.
+
+    Attributes:
+        norm: path of the norm layer.
+        activation: what it is to compute as well; the identity where a convolution reads it.
+        reader: path of the module that calls the activation: an activation layer, or a module whose
+            forward calls it as a function; empty for the identity.
+        call: the activation is called as a function.
+        exchange: the activation is a ReLU that is to become leaky.
+        saved: bytes that a training step no longer keeps, at the recorded sizes.
+        shared: why the norm's input may not be overwritten; ``""`` if it may.
+        refused: why it is left alone; ``""`` if it is not.
+    """
+
+    norm: str
+    activation: Activation = _IDENTITY
+    reader: str = ""
+    call: bool = False
+    exchange: bool = False
+    saved: int = 0
+    shared: str = ""
+    refused: str = ""
+
+
+def find_sites(
+    model: nn.Module, evaluated: Captured, trained: Captured, exchange: Activation | None
+) -> list[Site]:
+    """Find every norm layer that a forward calls.
+
+    Args:
+        model: the model that was recorded.
+        evaluated: the recording in evaluation mode.
+        trained: the recording in training mode.
+        exchange: what ReLUs after a norm are to become; None to leave them.
+
+    Returns:
+        One site for each norm layer, in the order in which they run.
+    """
+    both = [_Reader(model, captured, exchange).sites() for captured in (trained, evaluated)]
+    sites = []
+    for path, site in both[0].items():
+        other = both[1].get(path)
+        if site.refused:
+            sites.append(site)
+        elif other is None:
+            sites.append(Site(path, refused="it runs in training mode only"))
+        elif other.refused:
+            sites.append(other)
+        elif (site.activation, site.reader) != (other.activation, other.reader):
+            sites.append(Site(path, refused="other code follows it in training than in evaluation"))
+        else:
+            sites.append(site)
+    sites += [
+        Site(path, refused="it runs in evaluation mode only") for path in both[1].keys() - both[0]
+    ]
+    return _exchange_whole_modules(sites, (evaluated, trained))
+
+
+def _exchange_whole_modules(sites: list[Site], recordings: tuple[Captured, ...]) -> list[Site]:
+    """Refuse to exchange a ReLU layer that is called in other places as well."""
+    wanted = defaultdict(list)
+    for site in sites:
+        if site.exchange and not site.refused:
+            wanted[site.reader].append(site)
+    reused = set()
+    for path, users in wanted.items():
+        for captured in recordings:
+            calls = [n for n in captured.operators() if n.meta["module"] == path]
+            if len(calls) != len(users):
+                reused.add(path)
+    return [
+        Site(
+            site.norm,
+            refused=f"the ReLU {site.reader} after it is called elsewhere too, where it must stay "
+            "a ReLU; give each place one of its own",
+        )
+        if site.exchange and site.reader in reused
+        else site
+        for site in sites
+    ]
+
+
+class _Reader:
+    """Reads one recording."""
+
+    def __init__(self, model: nn.Module, captured: Captured, exchange: Activation | None) -> None:
+        self.modules = dict(model.named_modules())
+        self.nodes = captured.operators()
+        self.exchange = exchange
+
+    def sites(self) -> dict[str, Site]:
+        found: dict[str, Site] = {}
+        calls = defaultdict(list)
+        for node in self.nodes:
+            if _operator(node) in _NORMS:
+                calls[str(node.meta["module"])].append(node)
+        for path, nodes in calls.items():
+            why = self._layer_obstacle(path, nodes)
+            found[path] = Site(path, refused=why) if why else self._site(path, nodes[0])
+        return found
+
+    def _layer_obstacle(self, path: str, nodes: list[fx.Node]) -> str:
+        """Say why a layer cannot be converted, whatever follows it."""
+        module = self.modules[path]
+        if isinstance(module, NormInPlace):
+            return "already in place"
+        if norm_kind(module) is None:
+            if isinstance(module, (BatchNorm, InstanceNorm, nn.GroupNorm)):
+                return f"{type(module).__name__} has a forward of its own"
+            return f"the forward of {type(module).__name__} calls {_operator(nodes[0])} itself"
+        if len(nodes) > 1:
+            return f"the norm is used {len(nodes)} times in one forward"
+        hook = hooks_of(module)
+        return f"a {hook} reads the tensor between norm and activation" if hook else ""
+
+    def _site(self, path: str, node: fx.Node) -> Site:
+        last, reader, why = _follow(node)
+        if reader is None:
+            return Site(path, refused=why)
+        site = self._activation(path, reader)
+        if site.refused:
+            return site
+        if site.activation.kind != "identity":
+            last = reader
+        why = self._hooked(path, node, reader, site) or self._overwritten(node, last)
+        if why:
+            return Site(path, refused=why)
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        others = [user for user in source.users if user is not node]
+        kept = next((_operator(user) for user in others if _keeps(user)), None)
+        saved = 0 if kept else _bytes(source)
+        if site.activation.kind != "identity" and not _operator(reader).endswith("_"):
+            saved += _bytes(node)  # an activation that is not in place keeps its input as well
+        if not saved:
+            return Site(path, refused=f"nothing to save: its input is kept for {kept} anyway")
+        return replace(site, saved=saved, shared=self._shared(source, others))
+
+    def _activation(self, path: str, reader: fx.Node) -> Site:
+        """Return what the reader computes, and whether it can be part of the norm."""
+        name = _operator(reader)
+        plain = name.removesuffix("_")
+        where = str(reader.meta["module"])
+        module = self.modules[where]
+        activation: Activation | None = None
+        if plain == "leaky_relu":
+            activation = Activation(plain, float(_argument(reader, 1, "negative_slope", 0.01)))
+        elif plain == "elu" and all(
+            _argument(reader, i, key, 1) == 1 for i, key in ((2, "scale"), (3, "input_scale"))
+        ):
+            activation = Activation(plain, float(_argument(reader, 1, "alpha", 1.0)))
+        elif plain == "relu" and self.exchange is not None:
+            if type(module).forward is nn.ReLU.forward:
+                return Site(path, self.exchange, where, exchange=True)
+            return Site(
+                path,
+                refused=f"the ReLU after it is called as a function by {where or 'the model'}; "
+                "only layers can be exchanged, so make it an nn.ReLU",
+            )
+        elif plain == "prelu" and activation_of(module) == Activation("prelu"):
+            activation = Activation("prelu")
+        if activation is not None:
+            return self._invertible(path, where, activation)
+        if name.startswith(_LAYERS):
+            return Site(path)
+        if plain in _OTHERS:
+            more = ", or activation='leaky_relu:0.01' exchanges it" if plain == "relu" else ""
+            why = "is called as a function" if plain == "prelu" else "is not invertible"
+            return Site(path, refused=f"activation {plain} {why}; Recompute does it{more}")
+        return Site(path, refused=f"{name} reads it, not an activation")
+
+    def _invertible(self, path: str, where: str, activation: Activation) -> Site:
+        if not activation.slope > 0:
+            return Site(
+                path, refused=f"activation {activation} is not invertible; Recompute does it"
+            )
+        module = self.modules[where]
+        if activation_of(module) == activation:
+            return Site(path, activation, where)
+        why = obstacle(module)
+        if why:
+            return Site(path, refused=f"{where or 'the model'} calls the activation, and {why}")
+        return Site(path, activation, where, call=True)
+
+    def _hooked(self, path: str, node: fx.Node, reader: fx.Node, site: Site) -> str:
+        """Say which hook sees the tensor between norm and activation."""
+        if site.activation.kind == "identity":
+            return ""
+        left, entered = set(_parents(path)), set(_parents(site.reader))
+        passed = [str(n.meta["module"]) for n in _between(node, reader)]
+        for outside in sorted(left - entered) + passed:
+            hook = hooks_of(self.modules[outside])
+            if hook:
+                return f"a {hook} of {outside} reads the tensor between norm and activation"
+        inner = set() if site.call else {site.reader}
+        for inside in sorted(entered - left - {site.reader} | inner):
+            module = self.modules[inside]
+            hook = hooks_of(module) if inside == site.reader else ""
+            if module._forward_pre_hooks and not hook:
+                hook = "forward pre-hook"
+            if hook:
+                return f"a {hook} of {inside} reads the tensor between norm and activation"
+        return ""
+
+    def _overwritten(self, node: fx.Node, last: fx.Node) -> str:
+        """Say who writes into the activated tensor later, which has to stay as it is."""
+        memory = _storages(node) | _storages(last)
+        after = self.nodes[self.nodes.index(last) + 1 :]
+        for later in after:
+            if any(not memory.isdisjoint(_storages(n)) for n in _written(later)):
+                at = f" at {later.meta['source']}" if later.meta.get("source") else ""
+                return f"{_operator(later)}{at} writes into the tensor that would be kept"
+        return ""
+
+    def _shared(self, source: fx.Node, others: list[fx.Node]) -> str:
+        """Say why the norm's input may not be overwritten."""
+        if source.op != "call_function":
+            return "its input is not made by the model"
+        if others:
+            return f"its input is read by {_operator(others[0])} too"
+        memory = _storages(source)
+        if any(n is not source and not memory.isdisjoint(_storages(n)) for n in self.nodes):
+            return "its input shares memory with another tensor"
+        return ""
+
+
+def _follow(node: fx.Node) -> tuple[fx.Node, fx.Node | None, str]:
+    """Go from a norm past idle dropout.
+
+    Returns:
+        The last node before the reader, the reader or None, and why there is none.
+    """
+    last = node
+    while True:
+        readers = list(last.users)
+        if len(readers) != 1:
+            times = f"read {len(readers)} times" if readers else "not read at all"
+            return last, None, f"the tensor between norm and activation is {times}"
+        (reader,) = readers
+        if reader.op == "output":
+            return last, None, "its output is an output of the model"
+        if _operator(reader).removesuffix("_") not in _DROPOUTS:
+            return last, reader, ""
+        if float(_argument(reader, 1, "p", 0.5)) > 0 and _argument(reader, 2, "train", False):
+            return last, None, "dropout is active between norm and activation"
+        last = reader
+
+
+def _between(node: fx.Node, reader: fx.Node) -> Iterator[fx.Node]:
+    current = next(iter(node.users))
+    while current is not reader:
+        yield current
+        current = next(iter(current.users))
+
+
+def _operator(node: fx.Node) -> str:
+    """``aten.leaky_relu_.default`` is ``leaky_relu_``."""
+    parts = str(node.target).split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def _argument(node: fx.Node, index: int, name: str, default: float) -> Any:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _keeps(node: fx.Node) -> bool:
+    return node.op == "call_function" and _operator(node).startswith(_KEEPERS)
+
+
+def _bytes(node: fx.Node) -> int:
+    value: Tensor = node.meta["val"]
+    return math.prod(value.shape) * value.element_size()
+
+
+def _storages(node: fx.Node) -> set[int]:
+    value = node.meta.get("val")
+    return {storage_key(value)} if isinstance(value, Tensor) else set()
+
+
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    """Nodes of the tensors that an operator writes into."""
+    schema = schema_of(node.target)
+    if schema is None:
+        return
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = node.args[index] if len(node.args) > index else node.kwargs.get(argument.name)
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, fx.Node):
+                yield item
+
+
+def _parents(path: str) -> Iterator[str]:
+    """A path and all that contain it, the model aside."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]

@@ -1,0 +1,361 @@
+"""The tape: follows a forward pass operator by operator and decides what is kept.
+
+It is a dispatch mode, so it sees what really runs, below autocast and autograd, whoever calls it:
+modules, functions, TorchScript, C++. While it is on, autograd's saved tensors go through
+:meth:`Tape.pack`, which answers with a recipe where the tape knows one.
+
+The model's Python code holds references that it does not need (the argument of every ``forward``
+that is at work, for one). Where the plan knows that nobody reads a tensor again, the tape takes the
+memory from under it. The tensor is then a shell: whoever does read it, against the plan, makes the
+tape build its content again first.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Tape"]
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pocketize._torch import (
+    TorchDispatchMode,
+    pytree,
+    schema_of,
+    storage_key,
+    transforms_active,
+    version_of,
+)
+from pocketize.passes.recompute.ledger import (
+    Ledger,
+    Memory,
+    bytes_of,
+    covers,
+    geometry_of,
+    is_plain,
+)
+from pocketize.passes.recompute.operators import Kind, Operator, describe
+from pocketize.passes.recompute.statistics import Statistics, normalise, statistics_of
+from pocketize.passes.recompute.values import Handle, Meter, Step, Value, flops_of
+
+aten = torch.ops.aten
+#: Operations for each number of a result from which on building it again is costly: those of a
+#: 1x1 convolution of 128 channels, or of a 3x3x3 convolution of 5.
+_COSTLY = 256
+#: Operators that do not look at the memory at all, not even at its size.
+_SHALLOW = {aten.detach.default, aten.alias.default}
+#: Operators through which a weight stays the weight it was.
+_CASTS = {aten._to_copy.default, aten.t.default, aten.detach.default, aten.alias.default}
+_CASTS |= {aten.transpose.int, aten.view.default, aten.clone.default}
+
+
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records one forward pass.
+
+    Args:
+        model: whose parameters name the convolutions.
+        rebuilt: sites whose results are built again instead of kept. A site is the name of the
+            weight of a convolution or linear layer; ``"name#1"`` is the second use of it.
+        frees: for a site, what nobody reads any more: ``-1`` its input once it has run, ``n`` the
+            n-th part of the concatenation that is its input, before it runs.
+        min_bytes: tensors of fewer bytes are kept in any case.
+        meter: counts what rebuilding costs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rebuilt: frozenset[str],
+        frees: Mapping[str, tuple[int, ...]],
+        min_bytes: int,
+        meter: Meter | None = None,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.rebuilt, self.frees, self.min_bytes, self.meter = rebuilt, frees, min_bytes, meter
+        self.stage = 0
+        #: Of the last norm that ran with the statistics of its input.
+        self.statistics: Statistics | None = None
+        self._positions = 0
+        self._largest = 0
+        self._packed: list[Handle] = []
+        self._order = 0
+        self._uses: dict[str, int] = {}
+        self._quiet = False
+        self.ledger = Ledger(meter)
+        for name, parameter in model.named_parameters():
+            if is_plain(parameter):
+                memory = self.ledger.memory(parameter)
+                memory.name, memory.parameter = name, (parameter, parameter.detach())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator and note how to run it again."""
+        kwargs = kwargs or {}
+        if self._quiet or getattr(func, "namespace", "") == "prim":  # which asks for the device
+            return func(*args, **kwargs)
+        with self.quietly():
+            return self._run(func, describe(func), args, kwargs)
+
+    @contextlib.contextmanager
+    def quietly(self) -> Iterator[None]:
+        """What runs inside is the tape's own business and not the model's."""
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Give autograd something in place of a tensor that it wants to save."""
+        with self.quietly():
+            value = None if transforms_active() else self._value(tensor)
+            if value is None:
+                return tensor.detach()
+            if self.meter is not None:
+                self.meter.store(value)
+            handle = Handle(value, self.stage, self.meter)
+            self._packed.append(handle)
+            return handle
+
+    @staticmethod
+    def unpack(packed: Any) -> Tensor:
+        """Give autograd the tensor that it had saved."""
+        if isinstance(packed, Handle):
+            return packed.unpack()
+        tensor: Tensor = packed
+        return tensor
+
+    def finish(self) -> None:
+        """End the recording: shells that somebody still holds get their content back."""
+        self._packed.clear()
+        with self.quietly():
+            self.ledger.close(self.stage)
+
+    def expose(self, tensor: Tensor) -> None:
+        """Let a tensor have its memory for good: somebody gets a pointer to it."""
+        with self.quietly():
+            self.ledger.bring_back(tensor, self.stage)
+            memory = self.memory_of(tensor)
+            if memory is not None:
+                memory.exposed = True
+
+    def memory_of(self, tensor: Any) -> Memory | None:
+        """Return what is known of a tensor's memory; ``None`` for what is no ordinary tensor."""
+        if not isinstance(tensor, Tensor) or not is_plain(tensor):
+            return None
+        return self.ledger.memory(tensor)
+
+    # What runs.
+
+    def _run(
+        self, func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if not all(map(is_plain, tensors)):
+            operator = Operator(Kind.OTHER)
+        if func not in _SHALLOW:
+            for tensor in tensors:
+                self.ledger.bring_back(tensor, self.stage)
+        if operator.kind is Kind.WRITER:
+            return self._write(func, operator, args, kwargs)
+        if operator.kind is Kind.OTHER:
+            return self._other(func, args, kwargs, tensors)
+        site = self._site(operator, args) if operator.weight is not None else None
+        source = self._free_parts(site, operator, args) if site in self.frees else None
+        state = _state_of(tensors, kwargs) if operator.random else None
+        recorded = tuple(self._forget_statistics(operator, args))
+        made = func(*args, **kwargs)
+        results = [t for t in pytree.tree_leaves(made) if isinstance(t, Tensor)]
+        if _name_goes_on(func, tensors, results):
+            self.ledger.memory(results[0]).name = self.ledger.memory(tensors[0]).name
+        found = statistics_of(func, args, made)
+        if found is not None:
+            self.statistics = found
+            self._normed(found, args, made[0])
+        elif _share(tensors, results):
+            self._view(func, args, kwargs, tensors[0], made)
+        else:
+            kept = operator.heavy and site not in self.rebuilt
+            if operator.random and state is None:
+                kept = True
+            if not kept and results and max(map(bytes_of, results)) >= self.min_bytes:
+                step = self._step(func, operator, recorded, kwargs, state)
+                if operator.heavy:
+                    flops = flops_of(func, args, kwargs, made)
+                    step.costly = flops >= _COSTLY * sum(t.numel() for t in results)
+                self._note(step, made, self.stage)
+        if operator.resamples and results:
+            self._advance(results[0])
+        self._packed.clear()
+        if source is not None and -1 in self.frees[site or ""]:
+            for value in source:
+                self.ledger.take(value)
+        return made
+
+    def _step(
+        self,
+        func: Any,
+        operator: Operator,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        state: tuple[torch.device, Tensor] | None = None,
+    ) -> Step:
+        values, named = pytree.tree_map_only(Tensor, self._value, (args, kwargs))
+        self._order += 1
+        return Step(func, operator, values, named, self._order, state)
+
+    def _value(self, tensor: Tensor) -> Value | None:
+        return self.ledger.value_of(tensor, self.stage)
+
+    def _note(self, step: Step, made: Any, stage: int) -> None:
+        """Remember that the results of an operator can be had by running it again."""
+        several = isinstance(made, tuple | list)
+        for index, result in enumerate(made if several else (made,)):
+            if not isinstance(result, Tensor) or not is_plain(result):
+                continue
+            if bytes_of(result) < self.min_bytes:
+                continue  # kept when asked for
+            memory, geometry = self.ledger.memory(result), geometry_of(result)
+            if step.operator.kind is Kind.VIEW and geometry in memory.values:
+                continue  # it lies there just as what it is a view of
+            value = Value(stage, step, index if several else None)
+            value.home = memory.watch, geometry
+            memory.values[geometry] = value
+            memory.version = version_of(result)
+
+    def _normed(self, found: Statistics, args: tuple[Any, ...], made: Tensor) -> None:
+        """A norm is built again with the statistics of the first time."""
+        if bytes_of(made) >= self.min_bytes:
+            again = (*args[:3], found.mean, found.rstd, found.eps, found.groups)
+            self._note(self._step(normalise, Operator(Kind.PURE), again, {}), made, self.stage)
+
+    def _view(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], base: Tensor, made: Any
+    ) -> None:
+        """A view of what can be built again can be built again; other views share what is kept."""
+        self.ledger.memory(base).views += 1
+        value = self.ledger.find(base)
+        if value is not None and value.step is not None:
+            operator = Operator(Kind.VIEW)
+            self._note(self._step(func, operator, args, kwargs), made, value.stage)
+
+    def _write(
+        self, func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        target = args[0]
+        memory = self.ledger.memory(target)
+        old = self.ledger.find(target)
+        alone = set(memory.values) <= {geometry_of(target)} and covers(target)
+        step = None
+        if old is not None and old.step is not None and alone:
+            state = _state_of([target], kwargs) if operator.random else None
+            if state is not None or not operator.random:
+                step = self._step(func, operator, args, kwargs, state)
+        self.ledger.preserve(memory)
+        made = func(*args, **kwargs)
+        memory.values.clear()
+        if step is not None and old is not None:
+            self._note(step, target, old.stage)
+        memory.version = None  # autograd raises it after this
+        return made
+
+    def _other(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> Any:
+        """An operator of which nothing is known may write to anything that it was given."""
+        schema = schema_of(func)
+        if schema is None or schema.is_mutable:
+            for tensor in filter(is_plain, tensors):
+                memory = self.ledger.memory(tensor)
+                self.ledger.preserve(memory)
+                memory.values.clear()
+                memory.version = None
+        return func(*args, **kwargs)
+
+    def _forget_statistics(self, operator: Operator, args: tuple[Any, ...]) -> Iterator[Any]:
+        """Running statistics are updated once: in a repetition there are none to update.
+
+        Where they are used, copies are kept: a forward in training mode may write to them before
+        the backward pass, and does not raise their version.
+        """
+        trains = operator.training is not None and args[operator.training] is True
+        for position, argument in enumerate(args):
+            if position in operator.statistics and isinstance(argument, Tensor):
+                if not trains:
+                    kept = self._value(argument)
+                    self.ledger.preserve(self.ledger.memory(argument))
+                yield None if trains else kept
+            else:
+                yield argument
+
+    def _advance(self, made: Tensor) -> None:
+        """A tensor at another resolution begins a stage, unless it is tiny, as a mean is."""
+        size, positions = bytes_of(made), made.shape[2:].numel()
+        if made.ndim < 3 or positions == self._positions or size * 64 < self._largest:
+            self._largest = max(self._largest, size)
+            return
+        if positions < self._positions:  # its input belongs to the reader's stage
+            for handle in self._packed:
+                handle.restage(self.stage + 1)
+        if self._positions:
+            self.stage += 1
+        self._positions, self._largest = positions, size
+
+    # Names.
+
+    def _site(self, operator: Operator, args: tuple[Any, ...]) -> str | None:
+        assert operator.weight is not None
+        weight = args[operator.weight] if len(args) > operator.weight else None
+        name = self.ledger.memory(weight).name if isinstance(weight, Tensor) else None
+        if name is None:
+            return None
+        count = self._uses[name] = self._uses.get(name, -1) + 1
+        return f"{name}#{count}" if count else name
+
+    # Shells.
+
+    def _free_parts(
+        self, site: str | None, operator: Operator, args: tuple[Any, ...]
+    ) -> list[Value]:
+        """Free the parts of a concatenation; return the values that the input consists of."""
+        data = args[1 if operator.weight == 2 else 0]
+        value = self.ledger.find(data)
+        chain = []
+        while value is not None and value.step is not None:
+            chain.append(value)
+            if value.step.func is aten.cat.default:
+                for position in self.frees[site or ""]:
+                    if 0 <= position < len(value.step.parents):
+                        self.ledger.take(value.step.parents[position])
+                break
+            simple = value.step.func in _CASTS or value.step.operator.kind is Kind.VIEW
+            value = value.step.parents[0] if simple else None
+        return chain
+
+
+def _share(given: list[Tensor], made: list[Tensor]) -> bool:
+    """Whether results lie in the memory of the first argument."""
+    if not given or not made or not is_plain(made[0]):
+        return False
+    return storage_key(made[0]) == storage_key(given[0])
+
+
+def _name_goes_on(func: Any, given: list[Tensor], made: list[Tensor]) -> bool:
+    return func in _CASTS and len(given) == 1 and len(made) == 1 and not _share(given, made)
+
+
+def _state_of(tensors: list[Tensor], kwargs: dict[str, Any]) -> tuple[torch.device, Tensor] | None:
+    """Return the state of the generator that an operator is about to draw from, if known."""
+    if kwargs.get("generator") is not None:
+        return None
+    device = kwargs.get("device") or (tensors[0].device if tensors else torch.device("cpu"))
+    device = torch.device(device)
+    if device.type == "cpu":
+        return device, torch.get_rng_state()
+    if device.type == "cuda":
+        return device, torch.cuda.get_rng_state(device)
+    return None

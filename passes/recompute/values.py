@@ -1,0 +1,339 @@
+"""Values: what a tensor held at one moment, and how to have it again without having kept it.
+
+A :class:`Value` is kept (it holds its tensor) or can be built again by a :class:`Step`, the
+operator that made it, from other values. Autograd is given a :class:`Handle` in place of every
+tensor that it would save; in the backward pass the handle gives the tensor back.
+
+What is built again is built for one reader and dropped, except where it was costly and another
+reader of the same stage of the forward pass is still to come: then it is held for that one. (A
+stage is a stretch of the forward pass at one resolution.) Readers in other stages come so much
+later that building anew costs less than holding.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Handle", "Meter", "Step", "Value", "flops_of"]
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from pocketize._torch import pytree, version_of, watching_alias
+from pocketize.errors import ExecutionError
+from pocketize.passes.recompute.operators import Kind, Operator, in_place_variant
+from pocketize.passes.shared.forwards import refuse_exchanged
+
+Geometry = tuple[Any, ...]
+"""Where in its storage a tensor lies: offset, shape, strides, dtype."""
+
+
+@dataclass
+class Meter:
+    """What recomputing stores and costs, counted where somebody asks for it.
+
+    Attributes:
+        flops: floating-point operations of convolutions and matrix products that ran again.
+        stored: the tensors that are kept for the backward pass, if they are to be collected.
+    """
+
+    flops: int = 0
+    stored: list[Tensor] | None = None
+    _seen: set[Value] = field(default_factory=set)
+
+    def store(self, value: Value) -> None:
+        """Collect what has to be kept so that a value can be had."""
+        queue = [value]
+        while queue and self.stored is not None:
+            value = queue.pop()
+            if value in self._seen:
+                continue
+            self._seen.add(value)
+            if value.tensor is not None:
+                self.stored.append(value.tensor)
+            elif value.step is not None:
+                queue += value.step.parents
+
+
+class Step:
+    """One operator that ran and can run again.
+
+    Args:
+        func: the operator.
+        operator: what is known of it.
+        args: its arguments, tensors replaced by values.
+        kwargs: likewise.
+        order: its place in the forward pass.
+        random_state: the state of the generator it drew from, with the device.
+        costly: running it again takes much longer than reading and writing its tensors.
+    """
+
+    __slots__ = ("args", "costly", "func", "kwargs", "operator", "order", "parents", "random_state")
+
+    def __init__(
+        self,
+        func: Any,
+        operator: Operator,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        order: int,
+        random_state: tuple[torch.device, Tensor] | None = None,
+        costly: bool = False,
+    ) -> None:
+        self.costly = costly
+        self.func, self.operator, self.order = func, operator, order
+        self.args, self.kwargs, self.random_state = args, kwargs, random_state
+        self.parents = tuple(v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Value))
+
+    def run(self, contents: dict[Value, Tensor], spare: set[Value], meter: Meter | None) -> Any:
+        """Run the operator again.
+
+        Args:
+            contents: the tensors of the values it reads.
+            spare: values whose tensors nobody reads after this, so that they may be written to.
+            meter: counts the work.
+        """
+        args, kwargs = pytree.tree_map_only(Value, contents.__getitem__, (self.args, self.kwargs))
+        func, first = self.func, self.args[0] if self.args else None
+        if self.operator.kind is Kind.WRITER:
+            if first not in spare:
+                args = (args[0].clone(), *args[1:])
+        elif isinstance(first, Value) and first in spare:
+            func = in_place_variant(func) or func
+        with _random_state(self.random_state):
+            made = func(*args, **kwargs)
+        if meter is not None and self.operator.heavy:
+            meter.flops += flops_of(func, args, kwargs, made)
+        return made
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, made: Any) -> int:
+    """Return the floating-point operations of a convolution or product; 0 for other operators."""
+    formula = flop_registry.get(func.overloadpacket)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=made))
+
+
+class Value:
+    """What a tensor held at one moment of the forward pass.
+
+    Attributes:
+        step: how to build it again, ``None`` where it is kept.
+        index: which result of the step it is, ``None`` for the only one.
+        home: the storage it was in, and how it lay there.
+        tensor: the tensor, where it is kept.
+        version: the tensor's version when it was kept.
+        parameter: the parameter that it is or lies in, and an alias of that as it was.
+        stage: the stage of the forward pass that made it.
+        pending: readers to come, by stage.
+        held: its tensor, built again and still to be read.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "held",
+        "home",
+        "index",
+        "parameter",
+        "pending",
+        "stage",
+        "step",
+        "tensor",
+        "version",
+    )
+
+    def __init__(self, stage: int, step: Step | None = None, index: int | None = None) -> None:
+        self.stage, self.step, self.index = stage, step, index
+        self.home: tuple[weakref.ref[torch.UntypedStorage], Geometry] | None = None
+        self.tensor: Tensor | None = None
+        self.version = 0
+        self.parameter: tuple[Tensor, Tensor] | None = None
+        self.pending: dict[int, int] = {}
+        self.held: Tensor | None = None
+
+    def keep(self, tensor: Tensor) -> None:
+        """Hold the tensor itself from now on, without its history."""
+        self.tensor = watching_alias(tensor)
+        self.version = version_of(self.tensor)  # a fake tensor shares it with no alias
+
+    def content(self, stage: int, meter: Meter | None = None) -> Tensor:
+        """Return the tensor, built again where it is not kept.
+
+        Args:
+            stage: the stage of the reader.
+            meter: counts the work.
+
+        Raises:
+            ExecutionError: a tensor that is needed was modified in place since.
+        """
+        ready = self.ready()
+        return self._build(stage, meter) if ready is None else ready
+
+    def ready(self) -> Tensor | None:
+        """Return the tensor if it is at hand.
+
+        Raises:
+            ExecutionError: it was modified in place, or exchanged, since it was kept.
+        """
+        if self.held is not None:
+            return self.held
+        if self.tensor is not None and version_of(self.tensor) != self.version:
+            raise ExecutionError(
+                "recompute: a tensor that is needed to build activations again has been modified "
+                f"by an in-place operation since the forward pass: a {self.tensor.dtype} tensor of "
+                f"shape {list(self.tensor.shape)} is at version {version_of(self.tensor)}, "
+                f"expected {self.version}. Results of convolutions and the model's inputs and "
+                "weights are needed until the backward pass; clone a tensor before writing to it"
+            )
+        if self.parameter is not None:
+            refuse_exchanged("recompute", *self.parameter)
+        return self.tensor
+
+    def _build(self, stage: int, meter: Meter | None) -> Tensor:
+        order = _missing(self)
+        reads: dict[Value, int] = {}
+        for step in order:
+            for parent in step.parents:
+                reads[parent] = reads.get(parent, 0) + 1
+        made: dict[Step, list[Value]] = {}
+        for value in [self, *reads]:
+            if value.step is not None:
+                made.setdefault(value.step, []).append(value)
+        contents: dict[Value, Tensor] = {}
+        own: set[Value] = set()  # whose memory is ours alone
+        reads[self] = reads.get(self, 0) + 1
+        with torch.no_grad(), _plainly():
+            for step in order:
+                for parent in step.parents:
+                    if parent not in contents:
+                        ready = parent.ready()
+                        assert ready is not None  # or it would have been among the missing
+                        contents[parent] = ready
+                spare = {p for p in own if p in step.parents and reads[p] == step.parents.count(p)}
+                results = step.run(contents, spare, meter)
+                for value in made.get(step, ()):
+                    tensor = results if value.index is None else results[value.index]
+                    contents[value] = tensor
+                    alone = step.operator.kind is not Kind.VIEW or step.parents[0] in spare
+                    if alone and value.index is None:
+                        own.add(value)
+                    if value is not self and value.is_awaited(stage):
+                        value.held = tensor
+                        own.discard(value)
+                if step.operator.kind is Kind.VIEW:
+                    own.difference_update(step.parents)
+                results = None
+                for parent in step.parents:
+                    reads[parent] -= 1
+                    if not reads[parent]:
+                        contents.pop(parent, None)
+                        own.discard(parent)
+        return contents[self]
+
+    def is_awaited(self, stage: int) -> bool:
+        """Whether it is worth holding for readers in the stage that made it, still to come.
+
+        The backward pass comes to the stages in falling order: now it is in ``stage``. What is
+        costly is held from the stage before on.
+        """
+        if self.step is None or not self.step.operator.heavy or not self.pending.get(self.stage):
+            return False
+        return stage == self.stage or (self.step.costly and stage == self.stage + 1)
+
+
+class Handle:
+    """Stands in autograd's graph for a tensor that would have been saved.
+
+    Args:
+        value: what is to be given back.
+        stage: the stage in which it was saved.
+        meter: counts the work of building it again.
+    """
+
+    __slots__ = ("_awaits", "meter", "stage", "value")
+
+    def __init__(self, value: Value, stage: int, meter: Meter | None) -> None:
+        self.value, self.stage, self.meter = value, stage, meter
+        self._awaits: tuple[Value, ...] = tuple(_bases(value))
+        self._count(stage, 1)
+
+    def unpack(self) -> Tensor:
+        """Give the tensor back."""
+        tensor = self.value.content(self.stage, self.meter)
+        self._close()
+        if self.value.is_awaited(self.stage):
+            self.value.held = tensor
+        return tensor
+
+    def restage(self, stage: int) -> None:
+        """Say that it belongs to a later stage than it seemed when it was made."""
+        self._count(self.stage, -1)
+        self._count(stage, 1)
+        self.stage = stage
+
+    def __del__(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._count(self.stage, -1)
+        for value in self._awaits:
+            if not value.pending.get(value.stage):
+                value.held = None
+        self._awaits = ()
+
+    def _count(self, stage: int, change: int) -> None:
+        for value in self._awaits:
+            value.pending[stage] = value.pending.get(stage, 0) + change
+
+
+def _bases(value: Value) -> Iterator[Value]:
+    """Yield a value and what it is a view of, as far as that is built and not kept."""
+    while value.step is not None:
+        yield value
+        if value.step.operator.kind is not Kind.VIEW:
+            return
+        value = value.step.parents[0]
+
+
+def _missing(value: Value) -> list[Step]:
+    """Return the steps that have to run again for a value, in the order of the forward pass."""
+    steps: dict[Step, None] = {}
+    queue: list[Value] = [value]
+    while queue:
+        step = queue.pop().step
+        if step is None or step in steps:
+            continue
+        steps[step] = None
+        queue += [parent for parent in step.parents if parent.ready() is None]
+    return sorted(steps, key=lambda step: step.order)
+
+
+@contextlib.contextmanager
+def _random_state(state: tuple[torch.device, Tensor] | None) -> Iterator[None]:
+    if state is None:
+        yield
+        return
+    device, numbers = state
+    cuda: Iterable[int] = (
+        [device.index] if device.type == "cuda" and device.index is not None else []
+    )
+    with torch.random.fork_rng(devices=list(cuda)):
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(numbers, device)
+        else:
+            torch.set_rng_state(numbers)
+        yield
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """Operators were recorded after autocast had its say, so it must not speak again."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield

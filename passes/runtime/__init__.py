@@ -1,1 +1,0 @@
-"""What rewritten networks contain: modules, autograd functions and hooks, one idea a file."""

@@ -1,0 +1,1 @@
+"""What several passes use: forwards that stand in for a module's own, and second runs."""

@@ -1,0 +1,314 @@
+"""Which submodules could be run twice instead of having their activations kept, and what of it.
+
+A survey is one forward in training mode on a copy without memory. It notes what autograd keeps,
+while which modules run, and what stands in the way of running a module again. From that the memory
+of any choice of regions can be predicted without another run.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Region", "Survey", "survey"]
+
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry
+
+from pocketize._torch import TorchDispatchMode, schema_of, storage_key
+from pocketize.errors import RewriteError
+from pocketize.graph.capture import find_tensors, quiet_recording
+from pocketize.graph.inputs import Inputs
+from pocketize.graph.methods import set_mode
+from pocketize.memory.stage import fake_stage
+from pocketize.passes.shared.forwards import hooked, obstacle
+from pocketize.passes.shared.second_run import tensors_of
+
+_PASSES = "pocketize.passes."
+
+
+@dataclass(eq=False)
+class Region:
+    """A submodule, as a survey saw it.
+
+    Attributes:
+        path: path of the module.
+        calls: how often its forward ran.
+        work: floating-point operations of the forward; of an element-wise one as many as elements.
+        composite: another module ran inside.
+        obstacle: why it cannot be run again; ``""`` if it can.
+        frees: bytes that autograd keeps of it and would not keep if it were run again.
+        begin: position of its forward in the order in which autograd kept tensors.
+        end: position of the end.
+        inside: paths of the regions that were running when it was called.
+    """
+
+    path: str
+    calls: int = 0
+    work: int = 0
+    composite: bool = False
+    obstacle: str = ""
+    frees: int = 0
+    begin: int = 0
+    end: int = 0
+    inside: frozenset[str] = frozenset()
+    _arguments: dict[int, int] = field(default_factory=dict)
+    _own: set[int] = field(default_factory=set)
+    _random: Any = None
+
+    def contains(self, other: Region) -> bool:
+        """Tell whether another region ran inside this one, whatever their paths say."""
+        return self.path in other.inside
+
+
+class Survey:
+    """What autograd keeps of one forward, and of which regions.
+
+    Attributes:
+        regions: by path; those whose forward ran, without the model itself.
+        kept: bytes of every tensor that autograd keeps and that is no weight.
+        work: floating-point operations of the whole forward.
+    """
+
+    def __init__(self, regions: dict[str, Region], kept: Sequence[_Kept], work: int) -> None:
+        self.regions, self.work = regions, work
+        self.kept = tuple(item.nbytes for item in kept)
+        self._bytes = np.array(self.kept, dtype=np.int64)
+        self._owned: dict[str, Any] = {}
+        known = {item.key for item in kept}
+        self._extra: dict[str, int] = {}
+        for path, region in regions.items():
+            inside = [path in item.paths and item.key not in region._arguments for item in kept]
+            self._owned[path] = np.array(inside, dtype=bool)
+            region.frees = int(self._bytes[self._owned[path]].sum())
+            self._extra[path] = sum(n for k, n in region._arguments.items() if k not in known)
+
+    def predicted(self, chosen: Collection[Region]) -> int:
+        """Predict the most bytes of activations alive at once if regions are run again.
+
+        The backward pass goes through what was kept from the end; at the end of a region that is
+        run again there are the tensors kept before it, and for a while its own.
+
+        Args:
+            chosen: regions, none inside another.
+        """
+        dropped = np.zeros(len(self._bytes), dtype=bool)
+        for region in chosen:
+            dropped |= self._owned[region.path]
+        extra = sum(self._extra[region.path] for region in chosen)
+        alive = np.concatenate([[0], np.cumsum(np.where(dropped, 0, self._bytes))])
+        again = [int(alive[region.end]) + region.frees for region in chosen]
+        return max([int(alive[-1]), *again]) + extra
+
+
+@dataclass(eq=False)
+class _Kept:
+    """A storage that autograd keeps: its size, and the modules that ran whenever it was kept."""
+
+    key: int
+    nbytes: int
+    paths: frozenset[str]
+
+
+def survey(model: nn.Module, inputs: Inputs) -> Survey:
+    """Run a copy without memory once, in training mode.
+
+    Args:
+        model: the model; untouched.
+        inputs: example inputs on its device.
+
+    Raises:
+        RewriteError: the model does not run on tensors without values.
+    """
+    with torch.inference_mode(False):
+        stage = fake_stage(model, inputs, None)
+        copy, given = stage.model, stage.inputs
+        set_mode(copy, True)
+        surveyor = _Surveyor(copy)
+        surveyor.born(given.tensors())
+        hooks = torch.autograd.graph.saved_tensors_hooks(surveyor.keep, lambda tensor: tensor)
+        with stage.active, quiet_recording(copy), torch.enable_grad(), surveyor.watching():
+            try:
+                with hooks, surveyor:
+                    given.call(copy)
+            except Exception as error:  # a user's forward may raise anything
+                text = " ".join(str(error).split())
+                raise RewriteError(
+                    f"{type(model).__name__} does not run on tensors without values, which is "
+                    f"how its activations are weighed: {type(error).__name__}: {text:.300}"
+                ) from error
+            finally:
+                surveyor.release()
+    return surveyor.finish()
+
+
+class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches one forward: operators as a dispatch mode, modules by hooks, autograd by its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model = model
+        self.regions: dict[str, Region] = {}
+        self.work = 0
+        self._stack: list[str] = []
+        self._kept: dict[int, _Kept] = {}
+        self._birth: dict[int, frozenset[str]] = {}
+        self._alive: list[Tensor] = []  # a storage's key is its own only while it lives
+        self._weights = {_key(p) for p in model.parameters()}
+        self._buffers = {_key(b) for b in model.buffers()}
+
+    def finish(self) -> Survey:
+        """Take stock."""
+        modules = dict(self.model.named_modules())
+        for path, region in self.regions.items():
+            ran = [other.path for other in self.regions.values() if region.contains(other)]
+            inner = {f"{path}.{name}": m for name, m in modules[path].named_modules() if name}
+            inner |= {name: modules[name] for name in ran}
+            region.obstacle = region.obstacle or _standing(modules[path], inner)
+            if region.calls > 1:
+                region.obstacle = f"it runs {region.calls} times in one forward"
+        return Survey(self.regions, list(self._kept.values()), self.work)
+
+    def release(self) -> None:
+        """Let go of all tensors, whose graphs refer to the surveyor."""
+        self._alive.clear()
+
+    def born(self, tensors: Sequence[Tensor]) -> None:
+        """Note the modules that run while tensors come into being."""
+        for tensor in tensors:
+            self._birth.setdefault(_key(tensor), frozenset(self._stack))
+            self._alive.append(tensor)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Note that autograd keeps a tensor; without its graph, which would refer to itself."""
+        tensor = tensor.detach()
+        key = _key(tensor)
+        if key in self._weights or key in self._buffers:
+            return tensor
+        self._alive.append(tensor)
+        held = self._kept.get(key)
+        if held is None:
+            nbytes = tensor.untyped_storage().nbytes()
+            self._kept[key] = _Kept(key, nbytes, frozenset(self._stack))
+        else:
+            held.paths &= frozenset(self._stack)
+        return tensor
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Follow the calls of all submodules."""
+        handles = []
+        for path, module in self.model.named_modules():
+            if path and not isinstance(module, torch.jit.ScriptModule):
+                handles.append(
+                    module.register_forward_pre_hook(
+                        self._enter(path), prepend=True, with_kwargs=True
+                    )
+                )
+                handles.append(module.register_forward_hook(self._leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self._stack and (parent := self.regions.get(self._stack[-1])):
+                parent.composite = True
+            region = self.regions.setdefault(path, Region(path))
+            region.calls += 1
+            region.begin = len(self._kept)
+            region.inside = frozenset(self._stack)
+            for tensor in find_tensors((args, kwargs)):
+                region._arguments[_key(tensor)] = tensor.untyped_storage().nbytes()
+                self._alive.append(tensor)
+            region._own |= {_key(tensor) for tensor in tensors_of(module)}
+            region._random = random.getstate(), _numpy_state()
+            self._stack.append(path)
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        region = self.regions[self._stack.pop()]
+        region.end = len(self._kept)
+        python, (keys, position) = region._random
+        now = _numpy_state()
+        if python != random.getstate() or position != now[1] or (keys != now[0]).any():
+            self._bar(
+                region, "it draws random numbers from Python or NumPy, which cannot be drawn again"
+            )
+        region._random = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator and note what it read, wrote and cost."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is torch.ops.aten.detach.default:
+            return out  # another name, also in keep()
+        made = find_tensors(out)
+        count = flop_registry.get(getattr(func, "overloadpacket", None))
+        work = count(*args, **kwargs, out_val=out) if count else sum(t.numel() for t in made)
+        self.work += work
+        written = {_key(tensor) for tensor in _written(func, args, kwargs)}
+        literal = func.__name__.startswith("lift")  # torch.tensor(...), whose numbers stand there
+        read = set() if literal else {_key(tensor) for tensor in find_tensors((args, kwargs))}
+        own = any(isinstance(v, torch.Generator) for v in (*args, *kwargs.values()))
+        for path in self._stack:
+            region = self.regions[path]
+            region.work += work
+            outside = {k for k in read if path not in self._birth.get(k, ())} - region._own
+            if own:
+                self._bar(region, "it draws random numbers from a generator of its own")
+            if outside - region._arguments.keys():
+                self._bar(
+                    region, "it reads a tensor that is neither its own nor among its arguments"
+                )
+            strange = {k for k in written if k not in self._birth and k not in self._buffers}
+            if strange:
+                self._bar(region, "it writes to a tensor that is neither its own nor a buffer")
+        for region in self.regions.values():
+            changed = written & region._arguments.keys()
+            if any(region.path not in self._birth.get(key, ()) for key in changed):
+                self._bar(region, "its input is changed in place, so it could not be run again")
+        self.born(made)
+        return out
+
+    def _bar(self, region: Region, why: str) -> None:
+        region.obstacle = region.obstacle or why
+
+
+def _numpy_state() -> tuple[Any, int]:
+    state: Any = np.random.get_state()
+    return state[1], state[2]
+
+
+def _key(tensor: Tensor) -> int:
+    return storage_key(tensor)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    schema = schema_of(func)
+    for position, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from find_tensors(given)
+
+
+def _standing(module: nn.Module, inner: Mapping[str, nn.Module]) -> str:
+    """Say what forbids to run a module and those inside it twice; ``""`` if nothing does."""
+    if reason := obstacle(module):
+        return reason
+    for path, held in {"it": module, **inner}.items():
+        if any(base.__module__.startswith(_PASSES) for base in type(held).__mro__):
+            return f"{path} is a {type(held).__name__}, which saves memory in its own way"
+    if path := hooked(inner):
+        return f"{path} has forward hooks, which would run twice"
+    return ""

@@ -1,0 +1,1 @@
+"""Volumes by tiles: exact, in slabs, or in windows."""

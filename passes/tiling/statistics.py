@@ -1,0 +1,215 @@
+"""Norms and poolings of whole maps, by sums that are gathered part by part.
+
+Means and squared deviations are joined as in Chan, Golub, LeVeque, "Updating Formulae and a
+Pairwise Algorithm for Computing Sample Variances", 1979, so that no digits are lost however many
+parts there are.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Gathered", "Moments", "Normalised", "Pooled", "gather_form"]
+
+import abc
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pocketize.ops.schema import bind, operator_name
+from pocketize.passes.tiling.arguments import NotLocal, check_rank
+from pocketize.passes.tiling.forms import Context, Needs, Pointwise
+from pocketize.passes.tiling.intervals import Region
+
+
+class Gathered(abc.ABC):
+    """What an operator asks of a whole map, gathered from its parts.
+
+    Attributes:
+        node: the operator.
+        source: the map.
+    """
+
+    def __init__(self, node: fx.Node, source: fx.Node) -> None:
+        self.node, self.source = node, source
+
+    @abc.abstractmethod
+    def measure(self, part: Tensor) -> tuple[Any, ...]:
+        """Return what is asked of a part (N, C, *spatial): a count, and small tensors."""
+
+    @abc.abstractmethod
+    def join(self, held: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return what is asked of two parts together."""
+
+    @abc.abstractmethod
+    def finish(self, held: tuple[Any, ...]) -> Tensor:
+        """Return what was asked for, from what is known of the whole."""
+
+
+class Moments(Gathered):
+    """Mean and variance of groups of channels.
+
+    Args:
+        node: the norm.
+        source: its input.
+        groups: in how many groups the channels fall.
+        over_batch: the samples of a batch are taken together, as batch norms do.
+    """
+
+    def __init__(
+        self, node: fx.Node, source: fx.Node, groups: int, *, over_batch: bool = False
+    ) -> None:
+        super().__init__(node, source)
+        self.groups, self.over_batch = groups, over_batch
+
+    @property
+    def count(self) -> int:
+        """Of how many values each mean and variance is."""
+        shape = self.source.meta["val"].shape
+        each = math.prod(shape[1:]) // self.groups
+        return int(each * shape[0] if self.over_batch else each)
+
+    def measure(self, part: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Return the count, the mean and the sum of squared deviations of each group."""
+        wide = torch.promote_types(part.dtype, torch.float32)
+        rows = self._rows(part).to(wide)
+        mean = rows.mean(-1)
+        return rows.shape[-1], mean, (rows - mean[..., None]).square().sum(-1)
+
+    def join(self, held: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[int, Tensor, Tensor]:
+        """Join the moments of two parts."""
+        before, old_mean, old_deviation = held
+        count, mean, deviation = more
+        total = before + count
+        step = mean - old_mean
+        joined = old_mean + step * (count / total)
+        return (
+            total,
+            torch.where(step.isfinite(), joined, old_mean + mean),  # of Inf no difference is known
+            old_deviation + deviation + step.square() * (before * count / total),
+        )
+
+    def finish(self, held: tuple[Any, ...]) -> Tensor:
+        """Return mean and biased variance, (2, N or 1, groups)."""
+        count, mean, deviation = held
+        return torch.stack([mean, deviation / count])
+
+    def _rows(self, part: Tensor) -> Tensor:
+        batch = part.shape[0]
+        rows = part.reshape(batch, self.groups, -1)
+        return rows.transpose(0, 1).reshape(1, self.groups, -1) if self.over_batch else rows
+
+
+class Pooled(Gathered):
+    """The mean or the largest entry of every channel of a map."""
+
+    def __init__(self, node: fx.Node, source: fx.Node, kind: str) -> None:
+        super().__init__(node, source)
+        self.kind = kind
+
+    def measure(self, part: Tensor) -> tuple[int, Tensor]:
+        """Return the count and the sums, or 1 and the maxima."""
+        rows = part.flatten(2)
+        if self.kind == "max":
+            return 1, rows.amax(-1)
+        wide = torch.promote_types(part.dtype, torch.float32)
+        return rows.shape[-1], rows.sum(-1, dtype=wide)
+
+    def join(self, held: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[int, Tensor]:
+        """Add the sums, or compare the maxima, of two parts."""
+        if self.kind == "max":
+            return 1, torch.maximum(held[1], more[1])
+        return held[0] + more[0], held[1] + more[1]
+
+    def finish(self, held: tuple[Any, ...]) -> Tensor:
+        """Return the operator's result, of its own shape and dtype."""
+        count, value = held
+        out = self.node.meta["val"]
+        result: Tensor = (value if self.kind == "max" else value / count).to(out.dtype)
+        return result.reshape(out.shape)
+
+
+class Normalised(Pointwise):
+    """A norm whose statistics are known: every entry is scaled and shifted.
+
+    Args:
+        node: the norm.
+        bound: its arguments by name.
+        moments: which statistics it takes.
+    """
+
+    def __init__(self, node: fx.Node, bound: Mapping[str, Any], moments: Moments) -> None:
+        super().__init__(node, [moments.source])
+        self.moments, self.eps = moments, float(bound["eps"])
+        self.weight, self.bias = bound.get("weight"), bound.get("bias")
+
+    def needs(self, region: Region) -> Needs:
+        """Return the same region of the norm's input."""
+        return {self.moments.source: region}
+
+    def run(self, region: Region, context: Context) -> Tensor:
+        """Scale and shift the part."""
+        x = context.part(self.moments.source, region)
+        return self.apply(x, context.statistics(self.node), context)
+
+    def apply(self, x: Tensor, statistics: Tensor, context: Context) -> Tensor:
+        """Normalise a part.
+
+        Args:
+            x: (N, C, *spatial).
+            statistics: mean and variance, (2, N or 1, groups).
+            context: for weight and bias.
+        """
+        each = x.shape[1] // self.moments.groups
+        mean, variance = statistics.repeat_interleave(each, -1)
+        scale = (variance + self.eps).rsqrt()
+        ends = (1,) * (x.ndim - 2)
+        if self.weight is not None:
+            scale = scale * context.value(self.weight).to(scale.dtype)
+        shift = -mean * scale
+        if self.bias is not None:
+            shift = shift + context.value(self.bias).to(scale.dtype)
+        # one operator, so that there is no second map for the product
+        out: Tensor = torch.addcmul(
+            shift.reshape(*shift.shape, *ends),
+            x.to(scale.dtype),
+            scale.reshape(*scale.shape, *ends),
+        )
+        return out.to(self.node.meta["val"].dtype)
+
+
+def gather_form(node: fx.Node, rank: int) -> Gathered:
+    """Return what an operator asks of a whole map, where that can be gathered from parts.
+
+    Args:
+        node: the operator.
+        rank: number of spatial axes.
+
+    Raises:
+        NotLocal: it asks for more than sums.
+    """
+    name = operator_name(node.target).rpartition(".")[2]
+    if name == "getitem":
+        raise NotLocal("it is one of several results")
+    bound = bind(node.target, node.args, node.kwargs)
+    source = next((value for value in bound.values() if isinstance(value, fx.Node)), None)
+    value = source.meta["val"] if source is not None else None
+    if source is None or not isinstance(value, Tensor) or value.ndim != rank + 2:
+        raise NotLocal(f"{name} does not read a map")
+    check_rank(name, rank)
+    channels = value.shape[1]
+    if name == "instance_norm" and bound["use_input_stats"]:
+        return Moments(node, source, channels)
+    if name == "group_norm":
+        return Moments(node, source, int(bound["num_groups"]))
+    if name == "batch_norm" and bound["training"]:
+        return Moments(node, source, channels, over_batch=True)
+    if name.startswith("adaptive_avg_pool") and math.prod(node.meta["val"].shape[2:]) == 1:
+        return Pooled(node, source, "mean")
+    if name in ("mean", "amax"):
+        dims = bound.get("dim")
+        dims = [dims] if isinstance(dims, int) else list(dims or [])
+        if sorted(dim % (rank + 2) for dim in dims) == list(range(2, rank + 2)):
+            return Pooled(node, source, "max" if name == "amax" else "mean")
+    raise NotLocal(f"{operator_name(node.target)} is not known to be local")

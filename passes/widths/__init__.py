@@ -1,0 +1,1 @@
+"""Fewer channels: ``Pocket`` clamps to the finest level's width, ``Width`` scales."""

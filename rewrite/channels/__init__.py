@@ -1,0 +1,1 @@
+"""Which channels must change together, and how wide they may become."""

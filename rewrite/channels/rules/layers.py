@@ -1,0 +1,399 @@
+"""Rules of layers: convolution, linear, normalisation, pooling, interpolation, element-wise."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from pocketize.channels.labels import Atoms, Value
+from pocketize.channels.rules.table import Call, Result, channel_rule
+
+# These lack torch's tag for element-wise operators.
+_ACTIVATIONS = [
+    "celu",
+    "elu",
+    "gelu",
+    "hardshrink",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "leaky_relu",
+    "log_sigmoid",
+    "mish",
+    "relu",
+    "relu6",
+    "rrelu",
+    "rrelu_with_noise",
+    "selu",
+    "sigmoid",
+    "silu",
+    "softplus",
+    "softshrink",
+    "tanh",
+    "threshold",
+]
+
+
+@channel_rule(
+    "pointwise",
+    "aten.dropout",
+    "aten.feature_dropout",
+    "aten.alpha_dropout",
+    "aten.feature_alpha_dropout",
+    "aten.native_dropout",
+    "aten.broadcast_tensors",
+    "aten.contiguous",
+    "aten.clone",
+    "aten.detach",
+    "aten.alias",
+    "aten._to_copy",
+    "aten.lift_fresh",
+    "aten.lift_fresh_copy",
+    "aten.copy",
+    "aten.fill",
+    "aten.zero",
+    "aten.where",
+    "aten.masked_fill",
+    *(f"aten.{name}" for name in _ACTIVATIONS),
+    "aten.complex",
+    "aten.polar",
+    "aten.real",
+    "aten.imag",
+    "aten.conj",
+    "aten.softmax",
+    "aten._softmax",
+    "aten.log_softmax",
+    "aten._log_softmax",
+    "aten.cumsum",
+    "aten.cumprod",
+    "aten.nan_to_num",
+    "aten.zeros_like",
+    "aten.ones_like",
+    "aten.empty_like",
+    "aten.full_like",
+    "aten.rand_like",
+    "aten.randn_like",
+    "aten.bernoulli",
+    "aten.lerp",
+    "aten.addcmul",
+    "aten.addcdiv",
+    "aten.fake_quantize_per_tensor_affine",
+    "aten.square",
+    "aten.div",
+    "aten.multiply",
+    "aten.divide",
+    "aten.subtract",
+    "aten.true_divide",
+    "aten.rsub",
+)
+def pointwise(call: Call) -> Result:
+    """Operands that meet element by element share their channels."""
+    if call.operator == "aten.where" and "input" not in call.arguments and len(call.values()) == 1:
+        call.freeze(call.values()[0], "tells where it is not zero")
+        return [Value(shape) for shape in call.shapes]
+    shape = call.shapes[0] if _is_list(call) else call.shape
+    out = call.algebra.align(call.values(), shape, call.reason)
+    return [out] * len(call.shapes) if _is_list(call) else out
+
+
+@channel_rule("aten.to", "aten.type_as")
+def convert(call: Call) -> Result:
+    """Another tensor says the dtype and the device; no channel comes of it."""
+    return Value(call.shape, call.values()[0].labels)
+
+
+def _is_list(call: Call) -> bool:
+    return isinstance(call.node.meta["val"], tuple | list)
+
+
+@channel_rule(
+    *(f"aten.conv{n}d" for n in (1, 2, 3)),
+    "aten.convolution",
+    "aten._convolution",
+    "aten.conv_transpose1d",
+    "aten.conv_transpose2d",
+    "aten.conv_transpose3d",
+)
+def convolution(call: Call) -> Result:
+    """Convolutions join the weight's in-axis with the input and emit the weight's out-axis.
+
+    Grouped ones keep the number of groups, each of which drops the same positions; depthwise ones
+    drop whole groups.
+    """
+    x: Value = call["input"]
+    weight: Value = call["weight"]
+    bias: Value | None = call.get("bias")
+    groups: int = call.get("groups", 1)
+    transposed = "transpose" in call.operator or bool(call.get("transposed", False))
+    channel = x.ndim - weight.ndim + 1
+    x = call.whole(x, range(channel + 1, x.ndim))
+    atoms = call.alone(x, channel)
+    for axis in range(2, weight.ndim):
+        kernel = weight.label_on(axis)
+        if kernel is not None:
+            call.algebra.freeze(kernel, f"{call.where} has it as a kernel axis")
+    first, second = call.alone(weight, 0), call.alone(weight, 1)
+    into, out = (first, second) if transposed else (second, first)
+    if groups > 1:
+        out = _grouped(call, atoms, into, out, weight.shape, groups, transposed)
+    elif weight.shape[0 if transposed else 1] > 1:
+        call.unite(atoms, into)
+    if bias is not None:
+        call.unite(out, call.alone(bias, 0))
+    call.read(atoms)
+    call.produce(out)
+    rest = x.off(channel)
+    return Value(call.shape, (*rest, _along(out, channel, x.ndim)) if out is not None else rest)
+
+
+def _grouped(
+    call: Call,
+    atoms: Atoms | None,
+    into: Atoms | None,
+    out: Atoms | None,
+    shape: Sequence[int],
+    groups: int,
+    transposed: bool,
+) -> Atoms | None:
+    """Return the output's channels of a grouped convolution."""
+    per_in = shape[0] // groups if transposed else shape[1]
+    per_out = shape[1] if transposed else shape[0] // groups
+    if transposed:
+        call.unite(atoms, into)
+    if per_in == 1:
+        if atoms is not None:
+            call.count("groups", atoms)
+        if not transposed:
+            call.unite(
+                None if atoms is None else np.repeat(atoms, per_out),
+                out,
+            )
+            return out
+        if out is not None:
+            call.algebra.freeze(out, f"{call.where} has several outputs for each channel")
+        return None if into is None else np.repeat(into, per_out)
+    if atoms is not None:
+        runs = atoms.reshape(groups, per_in)
+        call.unite(runs, runs[:1])
+        if not transposed:
+            call.unite(runs[0], into)
+    elif not transposed:
+        call.unite(None, into)
+    if transposed:
+        return None if out is None else np.tile(out, groups)
+    if out is not None:
+        runs = out.reshape(groups, per_out)
+        call.unite(runs, runs[:1])
+    return out
+
+
+def _along(atoms: Atoms, axis: int, rank: int) -> Atoms:
+    return atoms.reshape([-1 if a == axis else 1 for a in range(rank)])
+
+
+@channel_rule("aten.linear")
+def linear(call: Call) -> Result:
+    """A linear layer acts on the last axis; the others pass."""
+    x: Value = call["input"]
+    weight: Value = call["weight"]
+    bias: Value | None = call.get("bias")
+    if weight.ndim != 2:
+        call.freeze(x)
+        call.freeze(weight)
+        return Value(call.shape)
+    last = x.ndim - 1
+    if weight.shape[1] > 1:
+        atoms = call.alone(x, last)
+        call.unite(atoms, call.alone(weight, 1))
+        call.read(atoms)
+    out = call.alone(weight, 0)
+    if bias is not None:
+        call.unite(out, call.alone(bias, 0))
+    call.produce(out)
+    rest = x.off(last)
+    return Value(call.shape, (*rest, _along(out, last, x.ndim)) if out is not None else rest)
+
+
+@channel_rule("aten.embedding")
+def embedding(call: Call) -> Result:
+    """The table's second axis are the channels; its first is the vocabulary."""
+    weight: Value = call["weight"]
+    kept = call.whole(weight, [0])
+    out = call.alone(kept, 1)
+    call.produce(out)
+    rank = len(call.shape)
+    rows = tuple(label[..., None] for label in call["indices"].labels)
+    return Value(call.shape, (*rows, _along(out, rank - 1, rank)) if out is not None else rows)
+
+
+@channel_rule(
+    "aten.batch_norm",
+    "aten.instance_norm",
+    "aten.native_batch_norm",
+    "aten._native_batch_norm_legit",
+    "aten._native_batch_norm_legit_no_training",
+    "aten.cudnn_batch_norm",
+)
+def channel_norm(call: Call) -> Result:
+    """Batch and instance normalisation have one parameter for each channel."""
+    x: Value = call["input"]
+    atoms = call.alone(x, 1)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        parameter: Value | None = call.get(name)
+        if isinstance(parameter, Value) and parameter.ndim and parameter.shape[0] > 1:
+            call.unite(atoms, call.alone(parameter, 0))
+    call.read(atoms)
+    call.count("num_features", atoms)
+    if _is_list(call):
+        return [Value(call.shapes[0], x.labels), *map(Value, call.shapes[1:])]
+    return call.like("input")
+
+
+@channel_rule("aten.group_norm")
+def group_norm(call: Call) -> Result:
+    """Each group drops the same positions; groups of one channel are dropped whole."""
+    x: Value = call["input"]
+    atoms = call.alone(x, 1)
+    groups: int = call["num_groups"]
+    for name in ("weight", "bias"):
+        parameter: Value | None = call.get(name)
+        if parameter is not None:
+            call.unite(atoms, call.alone(parameter, 0))
+    if atoms is not None and groups == atoms.size:
+        call.count("num_groups", atoms)
+    elif atoms is not None and groups > 1:
+        runs = atoms.reshape(groups, -1)
+        call.unite(runs, runs[:1])
+    call.read(atoms)
+    call.count("num_channels", atoms)
+    return call.like("input")
+
+
+@channel_rule("aten.layer_norm", "aten.rms_norm", "aten.native_layer_norm")
+def layer_norm(call: Call) -> Result:
+    """Parameters align with the last axes."""
+    x: Value = call["input"]
+    normalized = list(call["normalized_shape"])
+    for name in ("weight", "bias"):
+        parameter: Value | None = call.get(name)
+        if parameter is not None:
+            call.algebra.align([x, parameter], x.shape, call.reason)
+    for offset in range(len(normalized)):
+        axis = x.ndim - len(normalized) + offset
+        if x.label_on(axis) is not None:
+            call.count(f"normalized_shape.{offset}", call.alone(x, axis))
+    if _is_list(call):
+        return [Value(call.shapes[0], x.labels), *map(Value, call.shapes[1:])]
+    return call.like("input")
+
+
+@channel_rule("aten.prelu", "aten._prelu_kernel")
+def prelu(call: Call) -> Result:
+    """PReLU has one slope for all channels or one for each."""
+    x: Value = call["self"]
+    weight: Value = call["weight"]
+    if max(weight.shape, default=1) > 1 and x.ndim > 1:
+        axis = 1 if call.operator == "aten.prelu" else None
+        if axis is None:
+            return call.algebra.align([x, weight], x.shape, call.reason)
+        call.unite(call.alone(x, axis), call.alone(weight, 0))
+    return call.like("self")
+
+
+@channel_rule("aten._weight_norm", "aten._weight_norm_interface")
+def weight_norm(call: Call) -> Result:
+    """Direction and magnitude share the axis that the magnitude lives on."""
+    direction: Value = call["v"]
+    out = call.algebra.align([direction, call["g"]], direction.shape, call.reason)
+    return [out, call["g"]] if _is_list(call) else out
+
+
+def _spatial_rank(operator: str) -> int:
+    match = re.search(r"(\d)d", operator)
+    return int(match[1]) if match else 2
+
+
+@channel_rule(
+    *(
+        f"aten.{name}{n}d{tail}"
+        for n in (1, 2, 3)
+        for name, tail in (
+            ("avg_pool", ""),
+            ("max_pool", ""),
+            ("max_pool", "_with_indices"),
+            ("adaptive_avg_pool", ""),
+            ("adaptive_max_pool", ""),
+            ("upsample_nearest", ""),
+            ("_upsample_nearest_exact", ""),
+        )
+    ),
+    *(f"aten.{name}{n}d" for n in (2, 3) for name in ("_adaptive_avg_pool", "fractional_max_pool")),
+    "aten.upsample_linear1d",
+    "aten.upsample_bilinear2d",
+    "aten.upsample_bicubic2d",
+    "aten.upsample_trilinear3d",
+    "aten._upsample_bilinear2d_aa",
+    "aten._upsample_bicubic2d_aa",
+)
+def spatial(call: Call) -> Result:
+    """Pooling and interpolation act on the last axes; channels pass."""
+    x: Value = call.values()[0]
+    rank = _spatial_rank(call.operator)
+    samples: Value | None = call.get("random_samples")  # (batch, channels, axis): where to pool
+    if samples is not None:
+        call.unite(call.alone(x, x.ndim - rank - 1), call.alone(samples, 1))
+        if x.ndim == rank + 2:
+            call.unite(call.alone(x, 0), call.alone(samples, 0))
+    labels = call.whole(x, range(x.ndim - rank, x.ndim)).labels
+    if _is_list(call):
+        return [Value(shape, labels) for shape in call.shapes]
+    return Value(call.shape, labels)
+
+
+@channel_rule("aten.max_unpool2d", "aten.max_unpool3d")
+def max_unpool(call: Call) -> Result:
+    """Every channel goes where its own indices say."""
+    x, places = call.values()[:2]
+    joined = call.algebra.align([x, places], x.shape, call.reason)
+    rank = _spatial_rank(call.operator)
+    return Value(call.shape, call.whole(joined, range(x.ndim - rank, x.ndim)).labels)
+
+
+@channel_rule(
+    "aten.zeros",
+    "aten.ones",
+    "aten.empty",
+    "aten.full",
+    "aten.rand",
+    "aten.randn",
+    "aten.arange",
+    "aten.linspace",
+    "aten.eye",
+    "aten.new_zeros",
+    "aten.new_ones",
+    "aten.new_empty",
+    "aten.new_full",
+    "aten.scalar_tensor",
+)
+def factory(call: Call) -> Result:
+    """A tensor made in the forward takes its size from what it meets, until a check says no."""
+    labels = call.algebra.fresh(call.shape, range(len(call.shape)))
+    if call.operator == "aten.eye" and len(labels) == 2 and len(set(call.shape)) == 1:
+        call.unite(labels[0].reshape(-1), labels[1].reshape(-1))
+    return Value(call.shape, labels)
+
+
+@channel_rule(
+    "aten.sym_size",
+    "aten.item",
+    "aten._local_scalar_dense",
+    "aten.is_nonzero",
+    "aten._assert_async",
+    "aten._assert_tensor_metadata",
+    "aten.set_data",
+)
+def scalar(call: Call) -> Result:
+    """Reads a number; no channel goes on."""
+    return Value(())

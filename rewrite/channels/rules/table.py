@@ -1,0 +1,250 @@
+"""The table of channel rules, and how a rule is written and looked up.
+
+A rule says, for one operator, what its output's labels are and which atoms it unites. Third parties
+add their own::
+
+    from pocketize.channels.rules import channel_rule
+
+    @channel_rule("mylib.swish_conv")
+    def swish_conv(call):
+        return call.like("input")
+
+The name is that of the operator without overload, ``"aten.conv2d"``; in-place variants (a trailing
+underscore) are found by the name of the plain one.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Call", "Rule", "Site", "apply_rule", "channel_rule", "has_rule", "unlabelled"]
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from pocketize.channels.labels import Algebra, Atoms, Value
+from pocketize.errors import RewriteError
+from pocketize.ops.schema import operator_name
+
+Result: TypeAlias = "Value | Sequence[Value]"
+Rule: TypeAlias = "Callable[[Call], Result]"
+
+_RULES: dict[str, Rule] = {}
+
+
+def channel_rule(*operators: str, replace: bool = False) -> Callable[[Rule], Rule]:
+    """Register a function as the channel rule of one or more operators.
+
+    Args:
+        operators: names such as ``"aten.conv2d"`` or ``"mylib.my_op"``, without overload.
+        replace: allow to take the place of a rule that is already there.
+
+    Raises:
+        RewriteError: an operator already has a rule and ``replace`` is false.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for operator in operators:
+            if operator in _RULES and not replace:
+                raise RewriteError(
+                    f"operator {operator} already has the channel rule "
+                    f"{_RULES[operator].__module__}.{_RULES[operator].__qualname__}; "
+                    "pass replace=True to take its place"
+                )
+            _RULES[operator] = rule
+        return rule
+
+    return register
+
+
+@dataclass(frozen=True)
+class Site:
+    """Something that a rule notes for later: atoms at a place.
+
+    Attributes:
+        module: path of the module whose forward ran.
+        atoms: one atom per index.
+        attribute: for counts, the attribute of the module that equals the number of indices.
+    """
+
+    module: str
+    atoms: Atoms
+    attribute: str = ""
+
+
+@dataclass
+class Call:
+    """One operator call, as a rule sees it.
+
+    Attributes:
+        node: the recorded node; ``node.meta["val"]`` is the fake result.
+        algebra: unites and freezes atoms.
+        arguments: the arguments by their schema names, tensors as :class:`Value`.
+        producers: where new channels come from (convolutions, linear layers).
+        readers: layers with the channels that they read.
+        counts: module attributes that must follow a number of channels.
+        expected: arguments that must follow a number of channels, for the check.
+    """
+
+    node: fx.Node
+    algebra: Algebra
+    arguments: dict[str, Any]
+    producers: list[Site] = field(default_factory=list)
+    readers: list[Site] = field(default_factory=list)
+    counts: list[Site] = field(default_factory=list)
+    expected: dict[fx.Node, dict[str, Atoms]] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an argument, or ``default`` where the operator has none of that name."""
+        return self.arguments.get(name, default)
+
+    @property
+    def operator(self) -> str:
+        """Name of the operator without overload and without the underscore of in-place variants."""
+        return operator_name(self.node.target)
+
+    @property
+    def module(self) -> str:
+        """Path of the module whose forward ran.
+
+        In a model that is one graph (an exported program) that is always the root; there it is the
+        owner of the first parameter.
+        """
+        path = str(self.node.meta["module"])
+        for node in () if path else self.node.all_input_nodes:
+            owner = str(node.meta.get("tensor") or "").rpartition(".")[0]
+            if owner:
+                return owner
+        return path
+
+    @property
+    def where(self) -> str:
+        """The operator and the line that called it: ``"aten.view at net.py:88"``."""
+        source = self.node.meta.get("source")
+        return f"{self.operator} at {source}" if source else self.operator
+
+    @property
+    def reason(self) -> str:
+        """Why channels freeze that this operator joins with an axis of fixed size."""
+        return f"{self.where} joins it with an axis that cannot change, such as the input's"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return tuple(self.node.meta["val"].shape)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the results of an operator that has several."""
+        return [tuple(v.shape) if isinstance(v, Tensor) else () for v in self.node.meta["val"]]
+
+    def values(self) -> list[Value]:
+        """Return every tensor argument, those in lists too."""
+        return list(_flat_values(self.arguments.values()))
+
+    def like(self, name: str) -> Value:
+        """Return the result of an operator that keeps the shape and the channels of one input."""
+        value: Value = self[name]
+        return Value(self.shape, value.labels)
+
+    def freeze(self, value: Value, why: str = "") -> None:
+        """Freeze all channels of a value, because of this operator."""
+        self.algebra.freeze_value(value, f"{self.where} {why or 'has no channel rule'}")
+
+    def unite(self, a: Atoms | None, b: Atoms | None) -> None:
+        """Unite two vectors of atoms; where one is missing (a fixed axis) freeze the other."""
+        if a is not None and b is not None:
+            self.algebra.unite(a, b, self.reason)
+        elif a is not None or b is not None:
+            atoms = a if a is not None else b
+            assert atoms is not None
+            self.algebra.freeze(
+                atoms, f"{self.where} joins it with an axis that cannot change, such as the input's"
+            )
+
+    def alone(self, value: Value, axis: int) -> Atoms | None:
+        """Return the atoms along one axis as a vector, ``None`` if it has none."""
+        return self.algebra.alone(value, axis, f"{self.where} needs the axis whole")
+
+    def whole(self, value: Value, axes: Sequence[int]) -> Value:
+        """Return a value none of whose labels lives on these axes."""
+        reason = f"{self.where} needs the axis whole"
+        here = {value.axis(axis) for axis in axes}
+        labels = [self.algebra.whole(label, here, reason) for label in value.labels]
+        return Value(value.shape, tuple(x for x in labels if x.size > 1))
+
+    def produce(self, atoms: Atoms | None) -> None:
+        """Note that this layer makes these channels."""
+        if atoms is not None:
+            self.producers.append(Site(self.module, atoms))
+
+    def read(self, atoms: Atoms | None) -> None:
+        """Note that this layer reads these channels."""
+        if atoms is not None:
+            self.readers.append(Site(self.module, atoms))
+
+    def count(self, attribute: str, atoms: Atoms | None) -> None:
+        """Note that an attribute of the module equals the number of these channels."""
+        if atoms is not None:
+            self.counts.append(Site(self.module, atoms, attribute))
+
+    def expect(self, argument: str, atoms: Atoms) -> None:
+        """Note that an argument of this call must equal the number of these atoms that stay."""
+        self.expected.setdefault(self.node, {})[argument] = atoms
+
+
+def has_rule(target: Any) -> bool:
+    """Whether an operator has a rule, or is element-wise and needs none."""
+    return operator_name(target) in _RULES or torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+def sums_or_maps(target: Any) -> bool:
+    """Whether an operator is a reduction or element-wise."""
+    rule = _RULES.get(operator_name(target))
+    kinds = {_RULES["pointwise"], _RULES["aten.sum"], _RULES["aten.mse_loss"]}
+    return rule in kinds or torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+def apply_rule(call: Call) -> Result:
+    """Apply the rule of an operator; freeze its inputs where there is none."""
+    rule = _RULES.get(call.operator)
+    if rule is None and torch.Tag.pointwise in getattr(call.node.target, "tags", ()):
+        rule = _RULES["pointwise"]
+    if rule is not None:
+        return _checked(call, rule(call))
+    for value in call.values():
+        call.freeze(value)
+    return unlabelled(call.node.meta["val"])
+
+
+def unlabelled(out: Any) -> Result:
+    """Return the value of a result, or of several, of which nothing is known."""
+    if isinstance(out, tuple | list):
+        return [Value(tuple(v.shape) if isinstance(v, Tensor) else ()) for v in out]
+    return Value(tuple(out.shape) if isinstance(out, Tensor) else ())
+
+
+def _checked(call: Call, result: Any) -> Result:
+    """Return what a rule has answered, if it can be true of what the operator returned."""
+    out = call.node.meta["val"]
+    several = isinstance(out, tuple | list)
+    pairs = zip(out, result, strict=True) if several else [(out, result)]
+    for tensor, value in pairs:
+        if not isinstance(value, Value):
+            raise TypeError(f"expected a Value for each result, got {type(value).__name__}")
+        if isinstance(tensor, Tensor) and not value.fits(tuple(tensor.shape)):
+            raise ValueError(f"expected labels that fit shape {tuple(tensor.shape)}, got {value}")
+    return list(result) if several else result
+
+
+def _flat_values(items: Any) -> Any:
+    for item in items:
+        if isinstance(item, Value):
+            yield item
+        elif isinstance(item, tuple | list):
+            yield from _flat_values(item)

@@ -1,0 +1,1 @@
+"""Plan, check and apply: from a list of passes to a rewritten model."""

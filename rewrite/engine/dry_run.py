@@ -1,0 +1,117 @@
+"""Run a converted model on a copy without memory, beside the original, and compare.
+
+Conversions change which operators run, so there is no recording to compare with. What must stay is
+what the caller sees: nesting, shapes and dtypes of the outputs in both modes, and which parameters
+get gradients. Where a conversion puts other parameters into a module, those that are new have to
+get gradients if the old ones did.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Rehearsal"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pocketize._torch import FakeTensorMode
+from pocketize.engine.surgery import apply_edits
+from pocketize.graph.capture import find_tensors, quiet_recording, structure_of
+from pocketize.graph.clone import fake_clone
+from pocketize.graph.inputs import Inputs
+from pocketize.graph.methods import set_mode
+from pocketize.plugin.edits import Convert, Edit
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a caller sees of one forward, and in training of one backward.
+
+    Attributes:
+        outputs: nesting, dtypes and shapes.
+        gradients: shapes of the gradients by parameter.
+        parameters: every parameter, and whether it is to get one.
+    """
+
+    outputs: Any
+    gradients: dict[str, tuple[int, ...]]
+    parameters: dict[str, bool]
+
+
+class Rehearsal:
+    """Tries edits on copies of one model.
+
+    Args:
+        model: the model; never changed.
+        inputs: example inputs on its device.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.model, self.inputs = model, inputs
+        self._originals: dict[bool, _Outcome | Exception] = {}
+
+    def failure(self, edits: Sequence[Edit]) -> str:
+        """Say what is not as before once the edits are carried out; ``""`` if all is.
+
+        A model that itself does not run on fake tensors (a branch depends on values, a backward
+        that torch does not support) is not compared in that mode.
+        """
+        for train in (False, True):
+            mode = "training" if train else "evaluation"
+            before = self._originals.get(train)
+            if before is None:
+                before = self._originals[train] = self._run((), train)
+            if isinstance(before, Exception):
+                continue
+            after = self._run(edits, train)
+            if isinstance(after, Exception):
+                text = " ".join(str(after).split())
+                return f"in {mode} mode it raises {type(after).__name__}: {text:.300}"
+            if after.outputs != before.outputs:
+                return f"in {mode} mode the outputs have other shapes, dtypes or nesting"
+            if names := _other_gradients(before, after, edits):
+                return f"in {mode} mode these parameters get other gradients: {names[:3]}"
+        return ""
+
+    def _run(self, edits: Sequence[Edit], train: bool) -> _Outcome | Exception:
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        copy = fake_clone(self.model, fakes)
+        with torch.inference_mode(False):
+            apply_edits(copy, [edit for edit in edits if edit.kind != "redraw"])
+            set_mode(copy, train)
+            try:
+                with fakes, quiet_recording(copy), torch.enable_grad():
+                    return _step(copy, self.inputs.map(fakes.from_tensor), train)
+            except Exception as error:  # a user's forward or backward may raise anything
+                return error
+
+
+def _other_gradients(before: _Outcome, after: _Outcome, edits: Sequence[Edit]) -> list[str]:
+    """Return parameters that get a gradient of another shape, or now one and then none."""
+    kept = before.parameters.keys() & after.parameters.keys()
+    differ = before.gradients.items() ^ after.gradients.items()
+    found = {name for name, _ in differ if name in kept}
+    for path in {edit.module for edit in edits if isinstance(edit, Convert)}:
+        prefix = f"{path}." if path else ""
+        gone, made = (
+            {name for name in one.parameters.keys() - kept if name.startswith(prefix)}
+            for one in (before, after)
+        )
+        if not gone.isdisjoint(before.gradients):
+            wanted = {name for name in made if after.parameters[name]}
+            found |= wanted - after.gradients.keys()
+    return sorted(found)
+
+
+def _step(model: nn.Module, inputs: Inputs, train: bool) -> _Outcome:
+    output = inputs.map(lambda t: t.detach().clone()).call(model)
+    losses = [t.sum() for t in find_tensors(output) if t.requires_grad and t.numel()]
+    if losses and train:
+        torch.autograd.backward(losses)
+    parameters = dict(model.named_parameters())
+    gradients = {n: tuple(p.grad.shape) for n, p in parameters.items() if p.grad is not None}
+    wanted = {n: p.requires_grad for n, p in parameters.items()}
+    return _Outcome(structure_of(output), gradients, wanted)

@@ -1,0 +1,341 @@
+"""Plan, check, apply: how passes become a rewritten model.
+
+A pass looks at the model and answers with edits. The planner carries them out on a copy without
+memory, compares what runs with what was predicted, and where a group of channels turns out to be
+immovable (a size in somebody's ``forward``) freezes it and asks the pass again. Only a plan that
+has been checked is applied, to a copy of the caller's model.
+"""
+
+from __future__ import annotations
+
+__all__ = ["PassPlan", "Plan", "history", "plan", "pocketize", "replay", "rewrite"]
+
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from pocketize.engine.history import history, rehearse, remember, replay
+from pocketize.engine.planner import settle_proposal
+from pocketize.engine.surgery import apply_edits
+from pocketize.errors import (
+    NoEffectWarning,
+    OrderError,
+    RewriteError,
+)
+from pocketize.graph.capture import settle_inputs
+from pocketize.graph.clone import clone
+from pocketize.plugin.base import Change, Guarantee, Pass, PassRecord, Proposal, Refusal
+from pocketize.plugin.edits import Edit
+from pocketize.plugin.registry import get_pass, parse_pass
+from pocketize.untrusted import markdown, one_line, printable
+from pocketize.version import VERSION
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """What one pass will do.
+
+    Attributes:
+        rewrite: the pass.
+        proposal: edits, changes, refusals and notes, checked.
+    """
+
+    rewrite: Pass
+    proposal: Proposal
+
+    @property
+    def name(self) -> str:
+        """Name of the pass."""
+        return self.rewrite.name
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What the pass keeps."""
+        return self.rewrite.guarantee
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """The edits, in the order in which they are applied."""
+        return self.proposal.edits
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """What will change, a row per layer."""
+        return self.proposal.changes
+
+    @property
+    def refused(self) -> tuple[Refusal, ...]:
+        """What is left alone, with reasons."""
+        return self.proposal.refused
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about the whole."""
+        return self.proposal.notes
+
+    def record(self) -> PassRecord:
+        """Return what :func:`history` will say of it."""
+        return PassRecord(
+            name=self.name,
+            options=self.rewrite.options(),
+            guarantee=self.guarantee.value,
+            version=VERSION,
+            edits=tuple(edit.to_json() for edit in self.edits),
+            changes=self.changes,
+            refused=self.refused,
+            notes=self.notes,
+        )
+
+    def _render(self, style: str) -> str:
+        github = style == "github"
+        cell = markdown if github else one_line
+
+        def table(headers: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+            # names and reasons are text, also where they look like numbers
+            cells = [[cell(text) for text in row] for row in rows]
+            return tabulate(cells, headers=headers, tablefmt=style, disable_numparse=True)
+
+        heading = cell(f"{self.rewrite} ({self.guarantee})")
+        notes = [markdown(n, paragraph=True) if github else printable(n) for n in self.notes]
+        parts = [f"### {heading}" if github else heading, *notes]
+        if self.changes:
+            rows = [(c.path or "(model)", c.what, c.why) for c in self.changes]
+            parts.append(table(("layer", "change", "why"), rows))
+        else:
+            parts.append("nothing to change")
+        if self.refused:
+            left = [(r.path or "(model)", r.why) for r in self.refused]
+            parts.append(table(("left alone", "why"), left))
+        return "\n\n".join(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A checked plan; nothing has been changed yet.
+
+    Attributes:
+        model: the caller's model.
+        passes: one plan for each pass, in the order in which they are applied; more than one where
+            a pass had something left to do on its own result.
+        seed: seed of whatever is drawn at random, ``None`` for torch's own generator.
+    """
+
+    model: nn.Module
+    passes: tuple[PassPlan, ...]
+    seed: int | None = None
+
+    def __str__(self) -> str:
+        return "\n\n".join(p._render("simple") for p in self.passes)
+
+    def to_markdown(self) -> str:
+        """Return the plan as Markdown."""
+        return "\n\n".join(p._render("github") for p in self.passes)
+
+    def apply(self, *, inplace: bool = False) -> nn.Module:
+        """Carry the plan out.
+
+        Args:
+            inplace: change the caller's model instead of a copy, after a rehearsal on a copy
+                without memory has gone through.
+
+        Returns:
+            The rewritten model: the copy, or the caller's.
+
+        Raises:
+            RewriteError: the model is no longer the one that was planned for; it is unchanged.
+        """
+        steps = [p.edits for p in self.passes]
+        if inplace:
+            rehearse(self.model, steps)
+        model = self.model if inplace else clone(self.model)
+        generator = _generator(model, self.seed)
+        for edits in steps:
+            apply_edits(model, edits, generator=generator)
+        records = tuple(p.record() for p in self.passes if p.edits)
+        if records:
+            remember(model, history(self.model) + records)
+        return model
+
+
+def pocketize(
+    model: nn.Module,
+    width: int | None = None,
+    *,
+    inputs: Any = None,
+    keep: Sequence[str] = (),
+    weights: str = "slice",
+    seed: int | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Clamp the widths of a network to that of its finest resolution (PocketNet).
+
+    Args:
+        model: any module; unchanged unless ``inplace``.
+        width: the most channels a group may keep; ``None`` for the width of the features at the
+            finest resolution, which the plan names.
+        inputs: example inputs: a tensor, tuple, dict, or a text such as ``"1x1x96x96x96"``;
+            ``None`` guesses from the first convolution.
+        keep: path patterns (``fnmatch``) of modules that keep their channels.
+        weights: ``"slice"`` keeps the strongest channels of a trained net, ``"reset"`` draws all
+            weights anew as if the net had been built at this width.
+        seed: seed of what ``"reset"`` draws; ``None`` draws from torch's own generator.
+        inplace: change ``model`` itself, once everything has succeeded.
+
+    Returns:
+        The rewritten model, of the same class and with the same keys.
+
+    Raises:
+        OptionError: an option is out of range.
+        PatternError: a pattern in ``keep`` matches nothing.
+        CaptureError: the model does not run on the inputs.
+        InputError: the inputs cannot be read or guessed.
+        RewriteError: the rewrite failed; ``model`` is unchanged.
+
+    Source: Celaya et al., "PocketNet: A Smaller Neural Network for Medical Image Analysis",
+    IEEE TMI 2022.
+    """
+    pocket = get_pass("pocket").from_options(
+        {"width": width, "keep": list(keep), "weights": weights}
+    )
+    return rewrite(model, pocket, inputs=inputs, seed=seed, inplace=inplace)
+
+
+def rewrite(
+    model: nn.Module,
+    *passes: Pass | str,
+    inputs: Any = None,
+    seed: int | None = None,
+    inplace: bool = False,
+    strict: bool = False,
+) -> nn.Module:
+    """Apply passes to a model, one after the other.
+
+    Args:
+        model: any module; unchanged unless ``inplace``.
+        passes: passes, or texts such as ``"pocket"`` or ``"pocket:width=16"``.
+        inputs: example inputs; ``None`` guesses from the first convolution.
+        seed: seed of whatever is drawn at random.
+        inplace: change ``model`` itself, once everything has succeeded.
+        strict: raise where a pass changes nothing, instead of warning.
+
+    Returns:
+        The rewritten model.
+
+    Raises:
+        OrderError: the passes exclude each other or need another order.
+        RewriteError: a rewrite failed, or changed nothing under ``strict``; ``model`` is unchanged.
+    """
+    planned = plan(model, *passes, inputs=inputs, seed=seed)
+    for p in planned.passes:
+        if not p.edits:
+            text = f"{p.name} changed nothing in {type(model).__name__}"
+            reasons = {r.why for r in p.refused}
+            if reasons:
+                text += f"; reasons given: {'; '.join(sorted(reasons)[:3])}"
+            if strict:
+                raise RewriteError(text)
+            warnings.warn(text, NoEffectWarning, stacklevel=_outside())
+    return planned.apply(inplace=inplace)
+
+
+def plan(
+    model: nn.Module, *passes: Pass | str, inputs: Any = None, seed: int | None = None
+) -> Plan:
+    """Find out what passes would do, without doing it.
+
+    Args:
+        model: any module; unchanged.
+        passes: passes, or texts such as ``"pocket:width=16"``.
+        inputs: example inputs; ``None`` guesses.
+        seed: seed for :meth:`Plan.apply`.
+
+    Raises:
+        OrderError: the passes exclude each other or need another order.
+        RewriteError: no pass was given, or a rewrite would fail.
+    """
+    made = [parse_pass(p) if isinstance(p, str) else p for p in passes]
+    for given in made:
+        if not isinstance(given, Pass):
+            raise RewriteError(
+                f"expected passes or their names, got {given!r}; "
+                "e.g. rewrite(model, 'pocket') or rewrite(model, Pocket(width=16))"
+            )
+    if not made:
+        raise RewriteError("no pass was given; e.g. rewrite(model, 'pocket')")
+    _check_order(made)
+    settled = settle_inputs(model, inputs)
+    plans: list[PassPlan] = []
+    current = model
+    queue = list(made)
+    repeated = False
+    while queue:
+        given = queue.pop(0)
+        with _own_randomness(current, seed) as generator:
+            proposal = settle_proposal(current, given, settled, generator)
+        if proposal.edits or not repeated:
+            plans.append(PassPlan(given, proposal))
+        repeated = bool(proposal.again and proposal.edits)
+        if repeated:
+            queue.insert(0, proposal.again if isinstance(proposal.again, Pass) else given)
+        if proposal.edits and queue:
+            current = clone(current)
+            with _own_randomness(current, seed) as generator:
+                apply_edits(current, proposal.edits, generator=generator)
+    return Plan(model, tuple(plans), seed)
+
+
+def _check_order(passes: Sequence[Pass]) -> None:
+    names = [p.name for p in passes]
+    for index, given in enumerate(passes):
+        for other in given.conflicts:
+            if other in names[:index] + names[index + 1 :]:
+                raise OrderError(f"{given.name} cannot be applied together with {other}")
+        late = [name for name in given.after if name in names[index + 1 :]]
+        if late:
+            right = _right_order(passes)
+            advice = f"give them as {', '.join(right)}" if right else "no order suits all of them"
+            raise OrderError(f"{given.name} must come after {', '.join(late)}; {advice}")
+
+
+def _right_order(passes: Sequence[Pass]) -> list[str]:
+    """Return the names in the order that changes least and suits all; empty if there is none."""
+    right: list[str] = []
+    left = list(passes)
+    while left:
+        names = [p.name for p in left]
+        free = next((p for p in left if not any(n in names for n in p.after if n != p.name)), None)
+        if free is None:
+            return []
+        left.remove(free)
+        right.append(free.name)
+    return right
+
+
+def _generator(model: nn.Module, seed: int | None) -> torch.Generator | None:
+    if seed is None:
+        return None
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.Generator(device).manual_seed(seed)
+
+
+@contextmanager
+def _own_randomness(model: nn.Module, seed: int | None) -> Iterator[torch.Generator | None]:
+    """A generator for planning, which must not advance the caller's."""
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        yield _generator(model, seed)
+
+
+def _outside() -> int:
+    """Return the stack level of the caller's own code, for warnings."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pocketize."):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -1,0 +1,136 @@
+"""Recipes: a list of passes with their options, as a TOML file.
+
+::
+
+    [[pass]]
+    name = "pocket"
+    width = 16
+    keep = ["encoder.*", "decoder.0"]
+
+Passes are applied from top to bottom. Keys are the options of the pass; an unknown key is an error
+and not a shrug, because a misspelt option that is ignored in silence costs a training run. TOML has
+no null: ``width = "none"`` is None where the option is not text.
+"""
+
+from __future__ import annotations
+
+__all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pocketize.errors import OptionError, RecipeError, RegistryError, nearest
+from pocketize.plugin.base import Pass
+from pocketize.plugin.registry import get_pass
+from pocketize.untrusted import check_nesting
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def load_recipe(path: str | os.PathLike[str]) -> list[Pass]:
+    """Read the passes of a recipe file, in order.
+
+    Raises:
+        RecipeError: the file cannot be read, is not TOML, or is no recipe; the message says where.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not a recipe: it is not text in UTF-8") from error
+    return parse_recipe(text, source=str(path))
+
+
+def parse_recipe(text: str, source: str = "recipe") -> list[Pass]:
+    """Read the passes of a recipe's text; ``source`` is what errors call it.
+
+    Raises:
+        RecipeError: the text is not TOML, or is not a recipe.
+    """
+    try:
+        content = tomllib.loads(text)
+        check_nesting(content)
+    except ValueError as error:  # a number may have too many digits, which is no TOMLDecodeError
+        raise RecipeError(f"{source} is not TOML: {error}") from error
+    except RecursionError:
+        raise RecipeError(f"{source} is not a recipe: its values are nested too deeply") from None
+    for key in content:
+        if key != "pass":
+            raise RecipeError(
+                f"{source}: unknown key {key!r}.{nearest(key, ['pass'])} "
+                "A recipe is a list of [[pass]] tables"
+            )
+    tables = content.get("pass", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise RecipeError(f"{source}: write [[pass]], in double brackets, once for each pass")
+    if not tables:
+        raise RecipeError(f"{source} has no [[pass]]: there is nothing to do")
+    return [_read_pass(table, f"{source}, pass {n}") for n, table in enumerate(tables, start=1)]
+
+
+def _read_pass(table: dict[str, Any], where: str) -> Pass:
+    name = table.get("name")
+    if not isinstance(name, str):
+        close = nearest("name", table) if name is None else ""
+        raise RecipeError(f'{where}: expected a name such as name = "pocket", got {name!r}.{close}')
+    options = {key: value for key, value in table.items() if key != "name"}
+    try:
+        return get_pass(name).from_options(options)
+    except (OptionError, RegistryError) as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def dump_recipe(passes: Iterable[Pass]) -> str:
+    """Write passes as a recipe that :func:`load_recipe` reads back as equal passes.
+
+    Raises:
+        RecipeError: an option has a value that TOML cannot hold.
+    """
+    return "\n".join(_table(each) for each in passes)
+
+
+def _table(each: Pass) -> str:
+    options = "".join(f"{name} = {_toml(value)}\n" for name, value in each.options().items())
+    # "none" is text for one option and no value for another, and a value may hold what TOML cannot;
+    # reading it back tells, whatever the options are
+    if type(each).from_options(tomllib.loads(options)) != each:
+        raise RecipeError(
+            f"{each} cannot be written as a recipe: read back, it would be another pass. TOML has "
+            "no null, and 'none' is text where the option takes text"
+        )
+    return f"[[pass]]\nname = {_quote(each.name)}\n{options}"
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, str):
+        return _quote(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        items = (f"{_key(key)} = {_toml(item)}" for key, item in value.items())
+        return "{" + ", ".join(items) + "}"
+    raise RecipeError(f"a recipe cannot hold {value!r}")
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _quote(key)
+
+
+def _quote(text: str) -> str:
+    # JSON's strings are TOML's, but for DEL and for characters written as surrogate pairs
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,128 @@
+"""What is told of a rewrite: the rows of its plan, and the record that stays with the model."""
+
+from __future__ import annotations
+
+__all__ = ["Change", "PassRecord", "Refusal"]
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pocketize.errors import ArtifactError
+from pocketize.plugin.options import to_jsonable
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row of a plan: something that will change.
+
+    Attributes:
+        path: module path, as in ``model.get_submodule(path)``.
+        what: what changes, short: ``"64 -> 16 channels"``.
+        why: the reason, or ``""`` where the pass as a whole is the reason.
+    """
+
+    path: str
+    what: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One row of a plan: something that the pass was meant to change, and will not.
+
+    Attributes:
+        path: module path.
+        why: the reason, in words that tell what to do about it.
+    """
+
+    path: str
+    why: str
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did to a model: enough to read it later, and to repeat it by shape.
+
+    Attributes:
+        name: the pass.
+        options: those that differed from the defaults.
+        guarantee: ``"exact"``, ``"approximate"`` or ``"retrain"``, with these options.
+        version: the version of pocketize that applied it.
+        edits: the edits as JSON-able mappings, in the order in which they were applied.
+        changes: the rows of the plan that were carried out.
+        refused: the rows of the plan that were not, with reasons.
+        notes: the plan's sentences about the whole.
+    """
+
+    name: str
+    options: dict[str, Any]
+    guarantee: str
+    version: str
+    edits: tuple[dict[str, Any], ...] = ()
+    changes: tuple[Change, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Hold options and edits as JSON gives them back: a record equals itself read again."""
+        object.__setattr__(self, "options", to_jsonable(self.options))
+        object.__setattr__(self, "edits", tuple(to_jsonable(edit) for edit in self.edits))
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a mapping that :mod:`json` can write."""
+        return {
+            "name": self.name,
+            "options": self.options,
+            "guarantee": self.guarantee,
+            "version": self.version,
+            "edits": list(self.edits),
+            "changes": [dataclasses.asdict(change) for change in self.changes],
+            "refused": [dataclasses.asdict(refusal) for refusal in self.refused],
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> PassRecord:
+        """Read a record that :meth:`to_json` wrote.
+
+        Raises:
+            ArtifactError: the mapping is none of ours.
+        """
+        kinds = {"name": str, "options": dict, "guarantee": str, "version": str}
+        kinds |= dict.fromkeys(("edits", "changes", "refused", "notes"), list)
+        if not isinstance(data, dict) or data.keys() != kinds.keys():
+            raise ArtifactError(
+                f"a record of a pass needs exactly the keys {', '.join(kinds)}; got {data!r:.200}"
+            )
+        for key, kind in kinds.items():
+            if not isinstance(data[key], kind):
+                raise ArtifactError(
+                    f"{key!r} in the record of a pass: expected {kind.__name__}, "
+                    f"got {type(data[key]).__name__}"
+                )
+        if not all(isinstance(edit, dict) for edit in data["edits"]):
+            raise ArtifactError("'edits' in the record of a pass: expected a list of mappings")
+        if not all(isinstance(note, str) for note in data["notes"]):
+            raise ArtifactError("'notes' in the record of a pass: expected a list of texts")
+        rows = {
+            "edits": tuple(data["edits"]),
+            "changes": _rows(Change, data["changes"]),
+            "refused": _rows(Refusal, data["refused"]),
+            "notes": tuple(data["notes"]),
+        }
+        return cls(**{**data, **rows})
+
+
+_R = TypeVar("_R", Change, Refusal)
+
+
+def _rows(kind: type[_R], data: list[Any]) -> tuple[_R, ...]:
+    names = {f.name for f in dataclasses.fields(kind)}
+    for row in data:
+        texts = isinstance(row, dict) and all(isinstance(value, str) for value in row.values())
+        if not texts or row.keys() != names:
+            raise ArtifactError(
+                f"a row of a plan needs the texts {', '.join(sorted(names))}; got {row!r:.200}"
+            )
+    return tuple(kind(**row) for row in data)
