@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils import _python_dispatch
 
 _WHOLE = "--whole-contract"
 
@@ -33,3 +35,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         rare = {item for item in items if item.get_closest_marker("whole_contract") is not None}
         config.hook.pytest_deselected(items=list(rare))
         items[:] = [item for item in items if item not in rare]
+
+
+@pytest.fixture(autouse=True)
+def _dispatch_modes_end() -> Iterator[None]:
+    """No test leaves a dispatch mode on.
+
+    Torch also keeps a flag for all threads. Where modes of two threads overlap it stays set, and
+    torch 2.6 compiles nothing afterwards, without a word: the tests of ``torch.compile`` that
+    follow in the same process would fail.
+    """
+    yield
+    assert torch._C._len_torch_dispatch_stack() == 0
+    for flag in "_is_in_torch_dispatch_mode", "_is_in_non_infra_torch_dispatch_mode":
+        if hasattr(_python_dispatch, flag):
+            setattr(_python_dispatch, flag, False)
