@@ -13,6 +13,7 @@ from __future__ import annotations
 
 __all__ = ["Inlet", "find_inlets"]
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,102 +23,15 @@ from torch import Tensor, fx
 
 from pocketize.errors import RewriteError
 from pocketize.graph.capture import Captured
-from pocketize.ops.schema import bind, operator_name
+from pocketize.ops import CONVOLUTIONS, MOVEMENTS, Kind, bind, operator_name, operator_of
 
-_RESHAPES = {
-    f"aten.{name}"
-    for name in (
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "_reshape_alias",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "view_as",
-        "reshape_as",
-    )
-}
-_MOVES = {
-    f"aten.{name}"
-    for name in (
-        "permute",
-        "transpose",
-        "movedim",
-        "moveaxis",
-        "swapaxes",
-        "swapdims",
-        "slice",
-        "select",
-        "narrow",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "unbind",
-        "cat",
-        "concat",
-        "stack",
-        "expand",
-        "repeat",
-        "tile",
-        "flip",
-        "roll",
-        "unfold",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "channel_shuffle",
-    )
-}
-_COPIES = {
-    f"aten.{name}"
-    for name in (
-        "contiguous",
-        "clone",
-        "detach",
-        "alias",
-        "to",
-        "_to_copy",
-        "lift_fresh",
-        "dropout",
-        "feature_dropout",
-        "native_dropout",
-    )
-}
-_PADS = {"aten.pad", "aten.constant_pad_nd"} | {
-    f"aten.{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)
-}
+#: Operators that treat every channel alone, without parameters.
 _SPATIAL = {
-    f"aten.{name}{n}d"
-    for name in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "max_unpool")
-    for n in (1, 2, 3)
-} | {
-    "aten.instance_norm",
-    *(f"aten.max_pool{n}d_with_indices" for n in (1, 2, 3)),
-    *(f"aten._adaptive_avg_pool{n}d" for n in (2, 3)),
-    *(
-        f"aten.{kind}"
-        for kind in (
-            "upsample_nearest1d",
-            "upsample_nearest2d",
-            "upsample_nearest3d",
-            "_upsample_nearest_exact1d",
-            "_upsample_nearest_exact2d",
-            "_upsample_nearest_exact3d",
-            "upsample_linear1d",
-            "upsample_bilinear2d",
-            "_upsample_bilinear2d_aa",
-            "upsample_bicubic2d",
-            "_upsample_bicubic2d_aa",
-            "upsample_trilinear3d",
-        )
-    ),
-}
-_CONVOLUTIONS = {
-    "aten.convolution",
-    "aten._convolution",
-    *(f"aten.conv{n}d" for n in (1, 2, 3)),
-    *(f"aten.conv_transpose{n}d" for n in (1, 2, 3)),
+    Kind.CHANNEL_NORM,
+    Kind.POOLING,
+    Kind.ADAPTIVE_POOLING,
+    Kind.UNPOOLING,
+    Kind.RESIZE,
 }
 
 
@@ -189,22 +103,22 @@ class _Walk:
 
     def _follow(self, node: fx.Node) -> Any:
         """Return the numbers in an operator's result; ``None`` where it holds none."""
-        name = operator_name(node.target)
-        if name == "getitem":
+        if node.target is operator.getitem:
             return self.numbers[node.all_input_nodes[0]][node.args[1]]
-        if name in _RESHAPES:
+        kind = operator_of(node.target).kind
+        if kind is Kind.RESHAPE:
             return self._array(node.all_input_nodes[0]).reshape(node.meta["val"].shape)
-        if name in _MOVES:
+        if kind in MOVEMENTS:
             return self._moved(node, node.args, node.kwargs)
-        if name in _PADS:
+        if kind is Kind.PADDING:
             return self._padded(node)
-        if name in _SPATIAL:
+        if kind in _SPATIAL:
             return self._spread(node)
-        if name in _CONVOLUTIONS:
+        if kind in CONVOLUTIONS:
             return self._convolved(node)
-        if name == "aten.linear":
+        if kind is Kind.LINEAR:
             return self._projected(node)
-        if name in _COPIES or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        if kind in (Kind.COPY, Kind.DROPOUT, Kind.POINTWISE, Kind.ACTIVATION):
             return self._met(node)
         raise self._refusal(node, "reads the input's channels, and more of them might change it")
 
@@ -253,7 +167,8 @@ class _Walk:
         rank = weight.meta["val"].ndim
         if array.ndim != rank:
             raise self._refusal(node, "runs without a batch axis")
-        transposed = "transpose" in operator_name(node.target) or arguments.get("transposed", False)
+        kind = operator_of(node.target).kind
+        transposed = arguments.get("transposed", kind is Kind.TRANSPOSED_CONVOLUTION)
         self._note(node, weight, 0 if transposed else 1, self._of_axis(node, array, 1))
 
     def _projected(self, node: fx.Node) -> None:
@@ -262,7 +177,7 @@ class _Walk:
         self._note(node, arguments["weight"], 1, self._of_axis(node, array, array.ndim - 1))
 
     def _note(self, node: fx.Node, weight: fx.Node, axis: int, channels: Tensor) -> None:
-        while operator_name(weight.target) in _COPIES:  # cast by autocast, for instance
+        while operator_of(weight.target).kind is Kind.COPY:  # cast by autocast, for instance
             weight = weight.all_input_nodes[0]
         name = weight.meta.get("tensor") if weight.op == "get_attr" else None
         if name is None:

@@ -14,7 +14,7 @@ from pocketize.channels.groups import ChannelGroup, ChannelGroups
 from pocketize.channels.levels import Level
 from pocketize.channels.widths import sizes_after
 from pocketize.graph.capture import Captured
-from pocketize.ops.schema import bind, operator_name
+from pocketize.ops import bind, is_convolution
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ def conv_weights(captured: Captured) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for node in captured.operators():
-        name = operator_name(node.target).rpartition(".")[2]
-        if not name.startswith("conv"):
+        if not is_convolution(node):
             continue
         weight = bind(node.target, node.args, node.kwargs).get("weight")
         if isinstance(weight, fx.Node):

@@ -14,12 +14,12 @@ from torch import fx, nn
 
 from pocketize._torch import BatchNorm, InstanceNorm
 from pocketize.graph.capture import Captured
-from pocketize.ops.schema import bind, operator_name
+from pocketize.ops import Kind, bind, is_convolution, operator_of
 from pocketize.passes.swaps.layers import NORMS
 
 #: Operators between a convolution and what is asked for that are no layer of their own.
 _IDLE = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "contiguous"}
-_NORMS = {"batch_norm", "instance_norm", "group_norm"}
+_NORMS = {Kind.CHANNEL_NORM, Kind.GROUP_NORM}
 #: Operator -> kind, and its arguments -> settings of the layer.
 _ACTIVATIONS: dict[str, tuple[str, dict[str, str]]] = {
     "celu": ("CELU", {"alpha": "alpha"}),
@@ -76,7 +76,7 @@ class Inside:
         self.norms: dict[str, dict[str, Any]] = {}
         self.activations: dict[str, dict[str, Any]] = {}
         for node in captured.operators():
-            if operator_name(node.target).rpartition(".")[2].startswith("conv"):
+            if is_convolution(node):
                 self._look_behind(node)
         self.usual_norm = _most_frequent(self.norms.values())
         self.usual_activation = _most_frequent(self.activations.values())
@@ -101,10 +101,11 @@ class Inside:
         for reader in node.users:
             if reader.op != "call_function":
                 continue
-            name = _plain(reader)
+            record = operator_of(reader.target)
+            name = record.short
             if name in _IDLE:
                 return reader
-            if name in _NORMS and path not in self.norms:
+            if record.kind in _NORMS and path not in self.norms:
                 settings = self._norm(reader)
                 if settings:
                     self.norms[path] = settings
@@ -129,7 +130,7 @@ class Inside:
         return {"kind": kind} | {name: getattr(module, name) for name in NORMS[kind][1]}
 
     def _activation(self, node: fx.Node) -> dict[str, Any]:
-        name = _plain(node)
+        name = operator_of(node.target).short
         kind, names = _ACTIVATIONS[name]
         bound = bind(node.target, node.args, node.kwargs)
         settings: dict[str, Any] = {"kind": kind}
@@ -143,11 +144,6 @@ class Inside:
         if name in _IN_PLACE and str(node.target).split(".")[1].endswith("_"):
             settings["inplace"] = True
         return settings
-
-
-def _plain(node: fx.Node) -> str:
-    """``aten.relu_.default`` is ``relu``."""
-    return operator_name(node.target).rpartition(".")[2]
 
 
 def _most_frequent(found: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from pocketize._torch import ConvNd, ConvTransposeNd, same_convolution
 from pocketize.graph.capture import Captured
 from pocketize.initial.slots import has_values
+from pocketize.ops import is_convolution
 from pocketize.passes.shared.forwards import obstacle
 from pocketize.passes.swaps.blocks import ConvBlock
 
@@ -90,7 +91,7 @@ class _Reader:
         for captured in (evaluated, trained):
             uses = self.uses[captured.train] = defaultdict(list)
             for node in captured.operators():
-                if str(node.target).partition(".")[2].startswith("conv"):
+                if is_convolution(node):
                     uses[str(node.meta["module"])].append(node)
         self.readers: dict[str, list[fx.Node]] = defaultdict(list)
         for captured in (evaluated, trained):

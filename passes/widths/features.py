@@ -28,14 +28,13 @@ from pocketize.channels.labels import Value
 from pocketize.channels.levels import find_places, is_depthwise, is_layer
 from pocketize.channels.rules import sums_or_maps
 from pocketize.errors import RewriteError
-from pocketize.ops.schema import bind, operator_name
+from pocketize.ops import NORMS, Kind, bind, is_convolution, operator_of
 
-_NORMS = ("batch_norm", "instance_norm", "group_norm", "layer_norm")
 #: How many layers a plan says it has passed over.
 _SHOWN = 3
 _PASSES_INPUT = "passes the input's channels on"
 #: Operators that may bring channels to a finer resolution by moving them.
-_SHUFFLES = ("pixel_shuffle", "view", "reshape", "_unsafe_view", "permute", "transpose")
+_SHUFFLES = {Kind.SHUFFLE, Kind.RESHAPE, Kind.PERMUTATION}
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +130,7 @@ class _Survey:
             layer = None
             if is_layer(node):
                 layer = self._layer(node, sources[0], raw)
-            elif not raw and operator_name(node.target).rpartition(".")[2] in _SHUFFLES:
+            elif not raw and operator_of(node.target).kind in _SHUFFLES:
                 layer = self._shuffled(node, sources[0])
             if layer is not None:
                 yield layer
@@ -141,8 +140,7 @@ class _Survey:
     def _layer(self, node: fx.Node, source: fx.Node, raw: bool) -> _Layer:
         out, given = node.meta["val"], source.meta["val"]
         octave = self.places[node].octave
-        linear = operator_name(node.target) == "aten.linear"
-        if linear:
+        if operator_of(node.target).kind is Kind.LINEAR:
             axis, passes = -1, self._mixes_positions(source)
             # tokens of two maps side by side are no finer than either
             octave = max(octave, self.places[source].octave)
@@ -192,11 +190,10 @@ def _is_half_of_separable(node: fx.Node) -> bool:
         return False
     while len(node.users) == 1:
         (node,) = node.users
-        name = operator_name(node.target).rpartition(".")[2]
         if is_layer(node):
             groups = bind(node.target, node.args, node.kwargs).get("groups", 1)
-            return name != "linear" and groups == 1 and _is_pointwise(node)
-        if name not in _NORMS:
+            return is_convolution(node) and groups == 1 and _is_pointwise(node)
+        if operator_of(node.target).kind not in NORMS:
             return False
     return False
 

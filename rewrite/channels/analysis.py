@@ -26,7 +26,7 @@ from pocketize.channels.rules import Call, Site, apply_rule, sums_or_maps, unlab
 from pocketize.errors import CaptureError
 from pocketize.graph.capture import Captured, Studio, settle_inputs
 from pocketize.graph.inputs import Inputs
-from pocketize.ops.schema import bind
+from pocketize.ops import bind, is_convolution
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class Analysis:
                 }
         for captured in self.recordings:
             for node in captured.operators():
-                if ".conv" in str(node.target) and isinstance(node.args[1], fx.Node):
+                if is_convolution(node) and isinstance(node.args[1], fx.Node):
                     kernels |= _kernels_behind(node.args[1])
         return kernels
 
@@ -335,7 +335,7 @@ def _kernels_behind(weight: fx.Node) -> set[str]:
             own = node.meta["val"].shape
             if len(own) == len(shape) and own[2:] == shape[2:]:
                 found.add(node.meta["tensor"])
-        elif node.op == "call_function" and ".conv" not in str(node.target):
+        elif node.op == "call_function" and not is_convolution(node):
             stack += node.all_input_nodes
     return found
 

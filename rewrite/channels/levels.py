@@ -20,7 +20,7 @@ __all__ = [
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,24 +29,12 @@ from torch import Tensor, fx
 
 from pocketize.channels.groups import ChannelGroup, ChannelGroups
 from pocketize.graph.capture import Captured
-from pocketize.ops.schema import bind, operator_name
+from pocketize.ops import CONVOLUTIONS, Kind, bind, is_convolution, operator_of
 
 #: Operators that turn a whole map into one number a channel: what they feed works on that map.
-_REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "norm"}
+_REDUCTIONS = {Kind.REDUCTION, Kind.ADAPTIVE_POOLING}
 #: Operators after which the axes of a tensor no longer tell which of them are spatial.
-_MOVES = {
-    "flatten",
-    "movedim",
-    "permute",
-    "reshape",
-    "squeeze",
-    "transpose",
-    "unflatten",
-    "unsqueeze",
-    "view",
-    "_unsafe_view",
-}
-_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution", "_convolution")
+_MOVES = {Kind.RESHAPE, Kind.PERMUTATION}
 
 
 @dataclass(frozen=True)
@@ -193,37 +181,34 @@ class _Surveyor:
         self, node: fx.Node, base: fx.Node, before: Place, out: Tensor
     ) -> tuple[float, bool]:
         """Return the octave of a result, and whether its axes are known."""
-        name = operator_name(node.target).rpartition(".")[2]
-        bound = bind(node.target, node.args, node.kwargs)
-        if name.startswith(("conv_transpose", *_CONVOLUTIONS)):
+        record, bound = operator_of(node.target), bind(node.target, node.args, node.kwargs)
+        kind, window = record.kind, record.window
+        steps = _octaves(window(bound, out.ndim - 2).stride) if callable(window) else 0.0
+        if kind in CONVOLUTIONS:
             if not before.certain:
                 return self._seen(_voxels(node)), True
-            up = name.startswith("conv_transpose") or bool(bound.get("transposed"))
-            steps = _octaves(bound["stride"], out.ndim - 2)
+            up = kind is Kind.TRANSPOSED_CONVOLUTION or bool(bound.get("transposed"))
             octave = before.octave + (-steps if up else steps)
             self.known.setdefault(_voxels(node), octave)
             self.shapes.setdefault(tuple(out.shape[2:]), octave)
             return octave, True
-        if name == "linear":
+        if kind is Kind.LINEAR:
             positions = out.numel() // max(1, out.shape[-1] * self.batch)
             return self._of_positions(positions, before.octave), False
-        if "pool" in name and "adaptive" not in name and "unpool" not in name:
-            kernel, stride = bound.get("kernel_size"), bound.get("stride")
-            if kernel is not None and before.certain:
-                return before.octave + _octaves(stride or kernel, out.ndim - 2), True
+        if kind is Kind.POOLING and callable(window) and before.certain:
+            return before.octave + steps, True
         source = _first_tensor(base.meta["val"])
-        if source is None or not before.certain or name in _MOVES:
+        if source is None or not before.certain or kind in _MOVES:
             return self._regained(before, out)
-        pooled = name in _REDUCTIONS or "adaptive" in name
-        if pooled and (_voxels(node) == 1 or out.ndim < 3):
+        if kind in _REDUCTIONS and (_voxels(node) == 1 or out.ndim < 3):
             return before.octave, True
         if out.ndim != source.ndim or out.ndim < 3:
             return before.octave, out.ndim > 2
-        if "pad" in name:
+        if kind is Kind.PADDING:
             return before.octave, True
-        if name == "slice":
+        if kind is Kind.SLICE:
             strided = bound["dim"] >= 2 or -out.ndim + 2 <= bound["dim"] < 0
-            return before.octave + (math.log2(bound["step"]) if strided else 0.0), True
+            return before.octave + (math.log2(bound.get("step", 1)) if strided else 0.0), True
         moved = math.log2(_voxels(base) / max(1, _voxels(node)))
         return before.octave + (0.0 if abs(moved) < 0.5 else float(round(moved))), True
 
@@ -256,17 +241,14 @@ class _Surveyor:
         return float(round(math.log2(self.voxels / max(1, voxels)))) if self.voxels else 0.0
 
 
-def _octaves(stride: Any, spatial: int) -> float:
+def _octaves(strides: Iterable[int]) -> float:
     """Return log2 of the product of strides."""
-    steps = list(stride) if isinstance(stride, list | tuple) else [stride]
-    steps = steps * spatial if len(steps) == 1 else steps
-    return round(sum(math.log2(step) for step in steps), 6)
+    return round(sum(math.log2(step) for step in strides), 6)
 
 
 def is_layer(node: fx.Node) -> bool:
     """Whether an operator is a convolution or a linear layer."""
-    name = operator_name(node.target).rpartition(".")[2]
-    return name == "linear" or name.startswith(("conv_transpose", *_CONVOLUTIONS))
+    return is_convolution(node) or operator_of(node.target).kind is Kind.LINEAR
 
 
 def _layers(captured: Captured) -> Iterator[fx.Node]:
@@ -296,13 +278,12 @@ def _size(nodes: list[fx.Node]) -> tuple[int, ...]:
     maps = Counter(
         tuple(node.meta["val"].shape[2:])
         for node in nodes
-        if "linear" not in operator_name(node.target) and _voxels(node) > 1
+        if is_convolution(node) and _voxels(node) > 1
     )
     if maps:
         return maps.most_common(1)[0][0]
     out = nodes[0].meta["val"]
-    is_linear = "linear" in operator_name(nodes[0].target)
-    return (math.prod(out.shape[1:-1]),) if is_linear else tuple(out.shape[2:])
+    return tuple(out.shape[2:]) if is_convolution(nodes[0]) else (math.prod(out.shape[1:-1]),)
 
 
 def _voxels(node: fx.Node) -> int:

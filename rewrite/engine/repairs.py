@@ -27,7 +27,7 @@ from pocketize.channels.labels import Value
 from pocketize.engine.literals import numbers_in
 from pocketize.engine.verify import Mismatch, predicted_shape
 from pocketize.graph.capture import Captured
-from pocketize.ops.schema import bind, operator_name
+from pocketize.ops import Kind, bind, operator_of
 from pocketize.plugin.edits import Edit, Resize, SetArgument, SetAttribute
 
 #: Sizes below are too common as numbers of other things: kernels, strides, dimensions.
@@ -98,7 +98,7 @@ def _followed(
     """Return what the numbers of an argument should be."""
     if name in at.arguments:
         return (at.arguments[name],)
-    if operator_name(at.node.target) == "aten.slice":
+    if operator_of(at.node.target).kind is Kind.SLICE and "end" in bound:
         if name != "end" or old[0] < 0 or old[0] >= 2**62:
             return old
         start = at.arguments.get("start", bound["start"] or 0)

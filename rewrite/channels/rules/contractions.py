@@ -9,6 +9,7 @@ import numpy as np
 
 from pocketize.channels.labels import Atoms, Value, axes_of
 from pocketize.channels.rules.table import Call, Result, channel_rule
+from pocketize.ops import Kind
 
 
 @channel_rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot")
@@ -137,34 +138,7 @@ def _heads_of(value: Value, query: Value) -> Value:
     return Value((*value.shape[:-3], value.shape[-3] * times, *value.shape[-2:]), labels)
 
 
-_REDUCTIONS = [
-    "mean",
-    "sum",
-    "nansum",
-    "prod",
-    "amax",
-    "amin",
-    "max",
-    "min",
-    "median",
-    "nanmedian",
-    "var",
-    "std",
-    "var_mean",
-    "std_mean",
-    "logsumexp",
-    "norm",
-    "linalg_vector_norm",
-    "argmax",
-    "argmin",
-    "any",
-    "all",
-    "aminmax",
-    "count_nonzero",
-]
-
-
-@channel_rule("aten.topk", "aten.sort", "aten.kthvalue", "aten.mode", "aten.argsort")
+@channel_rule(Kind.SORTING)
 def select_by_value(call: Call) -> Result:
     """Sorting and picking by value need their axis whole; the others pass."""
     value: Value = call.values()[0]
@@ -177,7 +151,7 @@ def select_by_value(call: Call) -> Result:
     return Value(call.shape, labels)
 
 
-@channel_rule(*(f"aten.{name}" for name in _REDUCTIONS))
+@channel_rule(Kind.REDUCTION)
 def reduce(call: Call) -> Result:
     """Reductions drop axes; of a split axis the part that remains stays whole.
 
@@ -219,7 +193,7 @@ def _tells_where(call: Call) -> bool:
     )
 
 
-@channel_rule("aten.mse_loss", "aten.l1_loss", "aten.smooth_l1_loss", "aten.huber_loss")
+@channel_rule(Kind.LOSS)
 def distance(call: Call) -> Result:
     """Distances are element by element, then averaged or summed over all axes."""
     left, right = call.values()[:2]

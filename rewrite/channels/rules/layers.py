@@ -2,91 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from pocketize.channels.labels import Atoms, Value
 from pocketize.channels.rules.table import Call, Result, channel_rule
-
-# These lack torch's tag for element-wise operators.
-_ACTIVATIONS = [
-    "celu",
-    "elu",
-    "gelu",
-    "hardshrink",
-    "hardsigmoid",
-    "hardswish",
-    "hardtanh",
-    "leaky_relu",
-    "log_sigmoid",
-    "mish",
-    "relu",
-    "relu6",
-    "rrelu",
-    "rrelu_with_noise",
-    "selu",
-    "sigmoid",
-    "silu",
-    "softplus",
-    "softshrink",
-    "tanh",
-    "threshold",
-]
+from pocketize.ops import Kind
 
 
 @channel_rule(
-    "pointwise",
-    "aten.dropout",
-    "aten.feature_dropout",
-    "aten.alpha_dropout",
-    "aten.feature_alpha_dropout",
-    "aten.native_dropout",
+    Kind.POINTWISE,
+    Kind.ACTIVATION,
+    Kind.ASSIGNMENT,
+    Kind.COPY,
+    Kind.DROPOUT,
+    Kind.LIKE,
+    Kind.SOFTMAX,
     "aten.broadcast_tensors",
-    "aten.contiguous",
-    "aten.clone",
-    "aten.detach",
-    "aten.alias",
-    "aten._to_copy",
-    "aten.lift_fresh",
-    "aten.lift_fresh_copy",
-    "aten.copy",
-    "aten.fill",
-    "aten.zero",
-    "aten.where",
-    "aten.masked_fill",
-    *(f"aten.{name}" for name in _ACTIVATIONS),
-    "aten.complex",
-    "aten.polar",
-    "aten.real",
-    "aten.imag",
-    "aten.conj",
-    "aten.softmax",
-    "aten._softmax",
-    "aten.log_softmax",
-    "aten._log_softmax",
-    "aten.cumsum",
     "aten.cumprod",
-    "aten.nan_to_num",
-    "aten.zeros_like",
-    "aten.ones_like",
-    "aten.empty_like",
-    "aten.full_like",
-    "aten.rand_like",
-    "aten.randn_like",
-    "aten.bernoulli",
-    "aten.lerp",
-    "aten.addcmul",
-    "aten.addcdiv",
-    "aten.fake_quantize_per_tensor_affine",
-    "aten.square",
-    "aten.div",
-    "aten.multiply",
-    "aten.divide",
-    "aten.subtract",
-    "aten.true_divide",
-    "aten.rsub",
+    "aten.cumsum",
 )
 def pointwise(call: Call) -> Result:
     """Operands that meet element by element share their channels."""
@@ -98,7 +33,7 @@ def pointwise(call: Call) -> Result:
     return [out] * len(call.shapes) if _is_list(call) else out
 
 
-@channel_rule("aten.to", "aten.type_as")
+@channel_rule("aten.to", "aten.type_as", replace=True)
 def convert(call: Call) -> Result:
     """Another tensor says the dtype and the device; no channel comes of it."""
     return Value(call.shape, call.values()[0].labels)
@@ -108,25 +43,18 @@ def _is_list(call: Call) -> bool:
     return isinstance(call.node.meta["val"], tuple | list)
 
 
-@channel_rule(
-    *(f"aten.conv{n}d" for n in (1, 2, 3)),
-    "aten.convolution",
-    "aten._convolution",
-    "aten.conv_transpose1d",
-    "aten.conv_transpose2d",
-    "aten.conv_transpose3d",
-)
+@channel_rule(Kind.CONVOLUTION, Kind.TRANSPOSED_CONVOLUTION)
 def convolution(call: Call) -> Result:
     """Convolutions join the weight's in-axis with the input and emit the weight's out-axis.
 
     Grouped ones keep the number of groups, each of which drops the same positions; depthwise ones
     drop whole groups.
     """
-    x: Value = call["input"]
+    x: Value = call[str(call.record.data)]
     weight: Value = call["weight"]
     bias: Value | None = call.get("bias")
     groups: int = call.get("groups", 1)
-    transposed = "transpose" in call.operator or bool(call.get("transposed", False))
+    transposed = bool(call.get("transposed", call.record.kind is Kind.TRANSPOSED_CONVOLUTION))
     channel = x.ndim - weight.ndim + 1
     x = call.whole(x, range(channel + 1, x.ndim))
     atoms = call.alone(x, channel)
@@ -193,7 +121,7 @@ def _along(atoms: Atoms, axis: int, rank: int) -> Atoms:
     return atoms.reshape([-1 if a == axis else 1 for a in range(rank)])
 
 
-@channel_rule("aten.linear")
+@channel_rule(Kind.LINEAR)
 def linear(call: Call) -> Result:
     """A linear layer acts on the last axis; the others pass."""
     x: Value = call["input"]
@@ -228,14 +156,7 @@ def embedding(call: Call) -> Result:
     return Value(call.shape, (*rows, _along(out, rank - 1, rank)) if out is not None else rows)
 
 
-@channel_rule(
-    "aten.batch_norm",
-    "aten.instance_norm",
-    "aten.native_batch_norm",
-    "aten._native_batch_norm_legit",
-    "aten._native_batch_norm_legit_no_training",
-    "aten.cudnn_batch_norm",
-)
+@channel_rule(Kind.CHANNEL_NORM)
 def channel_norm(call: Call) -> Result:
     """Batch and instance normalisation have one parameter for each channel."""
     x: Value = call["input"]
@@ -271,7 +192,7 @@ def group_norm(call: Call) -> Result:
     return call.like("input")
 
 
-@channel_rule("aten.layer_norm", "aten.rms_norm", "aten.native_layer_norm")
+@channel_rule(Kind.LAYER_NORM)
 def layer_norm(call: Call) -> Result:
     """Parameters align with the last axes."""
     x: Value = call["input"]
@@ -289,7 +210,7 @@ def layer_norm(call: Call) -> Result:
     return call.like("input")
 
 
-@channel_rule("aten.prelu", "aten._prelu_kernel")
+@channel_rule(Kind.PRELU)
 def prelu(call: Call) -> Result:
     """PReLU has one slope for all channels or one for each."""
     x: Value = call["self"]
@@ -310,37 +231,11 @@ def weight_norm(call: Call) -> Result:
     return [out, call["g"]] if _is_list(call) else out
 
 
-def _spatial_rank(operator: str) -> int:
-    match = re.search(r"(\d)d", operator)
-    return int(match[1]) if match else 2
-
-
-@channel_rule(
-    *(
-        f"aten.{name}{n}d{tail}"
-        for n in (1, 2, 3)
-        for name, tail in (
-            ("avg_pool", ""),
-            ("max_pool", ""),
-            ("max_pool", "_with_indices"),
-            ("adaptive_avg_pool", ""),
-            ("adaptive_max_pool", ""),
-            ("upsample_nearest", ""),
-            ("_upsample_nearest_exact", ""),
-        )
-    ),
-    *(f"aten.{name}{n}d" for n in (2, 3) for name in ("_adaptive_avg_pool", "fractional_max_pool")),
-    "aten.upsample_linear1d",
-    "aten.upsample_bilinear2d",
-    "aten.upsample_bicubic2d",
-    "aten.upsample_trilinear3d",
-    "aten._upsample_bilinear2d_aa",
-    "aten._upsample_bicubic2d_aa",
-)
+@channel_rule(Kind.POOLING, Kind.ADAPTIVE_POOLING, Kind.RESIZE)
 def spatial(call: Call) -> Result:
     """Pooling and interpolation act on the last axes; channels pass."""
     x: Value = call.values()[0]
-    rank = _spatial_rank(call.operator)
+    rank = call.record.rank or 2
     samples: Value | None = call.get("random_samples")  # (batch, channels, axis): where to pool
     if samples is not None:
         call.unite(call.alone(x, x.ndim - rank - 1), call.alone(samples, 1))
@@ -352,31 +247,16 @@ def spatial(call: Call) -> Result:
     return Value(call.shape, labels)
 
 
-@channel_rule("aten.max_unpool2d", "aten.max_unpool3d")
+@channel_rule(Kind.UNPOOLING)
 def max_unpool(call: Call) -> Result:
     """Every channel goes where its own indices say."""
     x, places = call.values()[:2]
     joined = call.algebra.align([x, places], x.shape, call.reason)
-    rank = _spatial_rank(call.operator)
+    rank = call.record.rank or 2
     return Value(call.shape, call.whole(joined, range(x.ndim - rank, x.ndim)).labels)
 
 
-@channel_rule(
-    "aten.zeros",
-    "aten.ones",
-    "aten.empty",
-    "aten.full",
-    "aten.rand",
-    "aten.randn",
-    "aten.arange",
-    "aten.linspace",
-    "aten.eye",
-    "aten.new_zeros",
-    "aten.new_ones",
-    "aten.new_empty",
-    "aten.new_full",
-    "aten.scalar_tensor",
-)
+@channel_rule(Kind.FACTORY)
 def factory(call: Call) -> Result:
     """A tensor made in the forward takes its size from what it meets, until a check says no."""
     labels = call.algebra.fresh(call.shape, range(len(call.shape)))
@@ -385,15 +265,7 @@ def factory(call: Call) -> Result:
     return Value(call.shape, labels)
 
 
-@channel_rule(
-    "aten.sym_size",
-    "aten.item",
-    "aten._local_scalar_dense",
-    "aten.is_nonzero",
-    "aten._assert_async",
-    "aten._assert_tensor_metadata",
-    "aten.set_data",
-)
+@channel_rule(Kind.SCALAR)
 def scalar(call: Call) -> Result:
     """Reads a number; no channel goes on."""
     return Value(())

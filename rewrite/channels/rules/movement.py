@@ -9,22 +9,10 @@ import numpy as np
 
 from pocketize.channels.labels import FROZEN, Atoms, Value, axes_of, squeeze_constant
 from pocketize.channels.rules.table import Call, Result, channel_rule
+from pocketize.ops import Kind
 
 
-@channel_rule(
-    "aten.view",
-    "aten.reshape",
-    "aten._unsafe_view",
-    "aten._reshape_alias",
-    "aten.flatten",
-    "aten.unflatten",
-    "aten.squeeze",
-    "aten.unsqueeze",
-    "aten.view_as",
-    "aten.reshape_as",
-    "aten.ravel",
-    "aten.atleast_3d",
-)
+@channel_rule(Kind.RESHAPE)
 def reshape(call: Call) -> Result:
     """Reshape labels as their tensor is reshaped."""
     return reshape_value(call, call.values()[0], call.shape)
@@ -86,18 +74,7 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     return blocks
 
 
-@channel_rule(
-    "aten.permute",
-    "aten.transpose",
-    "aten.t",
-    "aten.numpy_T",
-    "aten.matrix_H",
-    "aten.mT",
-    "aten.movedim",
-    "aten.moveaxis",
-    "aten.swapaxes",
-    "aten.swapdims",
-)
+@channel_rule(Kind.PERMUTATION)
 def permute(call: Call) -> Result:
     """Move the axes of labels."""
     value: Value = call.values()[0]
@@ -129,7 +106,7 @@ def _order(call: Call, rank: int) -> list[int]:
     return axes[::-1]
 
 
-@channel_rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
+@channel_rule(Kind.EXPANSION)
 def expand(call: Call) -> Result:
     """Axes that grow from size 1 take their size from whatever they meet."""
     value, *like = call.values()
@@ -141,7 +118,7 @@ def expand(call: Call) -> Result:
     return Value(call.shape, (*labels, *call.algebra.fresh(call.shape, grown)))
 
 
-@channel_rule("aten.repeat", "aten.tile")
+@channel_rule(Kind.REPETITION)
 def repeat(call: Call) -> Result:
     """Repeat labels; an axis repeated from size 1 takes its size from whatever it meets."""
     value: Value = call.values()[0]
@@ -187,11 +164,7 @@ def roll(call: Call) -> Result:
     return call.whole(value, call["dims"] or range(value.ndim))
 
 
-@channel_rule(
-    "aten.pad",
-    "aten.constant_pad_nd",
-    *(f"aten.{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
-)
+@channel_rule(Kind.PADDING)
 def pad(call: Call) -> Result:
     """Channels that padding adds are frozen; other padding passes channels by."""
     value: Value = call.values()[0]

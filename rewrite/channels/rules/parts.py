@@ -8,9 +8,10 @@ import numpy as np
 
 from pocketize.channels.labels import FROZEN, Atoms, Value
 from pocketize.channels.rules.table import Call, Result, channel_rule
+from pocketize.ops import Kind
 
 
-@channel_rule("aten.cat", "aten.concat", "aten.concatenate")
+@channel_rule(Kind.CONCATENATION)
 def cat(call: Call) -> Result:
     """Concatenate labels; what has none stands as frozen channels."""
     # Tensors of shape (0,) may stand in any concatenation; they add nothing.
@@ -34,7 +35,7 @@ def cat(call: Call) -> Result:
     return Value(call.shape, (*rest.labels, along))
 
 
-@channel_rule("aten.stack")
+@channel_rule(Kind.STACK)
 def stack(call: Call) -> Result:
     """Stacked tensors must agree on every channel."""
     values = call["tensors"]
@@ -44,7 +45,7 @@ def stack(call: Call) -> Result:
     return Value(call.shape, labels)
 
 
-@channel_rule("aten.chunk", "aten.split", "aten.split_with_sizes", "aten.tensor_split")
+@channel_rule(Kind.SPLIT)
 def split(call: Call) -> Result:
     """Even parts keep the same positions; uneven ones are taken for the sizes of layers."""
     value: Value = call.values()[0]
@@ -72,7 +73,7 @@ def _part(call: Call, value: Value, axis: int, atoms: Atoms, shape: tuple[int, .
     return Value(shape, (*rest, along))
 
 
-@channel_rule("aten.slice", "aten.narrow")
+@channel_rule(Kind.SLICE)
 def slice_(call: Call) -> Result:
     """A slice that is one of several equal parts is taken for an even split.
 
@@ -100,7 +101,7 @@ def slice_(call: Call) -> Result:
     return _part(call, value, axis, atoms[start::step][:size], call.shape)
 
 
-@channel_rule("aten.select", "aten.unbind")
+@channel_rule(Kind.SELECTION)
 def select(call: Call) -> Result:
     """Picking by index needs the axis whole."""
     value: Value = call.values()[0]
@@ -151,7 +152,7 @@ def index_select(call: Call) -> Result:
     return _picked(call, value, value.axis(call["dim"]), at)
 
 
-@channel_rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
+@channel_rule(Kind.SAMPLING)
 def grid_sample(call: Call) -> Result:
     """Sampling moves space; the grid itself stays as it is, but for its batch, which is x's."""
     x: Value = call["input"]

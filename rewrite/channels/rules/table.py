@@ -21,42 +21,42 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, fx
 
 from pocketize.channels.labels import Algebra, Atoms, Value
-from pocketize.errors import RewriteError
-from pocketize.ops.schema import operator_name
+from pocketize.ops import UNKNOWN, Kind, Operator, operator_of, register
 
 Result: TypeAlias = "Value | Sequence[Value]"
 Rule: TypeAlias = "Callable[[Call], Result]"
 
-_RULES: dict[str, Rule] = {}
+#: The facet of an operator's record that holds its channel rule.
+_FACET = "channel rule"
+_SUMS_OR_MAPS = {
+    Kind.ACTIVATION,
+    Kind.ASSIGNMENT,
+    Kind.COPY,
+    Kind.DROPOUT,
+    Kind.LIKE,
+    Kind.LOSS,
+    Kind.POINTWISE,
+    Kind.REDUCTION,
+    Kind.SCAN,
+    Kind.SOFTMAX,
+}
 
 
-def channel_rule(*operators: str, replace: bool = False) -> Callable[[Rule], Rule]:
+def channel_rule(*operators: str | Kind, replace: bool = False) -> Callable[[Rule], Rule]:
     """Register a function as the channel rule of one or more operators.
 
     Args:
-        operators: names such as ``"aten.conv2d"`` or ``"mylib.my_op"``, without overload.
+        operators: names such as ``"aten.conv2d"`` or ``"mylib.my_op"``, without overload; or kinds
+            of operators.
         replace: allow to take the place of a rule that is already there.
 
     Raises:
         RewriteError: an operator already has a rule and ``replace`` is false.
     """
-
-    def register(rule: Rule) -> Rule:
-        for operator in operators:
-            if operator in _RULES and not replace:
-                raise RewriteError(
-                    f"operator {operator} already has the channel rule "
-                    f"{_RULES[operator].__module__}.{_RULES[operator].__qualname__}; "
-                    "pass replace=True to take its place"
-                )
-            _RULES[operator] = rule
-        return rule
-
-    return register
+    return register(_FACET, *operators, replace=replace)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,12 @@ class Call:
     @property
     def operator(self) -> str:
         """Name of the operator without overload and without the underscore of in-place variants."""
-        return operator_name(self.node.target)
+        return self.record.name
+
+    @property
+    def record(self) -> Operator:
+        """What is known of the operator."""
+        return operator_of(self.node.target)
 
     @property
     def module(self) -> str:
@@ -199,23 +204,19 @@ class Call:
 
 
 def has_rule(target: Any) -> bool:
-    """Whether an operator has a rule, or is element-wise and needs none."""
-    return operator_name(target) in _RULES or torch.Tag.pointwise in getattr(target, "tags", ())
+    """Whether an operator has a rule."""
+    return operator_of(target).facet(_FACET) is not UNKNOWN
 
 
 def sums_or_maps(target: Any) -> bool:
     """Whether an operator is a reduction or element-wise."""
-    rule = _RULES.get(operator_name(target))
-    kinds = {_RULES["pointwise"], _RULES["aten.sum"], _RULES["aten.mse_loss"]}
-    return rule in kinds or torch.Tag.pointwise in getattr(target, "tags", ())
+    return operator_of(target).kind in _SUMS_OR_MAPS
 
 
 def apply_rule(call: Call) -> Result:
     """Apply the rule of an operator; freeze its inputs where there is none."""
-    rule = _RULES.get(call.operator)
-    if rule is None and torch.Tag.pointwise in getattr(call.node.target, "tags", ()):
-        rule = _RULES["pointwise"]
-    if rule is not None:
+    rule = call.record.facet(_FACET)
+    if rule is not UNKNOWN:
         return _checked(call, rule(call))
     for value in call.values():
         call.freeze(value)

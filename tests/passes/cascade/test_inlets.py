@@ -178,7 +178,7 @@ class Counts(nn.Module):
 REFUSED: dict[str, tuple[nn.Module, str]] = {
     "a norm": (
         nn.Sequential(nn.BatchNorm2d(3), conv(3)),
-        "aten.batch_norm in 0 reads the input's channels",
+        "aten.batch_norm in 0 has a weight for every channel",
     ),
     "a scale": (
         nn.Sequential(nn.InstanceNorm2d(3, affine=True), conv(3)),
