@@ -1,6 +1,6 @@
 """Draw the memory of one training step over time, for several rewrites of one network, as SVG.
 
-    python tools/draw_timeline.py docs/memory-timeline.svg
+    python tools/draw_timeline.py docs/results/memory-timeline.svg
 
 The network is MONAI's DynUNet at nnU-Net's widths on one volume of 96x96x96; the figures are
 estimates on fake tensors, which agree with the tracker on real ones to the byte.

@@ -302,7 +302,7 @@ def backward_elsewhere(net: nn.Module, disturb: bool) -> list[Tensor]:
     return found
 
 
-@situation("dropout: the same masks, and the random numbers go on as they would", variant="dropout")
+@situation("dropout: the same masks, and the same random state afterwards", variant="dropout")
 def dropout(net: nn.Module, disturb: bool) -> list[Tensor]:
     torch.manual_seed(5)
     found = step(net)
@@ -325,7 +325,7 @@ def written_after_backward(net: nn.Module, disturb: bool) -> list[Tensor]:
 # --- hooks
 
 
-@situation("forward hooks registered after the rewrite count, and change outputs")
+@situation("forward hooks registered after the rewrite run, and change outputs")
 def forward_hooks(net: nn.Module, disturb: bool) -> list[Tensor]:
     calls: list[str] = []
 
@@ -340,7 +340,7 @@ def forward_hooks(net: nn.Module, disturb: bool) -> list[Tensor]:
     return [*found, torch.tensor([calls.count(name) for name, _ in net.named_modules()])]
 
 
-@situation("backward hooks registered after the rewrite count, and change gradients")
+@situation("backward hooks registered after the rewrite run, and change gradients")
 def backward_hooks(net: nn.Module, disturb: bool) -> list[Tensor]:
     calls: list[str] = []
 
@@ -353,7 +353,7 @@ def backward_hooks(net: nn.Module, disturb: bool) -> list[Tensor]:
     return [*step(net), torch.tensor(len(calls))]
 
 
-@situation("hooks for all modules (`register_module_forward_hook`) count")
+@situation("hooks for all modules (`register_module_forward_hook`) run")
 def global_hooks(net: nn.Module, disturb: bool) -> list[Tensor]:
     calls: list[str] = []
     hook = torch.nn.modules.module.register_module_forward_hook(
@@ -474,7 +474,7 @@ def hessians(net: nn.Module, disturb: bool) -> list[Tensor]:
     return [*found, hessian(lambda c: loss_of(net(x + c[0] * mask + c[1] * mask.flip(1))))(corner)]
 
 
-@situation("saved tensors of the caller may have no hooks (`disable_saved_tensors_hooks`)")
+@situation("the caller forbids hooks on saved tensors (`disable_saved_tensors_hooks`)")
 def hooks_disabled(net: nn.Module, disturb: bool) -> list[Tensor]:
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
         loss = loss_of(net(volume()))
@@ -546,7 +546,7 @@ def interrupted_backward(net: nn.Module, disturb: bool) -> list[Tensor]:
 # --- inputs
 
 
-@situation("a batch of none", variant="batch norms")
+@situation("an empty batch", variant="batch norms")
 def empty_batch(net: nn.Module, disturb: bool) -> list[Tensor]:
     # batch norms in training refuse it without a rewrite, and instance norms in both modes
     for module in net.modules():
@@ -601,7 +601,7 @@ class Tagged(Tensor):
         return made
 
 
-@situation("a tensor subclass with metadata comes out as it goes in")
+@situation("a tensor subclass with metadata is returned with its metadata")
 def subclass(net: nn.Module, disturb: bool) -> list[Tensor]:
     found = []
     for training in (True, False):
@@ -644,7 +644,7 @@ def in_a_checkpoint(net: nn.Module, disturb: bool) -> list[Tensor]:
     return [*found, x.grad]
 
 
-@situation("saved tensors of the caller go through hooks (`save_on_cpu`)")
+@situation("the caller has hooks on saved tensors (`save_on_cpu`)")
 def in_saved_tensor_hooks(net: nn.Module, disturb: bool) -> list[Tensor]:
     with torch.autograd.graph.save_on_cpu():
         loss = loss_of(net(volume()))
