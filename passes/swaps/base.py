@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pocketize._torch import ConvNd
 from pocketize.engine.dry_run import Rehearsal
 from pocketize.errors import OptionError
-from pocketize.initial.slots import has_values
+from pocketize.initial.parameters import has_values
 from pocketize.passes.shared.order import RESIZING
 from pocketize.passes.swaps.choices import SIDES, matching, on_side
 from pocketize.passes.swaps.inner import Inner, Inside

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pocketize._torch import ConvNd
-from pocketize.initial.slots import has_values
+from pocketize.initial.parameters import has_values
 from pocketize.passes.swaps.base import Swap
 from pocketize.passes.swaps.conversions import BOTTLENECK
 from pocketize.passes.swaps.ratios import kept_share, no_values

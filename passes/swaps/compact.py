@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pocketize._torch import ConvNd
 from pocketize.errors import OptionError
-from pocketize.initial.slots import has_values
+from pocketize.initial.parameters import has_values
 from pocketize.passes.swaps.base import Swap
 from pocketize.passes.swaps.blockterms import block_terms, block_terms_kept
 from pocketize.passes.swaps.conversions import COMPACT

@@ -17,7 +17,7 @@ from torch import nn
 
 from pocketize._torch import ConvNd
 from pocketize.errors import RewriteError
-from pocketize.initial.slots import has_values
+from pocketize.initial.parameters import has_values
 from pocketize.passes.swaps.blocks import BottleneckBlock, CompactBlock, ConvBlock, SeparableBlock
 from pocketize.passes.swaps.blockterms import block_terms
 from pocketize.passes.swaps.channelwise import channelwise

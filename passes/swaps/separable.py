@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pocketize._torch import ConvNd
 from pocketize.errors import OptionError
-from pocketize.initial.slots import has_values
+from pocketize.initial.parameters import has_values
 from pocketize.passes.swaps.base import Swap
 from pocketize.passes.swaps.channelwise import channelwise, channelwise_kept
 from pocketize.passes.swaps.conversions import SEPARABLE

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from pocketize._torch import ConvNd, ConvTransposeNd, same_convolution
 from pocketize.graph.capture import Captured
-from pocketize.initial.slots import has_values
+from pocketize.initial.parameters import has_values
 from pocketize.ops import is_convolution
 from pocketize.passes.shared.forwards import obstacle
 from pocketize.passes.swaps.blocks import ConvBlock

@@ -12,7 +12,7 @@ __all__ = ["PassPlan", "Plan", "history", "plan", "pocketize", "replay", "rewrit
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from pocketize.engine.planner import settle_proposal
 from pocketize.engine.surgery import apply_edits
 from pocketize.errors import (
     NoEffectWarning,
+    OptionError,
     OrderError,
     RewriteError,
 )
@@ -125,11 +126,14 @@ class Plan:
         passes: one plan for each pass, in the order in which they are applied; more than one where
             a pass had something left to do on its own result.
         seed: seed of whatever is drawn at random, ``None`` for torch's own generator.
+        init: initialises what ``weights="reset"`` draws anew; ``None`` leaves that to
+            :mod:`pocketize.initial`.
     """
 
     model: nn.Module
     passes: tuple[PassPlan, ...]
     seed: int | None = None
+    init: Callable[[nn.Module], object] | None = None
 
     def __str__(self) -> str:
         return "\n\n".join(p._render("simple") for p in self.passes)
@@ -157,7 +161,7 @@ class Plan:
         model = self.model if inplace else clone(self.model)
         generator = _generator(model, self.seed)
         for edits in steps:
-            apply_edits(model, edits, generator=generator)
+            apply_edits(model, edits, generator=generator, init=self.init)
         records = tuple(p.record() for p in self.passes if p.edits)
         if records:
             remember(model, history(self.model) + records)
@@ -171,6 +175,7 @@ def pocketize(
     inputs: Any = None,
     keep: Sequence[str] = (),
     weights: str = "slice",
+    init: Callable[[nn.Module], object] | None = None,
     seed: int | None = None,
     inplace: bool = False,
 ) -> nn.Module:
@@ -185,6 +190,9 @@ def pocketize(
         keep: path patterns (``fnmatch``) of modules that keep their channels.
         weights: ``"slice"`` keeps the strongest channels of a trained net, ``"reset"`` draws all
             weights anew as if the net had been built at this width.
+        init: for ``"reset"``: called with the resized network to initialise it as its author did,
+            ``lambda net: net.apply(init_fn)`` say. What it leaves alone, and everything without it,
+            is drawn by the scheme that the values of ``model`` tell.
         seed: seed of what ``"reset"`` draws; ``None`` draws from torch's own generator.
         inplace: change ``model`` itself, once everything has succeeded.
 
@@ -204,13 +212,14 @@ def pocketize(
     pocket = get_pass("pocket").from_options(
         {"width": width, "keep": list(keep), "weights": weights}
     )
-    return rewrite(model, pocket, inputs=inputs, seed=seed, inplace=inplace)
+    return rewrite(model, pocket, inputs=inputs, init=init, seed=seed, inplace=inplace)
 
 
 def rewrite(
     model: nn.Module,
     *passes: Pass | str,
     inputs: Any = None,
+    init: Callable[[nn.Module], object] | None = None,
     seed: int | None = None,
     inplace: bool = False,
     strict: bool = False,
@@ -221,6 +230,8 @@ def rewrite(
         model: any module; unchanged unless ``inplace``.
         passes: passes, or texts such as ``"pocket"`` or ``"pocket:width=16"``.
         inputs: example inputs; ``None`` guesses from the first convolution.
+        init: for passes with ``weights="reset"``, as in :func:`pocketize`: called with the network,
+            or with each new module, in the end.
         seed: seed of whatever is drawn at random.
         inplace: change ``model`` itself, once everything has succeeded.
         strict: raise where a pass changes nothing, instead of warning.
@@ -229,10 +240,11 @@ def rewrite(
         The rewritten model.
 
     Raises:
+        OptionError: ``init`` is given, and no pass has ``weights="reset"``.
         OrderError: the passes exclude each other or need another order.
         RewriteError: a rewrite failed, or changed nothing under ``strict``; ``model`` is unchanged.
     """
-    planned = plan(model, *passes, inputs=inputs, seed=seed)
+    planned = plan(model, *passes, inputs=inputs, init=init, seed=seed)
     for p in planned.passes:
         if not p.edits:
             text = f"{p.name} changed nothing in {type(model).__name__}"
@@ -246,7 +258,11 @@ def rewrite(
 
 
 def plan(
-    model: nn.Module, *passes: Pass | str, inputs: Any = None, seed: int | None = None
+    model: nn.Module,
+    *passes: Pass | str,
+    inputs: Any = None,
+    init: Callable[[nn.Module], object] | None = None,
+    seed: int | None = None,
 ) -> Plan:
     """Find out what passes would do, without doing it.
 
@@ -254,9 +270,11 @@ def plan(
         model: any module; unchanged.
         passes: passes, or texts such as ``"pocket:width=16"``.
         inputs: example inputs; ``None`` guesses.
+        init: initialisation for :meth:`Plan.apply`, as in :func:`rewrite`.
         seed: seed for :meth:`Plan.apply`.
 
     Raises:
+        OptionError: ``init`` is given, and no pass has ``weights="reset"``.
         OrderError: the passes exclude each other or need another order.
         RewriteError: no pass was given, or a rewrite would fail.
     """
@@ -269,6 +287,10 @@ def plan(
             )
     if not made:
         raise RewriteError("no pass was given; e.g. rewrite(model, 'pocket')")
+    if init is not None and not any(p.options().get("weights") == "reset" for p in made):
+        raise OptionError(
+            "init= initialises weights that a pass draws anew; give a pass weights='reset'"
+        )
     _check_order(made)
     settled = settle_inputs(model, inputs)
     plans: list[PassPlan] = []
@@ -287,8 +309,8 @@ def plan(
         if proposal.edits and queue:
             current = clone(current)
             with _own_randomness(current, seed) as generator:
-                apply_edits(current, proposal.edits, generator=generator)
-    return Plan(model, tuple(plans), seed)
+                apply_edits(current, proposal.edits, generator=generator, init=init)
+    return Plan(model, tuple(plans), seed, init)
 
 
 def _check_order(passes: Sequence[Pass]) -> None:

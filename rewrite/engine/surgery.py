@@ -20,7 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from pocketize._torch import ConvNd, ConvTransposeNd, NormBase
 from pocketize.engine.literals import find_literal, set_argument
 from pocketize.errors import RewriteError, nearest
-from pocketize.initial import infer_laws
+from pocketize.initial import infer_schemes
 from pocketize.plugin.conversions import convert, find_conversion
 from pocketize.plugin.edits import (
     Convert,
@@ -37,7 +37,11 @@ _OTHER = (torch.float32, torch.float64)
 
 
 def apply_edits(
-    model: nn.Module, edits: Sequence[Edit], *, generator: torch.Generator | None = None
+    model: nn.Module,
+    edits: Sequence[Edit],
+    *,
+    generator: torch.Generator | None = None,
+    init: Callable[[nn.Module], object] | None = None,
 ) -> None:
     """Change a model in place.
 
@@ -47,6 +51,7 @@ def apply_edits(
         model: the model; on any device, ``meta`` and fake tensors included.
         edits: what to do.
         generator: source of random numbers where weights are drawn anew.
+        init: called with what was drawn anew, the model or a new module, to initialise it.
 
     Raises:
         RewriteError: an edit names a tensor or module that is not there, or whose size is another.
@@ -77,7 +82,7 @@ def apply_edits(
             raise RewriteError(f"no surgery for an edit of kind {type(edit).__name__}")
     _check_once(extends, resizes)
     redraws = [edit.module for edit in edits if isinstance(edit, Redraw)]
-    laws = infer_laws(model) if redraws else None
+    schemes = infer_schemes(model) if redraws else None
     for name, axes in resizes.items():
         _reshape(tensors[name], partial(_cut, axes=axes.values()))
     for extend in extends:
@@ -89,16 +94,16 @@ def apply_edits(
     changed = {id(tensors[name]) for name in [*resizes, *(e.tensor for e in extends)]}
     for module in model.modules():
         _follow(module, changed)
-    if laws is not None and "" in redraws:
-        laws.redraw(model, generator=generator)
+    if schemes is not None and "" in redraws:
+        schemes.redraw(model, generator, init)
     for module in model.modules():
         _recompute(module)
     for edit in edits:
         if isinstance(edit, Convert):
             convert(model, edit.module, edit.conversion, edit.options)
     made = [path for path in redraws if path]
-    if laws is not None and made:
-        laws.redraw_made(model, made, generator=generator)
+    if schemes is not None and made:
+        schemes.redraw_made(model, made, generator, init)
 
 
 def _recompute(module: nn.Module) -> None:

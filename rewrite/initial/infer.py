@@ -1,353 +1,292 @@
-"""From a model's values to its laws: every parameter looked at, populations fitted, leftovers."""
+"""From a model's values to the initialisation scheme of each parameter, and what is redrawn."""
 
 from __future__ import annotations
 
-__all__ = ["Laws", "infer_laws"]
+__all__ = ["Schemes", "infer_schemes"]
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pocketize.errors import PatternError, nearest
-from pocketize.initial.families import gather_family
-from pocketize.initial.fit import TINY, fit_population
-from pocketize.initial.inherit import inherit, names_inside
-from pocketize.initial.laws import (
+from pocketize.initial.estimate import UNEVEN, Statistics, fit, measure, structure, unknown
+from pocketize.initial.parameters import ParameterInfo, find_parameters, has_values, real
+from pocketize.initial.redraw import magnitude, private_randomness, redraw
+from pocketize.initial.schemes import (
     Constant,
     Geometry,
+    IfResized,
     Keep,
-    KeepUnlessResized,
-    Law,
-    NormOf,
     Orthogonal,
-    OwnReset,
     Random,
     Repeated,
-    Resampled,
-    ZeroRow,
+    Scheme,
 )
-from pocketize.initial.moments import JUDGED, UNEVEN, Array, Moments, measure, sample
-from pocketize.initial.redraw import magnitude, redraw
-from pocketize.initial.slots import Slot, find_slots, has_own_reset, has_values, real, stock_law
-from pocketize.initial.structure import find_repeats, find_structure, is_lone_orthogonal
-from pocketize.initial.table import Table
-
-#: Elements of a tensor in a trained model from which a match with a known law is no accident.
-SURE = 4096
 
 
 @dataclass(frozen=True)
-class Laws:
-    """The laws that a model's parameters were drawn from; made by :func:`infer_laws`.
+class Schemes:
+    """How a model's parameters were initialised; made by :func:`infer_schemes`.
 
     Attributes:
-        laws: One law per parameter name, aliases included.
-        trained: Whether most weights obey no law, as after training.
+        by_name: one scheme per parameter name, aliases included.
+        trained: whether most weights follow no scheme, as after training.
     """
 
-    laws: Mapping[str, Law]
+    by_name: Mapping[str, Scheme]
     trained: bool
-
-    def explain(self, name: str) -> str:
-        """Say how a parameter will be drawn: ``"kaiming_normal(fan_in, gain 1.414), from ..."``.
-
-        Raises:
-            PatternError: If the model has no such parameter.
-        """
-        if name not in self.laws:
-            raise PatternError(
-                f"weights='reset': the model has no parameter {name!r}.{nearest(name, self.laws)}"
-            )
-        return str(self.laws[name])
-
-    def notes(self) -> tuple[str, ...]:
-        """Which laws were found and for how many parameters, most frequent first."""
-        counts = Counter(map(str, self.laws.values()))
-        return tuple(f"{law}: {count} parameters" for law, count in counts.most_common())
 
     def redraw(
         self,
         model: nn.Module,
-        names: Iterable[str] | None = None,
         generator: torch.Generator | None = None,
+        init: Callable[[nn.Module], object] | None = None,
     ) -> None:
         """Draw a model's parameters anew, in place, at the shapes they have now.
 
-        Running statistics of norms are reset, and the vectors of spectral norms drawn. Parameters
-        keep their identity, dtype, device, memory format and ``requires_grad``; tied ones are drawn
-        once. Other buffers stay as they are.
+        Running statistics of norms are reset, and the vectors of spectral norms made to fit.
+        Parameters keep their identity, dtype, device, memory format and ``requires_grad``; tied
+        ones are drawn once. Other buffers stay as they are.
 
         Args:
-            model: The model, or a resized copy of it: parameters are known by name.
-            names: Parameters and buffers to draw; all if None.
-            generator: Where randomness comes from. With one, the global generators stay untouched.
-
-        Raises:
-            PatternError: If the model has no parameter or buffer of a given name.
+            model: the model, or a resized copy of it: parameters are known by name.
+            generator: where randomness comes from. With one, the global generators stay untouched.
+            init: called with the model in the end; what it initialises needs no inference.
         """
-        redraw(model, self.laws, names, generator)
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        redraw(model, self.by_name, [name for name, _ in tensors], generator)
+        if init is not None:
+            with private_randomness(generator, model.parameters()):
+                init(model)
 
     def redraw_made(
         self,
         model: nn.Module,
         paths: Sequence[str],
         generator: torch.Generator | None = None,
+        init: Callable[[nn.Module], object] | None = None,
     ) -> None:
         """Draw the parameters of modules that conversions have put into a model, and no others.
 
         Args:
-            model: The model with the new modules in it.
-            paths: Where they stand. Their layers inherit the laws of the weight and the bias that
-                stood there, at their own fans.
-            generator: Where randomness comes from. With one, the global generators stay untouched.
+            model: the model with the new modules in it.
+            paths: where they stand. Their layers inherit the schemes of the weight and the bias
+                that stood there, at their own fans.
+            generator: where randomness comes from. With one, the global generators stay untouched.
+            init: called with each of the new modules in the end.
         """
-        laws = dict(self.laws)
         for path in paths:
-            laws |= inherit(self.laws, model, path)
-        names = [name for path in paths for name in names_inside(model, path)]
-        redraw(model, laws, names, generator)
+            module = model.get_submodule(path)
+            held = [*module.named_parameters(), *module.named_buffers()]
+            schemes = {**self.by_name, **_inherited(self.by_name, model, path)}
+            redraw(model, schemes, [f"{path}.{name}" for name, _ in held], generator)
+            if init is not None:
+                with private_randomness(generator, module.parameters()):
+                    init(module)
+
+
+def _inherited(schemes: Mapping[str, Scheme], model: nn.Module, path: str) -> dict[str, Scheme]:
+    """Return schemes for the parameters of one new module that have none of their own.
+
+    A layer inside it inherits the scheme of the weight or bias that the module had before under the
+    same name. A weight that was zero, as the last layer of a residual branch may be, is inherited
+    by the last layer only: a product of zeros would never learn. What has no scheme to inherit that
+    can be drawn at another shape is left to the default of its own layer.
+    """
+    found: dict[str, Scheme] = {}
+    inside = [
+        info
+        for info in find_parameters(model)
+        if info.kind in ("conv", "linear") and any(n.startswith(f"{path}.") for n in info.names)
+    ]
+    weights = [info for info in inside if info.role == "weight"]
+    for info in inside:
+        scheme = schemes.get(f"{path}.{info.leaf}")
+        if isinstance(scheme, IfResized):
+            scheme = scheme.scheme
+        zero = isinstance(scheme, Constant) and (info.role == "bias" or info is weights[-1])
+        drawn = scheme if zero or isinstance(scheme, Random | Orthogonal) else None
+        if drawn is not None and not any(name in schemes for name in info.names):
+            found.update(dict.fromkeys(info.names, drawn))
+    return found
 
 
 @dataclass
 class _Finding:
-    """What is known of one parameter on the way to its law."""
+    """What is known of one parameter on the way to its scheme."""
 
-    slot: Slot
+    info: ParameterInfo
     values: Tensor
     geometry: Geometry
-    moments: Moments
-    law: Law | None = None
-    repeats: int = 1
-    hole: int | None = None
+    statistics: Statistics
+    scheme: Scheme | None
+    repeats: int
+
+    @property
+    def population(self) -> tuple[str, ...]:
+        """Tensors of one population are expected to have been initialised alike."""
+        kind, role, shape = self.info.kind, self.info.role, self.info.tensor.shape
+        if kind == "raw":
+            role = "vector" if max(shape, default=1) == shape.numel() else ""
+        known = self.statistics
+        centre = f"{known.mean:.1g}" if known.mean else ""
+        return kind, role, "one-sided" if known.one_sided else centre
 
 
-def infer_laws(model: nn.Module) -> Laws:
+def infer_schemes(model: nn.Module) -> Schemes:
     """Find out how a model's parameters were initialised, from their values; changes nothing.
 
     Args:
-        model: The model before any rewrite, fresh or trained. Linear time: large tensors are
-            judged by a sample.
+        model: the model before any rewrite, fresh or trained. Large tensors are judged by a sample.
 
     Returns:
-        A law for every floating or complex parameter. For tensors on the meta device, and those
-        with values that are not finite, the default of their layer's type.
+        A scheme for every floating or complex parameter. Without values, and with values that are
+        not finite, the default of its layer.
     """
-    slots = find_slots(model)
+    parameters = find_parameters(model)
     with torch.no_grad():
-        findings = [found for slot in slots if (found := _look(slot)) is not None]
-        _settle_lone_orthogonals(findings)
-        unexplained = [found for found in findings if found.law is None]
-        _fit([found for found in unexplained if _expects_constant(found)])
+        findings = [found for info in parameters if (found := _look(info)) is not None]
+        open_ = [found for found in findings if found.scheme is None and not found.info.direction]
+        _fit([found for found in open_ if found.info.starts_constant], fresh=True)
         trained = _is_trained(findings)
-        _fit([found for found in unexplained if not _expects_constant(found)], free=not trained)
-        _distrust(findings, trained)
-    by_name = {name: found for found in findings for name in found.slot.names}
-    laws: dict[str, Law] = {}
-    for slot in slots:
-        found = by_name.get(slot.name)
-        if slot.direction:
-            law = _magnitude_law(slot.direction, found, by_name.get(slot.direction))
-        else:
-            law = _final(slot, found, trained)
-        laws.update(dict.fromkeys(slot.names, law))
-    return Laws(laws, trained)
+        for found in open_:
+            # a scale or shift that alone is random was trained
+            random = found.scheme
+            if isinstance(random, Random) and (trained or random.singleton):
+                found.scheme = None
+        _fit([found for found in open_ if not found.info.starts_constant], fresh=not trained)
+        by_name = {name: found for found in findings for name in found.info.names}
+        schemes: dict[str, Scheme] = {}
+        for info in parameters:
+            scheme = _final(info, by_name, trained)
+            schemes.update(dict.fromkeys(info.names, scheme))
+    return Schemes(schemes, trained)
 
 
-def _look(slot: Slot) -> _Finding | None:
-    """Statistics of one parameter, and its law if it is no random sample."""
-    values = real(slot.tensor.detach())
-    if not has_values(values):
+def _look(info: ParameterInfo) -> _Finding | None:
+    """Statistics of one parameter, and its scheme if it is no random sample; None if unreadable."""
+    values = real(info.tensor.detach())
+    if not has_values(values) or not bool(values.isfinite().all()):
         return None
-    hole = getattr(slot.owner, "padding_idx", None) if slot.kind == "embedding" else None
-    if hole is not None and len(values) > 1 and not bool(values[hole].any()):
-        values = torch.cat([values[:hole], values[hole + 1 :]])
-    else:
-        hole = None
-    geometry, repeats = slot.geometry, find_repeats(values)
+    padding = getattr(info.owner, "padding_idx", None) if info.kind == "embedding" else None
+    if padding is not None and len(values) > 1 and not bool(values[padding].any()):
+        values = torch.cat([values[:padding], values[padding + 1 :]])
+    geometry, repeats = info.geometry, _repeats(values)
     if repeats > 1:
         values = values[::repeats]
-        geometry = replace(geometry, weight=tuple(values.shape))
-    elements = sample(values)
-    if not np.isfinite(elements).all():
-        return None
-    found = _Finding(slot, values, geometry, measure(values, elements))
-    found.repeats, found.hole = repeats, hole
-    found.law = find_structure(values, elements, geometry.groups, _gates(slot))
+        geometry = replace(geometry, shape=tuple(values.shape), weight=tuple(values.shape))
+    scheme = structure(values, geometry.groups)
     # a single number is only a constant if somebody may have written it down
-    if len(elements) == 1 and not _is_round(float(elements[0])) and slot.kind != "raw":
-        found.law = None
-    return found
+    if values.numel() == 1 and info.kind != "raw":
+        value = float(values.reshape(-1)[0])
+        if abs(float(f"{value:.1e}") - value) > 1e-6 * abs(value):
+            scheme = None
+    return _Finding(info, values, geometry, measure(values), scheme, repeats)
 
 
-def _gates(slot: Slot) -> int:
-    shape, hidden = slot.geometry.shape, slot.geometry.hidden
-    if slot.kind == "rnn" and hidden:
-        return shape[0] // hidden
-    return 3 if slot.kind == "attention" and len(shape) == 2 and shape[0] == 3 * shape[1] else 1
-
-
-def _is_round(value: float) -> bool:
-    return abs(float(f"{value:.1e}") - value) <= 1e-6 * abs(value)
-
-
-def _settle_lone_orthogonals(findings: Sequence[_Finding]) -> None:
-    gains = {1.0, 2**0.5} | {f.law.gain for f in findings if isinstance(f.law, Orthogonal)}
-    for found in findings:
-        if found.law is None and found.slot.tensor.dim() > 1:
-            gain = is_lone_orthogonal(found.values, sorted(gains))
-            if gain is not None:
-                found.law = Orthogonal(gain)
-
-
-def _expects_constant(found: _Finding) -> bool:
-    return isinstance(stock_law(found.slot), Constant)
+def _repeats(values: Tensor) -> int:
+    """How many neighbouring slices of the first axis are equal throughout; 1 for none."""
+    count = len(values) if values.dim() > 1 else 0
+    if count < 4 or not torch.equal(values[0], values[1]):
+        return 1
+    same = (values == values[:1]).flatten(1).all(dim=1).tolist()
+    times = same.index(False) if False in same else count
+    if count % times or times == count:
+        return 1
+    blocks = values.reshape(-1, times, *values.shape[1:])
+    return times if bool((blocks == blocks[:, :1]).all()) else 1
 
 
 def _is_trained(findings: Sequence[_Finding]) -> bool:
     """Whether the values were trained; norms and the like are fitted already.
 
-    Two signs: scales and shifts of norms, which begin as constants, differ and share no law; and
+    Two signs: scales and shifts of norms, which begin as constants, differ and share no scheme; and
     channels differ in variance, which no initialisation makes.
     """
-    constant = [found for found in findings if _expects_constant(found)]
-    drawn = Counter(f.slot.population for f in constant if not _is_fixed(f.law))
-    shared = Counter((f.slot.population, f.law) for f in constant if isinstance(f.law, Random))
-    # an owner who draws scales at random draws most of them alike
-    alike = {key for (key, law), n in shared.items() if not law.lone and n > 0.8 * drawn[key]}
-    lawless = [not _is_fixed(f.law) and f.slot.population not in alike for f in constant]
-    if any(lawless) and 2 * sum(lawless) >= len(lawless):
+    constant = [found for found in findings if found.info.starts_constant]
+    sizes = Counter(f.info.kind for f in constant if f.info.role == "weight")
+    drawn = Counter(f.scheme for f in constant if isinstance(f.scheme, Random))
+
+    def designed(found: _Finding) -> bool:
+        if not isinstance(found.scheme, Random):
+            return found.scheme is not None
+        # an owner who draws scales at random draws all of them alike, and no shifts
+        alike = drawn[found.scheme] >= max(3, 0.8 * sizes[found.info.kind])
+        return alike and found.info.role == "weight"
+
+    odd = sum(not designed(found) for found in constant)
+    if odd and 2 * odd >= len(constant):
         return True
     judged = [
-        found.law is None and found.moments.uneven >= UNEVEN
+        found.scheme is None and found.statistics.uneven >= UNEVEN
         for found in findings
-        if found.moments.count >= JUDGED and not isinstance(found.law, Constant)
+        if found.statistics.judged and not isinstance(found.scheme, Constant)
     ]
     return 2 * sum(judged) > len(judged)
 
 
-def _is_fixed(law: Law | None) -> bool:
-    return law is not None and not isinstance(law, Random)
+def _fit(findings: Sequence[_Finding], *, fresh: bool) -> None:
+    """Fit the populations, the largest first, so that small ones may share its schemes.
 
-
-def _fit(findings: Sequence[_Finding], *, free: bool = True) -> None:
-    """Fit the populations, the largest first, so that small ones may follow its laws."""
-    populations: dict[tuple[str, str], list[_Finding]] = {}
+    In a trained net only schemes that explain most of a population hold: a few tensors match some
+    usual scale by chance.
+    """
+    populations: dict[tuple[str, ...], list[_Finding]] = {}
     for found in findings:
-        if not found.slot.direction:
-            populations.setdefault(found.slot.population, []).append(found)
-    carried: dict[tuple[str, str, float], tuple[Random, str]] = {}
-    for members in sorted(populations.values(), key=lambda m: -sum(f.moments.count for f in m)):
-        stock = next((law for f in members if isinstance(law := stock_law(f.slot), Random)), None)
-        table = Table(
-            [f.moments for f in members],
-            [f.geometry for f in members],
-            likeliest=stock.fan if stock else "fan_in",
+        populations.setdefault(found.population, []).append(found)
+    elsewhere: list[tuple[Random, str]] = []
+    for members in sorted(populations.values(), key=lambda m: -sum(f.statistics.count for f in m)):
+        judged = sum(found.statistics.judged for found in members)
+        even = [found for found in members if found.statistics.uneven < UNEVEN]
+        role = members[0].info.role
+        schemes = fit(
+            [found.statistics for found in even],
+            [found.geometry for found in even],
+            [(scheme, 0.5 if role == other else 2.5) for scheme, other in elsewhere],
+            free=fresh,
         )
-        laws = fit_population(
-            table,
-            stock,
-            [(law, 0.5 if role == members[0].slot.role else 2.5) for law, role in carried.values()],
-            free=free,
-            samples=_sampler(members),
-        )
-        for found, law in zip(members, laws, strict=True):
-            found.law = law
-            if law is not None and not law.lone:
-                key = law.family.name, law.fan, law.gain
-                carried[key] = replace(law, source=""), found.slot.role
-        _follow(members, stock, free)
+        counts = Counter(scheme for scheme in schemes if scheme and not scheme.singleton)
+        for found, scheme in zip(even, schemes, strict=True):
+            vouched = scheme is not None and 2 * counts[scheme] > max(judged, 2)
+            found.scheme = scheme if fresh or vouched else None
+        elsewhere += [(scheme, role) for scheme in counts if fresh]
 
 
-def _sampler(members: Sequence[_Finding]) -> Callable[[int], Array]:
-    return lambda index: sample(members[index].values)
+def _final(info: ParameterInfo, findings: Mapping[str, _Finding], trained: bool) -> Scheme:
+    """The scheme of a parameter, or what is done without one."""
+    found = findings.get(info.name)
+    if info.direction:
+        # a magnitude follows its direction, unless it was set to one value (DINO's last layer)
+        direction = findings.get(info.direction)
+        if found and direction and isinstance(found.scheme, Constant):
+            norm = magnitude(direction.info.tensor, info.tensor)
+            if not torch.allclose(norm, info.tensor, rtol=1e-2):
+                return found.scheme
+        return Keep("the norm of its direction, which is renewed with it")
+    if found is None:
+        reason = "its values cannot be read"
+        return info.default(reason) or Keep(reason)
+    if found.scheme:
+        return Repeated(found.scheme, found.repeats) if found.repeats > 1 else found.scheme
+    scheme = _without_scheme(found, trained)
+    if trained:
+        return scheme
+    return IfResized(scheme, tuple(real(info.tensor).shape))
 
 
-def _follow(members: Sequence[_Finding], stock: Random | None, fresh: bool) -> None:
-    """Let tensors that are too small to judge, or nearly lawful, follow the commonest law."""
-    laws = [f.law for f in members if isinstance(f.law, Random) and not f.law.lone]
-    keys = Counter((law.family.name, law.fan, law.gain) for law in laws)
-    leaders = sorted(laws, key=lambda law: -keys[law.family.name, law.fan, law.gain])[:1]
-    for found in members:
-        moments = found.moments
-        if found.law is None and moments.count < TINY:
-            for law in [*leaders, *([stock] if stock else [])]:
-                centre, std = law.location, law.std(found.geometry)
-                reach = float(np.abs(sample(found.values) - centre - law.family.offset * std).max())
-                if reach <= min(law.family.bound, 6.0) * std * (1 + moments.rounding):
-                    found.law = replace(law, source="as others of its kind, too few to tell")
-                    break
-        elif found.law is None and fresh and leaders:
-            # one in many thousands is an outlier by chance
-            std = leaders[0].std(found.geometry)
-            if abs(moments.variance**0.5 / std - 1) < 0.1 + 2 / moments.count**0.5:
-                found.law = replace(leaders[0], source="as others of its kind, if not quite")
-
-
-def _distrust(findings: Sequence[_Finding], trained: bool) -> None:
-    """Take back laws that values seem to obey where chance is likelier than a law."""
-    weights = {f.slot.path: f for f in findings if f.slot.leaf == "weight"}
-    for found in findings:
-        weight = weights.get(found.slot.path)
-        # a layer is trained as a whole: only a large, lawful weight vouches for the rest
-        vouched = weight is not None and weight.law is not None and weight.moments.count >= SURE
-        law = found.law
-        if isinstance(law, Random) and _expects_constant(found):
-            doubtful = trained or law.lone
-        else:
-            chance = isinstance(law, Random) or found.moments.count == 1
-            doubtful = chance and trained and not vouched and stock_law(found.slot) is not None
-        if doubtful:
-            found.law = None
-
-
-def _magnitude_law(name: str, found: _Finding | None, direction: _Finding | None) -> Law:
-    """A magnitude follows its direction, unless it was set to one value (DINO's last layer)."""
-    if found is not None and isinstance(found.law, Constant) and direction is not None:
-        norm = magnitude(direction.slot.tensor, found.slot.tensor)
-        if not torch.allclose(norm, found.slot.tensor, rtol=1e-2):
-            return found.law
-    return NormOf(name)
-
-
-def _final(slot: Slot, found: _Finding | None, trained: bool) -> Law:
-    """The law of a slot, or what is done without one."""
-    if found is None or found.law is None:
-        return _without_law(slot, found, trained)
-    law = found.law
-    if found.repeats > 1:
-        law = Repeated(law, found.repeats)
-    return law if found.hole is None else ZeroRow(law, found.hole)
-
-
-def _without_law(slot: Slot, found: _Finding | None, trained: bool) -> Law:
-    reason = "its values match no law" if found else "its values cannot be read"
-    stock = stock_law(slot)
-    fresh = found is not None and not trained
+def _without_scheme(found: _Finding, trained: bool) -> Scheme:
+    info, known, reason = found.info, found.statistics, "its values match no scheme"
+    default = info.default(reason)
     # channels that are alike were not trained: the owner's scheme beats the layer's default
-    alike = found is not None and found.moments.count >= JUDGED and found.moments.uneven < UNEVEN
-    law: Law
-    if isinstance(stock, (Random, Constant)) and not (fresh and alike):
-        law = replace(stock, source=f"torch's default, as {reason}")
-    elif has_own_reset(slot):
-        law = OwnReset(reason)
-    elif found is None or not slot.tensor.requires_grad:
+    alike = not trained and known.judged and known.uneven < UNEVEN
+    if default is not None and not alike:
+        return default
+    if not info.tensor.requires_grad:
         return Keep(reason)
-    elif found.moments.count == 1:
-        return Constant(found.moments.mean)
-    elif slot.tensor.dim() == 1 and bool((found.values.diff() > 0).all()):
+    if known.count == 1:
+        return Constant(float(found.values.reshape(-1)[0]))
+    if info.tensor.dim() == 1 and bool((found.values.diff() > 0).all()):
         return Keep("an ascending sequence")
-    else:
-        own = Random(
-            gather_family(sample(found.values)),
-            "constant",
-            found.moments.variance**0.5,
-            found.moments.mean,
-        )
-        law = Resampled(own, slot.geometry)
-    if found and found.hole is not None:
-        law = ZeroRow(law, found.hole)
-    return KeepUnlessResized(law, tuple(real(slot.tensor).shape)) if fresh else law
+    return unknown(known, found.geometry)

@@ -1,10 +1,10 @@
-"""Carrying out the laws on a model: parameters, magnitudes, spectral vectors, running
-statistics."""
+"""Carrying out schemes on a model: parameters, magnitudes, spectral vectors, running statistics."""
 
 from __future__ import annotations
 
-__all__ = ["magnitude", "redraw"]
+__all__ = ["magnitude", "private_randomness", "redraw"]
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
 
-from pocketize.errors import PatternError, nearest
-from pocketize.initial.laws import Keep, Law, NormOf, OwnReset, Repeated, ZeroRow
-from pocketize.initial.slots import Slot, find_slots, has_own_reset, has_values, real, stock_law
+from pocketize.initial.parameters import ParameterInfo, find_parameters, has_values, real
+from pocketize.initial.schemes import Constant, IfResized, Keep, Reset, Scheme
 
 _log = logging.getLogger(__name__)
 
@@ -26,64 +26,71 @@ _POWER_ITERATIONS = 15
 
 def redraw(
     model: nn.Module,
-    laws: Mapping[str, Law],
-    names: Iterable[str] | None,
+    schemes: Mapping[str, Scheme],
+    names: Iterable[str],
     generator: torch.Generator | None,
 ) -> None:
-    """Draw parameters and reset statistics in place; see :meth:`pocketize.initial.Laws.redraw`."""
-    slots = find_slots(model)
-    wanted = _wanted(model, names)
-    chosen = [slot for slot in slots if not wanted.isdisjoint(slot.names)]
-    todo = [(slot, _law(slot, laws)) for slot in chosen]
-    with torch.no_grad():
-        _let_owners_reset(todo, generator)
-        for slot, law in todo:
-            if has_values(slot.tensor):
-                _draw(slot, law, generator)
-        _renew_magnitudes(slots, {slot.name for slot in chosen}, laws)
-        _renew_spectral_vectors(model, wanted, generator)
-        for path, module in model.named_modules(remove_duplicate=False):
-            buffers = dict(module.named_buffers(recurse=False))
-            for leaf, value in _RUNNING.items():
-                statistic = buffers.get(leaf)
-                if statistic is not None and f"{path}.{leaf}".lstrip(".") in wanted:
-                    statistic.fill_(value)
+    """Draw parameters and reset statistics in place; see :meth:`pocketize.initial.Schemes.redraw`.
 
-
-def _wanted(model: nn.Module, names: Iterable[str] | None) -> set[str]:
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    if names is None:
-        return known
+    Args:
+        model: the model.
+        schemes: by the names of parameters; others get the default of their layer.
+        names: parameters and buffers to draw.
+        generator: source of random numbers; None for torch's own.
+    """
     wanted = set(names)
-    for name in sorted(wanted - known):
-        raise PatternError(
-            f"weights='reset': the model has no parameter or buffer {name!r}.{nearest(name, known)}"
-        )
-    return wanted
+    parameters = find_parameters(model)
+    by_name = {name: info for info in parameters for name in info.names}
+    chosen = [info for info in parameters if not wanted.isdisjoint(info.names)]
+    with torch.no_grad():
+        for info in chosen:
+            if has_values(info.tensor):
+                _draw(info, _scheme(info, schemes), generator)
+        for info in parameters:
+            # magnitudes follow their direction, chosen by name or not
+            if info.direction and not isinstance(_scheme(info, schemes), Constant):
+                direction = by_name[info.direction]
+                if has_values(info.tensor) and (info in chosen or direction in chosen):
+                    info.tensor.copy_(magnitude(direction.tensor, info.tensor))
+        _renew_spectral_vectors(model, wanted)
+        for name, buffer in model.named_buffers(remove_duplicate=False):
+            leaf = name.rpartition(".")[2]
+            if name in wanted and leaf in _RUNNING:
+                buffer.fill_(_RUNNING[leaf])
 
 
-def _law(slot: Slot, laws: Mapping[str, Law]) -> Law:
-    law = next((laws[name] for name in slot.names if name in laws), None)
-    if law is None:
-        # a parameter that another rewrite has added
-        fresh = stock_law(slot) or (OwnReset("new") if has_own_reset(slot) else Keep("new"))
-        return NormOf(slot.direction) if slot.direction else fresh
-    return law.resolve(real(slot.tensor).shape)
+def _scheme(info: ParameterInfo, schemes: Mapping[str, Scheme]) -> Scheme:
+    for name in info.names:
+        if name in schemes:
+            scheme = schemes[name]
+            if not isinstance(scheme, IfResized):
+                return scheme
+            resized = scheme.shape != real(info.tensor).shape
+            return scheme.scheme if resized else Keep("its size is the same")
+    return info.default("a new layer") or Keep("a new parameter")
 
 
-def _draw(slot: Slot, law: Law, generator: torch.Generator | None) -> None:
-    if isinstance(law, (Keep, OwnReset, NormOf)):
-        return
-    target = real(slot.tensor)
-    wide = torch.float64 if target.dtype == torch.float64 else torch.float32
-    device = generator.device if generator is not None else target.device
-    out = torch.empty(target.shape, dtype=wide, device=device)
-    target.copy_(law.draw(out, slot.geometry, generator))
+def _draw(info: ParameterInfo, scheme: Scheme, generator: torch.Generator | None) -> None:
+    target = real(info.tensor)
+    padding = getattr(info.owner, "padding_idx", None) if info.kind == "embedding" else None
+    if padding is not None and bool(target[padding].any()):
+        padding = None
+    if isinstance(scheme, Reset):
+        _let_owner_reset(info, generator)
+    elif not isinstance(scheme, Keep):
+        wide = torch.float64 if target.dtype == torch.float64 else torch.float32
+        device = generator.device if generator is not None else target.device
+        out = torch.empty(target.shape, dtype=wide, device=device)
+        scheme.draw(out, info.geometry, generator)
+        target.copy_(out)
+    if padding is not None:
+        target[padding] = 0
 
 
 @contextmanager
-def _randomness(generator: torch.Generator | None, tensors: Iterable[Tensor]) -> Iterator[None]:
+def private_randomness(
+    generator: torch.Generator | None, tensors: Iterable[Tensor]
+) -> Iterator[None]:
     """Let code that only knows the global generators draw from ``generator``."""
     if generator is None:
         yield
@@ -95,94 +102,45 @@ def _randomness(generator: torch.Generator | None, tensors: Iterable[Tensor]) ->
         yield
 
 
-def _let_owners_reset(todo: Iterable[tuple[Slot, Law]], generator: torch.Generator | None) -> None:
-    """Call ``reset_parameters`` of layers that bring their own, for the chosen tensors only."""
-    owners: dict[str, tuple[nn.Module, set[int]]] = {}
-    for slot, law in todo:
-        inner = law.law if isinstance(law, (ZeroRow, Repeated)) else law
-        if isinstance(inner, OwnReset) and has_values(slot.tensor):
-            owners.setdefault(slot.path, (slot.owner, set()))[1].add(id(slot.tensor))
-    for path, (owner, chosen) in owners.items():
-        before: dict[str, Tensor] = dict(owner.named_parameters())
-        before |= dict(owner.named_buffers())
-        values = {name: tensor.detach().clone() for name, tensor in before.items()}
-        try:
-            with _randomness(generator, before.values()):
-                owner.reset_parameters()  # type: ignore[operator]
-        except Exception as error:
-            # a stranger's method on a layer of a size it was not built for may raise anything; the
-            # sliced values, restored below, are the second best
-            _log.warning("%s.reset_parameters() failed after resizing: %s", path, error)
-            chosen = set()
-        for name, tensor in before.items():
-            holder, _, leaf = name.rpartition(".")
-            module = owner.get_submodule(holder)
-            registry = module._parameters if leaf in module._parameters else module._buffers
-            current = registry.get(leaf)
-            drawn = current if id(tensor) in chosen else None
-            if drawn is None or drawn.shape != tensor.shape:
-                drawn = values[name]
-            if drawn is not tensor:
-                tensor.copy_(drawn)
-            if current is not tensor:
-                registry[leaf] = tensor  # type: ignore[assignment]
+def _let_owner_reset(info: ParameterInfo, generator: torch.Generator | None) -> None:
+    """Take one parameter from a copy of its owner after ``reset_parameters()``."""
+    try:
+        owner = copy.deepcopy(info.owner)
+        with private_randomness(generator, [info.tensor]):
+            owner.reset_parameters()  # type: ignore[operator]
+        info.tensor.copy_(owner.get_parameter(info.leaf))
+    except Exception as error:
+        # somebody's method on a layer of a size it was not built for may raise anything; the
+        # sliced values are the second best
+        _log.warning("%s.reset_parameters() failed after resizing: %s", info.path, error)
 
 
 def magnitude(direction: Tensor, like: Tensor) -> Tensor:
-    """Norms of a weight normalisation's direction, shaped as its magnitude ``like``."""
+    """Return the norms of a weight normalisation's direction, shaped as its magnitude ``like``.
+
+    Salimans and Kingma, "Weight normalization" (2016): ``w = g v / |v|``, so ``g = |v|`` is what
+    wrapping a fresh layer gives.
+    """
+    axes = [axis for axis, size in enumerate(like.shape) if size == 1]
     if like.numel() == 1:
         axes = list(range(direction.dim()))
-    else:
-        axes = [axis for axis, size in enumerate(like.shape) if size == 1]
     norm: Tensor = torch.linalg.vector_norm(direction, dim=axes, keepdim=True)
     return norm.reshape(like.shape)
 
 
-def _renew_magnitudes(slots: list[Slot], chosen: set[str], laws: Mapping[str, Law]) -> None:
-    """Magnitudes that are norms of their direction follow it, chosen by name or not."""
-    tensors = {name: slot for slot in slots for name in slot.names}
-    for slot in slots:
-        if slot.direction and has_values(slot.tensor) and isinstance(_law(slot, laws), NormOf):
-            direction = tensors[slot.direction]
-            if slot.name in chosen or direction.name in chosen:
-                slot.tensor.copy_(magnitude(direction.tensor, slot.tensor))
-
-
-def _renew_spectral_vectors(
-    model: nn.Module, wanted: set[str], generator: torch.Generator | None
-) -> None:
-    """New singular vectors for spectral norms, of torch's both kinds, whose weight was drawn."""
+def _renew_spectral_vectors(model: nn.Module, wanted: set[str]) -> None:
+    """Let the vectors of spectral norms, of torch's both kinds, fit a weight that was drawn."""
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         if isinstance(module, parametrize.ParametrizationList):
-            weight = module._parameters.get("original")
             for step in module:
-                u, v = step._buffers.get("_u"), step._buffers.get("_v")
-                if weight is not None and f"{prefix}original" in wanted:
-                    _iterate(weight, u, v, getattr(step, "dim", 0), generator)
+                if "_u" in step._buffers and f"{prefix}original" in wanted:
+                    training = step.training
+                    step.train()
+                    for _ in range(_POWER_ITERATIONS):
+                        step(module.original)
+                    step.train(training)
         for hook in module._forward_pre_hooks.values():
-            name, dim = getattr(hook, "name", None), getattr(hook, "dim", 0)
-            weight = module._parameters.get(f"{name}_orig")
-            if weight is not None and f"{prefix}{name}_orig" in wanted:
-                u, v = module._buffers.get(f"{name}_u"), module._buffers.get(f"{name}_v")
-                _iterate(weight, u, v, dim, generator)
-
-
-def _iterate(
-    weight: Tensor,
-    u: Tensor | None,
-    v: Tensor | None,
-    dim: int,
-    generator: torch.Generator | None,
-) -> None:
-    if u is None or v is None or not has_values(weight):
-        return
-    matrix = weight.movedim(dim, 0).flatten(1)
-    device = generator.device if generator is not None else u.device
-    fresh = torch.empty(u.shape, dtype=torch.float32, device=device).normal_(generator=generator)
-    left = fresh.to(matrix.device, matrix.dtype)
-    for _ in range(_POWER_ITERATIONS):
-        right = nn.functional.normalize(matrix.T @ left, dim=0)
-        left = nn.functional.normalize(matrix @ right, dim=0)
-    u.copy_(left)
-    v.copy_(right)
+            if isinstance(hook, SpectralNorm) and f"{prefix}{hook.name}_orig" in wanted:
+                for _ in range(_POWER_ITERATIONS):
+                    hook.compute_weight(module, do_power_iteration=True)

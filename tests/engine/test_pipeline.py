@@ -82,6 +82,17 @@ def test_what_is_written_for_pocketize_becomes_options_of_the_pass() -> None:
     assert small.widths() == [3, 3, 8, 2]
 
 
+def test_init_initialises_what_a_pass_draws_anew() -> None:
+    def init(net: nn.Module) -> None:
+        for parameter in net.parameters():
+            nn.init.constant_(parameter, 7.0)
+
+    small = pocketize(Net(), 3, inputs=INPUT, weights="reset", init=init)
+    assert all(bool(parameter.eq(7).all()) for parameter in small.parameters())
+    with pytest.raises(OptionError, match="give a pass weights='reset'"):
+        pocketize(Net(), 3, inputs=INPUT, init=init)
+
+
 # -- order ---------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Modules that conversions put into a model are drawn from the laws of what stood there."""
+"""Modules that conversions put into a model are drawn from the schemes of what stood there."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def redrawn(model: nn.Module, seed: int = 1) -> nn.Module:
     return model
 
 
-def test_new_layers_follow_the_owners_law_and_all_others_stay() -> None:
+def test_new_layers_follow_the_owners_scheme_and_all_others_stay() -> None:
     model = net(0.02)
     before = [model[i].weight.clone() for i in (0, 2)]
     redrawn(model)
@@ -60,7 +60,7 @@ def test_new_layers_follow_the_owners_law_and_all_others_stay() -> None:
     assert torch.equal(model[1][1].weight, torch.ones(48))
 
 
-def test_a_law_with_a_fan_is_scaled_to_each_new_layer() -> None:
+def test_a_scheme_with_a_fan_is_scaled_to_each_new_layer() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Conv2d(width, width, 3, padding=1) for width in (16, 32, 64)))
     for layer in model:

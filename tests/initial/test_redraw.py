@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import init
 from torch.nn.utils import parametrizations
 
-from pocketize.errors import PatternError
-from pocketize.initial import infer_laws
-from pocketize.initial.moments import SAMPLE, sample
+from pocketize.initial import infer_schemes
+from pocketize.initial.estimate import SAMPLE, sample
+from pocketize.initial.schemes import Reset
 
 from .builds import FULL, INITS, POCKET, Net, build, values
 
@@ -29,7 +29,7 @@ def test_inferring_changes_neither_the_model_nor_the_random_state() -> None:
     before = copy.deepcopy(net.state_dict())
     versions = [p._version for p in net.parameters()]
     state = torch.get_rng_state()
-    infer_laws(net)
+    infer_schemes(net)
     assert torch.equal(torch.get_rng_state(), state)
     assert [p._version for p in net.parameters()] == versions
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
@@ -42,7 +42,7 @@ def test_redrawing_keeps_identity_dtype_layout_and_requires_grad() -> None:
         name: (id(p), p.dtype, p.stride(), p.requires_grad) for name, p in net.named_parameters()
     }
     old = values(net)
-    infer_laws(net).redraw(net, generator=generator(7))
+    infer_schemes(net).redraw(net, generator(7))
     after = {
         name: (id(p), p.dtype, p.stride(), p.requires_grad) for name, p in net.named_parameters()
     }
@@ -53,47 +53,26 @@ def test_redrawing_keeps_identity_dtype_layout_and_requires_grad() -> None:
 def test_a_generator_is_the_only_source_of_randomness() -> None:
     net = nn.Sequential(build(FULL, INITS["torch_default"]), OwnReset(4))
     net[1].weight.data[0] = math.nan
-    laws = infer_laws(net)
+    schemes = infer_schemes(net)
     state = torch.get_rng_state()
-    laws.redraw(net, generator=generator(5))
+    schemes.redraw(net, generator(5))
     assert torch.equal(torch.get_rng_state(), state)
     first = values(net)
-    laws.redraw(net, generator=generator(5))
+    schemes.redraw(net, generator(5))
     assert all(torch.equal(part, first[name]) for name, part in values(net).items())
-    laws.redraw(net, generator=generator(6))
+    schemes.redraw(net, generator(6))
     assert not torch.equal(values(net)["0.body.2.weight"], first["0.body.2.weight"])
 
 
 def test_without_a_generator_the_global_seed_decides() -> None:
     net = build(FULL, INITS["torch_default"])
-    laws = infer_laws(net)
+    schemes = infer_schemes(net)
     torch.manual_seed(3)
-    laws.redraw(net)
+    schemes.redraw(net)
     first = values(net)
     torch.manual_seed(3)
-    laws.redraw(net)
+    schemes.redraw(net)
     assert torch.equal(values(net)["body.2.weight"], first["body.2.weight"])
-
-
-def test_named_tensors_alone_are_redrawn() -> None:
-    net = build(FULL, INITS["torch_default"])
-    laws = infer_laws(net)
-    net.body[1].running_mean.fill_(4)
-    before = copy.deepcopy(net.state_dict())
-    laws.redraw(net, ["body.5.weight", "body.1.running_var"], generator())
-    changed = {k for k, value in net.state_dict().items() if not torch.equal(value, before[k])}
-    assert changed == {"body.5.weight"}
-
-
-def test_an_unknown_name_is_an_error_that_names_the_nearest() -> None:
-    net = build(FULL, INITS["torch_default"])
-    laws = infer_laws(net)
-    with pytest.raises(
-        PatternError, match=r"no parameter or buffer 'body\.5\.weigt'.*body\.5\.wei"
-    ):
-        laws.redraw(net, ["body.5.weigt"])
-    with pytest.raises(PatternError, match=r"no parameter 'head'"):
-        laws.explain("head")
 
 
 def test_running_statistics_start_anew_and_other_buffers_stay() -> None:
@@ -103,7 +82,7 @@ def test_running_statistics_start_anew_and_other_buffers_stay() -> None:
         module.running_mean.fill_(3)
         module.running_var.fill_(5)
         module.num_batches_tracked.fill_(7)
-    infer_laws(net).redraw(net, generator=generator())
+    infer_schemes(net).redraw(net, generator())
     for module in net:
         assert module.running_mean.eq(0).all()
         assert module.running_var.eq(1).all()
@@ -111,14 +90,14 @@ def test_running_statistics_start_anew_and_other_buffers_stay() -> None:
     assert torch.equal(net.filters, torch.arange(6.0))
 
 
-def test_tied_weights_stay_tied_and_are_drawn_by_one_law() -> None:
+def test_tied_weights_stay_tied_and_are_drawn_by_one_scheme() -> None:
     torch.manual_seed(0)
     net = nn.ModuleDict({"embed": nn.Embedding(50, 32), "out": nn.Linear(32, 50, bias=False)})
     init.normal_(net["embed"].weight, 0, 0.02)
     net["out"].weight = net["embed"].weight
-    laws = infer_laws(net)
-    assert laws.explain("out.weight") == laws.explain("embed.weight")
-    laws.redraw(net, ["out.weight"], generator())
+    schemes = infer_schemes(net)
+    assert schemes.by_name["out.weight"] is schemes.by_name["embed.weight"]
+    schemes.redraw(net, generator())
     assert net["out"].weight is net["embed"].weight
     assert float(net["embed"].weight.detach().std()) == pytest.approx(0.02, rel=0.1)
 
@@ -139,13 +118,12 @@ def test_weight_norm_magnitudes_are_norms_of_the_new_directions(legacy: bool) ->
         if legacy
         else ("parametrizations.weight.original0", "parametrizations.weight.original1")
     )
-    laws = infer_laws(net)
-    assert laws.explain(f"2.{v}").startswith("kaiming_uniform(fan_in, gain 0.5774), from 4")
-    assert laws.explain(f"2.{g}") == f"norm of 2.{v}"
+    schemes = infer_schemes(net)
+    assert schemes.by_name[f"2.{v}"].source == "from 4 tensors"
     tensors = dict(net.named_parameters())
     tensors[f"2.{v}"].data = tensors[f"2.{v}"].data[:5, :6]
     tensors[f"2.{g}"].data = tensors[f"2.{g}"].data[:5]
-    laws.redraw(net, generator=generator())
+    schemes.redraw(net, generator())
     direction = tensors[f"2.{v}"].detach()
     assert torch.allclose(tensors[f"2.{g}"].flatten(), direction.flatten(1).norm(dim=1))
     assert float(direction.abs().max()) <= 1 / math.sqrt(54)
@@ -158,8 +136,8 @@ def test_spectral_norm_vectors_belong_to_the_new_weight(legacy: bool) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(8, 12, 3)
     (nn.utils.spectral_norm if legacy else parametrizations.spectral_norm)(layer)
-    laws = infer_laws(layer.eval())
-    laws.redraw(layer, generator=generator())
+    schemes = infer_schemes(layer.eval())
+    schemes.redraw(layer, generator=generator())
     buffers = dict(layer.named_buffers())
     u, v = (next(b for name, b in buffers.items() if name.endswith(end)) for end in ("_u", "_v"))
     original = layer.weight_orig if legacy else layer.parametrizations.weight.original
@@ -182,9 +160,7 @@ def test_structured_values_are_built_at_the_new_size() -> None:
             "shuffle": nn.Conv2d(8, 64, 3, bias=False),
             "blur": nn.Conv2d(16, 16, 3, groups=16, bias=False),
             "embed": nn.Embedding(9, 16, padding_idx=2),
-            "lstm": nn.LSTM(16, 16),
             "orthogonal": nn.Conv2d(16, 16, 1, bias=False),
-            "row": nn.Linear(16, 1, bias=False),
         }
     )
     net.register_parameter("scale", nn.Parameter(torch.full((16,), 1e-6)))
@@ -198,15 +174,7 @@ def test_structured_values_are_built_at_the_new_size() -> None:
     )
     net["blur"].weight.data[:] = kernel[:3, :3]
     init.orthogonal_(net["orthogonal"].weight, 0.7)
-    init.orthogonal_(net["row"].weight, 0.7)
-    for name, bias in net["lstm"].named_parameters():
-        if "bias" in name:
-            bias.data.zero_()
-            bias.data[16:32] = 1
-        elif "hh" in name:
-            for gate in bias.data.chunk(4):
-                init.orthogonal_(gate)
-    laws = infer_laws(net)
+    schemes = infer_schemes(net)
     small = {
         "dirac": (6, 6),
         "grouped_dirac": (8, 2),
@@ -216,15 +184,11 @@ def test_structured_values_are_built_at_the_new_size() -> None:
         "blur": (6, 1),
         "embed": (9, 6),
         "orthogonal": (6, 6),
-        "row": (1, 6),
     }
     for name, (a, b) in small.items():
         net[name].weight.data = net[name].weight.data[:a, :b]
-    for part in net["lstm"].parameters():
-        part.data = part.data[:24] if part.dim() == 1 else part.data[:24, :6]
     net.scale.data = net.scale.data[:6]
-    net["lstm"].hidden_size = 6
-    laws.redraw(net, generator=generator())
+    schemes.redraw(net, generator())
     expected = torch.zeros(6, 6, 3, 3)
     assert torch.equal(net["dirac"].weight, init.dirac_(expected))
     assert torch.equal(net["grouped_dirac"].weight, init.dirac_(torch.zeros(8, 2, 3, 3), groups=4))
@@ -239,13 +203,6 @@ def test_structured_values_are_built_at_the_new_size() -> None:
     assert torch.equal(net.scale, torch.full((6,), 1e-6))
     matrix = net["orthogonal"].weight.detach().flatten(1)
     assert torch.allclose(matrix @ matrix.T, 0.49 * torch.eye(6), atol=1e-5)
-    assert float(net["row"].weight.detach().norm()) == pytest.approx(0.7, rel=1e-4)
-    assert net["lstm"].bias_ih_l0.tolist() == [0] * 6 + [1] * 6 + [0] * 12
-    for gate in net["lstm"].weight_hh_l0.detach().chunk(4):
-        assert torch.allclose(gate @ gate.T, torch.eye(6), atol=1e-5)
-    assert float(net["lstm"].weight_ih_l0.detach().abs().max()) == pytest.approx(
-        1 / math.sqrt(6), rel=0.1
-    )
 
 
 class OwnReset(nn.Module):
@@ -264,14 +221,12 @@ class OwnReset(nn.Module):
         init.constant_(self.inner.weight, 9.0)
 
 
-def test_a_layer_with_lawless_values_resets_itself_and_nothing_else() -> None:
+def test_a_layer_with_unreadable_values_resets_itself_and_nothing_else() -> None:
     net = OwnReset(4)
     net.inner.weight.data.fill_(1)
     net.weight.data[0] = math.nan
-    laws = infer_laws(net)
-    assert laws.explain("weight").startswith("reset_parameters() of its layer")
     weight = net.weight
-    laws.redraw(net, ["weight"], generator())
+    infer_schemes(net).redraw(net, generator())
     assert net.weight is weight
     assert float(weight.detach().abs().max()) == pytest.approx(7, rel=0.01)
     assert net.inner.weight.eq(1).all()
@@ -288,12 +243,30 @@ def test_a_reset_that_fails_leaves_the_values_and_a_warning(
 
     net = Broken(4)
     net.weight.data.fill_(math.nan)
-    laws = infer_laws(net)
+    schemes = infer_schemes(net)
     net.weight.data = torch.ones(3, 3, 100)
     with caplog.at_level(logging.WARNING, logger="pocketize"):
-        laws.redraw(net, ["weight"], generator())
+        schemes.redraw(net, generator())
     assert net.weight.eq(1).all()
     assert "4 channels are hard-coded" in caplog.text
+
+
+def test_init_has_the_last_word_and_draws_from_the_generator() -> None:
+    def init_fn(model: nn.Module) -> None:
+        for name, part in model.named_parameters():
+            if name.startswith("body.2"):
+                init.normal_(part, 5, 0.1)
+
+    net = build(FULL, INITS["torch_default"])
+    schemes = infer_schemes(net)
+    state = torch.get_rng_state()
+    schemes.redraw(net, generator(5), init_fn)
+    assert torch.equal(torch.get_rng_state(), state)
+    first = values(net)
+    assert float(first["body.2.weight"].mean()) == pytest.approx(5, rel=0.01)
+    assert float(first["body.5.weight"].abs().max()) < 0.1
+    schemes.redraw(net, generator(5), init_fn)
+    assert torch.equal(values(net)["body.2.weight"], first["body.2.weight"])
 
 
 def test_trained_layers_get_the_default_of_their_type() -> None:
@@ -308,7 +281,7 @@ def test_trained_layers_get_the_default_of_their_type() -> None:
         nn.Conv2d(32, 1, 3),
     )
     net.apply(INITS["kaiming_normal_fan_in"])
-    assert not infer_laws(net).trained
+    assert not infer_schemes(net).trained
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
     for _ in range(20):
         image = torch.rand(2, 1, 16, 16)
@@ -316,9 +289,9 @@ def test_trained_layers_get_the_default_of_their_type() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    laws = infer_laws(net)
-    assert laws.trained
-    laws.redraw(net, generator=generator())
+    schemes = infer_schemes(net)
+    assert schemes.trained
+    schemes.redraw(net, generator())
     for layer in (net[0], net[3], net[6]):
         bound = 1 / math.sqrt(layer.weight[0].numel())
         assert float(layer.weight.detach().abs().max()) == pytest.approx(bound, rel=0.02)
@@ -326,57 +299,50 @@ def test_trained_layers_get_the_default_of_their_type() -> None:
     assert net[1].weight.eq(1).all()
     assert net[1].bias.eq(0).all()
     assert net[2].weight.eq(0.25).all()
-    assert laws.explain("3.weight") == (
-        "kaiming_uniform(fan_in, gain 0.5774), torch's default, as its values match no law"
-    )
+    assert schemes.by_name["3.weight"] == Reset("its values match no scheme")
 
 
-def test_fresh_values_without_a_law_stay_unless_they_were_resized() -> None:
+def test_fresh_values_without_a_scheme_stay_unless_they_were_resized() -> None:
     """A positional table that somebody computed: as good as any while its size is the same."""
     net = nn.Sequential(nn.Conv2d(4, 300, 3), nn.Conv2d(300, 4, 3))
     table = torch.sin(torch.outer(torch.arange(40.0), torch.logspace(0, -2, 30)))
     net.register_parameter("table", nn.Parameter(table.clone()))
-    laws = infer_laws(net)
-    laws.redraw(net, generator=generator())
+    schemes = infer_schemes(net)
+    schemes.redraw(net, generator())
     assert torch.equal(net.table, table)
     net.table.data = net.table.data[:, :15]
-    laws.redraw(net, generator=generator())
+    schemes.redraw(net, generator())
     assert not torch.equal(net.table, table[:, :15])
-    assert "samples of its own values" in laws.explain("table")
+    assert "samples of its own values" in str(schemes.by_name["table"])
 
 
 @pytest.mark.parametrize("fake", [False, True])
-def test_tensors_without_values_have_laws_and_are_left_alone(fake: bool) -> None:
+def test_tensors_without_values_have_schemes_and_are_left_alone(fake: bool) -> None:
     with FakeTensorMode() if fake else torch.device("meta"):
         net = Net(POCKET)
-    laws = infer_laws(net)
-    assert laws.explain("body.2.weight").startswith("kaiming_uniform(fan_in, gain 0.5774)")
+    schemes = infer_schemes(net)
+    assert schemes.by_name["body.2.weight"] == Reset("its values cannot be read")
     shapes = {name: p.shape for name, p in net.named_parameters()}
-    laws.redraw(net, generator=generator())
+    schemes.redraw(net, generator())
     assert {name: p.shape for name, p in net.named_parameters()} == shapes
 
 
 def test_values_that_are_not_finite_are_replaced() -> None:
     net = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 50))
     net[0].weight.data[3, 3] = math.nan
-    laws = infer_laws(net)
-    laws.redraw(net, generator=generator())
+    schemes = infer_schemes(net)
+    schemes.redraw(net, generator())
     assert all(bool(p.isfinite().all()) for p in net.parameters())
     assert float(net[0].weight.detach().abs().max()) <= 1 / math.sqrt(30)
 
 
 def test_parameters_that_a_rewrite_added_get_the_default_of_their_layer() -> None:
     net = nn.Sequential(nn.Linear(30, 40))
-    laws = infer_laws(net)
+    schemes = infer_schemes(net)
     net.append(nn.Linear(100, 4))
     net[1].weight.data.fill_(9)
-    laws.redraw(net, generator=generator())
+    schemes.redraw(net, generator())
     assert float(net[1].weight.detach().abs().max()) <= 0.1
-
-
-def test_the_notes_count_the_parameters_of_each_law() -> None:
-    notes = infer_laws(build(FULL, INITS["orthogonal"])).notes()
-    assert "orthogonal(gain 1.3): 10 parameters" in notes
 
 
 def test_statistics_of_large_tensors_come_from_a_bounded_sample() -> None:
