@@ -31,10 +31,6 @@ def whole_contract(config: pytest.Config) -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run the slow tests last, so that a broken fast one is known within minutes."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
-    if not whole_contract(config):
-        rare = {item for item in items if item.get_closest_marker("whole_contract") is not None}
-        config.hook.pytest_deselected(items=list(rare))
-        items[:] = [item for item in items if item not in rare]
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import nn
 
 from pocketize.channels.analysis import analyse
 from pocketize.channels.levels import find_levels
@@ -31,25 +33,25 @@ from tests.contract.blocks import as_blocks
 from tests.contract.case import Case
 from tests.contract.clamp import clamped, halved
 from tests.contract.precision import as_amp_alone, as_autocast_by_hand
+from tests.contract.sample import CONVOLUTIONS, DTYPES, GRAPHS, NORMS, PARTS, VOLUMES, WIDTHS
 from tests.models.registry import Net
 
 __all__ = ["CASES", "COMBINATIONS", "Extent", "Row"]
 
 
 class Extent(enum.IntEnum):
-    """On which nets a row is tried: every step costs minutes.
+    """On which nets a row is tried, beside those that it names."""
 
-    What is left out runs with ``pytest --whole-contract``.
-    """
-
-    CORE = 0
-    """All checks on the core of the sample."""
-    SAMPLE = 1
-    """All checks on the nets of the sample."""
-    EVERYWHERE = 2
-    """And on every other net, but the slow, the decisive ones."""
-    THOROUGH = 3
-    """All checks on every net, but those that train only on the sample."""
+    NAMED = 0
+    """On no others."""
+    PART = 1
+    """On a third of the core of the sample, another third for the next row."""
+    CORE = 2
+    """On the core of the sample."""
+    SAMPLE = 3
+    """On the sample."""
+    EVERYWHERE = 4
+    """On every net."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,22 @@ class Row:
         make: the passes for a net; a clamp, for one, depends on the width the net's author states.
         promise: a check of what this pass promises beyond the contract of all.
         extent: on which nets.
+        on: names of nets on which it is tried besides: what this pass alone changes or refuses.
         not_on: names of nets on which it cannot be tried here.
         repeats: options that speak of the model as it is, such as a multiplier, do something again
             when they are given twice.
+        turns: one of the rows of which each net outside of the core is tried with one.
+        change: makes the net that is rewritten of a test net.
     """
 
     make: Callable[[Net], tuple[Pass, ...]]
     promise: Callable[[Case], None] | None = None
-    extent: Extent = Extent.CORE
+    extent: Extent = Extent.PART
+    on: frozenset[str] = frozenset()
     not_on: frozenset[str] = frozenset()
     repeats: bool = False
+    turns: bool = False
+    change: Callable[[Net], Net] = lambda net: net
 
 
 # The gradient that torch 2.13 computes on the CPU of the weights of a bfloat16 convolution over
@@ -101,60 +109,98 @@ def _swap(kind: type[Swap], **options: Any) -> Swap:
     return kind(**{"activations": "any", "min_channels": 1} | options)
 
 
+def _leaky(net: Net) -> Net:
+    """The net with leaky ReLUs, as norms in place cannot invert a ReLU."""
+
+    def build() -> nn.Module:
+        model = net.factory()
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if type(child) is nn.ReLU:
+                    setattr(module, name, nn.LeakyReLU(0.1, child.inplace))
+        return model
+
+    return replace(net, name=f"{net.name}, leaky", factory=build)
+
+
 # Small nets: with a lower bound there would be nothing to recompute in them.
 _CONV, _BLOCK, _LEVEL = (Recompute(keep=keep, min_bytes=0) for keep in ("conv", "block", "level"))
 
 CASES: dict[str, dict[str, Row]] = {
     "pocket": {
-        "slice": Row(lambda net: (Pocket(width=net.width),), clamped, Extent.THOROUGH),
+        "slice": Row(lambda net: (Pocket(width=net.width),), clamped, Extent.EVERYWHERE),
         "reset": Row(
-            lambda net: (Pocket(width=net.width, weights="reset"),), extent=Extent.THOROUGH
+            lambda net: (Pocket(width=net.width, weights="reset"),), None, Extent.CORE, WIDTHS
         ),
     },
     "width": {
-        "half": Row(lambda net: (Width(0.5),), halved, Extent.SAMPLE, repeats=True),
+        "half": Row(
+            lambda net: (Width(0.5),), halved, Extent.PART, WIDTHS, repeats=True, turns=True
+        ),
         "by-level": Row(
             lambda net: (_levels_clamped(net),), clamped, not_on=frozenset({"no_parameters"})
         ),
     },
-    "in-place-norm": {"native": Row(lambda net: (InPlaceNorm(),), extent=Extent.EVERYWHERE)},
+    "in-place-norm": {
+        "native": Row(
+            lambda net: (InPlaceNorm(),), None, Extent.NAMED, NORMS, turns=True, change=_leaky
+        )
+    },
     "recompute": {
-        "conv": Row(lambda net: (_CONV,), extent=Extent.SAMPLE),
+        "conv": Row(lambda net: (_CONV,)),
         "block": Row(lambda net: (_BLOCK,)),
-        "level": Row(lambda net: (_LEVEL,), extent=Extent.EVERYWHERE),
+        "level": Row(lambda net: (_LEVEL,), None, Extent.SAMPLE, GRAPHS, turns=True),
     },
     "checkpoint": {
-        "every-child": Row(lambda net: (_every_child(net),), extent=Extent.EVERYWHERE),
+        "every-child": Row(lambda net: (_every_child(net),), None, Extent.PART, PARTS, turns=True),
         "smallest": Row(lambda net: (Checkpoint(),)),
     },
     "offload": {
-        "disk": Row(lambda net: (Offload(min_bytes="256B", to="disk"),), extent=Extent.SAMPLE)
+        "disk": Row(
+            lambda net: (Offload(min_bytes="256B", to="disk"),), None, Extent.PART, turns=True
+        )
     },
     "bottleneck": {
-        "decompose": Row(lambda net: (_swap(Bottleneck, ratio=2),), as_blocks, Extent.SAMPLE),
+        "decompose": Row(
+            lambda net: (_swap(Bottleneck, ratio=2),), as_blocks, Extent.PART, CONVOLUTIONS
+        ),
         "reset": Row(lambda net: (_swap(Bottleneck, weights="reset", inner_norm=True),), as_blocks),
     },
     "separable": {
-        "decompose": Row(lambda net: (_swap(Separable),), as_blocks),
+        "decompose": Row(lambda net: (_swap(Separable),), as_blocks, Extent.PART, CONVOLUTIONS),
     },
     "compact-block": {
-        "energy": Row(lambda net: (_swap(CompactBlock, ratio="energy:0.3"),), as_blocks),
+        "energy": Row(
+            lambda net: (_swap(CompactBlock, ratio="energy:0.3"),),
+            as_blocks,
+            Extent.PART,
+            CONVOLUTIONS,
+        ),
         "inner-norm": Row(lambda net: (_swap(CompactBlock, inner_norm=True),), as_blocks),
     },
     "patchwise": {
-        "exact": Row(lambda net: (Patchwise(size=5),), extent=Extent.SAMPLE),
-        "exact-rounded": Row(
-            lambda net: (Patchwise(size=5, keep_dtype="bfloat16"),), extent=Extent.CORE
-        ),
+        "exact": Row(lambda net: (Patchwise(size=5),), None, Extent.PART, VOLUMES, turns=True),
+        "exact-rounded": Row(lambda net: (Patchwise(size=5, keep_dtype="bfloat16"),)),
         "slab": Row(lambda net: (Patchwise(mode="slab", size=16),), not_on=_HOOKED),
         "window": Row(lambda net: (Patchwise(mode="window", size=32),), not_on=_HOOKED),
     },
-    "amp": {"bf16": Row(lambda net: (Amp(),), as_autocast_by_hand, Extent.SAMPLE, _TINY_VOLUMES)},
+    "amp": {
+        "bf16": Row(
+            lambda net: (Amp(),),
+            as_autocast_by_hand,
+            Extent.PART,
+            DTYPES,
+            _TINY_VOLUMES,
+            turns=True,
+        )
+    },
 }
 """Name of a pass -> label -> row."""
 
 COMBINATIONS: dict[str, Row] = {
-    "pocket+in-place-norm": Row(lambda net: (Pocket(width=net.width), InPlaceNorm())),
+    "pocket+in-place-norm": Row(
+        lambda net: (Pocket(width=net.width), InPlaceNorm()), change=_leaky
+    ),
     "pocket+recompute": Row(lambda net: (Pocket(width=net.width), _LEVEL)),
     "amp+recompute": Row(lambda net: (Amp(), _LEVEL), as_amp_alone, not_on=_TINY_VOLUMES),
     "width+separable": Row(lambda net: (Width(0.5), _swap(Separable)), repeats=True),
@@ -162,8 +208,9 @@ COMBINATIONS: dict[str, Row] = {
     "compact-block+in-place-norm+amp": Row(
         lambda net: (_swap(CompactBlock, inner_norm=True), InPlaceNorm(), Amp()),
         not_on=_TINY_VOLUMES,
+        change=_leaky,
     ),
-    "in-place-norm+patchwise": Row(lambda net: (InPlaceNorm(), Patchwise(size=5))),
+    "in-place-norm+patchwise": Row(lambda net: (InPlaceNorm(), Patchwise(size=5)), change=_leaky),
     "recompute+patchwise": Row(lambda net: (_LEVEL, Patchwise(size=5))),
     "amp+checkpoint+patchwise": Row(
         lambda net: (Amp(), _every_child(net), Patchwise(size=5)),
@@ -176,6 +223,7 @@ COMBINATIONS: dict[str, Row] = {
         lambda net: (InPlaceNorm(), Amp(), _every_child(net)),
         as_amp_alone,
         not_on=_TINY_VOLUMES,
+        change=_leaky,
     ),
 }
 """Label -> row of several passes; what they keep together is the weakest that one of them keeps."""

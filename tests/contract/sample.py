@@ -1,13 +1,29 @@
-"""The nets on which every row of the contract is tried in full.
+"""The nets on which the rows of the contract are tried.
 
-On the others a row is held to the decisive checks only, since a row in full on all of them takes
-minutes. They are chosen by what a pass could stumble over; ``test_nets.py`` asks that every kind of
-layer that passes rewrite, and every tag that is not a channel's affair, is among them.
+Every row on every net takes an hour (``pytest --whole-contract``), so ``cases.py`` states which of
+these lists a row is tried on. The sample is chosen by what any pass could stumble over;
+``test_nets.py`` asks that every kind of layer that passes rewrite, and every tag that is not about
+channels, is among them. The list of a pass has a net for every kind of edit, on every kind of
+module, and for every refusal and note, that the pass gives on any of the nets.
+
+A net of the sample is held to all checks, another to the decisive ones.
 """
 
 from __future__ import annotations
 
-__all__ = ["CORE", "COSTLY", "DECISIVE", "SAMPLE"]
+__all__ = [
+    "CONVOLUTIONS",
+    "CORE",
+    "COSTLY",
+    "DECISIVE",
+    "DTYPES",
+    "GRAPHS",
+    "NORMS",
+    "PARTS",
+    "SAMPLE",
+    "VOLUMES",
+    "WIDTHS",
+]
 
 HABITS = {
     "each norm": "batch_norm batch_norm_1d batch_norm_no_affine batch_norm_no_statistics "
@@ -62,7 +78,66 @@ _CORE = (
     "keeps_features lazy_after_a_call single_layer no_parameters",
 )
 CORE = frozenset(" ".join(_CORE).split())
-"""The part of the sample on which variants and combinations of passes are tried."""
+"""The part of the sample of which variants and combinations of passes are tried on a third each."""
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+WIDTHS = _names(
+    "branch_on_values conv3d conv_transpose2d counts_calls efficientnet fourier_neural_operator "
+    "functional_weights group_norm instance_norm_statistics layer_norm_functional "
+    "local_response_norm moving_average norm_after_flatten prelu_per_channel raw_buffer "
+    "recurrent_middle rms_norm scripted_part shared_with_input spectral_norm_parametrized "
+    "tied_embedding tiny_vi_t weight_norm_legacy weight_norm_parametrized multihead_batch_first "
+    "conv_grouped nnunet_plain_conv_deep_supervision"
+)
+"""Each kind of tensor with channels, and each reason why they stay."""
+
+NORMS = _names(
+    "batch_norm batch_norm_1d batch_norm_no_affine batch_norm_no_statistics batch_norm_cumulative "
+    "instance_norm instance_norm_no_affine instance_norm_statistics group_norm "
+    "group_norm_no_affine activations_of_every_kind prelu_one prelu_per_channel unet concat "
+    "residual conv3d nnunet_plain_conv_deep_supervision monai_dynunet_plain monai_segresnet "
+    "efficientnet functional_weights hook_on_backward hook_that_records hrnet norm_after_flatten "
+    "recurrent_residual resnext shared_block tied_module mixed_modes frozen_parameters in_place "
+    "checkpointed double_precision dropout"
+)
+"""Each norm with each activation, and each reason why one stays."""
+
+GRAPHS = _names("batch_norm_cumulative conv1d graph_module latents memory_attention no_parameters")
+"""Each kind of operator whose result is kept, and each refusal."""
+
+PARTS = _names(
+    "batch_norm_1d branch_on_values cbam crop_by_tensor data_parallel efficientnet "
+    "every_width_seen fourier_neural_operator hrnet local_response_norm low_rank_update "
+    "nested_frames numbers_seeded_by_generator recurrent_middle recurrent_residual res2net "
+    "scripted_part selective_kernels sequential_with_repeats single_layer sorted_channels "
+    "squeeze_excite_conv stochastic_depth tied_module unet unused_parameters "
+    "weight_norm_parametrized weight_norm_transposed weight_standardised_flat"
+)
+"""Each kind of part that is run again, and each refusal."""
+
+CONVOLUTIONS = _names(
+    "conv3d conv_transpose2d resnext scripted_part single_layer tied_weights unused_parameters "
+    "weight_norm_legacy"
+)
+"""Each kind of convolution, and each reason why one stays."""
+
+VOLUMES = _names(
+    "branch_on_values class_map_output counts_calls counts_in_python features_kept_from_a_call "
+    "graph_module hook_of_its_own hook_that_changes hook_that_records layer_norm_channels_last "
+    "layer_norm_functional noise_always pools pools_3d put_into_zeros recurrent_middle resnext "
+    "rms_norm spatial_transformer tied_embedding tiny_vi_t transposed_tie unet"
+)
+"""Each way to run an operator by tiles, and each refusal."""
+
+DTYPES = _names(
+    "batch_norm_bare batch_norm_no_affine bfloat16_precision double_precision graph_module "
+    "half_precision mixed_precision_by_hand no_parameters autocast_inside"
+)
+"""Each kind of norm that autocast treats in its way, and each refusal."""
 
 DECISIVE = (
     "original_untouched",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
@@ -19,10 +20,25 @@ def every_net() -> list[Net]:
     return [*nets(), *lookalike_nets(), *foreign_nets()]
 
 
-def parameters(*, broken: bool = False) -> list[Any]:
-    """Nets for ``parametrize``; those that no rewrite can take only with ``broken``."""
+def parameters(
+    nets: Iterable[Net] | None = None,
+    *,
+    broken: bool = False,
+    fast: Container[str] | None = None,
+) -> list[Any]:
+    """Nets for ``parametrize``.
+
+    Args:
+        nets: which; all unless told.
+        broken: only those that no rewrite can take, and otherwise only the others.
+        fast: names of those that are not marked slow; all unless told, but for nets that are.
+    """
+
+    def is_slow(net: Net) -> bool:
+        return "slow" in net.tags or (fast is not None and net.name not in fast)
+
     return [
-        pytest.param(net, id=net.name, marks=[pytest.mark.slow] if "slow" in net.tags else [])
-        for net in every_net()
+        pytest.param(net, id=net.name, marks=[pytest.mark.slow] if is_slow(net) else [])
+        for net in (every_net() if nets is None else nets)
         if (net.error is None) != broken
     ]
