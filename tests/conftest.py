@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.utils import _python_dispatch
 
+import tests.examples  # noqa: F401  (the profile is loaded before any test is made)
+
 _WHOLE = "--whole-contract"
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pocketize.channels import labels
 from pocketize.channels.labels import FROZEN, Algebra, Atoms
+from tests.examples import examples
 
 
 def _settled(algebra: Algebra) -> tuple[set[frozenset[int]], set[int]]:
@@ -37,7 +38,7 @@ def _pairs(draw: st.DrawFn) -> tuple[int, Atoms, Atoms]:
 
 
 @given(_pairs())
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 def test_uniting_labels_is_uniting_every_pair_of_the_broadcast(
     case: tuple[int, Atoms, Atoms],
 ) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pocketize.channels.labels import FROZEN, Algebra, Value, axes_of, squeeze_constant
 from tests.board import Board
 from tests.chains import Chain, chains
+from tests.examples import examples
 
 # The same examples every time: what turns red is then the change at hand.
 fixed = settings(deadline=None, derandomize=True, database=None)
@@ -293,7 +294,7 @@ def test_aligned_operands_share_their_channels_or_freeze_on_fixed_axes(
 # -- movement ------------------------------------------------------------------------------------
 
 
-@settings(fixed, max_examples=80)
+@settings(fixed, max_examples=examples(80))
 @given(chains())
 def test_labels_move_as_integer_tensors_do(chain: Chain) -> None:
     board = Board(chain, a=chain.shape)
@@ -310,13 +311,13 @@ def test_labels_move_as_integer_tensors_do(chain: Chain) -> None:
 _LOSSLESS = ("permute", "flip", "unflatten", "unsqueeze", "squeeze", "cat")
 
 
-@settings(fixed, max_examples=40)
+@settings(fixed, max_examples=examples(40))
 @given(chains((*_LOSSLESS, "channel_shuffle", "repeat_interleave")))
 def test_movement_that_merges_no_channels_freezes_none(chain: Chain) -> None:
     assert not Board(chain, a=chain.shape).reasons
 
 
-@settings(fixed, max_examples=30)
+@settings(fixed, max_examples=examples(30))
 @given(st.integers(1, 3), st.integers(2, 4), st.integers(1, 3), st.data())
 def test_a_split_that_is_joined_again_moves_in_steps_of_its_parts(
     before: int, groups: int, run: int, data: st.DataObject

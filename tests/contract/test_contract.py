@@ -99,6 +99,7 @@ def test_every_net_meets_a_second_row_and_every_row_twelve_nets() -> None:
     assert min(rows.values()) >= 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", ROWS)
 def test_every_row_changes_a_plain_unet(label: str) -> None:
     net = ROWS[label].change(next(net for net in every_net() if net.name == "unet"))

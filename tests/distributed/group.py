@@ -19,7 +19,17 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["PROCESSES", "STEPS", "SyncNorm", "Unet", "batch", "result_of", "run", "train"]
+__all__ = [
+    "PROCESSES",
+    "STEPS",
+    "SyncNorm",
+    "Unet",
+    "Work",
+    "batch",
+    "result_of",
+    "run",
+    "train",
+]
 
 PROCESSES = 2
 STEPS = 3

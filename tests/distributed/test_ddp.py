@@ -16,9 +16,9 @@ from pocketize import rewrite
 from pocketize.errors import PocketizeWarning
 from pocketize.passes import Amp, Checkpoint, InPlaceNorm, Offload, Recompute
 from pocketize.plugin.base import Pass
-from tests.distributed.group import SyncNorm, Unet, batch, result_of, run, train
+from tests.distributed.group import SyncNorm, Unet, Work, batch, result_of, train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 
 BLOCKS = Checkpoint(only=("encoder", "bottom", "decoder"))
 
@@ -60,26 +60,21 @@ def mixed() -> dict[str, Any]:
     return train(DistributedDataParallel(model), model, batch(torch.float32))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes made of all cases."""
-    made = tmp_path_factory.mktemp("ddp")
-    work: dict[str, Any] = {name: functools.partial(together, name) for name in CASES}
-    run(work | {"amp": mixed}, made)
-    return made
+WORK: dict[str, Work] = {f"ddp {name}": functools.partial(together, name) for name in CASES}
+WORK["ddp amp"] = mixed
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_gradients_and_statistics_are_those_of_one_process(name: str, folder: Path):
     model = original(name)
     expected = train(model, model, batch())
-    for found in result_of(name, folder):
+    for found in result_of(f"ddp {name}", folder):
         for key in ("losses", "gradients", "state"):
             torch.testing.assert_close(found[key], expected[key], rtol=1e-9, atol=1e-12)
 
 
 def test_mixed_precision_keeps_float32_weights_that_agree_in_both_processes(folder: Path):
-    first, second = result_of("amp", folder)
+    first, second = result_of("ddp amp", folder)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert {t.dtype for t in first["state"].values()} == {torch.float32}
     torch.manual_seed(0)

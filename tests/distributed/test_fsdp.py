@@ -16,9 +16,9 @@ from pocketize import rewrite
 from pocketize.errors import RewriteError
 from pocketize.passes import Amp, Checkpoint, InPlaceNorm, Offload, Recompute
 from pocketize.plugin.base import Pass
-from tests.distributed.group import PROCESSES, SyncNorm, Unet, batch, result_of, run, train
+from tests.distributed.group import PROCESSES, SyncNorm, Unet, Work, batch, result_of, train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 
 BLOCKS = ("encoder", "bottom", "decoder")
 #: Label -> the norm, the activation, the passes, and what is sharded by itself.
@@ -81,28 +81,23 @@ def refused(given: Pass) -> dict[str, Any]:
     return {"error": ""}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("fsdp")
-    work: dict[str, Any] = {name: functools.partial(together, name) for name in CASES}
-    work["amp"] = mixed
-    work["offload"] = functools.partial(refused, Offload(to="disk", min_bytes="1B"))
-    work["recompute"] = functools.partial(refused, Recompute(min_bytes=0))
-    run(work, made)
-    return made
+WORK: dict[str, Work] = {f"fsdp {name}": functools.partial(together, name) for name in CASES}
+WORK["fsdp amp"] = mixed
+WORK["fsdp offload"] = functools.partial(refused, Offload(to="disk", min_bytes="1B"))
+WORK["fsdp recompute"] = functools.partial(refused, Recompute(min_bytes=0))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_gradients_and_statistics_are_those_of_one_process(name: str, folder: Path):
     model = original(name)
     expected = train(model, model, batch())
-    for found in result_of(name, folder):
+    for found in result_of(f"fsdp {name}", folder):
         for key in ("losses", "gradients", "state"):
             torch.testing.assert_close(found[key], expected[key], rtol=1e-9, atol=1e-12)
 
 
 def test_mixed_precision_keeps_float32_weights(folder: Path):
-    first, second = result_of("amp", folder)
+    first, second = result_of("fsdp amp", folder)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert {t.dtype for t in first["state"].values()} == {torch.float32}
 
@@ -113,6 +108,6 @@ def test_mixed_precision_keeps_float32_weights(folder: Path):
 def test_passes_that_cannot_work_on_sharded_weights_say_so_and_what_can(
     name: str, instead: str, folder: Path
 ):
-    for found in result_of(name, folder):
+    for found in result_of(f"fsdp {name}", folder):
         assert "sharded" in found["error"]
         assert instead in found["error"]

@@ -22,10 +22,10 @@ from pocketize.passes.tiling.cutting import Tiling
 from pocketize.passes.tiling.peers import group_name
 from pocketize.passes.tiling.preparing import prepare
 from pocketize.passes.tiling.sharing import Shares
-from tests.distributed.group import PROCESSES, result_of, run
+from tests.distributed.group import PROCESSES, result_of
 from tests.passes.tiling.nets import DeepSupervision, SmallUNet, TwoInputs, double
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 
 #: Tiles along the first axis, along the last one, along both, and fewer tiles than processes.
 TILES = {"first": (6, 99, 99), "last": (99, 99, 7), "both": (99, 8, 9), "one": (99, 99, 99)}
@@ -188,13 +188,6 @@ WORK = {
     "groups": groups,
     "different": different,
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("ranks")
-    run(WORK, made)
-    return made
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ from pocketize.engine.pipeline import plan
 from pocketize.plugin.base import Proposal, Target
 from pocketize.plugin.edits import Resize
 from tests.contract.rounds import whole
+from tests.examples import examples
 from tests.toys import Halve
 
 _CHANNELS = 6
@@ -211,7 +212,7 @@ def test_an_operator_reads_the_channels_that_belong_together(name: str) -> None:
 
 
 @given(st.lists(st.sampled_from(sorted(OPERATORS)), min_size=2, max_size=3), st.integers(0, 999))
-@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=examples(8), deadline=None, phases=[Phase.explicit, Phase.generate])
 def test_chains_of_operators_do_too(names: list[str], seed: int) -> None:
     error, _ = error_of(names, seed)
     assert error < 1e-9

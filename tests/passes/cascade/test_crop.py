@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pocketize.errors import CropWarning, InputError
 from pocketize.passes import Cascade
 from pocketize.passes.cascade.crops import Box, box_around, paste, touched
+from tests.examples import examples
 from tests.passes.cascade.nets import Small, Threshold, quiet
 
 
@@ -155,7 +156,7 @@ def test_gradients_pass_through_a_crop() -> None:
     margin=st.integers(0, 5),
     multiple=st.integers(1, 8),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 def test_a_box_holds_the_foreground_and_lies_in_the_volume(
     data: st.DataObject, sizes: list[int], cells: int, margin: int, multiple: int
 ) -> None:

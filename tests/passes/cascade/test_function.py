@@ -18,6 +18,7 @@ from pocketize.graph.capture import find_tensors
 from pocketize.passes import Cascade
 from pocketize.passes.cascade.guidance import prediction_of, shrunken
 from pocketize.zoo.patchwise import UNet3d
+from tests.examples import examples
 from tests.foreign import foreign_nets
 from tests.passes.cascade.nets import Small, quiet
 
@@ -95,7 +96,7 @@ def test_it_is_the_two_networks_with_resizing_between(axes: int, guidance: Any) 
     scale=st.floats(0.05, 1.0),
     multiple=st.integers(1, 4),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 def test_any_size_and_scale_gives_stage_1_multiples_near_them(
     sizes: list[int], scale: float, multiple: int
 ) -> None:

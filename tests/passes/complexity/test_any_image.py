@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pocketize.passes.complexity import by_scale
+from tests.examples import examples
 
 from .conftest import Image
 
@@ -20,7 +21,7 @@ NAMES = ["congestion", "edges", "energy", "jpeg", "keypoints", "subbands"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(image=IMAGES)
 def test_numbers_are_finite_not_negative_and_those_of_the_16_bit_copy(
     name: str, image: Image
@@ -32,7 +33,7 @@ def test_numbers_are_finite_not_negative_and_those_of_the_16_bit_copy(
 
 
 @pytest.mark.parametrize("name", ["edges", "energy"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(image=IMAGES)
 def test_energy_and_edges_ignore_mirrors(name: str, image: Image) -> None:
     (expected,) = by_scale(name, image, scales=1)
@@ -41,7 +42,7 @@ def test_energy_and_edges_ignore_mirrors(name: str, image: Image) -> None:
             assert by_scale(name, mirrored, 1)[0] == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     image=hnp.arrays(
         np.float64, SIZES, elements=st.floats(-1e300, 1e300, allow_nan=False, width=64)

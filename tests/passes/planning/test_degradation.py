@@ -19,6 +19,7 @@ from pocketize.passes.planning import (
     degradation_of,
     fit_degradation,
 )
+from tests.examples import examples
 
 #: The multipliers of the paper, as weights of its U-Net.
 SIZES = [31_023_744, 17_452_800, 7_757_568, 1_939_968, 1_091_232, 485_280, 121_440]
@@ -86,7 +87,7 @@ def test_a_degradation_survives_json() -> None:
 
 
 @given(lam=st.floats(0.01, 1), delta=st.floats(0, 0.05), base=st.floats(0.1, 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 def test_a_fit_recovers_what_the_points_were_made_with(
     lam: float, delta: float, base: float
 ) -> None:

@@ -19,6 +19,7 @@ from pocketize.passes import Width
 from pocketize.passes.planning import Degradation, WidthPlan, fit_degradation, plan_widths
 from pocketize.plugin.recipe import parse_recipe
 from pocketize.zoo.complexity import conv_weights
+from tests.examples import examples
 from tests.passes.planning.nets import (
     LYMPH,
     SMALL,
@@ -107,7 +108,7 @@ def _plan(**options: Any) -> WidthPlan:
     rounding=st.sampled_from(["nearest", "up", "down"]),
     round_to=st.sampled_from([1, 2, 4]),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 def test_a_plan_is_within_its_budget_and_grows_with_it(
     budget: int, more: int, layerwise: bool, rounding: Any, round_to: int
 ) -> None:
@@ -133,7 +134,7 @@ def test_a_plan_is_within_its_budget_and_grows_with_it(
 
 
 @given(budget=st.integers(1_000, 60_000), lam=st.floats(0.05, 1), delta=st.floats(0.001, 0.05))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(8), deadline=None)
 def test_levels_lose_equally_before_rounding(budget: int, lam: float, delta: float) -> None:
     made = _plan(max_parameters=budget, complexity=LYMPH, degradation=Degradation(lam, delta))
     losses = [level.slope * math.log10(level.multiplier) for level in made.levels if level.slope]

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pocketize import rewrite
 from pocketize.passes import Recompute
 from pocketize.passes.recompute import pieces
+from tests.examples import examples
 from tests.passes.recompute.nets import Functional, Net, gradients, reference, same
 
 NORMS: dict[str, Any] = {
@@ -67,7 +68,7 @@ def test_every_activation(act: str) -> None:
     check(Net(nn.BatchNorm2d, ACTS[act]), torch.randn(2, 1, 8, 8))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(20), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     norm=st.sampled_from(sorted(NORMS)),
     act=st.sampled_from(sorted(ACTS)),

@@ -20,6 +20,7 @@ from pocketize.errors import RewriteError
 from pocketize.graph.clone import fake_clone
 from pocketize.passes.swaps.blocks import ConvBlock
 from pocketize.plugin.edits import Convert
+from tests.examples import examples
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 KINDS = ("bottleneck", "separable", "compact-block")
@@ -69,7 +70,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # the original's too
 @pytest.mark.parametrize("kind", KINDS)
 @given(convolutions())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 def test_full_rank_is_the_convolution(kind: str, given_conv: tuple[nn.Module, Tensor]) -> None:
     conv, x = given_conv
     block = swapped(conv, kind)

@@ -14,6 +14,7 @@ from pocketize.passes.swaps.blockterms import BlockTerms, block_terms, block_ter
 from pocketize.passes.swaps.channelwise import channelwise, channelwise_kept
 from pocketize.passes.swaps.tensors import cheapest, folded, principal, relative_error
 from pocketize.passes.swaps.tucker import Tucker, tucker, tucker_kept
+from tests.examples import examples
 
 SHAPES = [(6, 4, 9), (4, 6, 27), (3, 8, 3), (1, 5, 5), (5, 1, 5), (12, 12, 27)]
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(2, 9))
@@ -37,7 +38,7 @@ def test_full_ranks_lose_nothing(shape: tuple[int, int, int]) -> None:
 
 
 @given(shapes, st.integers(0, 100))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_more_ranks_are_never_worse(shape: tuple[int, int, int], seed: int) -> None:
     o, i, k = shape
     weight = random(*shape, seed=seed)
@@ -52,7 +53,7 @@ def test_more_ranks_are_never_worse(shape: tuple[int, int, int], seed: int) -> N
 
 
 @given(shapes, st.integers(0, 100))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_the_energy_that_ranks_keep_is_told_before_they_are_used(
     shape: tuple[int, int, int], seed: int
 ) -> None:

@@ -22,6 +22,7 @@ from pocketize.passes.tiling.execution import Execution
 from pocketize.passes.tiling.keeping import Keeper
 from pocketize.passes.tiling.network import TiledGraph, TilingError
 from pocketize.passes.tiling.program import Program, Sweep, build_program
+from tests.examples import examples
 from tests.foreign import foreign_nets
 
 
@@ -218,7 +219,7 @@ def test_every_place_is_computed_once_but_for_halos() -> None:
     assert len(sweep.targets) == 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.integers(5, 21), st.integers(5, 17), st.integers(1, 25), st.integers(1, 20))
 def test_any_size_and_any_tile(height: int, width: int, rows: int, columns: int) -> None:
     torch.manual_seed(height * width)

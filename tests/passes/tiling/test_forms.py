@@ -17,6 +17,7 @@ from pocketize.passes.tiling.arguments import NotLocal
 from pocketize.passes.tiling.forms import Form
 from pocketize.passes.tiling.intervals import Region, is_contested
 from pocketize.passes.tiling.table import local_form
+from tests.examples import examples
 from tests.foreign import foreign_nets
 from tests.passes.tiling.whole import Whole, crop, is_map, run_whole
 
@@ -151,7 +152,7 @@ def test_a_part_equals_that_part_of_the_whole(layer: nn.Module, x: Tensor) -> No
     _check(form, whole, count=25)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.integers(1, 5),
     st.integers(1, 4),
@@ -179,7 +180,7 @@ def test_convolutions_of_any_kind(
     _check(form, whole, count=15, seed=seed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.sampled_from([nn.MaxPool1d, nn.AvgPool1d]),
     st.integers(1, 5),
@@ -199,7 +200,7 @@ def test_poolings_of_any_kind(
     _check(form, whole, count=15, seed=seed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.sampled_from(["nearest", "nearest-exact", "linear"]),
     st.integers(1, 30),

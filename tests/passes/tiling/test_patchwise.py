@@ -22,6 +22,7 @@ from pocketize.passes.shared.forwards import wrapping
 from pocketize.passes.tiling.cutting import Tiling
 from pocketize.passes.tiling.patched import ExactForward
 from pocketize.plugin.base import Guarantee
+from tests.examples import examples
 from tests.foreign import foreign_nets
 from tests.passes.tiling.nets import DeepSupervision, Outputs, TwoInputs, double, unet
 
@@ -65,7 +66,7 @@ def test_other_peoples_networks_answer_as_they_do_whole(name: str) -> None:
     assert tiles_of(made)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     st.tuples(st.integers(3, 17), st.integers(3, 17)),
     st.tuples(st.integers(1, 20), st.integers(1, 20)),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pocketize.graph.clone import clone
 from pocketize.passes.tiling.cutting import Tiling
 from pocketize.passes.tiling.patched import ExactForward
+from tests.examples import examples
 from tests.passes.tiling.random_nets import RandomNet
 
 _LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -54,25 +55,25 @@ def _check_outputs(data: st.DataObject, rank: int) -> None:
             _agree(found, expected, 1e-10, net)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=_SLOW)
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=_SLOW)
 @given(st.data())
 def test_any_network_along_one_axis(data: st.DataObject) -> None:
     _check_outputs(data, 1)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=_SLOW)
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=_SLOW)
 @given(st.data())
 def test_any_network_of_images(data: st.DataObject) -> None:
     _check_outputs(data, 2)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=_SLOW)
+@settings(max_examples=examples(15), deadline=None, suppress_health_check=_SLOW)
 @given(st.data())
 def test_any_network_of_volumes(data: st.DataObject) -> None:
     _check_outputs(data, 3)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=_SLOW)
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=_SLOW)
 @given(st.data(), st.integers(1, 2))
 def test_the_gradients_of_any_network(data: st.DataObject, rank: int) -> None:
     net, x, tile = _drawn(data, rank)

@@ -21,6 +21,7 @@ from pocketize.passes import Patchwise
 from pocketize.passes.tiling.cutting import Tiling
 from pocketize.passes.tiling.slabs import SlabForward, slab_backward
 from pocketize.plugin.base import Guarantee
+from tests.examples import examples
 from tests.passes.tiling.nets import DeepSupervision, TwoInputs, double, unet
 
 
@@ -41,7 +42,7 @@ def equal(a: Tensor, b: Tensor) -> None:
     assert torch.allclose(a, b, rtol=1e-10, atol=1e-12), (a - b).abs().max()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.integers(4, 20), st.integers(2, 24), st.integers(0, 1), st.integers(1, 3))
 def test_slabs_are_what_they_are_by_hand(length: int, size: int, axis: int, batch: int) -> None:
     x = double(2, 1, *((length, 8) if axis == 0 else (8, length)))

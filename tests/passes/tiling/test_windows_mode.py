@@ -21,6 +21,7 @@ from pocketize.passes import Patchwise
 from pocketize.passes.tiling import windows as sliding
 from pocketize.passes.tiling.cutting import Tiling
 from pocketize.passes.tiling.windows import WindowForward, importance, window_starts
+from tests.examples import examples
 from tests.foreign import foreign_nets
 from tests.passes.tiling.nets import DeepSupervision, double, unet
 
@@ -45,7 +46,7 @@ def agree(found: Any, expected: Any) -> None:
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12), (a - b).abs().max()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     st.tuples(st.integers(3, 20), st.integers(3, 20)),
     st.tuples(st.integers(2, 12), st.integers(2, 12)),
@@ -84,7 +85,7 @@ def test_without_monai_the_weights_are_the_same(weights: str, without_monai: Non
         assert torch.allclose(importance(window, weights), expected, rtol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 12))
 def test_without_monai_the_windows_lie_at_the_same_places(size: int, window: int, step: int):
     window = min(size, window)

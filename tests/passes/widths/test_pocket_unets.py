@@ -14,6 +14,7 @@ from pocketize import history
 from pocketize.graph.clone import clone
 from tests.contract.test_index_mapping import SEEN, TOLERANCE, Sliced, difference, silence
 from tests.contract.widths import width_of
+from tests.examples import examples
 from tests.models.registry import Net
 
 # The same examples every time: what turns red is then the change at hand.
@@ -149,7 +150,7 @@ def layers(model: nn.Module) -> dict[str, int]:
     return {p: width_of(model, p) for p, m in model.named_modules() if isinstance(m, kinds)}
 
 
-@settings(fixed, max_examples=8)
+@settings(fixed, max_examples=examples(8))
 @given(recipes())
 def test_a_random_unet_runs_is_as_narrow_as_asked_and_keeps_the_right_indices(
     recipe: Recipe,

@@ -21,6 +21,7 @@ from pocketize.passes import Pocket, Width
 from pocketize.plugin.recipe import load_recipe
 from pocketize.plugin.registry import parse_pass
 from pocketize.zoo.complexity import conv_weights
+from tests.examples import examples
 
 # Mishra, Chen, Hu, Table 6: widths of the U-Net, level by level, and theta.
 MISHRA = [
@@ -223,7 +224,7 @@ def test_monai_nets_at_half_width_train_and_survive_a_file(build: Any, tmp_path:
     assert [r.name for r in history(loaded)] == ["width"] * len(history(small))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(
     st.lists(st.integers(1, 24), min_size=1, max_size=4),
     st.floats(0.01, 1.0),
