@@ -13,10 +13,9 @@ __all__ = ["MemoryFCN3d"]
 from functools import partial
 from itertools import pairwise
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pocketize.zoo.patchwise import pad_to
 from pocketize.zoo.registry import OptionError, register
 
 
@@ -70,14 +69,6 @@ def encoder_block(kind: str, i: int, o: int, reduction: int) -> nn.Sequential:
     raise OptionError(
         f"MemoryFCN3d: block is 'conv', 'bottleneck', 'separable' or 'compact'; got {kind!r}."
     )
-
-
-def pad_to(x: Tensor, size: torch.Size) -> Tensor:
-    """Zero-pad the far side of each spatial axis, by the voxel that floor(n / 2) * 2 lost."""
-    missing = [want - have for want, have in zip(size, x.shape[2:], strict=True)]
-    if not any(missing):  # F.pad would copy
-        return x
-    return F.pad(x, [amount for last in missing[::-1] for amount in (0, last)])
 
 
 fcn = partial(

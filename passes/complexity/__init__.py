@@ -42,8 +42,7 @@ from pocketize.lazy import attach
 
 if TYPE_CHECKING:
     from pocketize.passes.complexity.clutter import feature_congestion, subband_entropy
-    from pocketize.passes.complexity.dataset import complexity_of, measure_dataset
-    from pocketize.passes.complexity.energy import edge_information, signal_energy
+    from pocketize.passes.complexity.dataset import Complexity, complexity_of, measure_dataset
     from pocketize.passes.complexity.foreground import (
         JB_WEIGHTS,
         JBFit,
@@ -51,30 +50,33 @@ if TYPE_CHECKING:
         foreground_density,
         jb,
     )
-    from pocketize.passes.complexity.jpeg import jpeg_complexity
-    from pocketize.passes.complexity.keypoints import keypoints
-    from pocketize.passes.complexity.measures import MEASURES, Measure, by_scale
-    from pocketize.passes.complexity.result import Complexity
+    from pocketize.passes.complexity.measures import (
+        edge_information,
+        jpeg_complexity,
+        keypoints,
+        signal_energy,
+    )
+    from pocketize.passes.complexity.registry import MEASURES, Measure, by_scale
 
 attach(
     __name__,
     {
-        "Complexity": "result",
+        "Complexity": "dataset",
         "JBFit": "foreground",
         "JB_WEIGHTS": "foreground",
-        "MEASURES": "measures",
-        "Measure": "measures",
-        "by_scale": "measures",
+        "MEASURES": "registry",
+        "Measure": "registry",
+        "by_scale": "registry",
         "complexity_of": "dataset",
-        "edge_information": "energy",
+        "edge_information": "measures",
         "feature_congestion": "clutter",
         "fit_jb_weight": "foreground",
         "foreground_density": "foreground",
         "jb": "foreground",
-        "jpeg_complexity": "jpeg",
-        "keypoints": "keypoints",
+        "jpeg_complexity": "measures",
+        "keypoints": "measures",
         "measure_dataset": "dataset",
-        "signal_energy": "energy",
+        "signal_energy": "measures",
         "subband_entropy": "clutter",
     },
 )

@@ -16,9 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketize.errors import InputError, OptionError
-from pocketize.passes.complexity.packages import needed_for
-from pocketize.passes.complexity.planes import Plane, Range, mean_over_planes
-from pocketize.passes.complexity.scales import check_count, resize
+from pocketize.passes.complexity.planes import (
+    Plane,
+    Range,
+    check_count,
+    mean_over_planes,
+    needed_for,
+    resize,
+)
 
 _LEVELS, _ORIENTATIONS = 3, 4
 _REDUCE = np.array([0.05, 0.25, 0.4, 0.25, 0.05])

@@ -9,9 +9,8 @@ import json
 from typing import Any
 
 from pocketize.cli.common import DONE, UsageError, check_output, note, write_out
-from pocketize.passes.complexity.dataset import measure_dataset
-from pocketize.passes.complexity.measures import MEASURES
-from pocketize.passes.complexity.result import Complexity, compare_measures
+from pocketize.passes.complexity.dataset import Complexity, compare_measures, measure_dataset
+from pocketize.passes.complexity.registry import MEASURES
 
 _OVER_SIZE = ("jpeg", "jb")
 _ALL = "all"

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketize.errors import InputError, OptionError, nearest
-from pocketize.passes.complexity.packages import needed_for
+from pocketize.passes.complexity.planes import needed_for
 
 MOST_BYTES = 8 << 30
 """A file that says it has more, once it is decoded, is not decoded: a few KiB may say anything."""

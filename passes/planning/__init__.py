@@ -33,27 +33,31 @@ from typing import TYPE_CHECKING
 from pocketize.lazy import attach
 
 if TYPE_CHECKING:
-    from pocketize.passes.planning.degradation import DEGRADATION, Degradation, degradation_of
-    from pocketize.passes.planning.fitting import DatasetFit, DegradationFit, fit_degradation
+    from pocketize.passes.planning.equations import DEGRADATION, Degradation, degradation_of
+    from pocketize.passes.planning.fitting import (
+        DatasetFit,
+        DegradationFit,
+        Point,
+        fit_degradation,
+    )
+    from pocketize.passes.planning.network import level_scales
     from pocketize.passes.planning.plan import PlannedLevel, WidthPlan
     from pocketize.passes.planning.planner import plan_widths
-    from pocketize.passes.planning.points import Point
     from pocketize.passes.planning.runner import train_points
-    from pocketize.passes.planning.scales import level_scales
 
 attach(
     __name__,
     {
-        "DEGRADATION": "degradation",
+        "DEGRADATION": "equations",
         "DatasetFit": "fitting",
-        "Degradation": "degradation",
+        "Degradation": "equations",
         "DegradationFit": "fitting",
         "PlannedLevel": "plan",
-        "Point": "points",
+        "Point": "fitting",
         "WidthPlan": "plan",
-        "degradation_of": "degradation",
+        "degradation_of": "equations",
         "fit_degradation": "fitting",
-        "level_scales": "scales",
+        "level_scales": "network",
         "plan_widths": "planner",
         "train_points": "runner",
     },

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from pocketize.errors import OptionError, nearest
-from pocketize.passes.planning.counting import Sizes
+from pocketize.passes.planning.network import Sizes
 from pocketize.units import UNITS, quantity
 
 Count: TypeAlias = Literal["parameters", "conv", "stored"]

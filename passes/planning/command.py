@@ -22,8 +22,13 @@ from pocketize.cli.common import (
     write_out,
 )
 from pocketize.errors import BudgetError, PlanningError
-from pocketize.passes.planning.degradation import DEGRADATION, METRICS, Degradation, degradation_of
-from pocketize.passes.planning.rounding import ROUNDING
+from pocketize.passes.planning.equations import (
+    DEGRADATION,
+    METRICS,
+    ROUNDING,
+    Degradation,
+    degradation_of,
+)
 from pocketize.untrusted import read_json
 
 # torch takes seconds to import, and a list of commands needs none: functions import it
@@ -99,9 +104,7 @@ class Widths:
         known.add_argument(
             "--fit", metavar="FILE", help="instead of --architecture: a fit of your own, as JSON"
         )
-        known.add_argument(
-            "--uniform", action="store_true", help="one multiplier for all levels all the same"
-        )
+        known.add_argument("--uniform", action="store_true", help="one multiplier for all levels")
 
     def _add_widths(self, parser: argparse.ArgumentParser) -> None:
         widths = parser.add_argument_group("widths")
@@ -138,7 +141,7 @@ class Widths:
         known = args.images is not None or args.complexity is not None
         if known and degradation is None:
             raise UsageError(
-                "a complexity says nothing without a degradation: add --architecture "
+                "a complexity needs a degradation: add --architecture "
                 f"({', '.join(_ARCHITECTURES)}), or --fit"
             )
         if degradation is not None and not known:
@@ -214,7 +217,7 @@ def _complexity(
         return None, None
     # the measures bring packages that are there only with the extra
     from pocketize.passes.complexity import measure_dataset
-    from pocketize.passes.planning.scales import level_scales
+    from pocketize.passes.planning.network import level_scales
 
     scales = (0,) if args.uniform else level_scales(model, inputs)
     progress(f"measuring the images in {args.images}")

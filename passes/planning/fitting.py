@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["DatasetFit", "DegradationFit", "fit_degradation"]
+__all__ = ["DatasetFit", "DegradationFit", "Point", "fit_degradation", "plot_fit", "read_points"]
 
 import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
 from pocketize.errors import OptionError, PlanningError
-from pocketize.passes.planning.degradation import Degradation
-from pocketize.passes.planning.points import Point, read_points
+from pocketize.passes.planning.equations import Degradation
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class DegradationFit:
     Attributes:
         degradation: lambda and delta.
         r_squared: share of the variance of the data sets' slopes that the line through them
-            explains; always 1 for two data sets, which tells nothing.
+            explains; for two data sets it is always 1, whatever the points are.
         datasets: the lines of the data sets, by complexity.
         points: what was fitted.
     """
@@ -97,7 +97,7 @@ class DegradationFit:
         aligned = ("left", *["right"] * 7)
         table = tabulate(rows, headers, tablefmt="simple", disable_numparse=True, colalign=aligned)
         trust = (
-            "two data sets: the line goes through both, whatever they are"
+            "two data sets: a line fits them always, so there is no R^2"
             if len(self.datasets) == 2
             else f"R^2 {self.r_squared:.3f} over {len(self.datasets)} data sets"
         )
@@ -141,7 +141,7 @@ class DegradationFit:
         Raises:
             PlanningError: matplotlib is not installed, or the file cannot be written.
         """
-        from pocketize.passes.planning.plotting import plot_fit
+        from pocketize.passes.planning.fitting import plot_fit
 
         plot_fit(self, path)
 
@@ -232,6 +232,113 @@ def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
     slope = float(centred @ height / (centred @ centred))
     left = height - slope * centred
     total = float(height @ height)
-    # points on a level line have no variance to explain; the line fits them all the same
+    # points of equal height have no variance to explain, and the line fits them
     r_squared = 1.0 - float(left @ left) / total if total > 1e-24 else 1.0
     return slope, float(up.mean() - slope * across.mean()), r_squared
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network, trained once.
+
+    Attributes:
+        dataset: name of what it was trained on.
+        complexity: the complexity of that data set; the same for all its points.
+        weights: the network's convolution weights, without biases and norms.
+        accuracy: what it reached; F1 or IU, between 0 and 1 or in percent, the same for all points
+            of a data set.
+
+    Raises:
+        PlanningError: a number is not finite, the weights are not positive, or the complexity or
+            the accuracy is negative.
+    """
+
+    dataset: str
+    complexity: float
+    weights: int
+    accuracy: float
+
+    def __post_init__(self) -> None:
+        """Refuse what no line can be drawn through."""
+        where = f"point of {self.dataset!r}"
+        for name in ("complexity", "weights", "accuracy"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise PlanningError(f"{where}: {name} must be a number, not {value!r}")
+            if not math.isfinite(value):
+                raise PlanningError(f"{where}: {name} must be finite, not {value!r}")
+        if self.weights <= 0:
+            raise PlanningError(f"{where}: weights must be positive, not {self.weights!r}")
+        if self.complexity < 0 or self.accuracy < 0:
+            raise PlanningError(
+                f"{where}: complexity and accuracy must not be negative, got {self.complexity!r} "
+                f"and {self.accuracy!r}"
+            )
+
+    def to_json(self) -> list[Any]:
+        """Return the point as a list that ``json.dumps`` takes."""
+        return [self.dataset, self.complexity, self.weights, self.accuracy]
+
+
+def read_points(points: Iterable[Point | Sequence[Any]]) -> tuple[Point, ...]:
+    """Return points, given as such or as (dataset, complexity, weights, accuracy).
+
+    Raises:
+        PlanningError: one is neither, or has a number out of range.
+    """
+    read = []
+    for given in points:
+        if isinstance(given, Point):
+            read.append(given)
+        elif isinstance(given, Sequence) and not isinstance(given, str) and len(given) == 4:
+            read.append(Point(*given))
+        else:
+            raise PlanningError(
+                f"expected a Point or (dataset, complexity, weights, accuracy), got {given!r}"
+            )
+    return tuple(read)
+
+
+def plot_fit(fit: DegradationFit, path: str | os.PathLike[str]) -> None:
+    """Draw the lines of the data sets beside the line through their slopes.
+
+    No window is opened and no backend is chosen: the figure is drawn straight into the file.
+
+    Args:
+        fit: what to draw.
+        path: where to; the format is that of its ending: ``.png``, ``.svg``, ``.pdf``.
+
+    Raises:
+        PlanningError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlanningError(
+            "drawing a fit takes matplotlib, which is not installed: "
+            "pip install 'pocketize[complexity]'"
+        ) from error
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    relative = fit.relative()
+    for number, line in enumerate(fit.datasets):
+        colour = f"C{number}"
+        mine = [(math.log10(p.weights), y) for p, y in relative if p.dataset == line.dataset]
+        ends = [min(mine)[0], max(mine)[0]]
+        label = f"{line.dataset}: slope {line.slope:.4f}, $R^2$ {line.r_squared:.3f}"
+        left.scatter(*zip(*mine, strict=True), color=colour, s=18)
+        left.plot(ends, [line.intercept + line.slope * x for x in ends], color=colour, label=label)
+        right.scatter([line.complexity], [line.slope], color=colour, label=line.dataset)
+    left.set(xlabel="log10 of the weights", ylabel="accuracy / accuracy of the uncompressed")
+    ends = [fit.datasets[0].complexity, fit.datasets[-1].complexity]
+    label = f"$\\lambda$ {fit.lam:.4f}, $\\delta$ {fit.delta:.5f}, $R^2$ {fit.r_squared:.3f}"
+    slopes = [fit.degradation.slope(c) for c in ends]
+    right.plot(ends, slopes, color="black", linewidth=1, label=label)
+    right.set(xlabel="complexity", ylabel="slope")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    try:
+        figure.savefig(Path(path))
+    except (OSError, ValueError) as error:  # matplotlib raises ValueError for an unknown ending
+        raise PlanningError(f"cannot draw the fit to {path}: {error}") from error

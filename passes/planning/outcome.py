@@ -11,11 +11,9 @@ from typing import Literal
 
 from pocketize.channels.groups import ChannelGroup
 from pocketize.passes.planning.budgets import Budgets
-from pocketize.passes.planning.counting import Sizes
-from pocketize.passes.planning.degradation import Degradation
-from pocketize.passes.planning.network import Network
+from pocketize.passes.planning.equations import ROUNDING, Degradation, RoundingRule
+from pocketize.passes.planning.network import Network, Sizes
 from pocketize.passes.planning.plan import PlannedLevel, WidthPlan
-from pocketize.passes.planning.rounding import ROUNDING, RoundingRule
 from pocketize.units import bytes_text, count_text
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from pocketize.passes.planning.counting import Sizes
-from pocketize.passes.planning.degradation import Degradation
+from pocketize.passes.planning.equations import Degradation
+from pocketize.passes.planning.network import Sizes
 from pocketize.passes.widths.width import Width
 from pocketize.plugin.recipe import dump_recipe
 from pocketize.units import bytes_text, count_text, percent_text
@@ -124,7 +124,7 @@ class WidthPlan:
     def width_options(self) -> dict[str, Any]:
         """Return the options of :class:`~pocketize.passes.Width`; see its ``from_plan``.
 
-        Where nothing changes, they ask for what there is.
+        Where nothing changes, they are ``scale=1``.
         """
         return dict(self.options) or {"scale": 1.0}
 

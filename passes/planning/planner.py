@@ -27,14 +27,20 @@ from pocketize.passes.planning.budgets import (
     read_count,
     read_drop,
 )
-from pocketize.passes.planning.closed_form import at_decline, decline_for, floor_decline
-from pocketize.passes.planning.degradation import Degradation, degradation_of
+from pocketize.passes.planning.equations import (
+    Degradation,
+    Rounding,
+    RoundingRule,
+    at_decline,
+    decline_for,
+    degradation_of,
+    floor_decline,
+    smallest_decline,
+)
 from pocketize.passes.planning.fitting import DegradationFit
 from pocketize.passes.planning.network import Network
 from pocketize.passes.planning.outcome import Peaks, Setting, Solution, describe
 from pocketize.passes.planning.plan import WidthPlan
-from pocketize.passes.planning.rounding import Rounding, RoundingRule
-from pocketize.passes.planning.search import smallest_decline
 from pocketize.units import bytes_text, count_text
 
 Method: TypeAlias = Literal["search", "closed-form"]
@@ -101,7 +107,7 @@ def plan_widths(
         method: ``"search"`` counts each candidate; ``"closed-form"`` solves the paper's equations,
             which may miss the budget (the plan says by how much), and which for ``max_peak`` is the
             paper's guess that memory goes with the multiplier.
-        rounding: a rule of :data:`~pocketize.passes.planning.rounding.ROUNDING`; by default
+        rounding: a rule of :data:`~pocketize.passes.planning.equations.ROUNDING`; by default
             ``"nearest"`` for uniform budgets and ``"up"`` otherwise. The paper's plans for an
             accuracy floor are ``"doubling"`` (uniform) and ``"shared"`` (layer-wise).
         round_to: widths become multiples of this.
@@ -292,7 +298,7 @@ def _check_knowledge(
     """Check that what the plan needs to know was said."""
     if complexities and given is None:
         raise OptionError(
-            "a complexity says nothing without a degradation: add degradation='unet' for the "
+            "a complexity needs a degradation: add degradation='unet' for the "
             "paper's, or fit one (fit_degradation)"
         )
     needs = "a layer-wise plan" if layerwise else "an accuracy floor"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["train_points"]
+__all__ = ["PointCache", "Trained", "TrainedKey", "train_points"]
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -11,22 +12,25 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from pocketize.artifact.files import atomic_write
 from pocketize.engine.pipeline import rewrite
 from pocketize.engine.surgery import apply_edits
 from pocketize.errors import PlanningError
 from pocketize.graph.capture import capture
 from pocketize.graph.clone import clone
-from pocketize.passes.planning.cache import PointCache, Trained, TrainedKey
-from pocketize.passes.planning.counting import conv_weights
-from pocketize.passes.planning.points import Point
+from pocketize.passes.planning.fitting import Point
+from pocketize.passes.planning.network import conv_weights
 from pocketize.passes.widths.width import Width
 from pocketize.plugin.edits import Redraw
+from pocketize.untrusted import read_json
 
 _D = TypeVar("_D")
 
@@ -53,12 +57,12 @@ def train_points(
     Args:
         model: the uncompressed network, unchanged; or a function that builds it, which then draws
             from torch's generator, seeded.
-        datasets: whatever ``train`` takes, by name.
+        datasets: the second argument of ``train``, by name.
         multipliers: width multipliers above 0 and at most 1, with 1 among them: accuracies are
             relative to it. The paper takes 1, 0.75, 0.5, 0.25, 0.1875, 0.125 and 0.0625, and says
             that 1, 0.25 and 0.0625 do.
         train: trains the network in place on a data set and returns the accuracy it reaches on
-            images it was not trained on. Seeds of its own are its business.
+            images it was not trained on. It sets seeds of its own, if it needs any.
         complexities: the complexity of each data set, by name.
         cache: a file that each finished point is written to, as JSON lines; points that are in it
             already are not trained again. ``None`` remembers nothing.
@@ -171,3 +175,121 @@ def _fingerprint(net: nn.Module, keep: Sequence[str]) -> str:
     shapes = [[name, list(p.shape)] for name, p in net.named_parameters()]
     described = json.dumps([type(net).__qualname__, shapes, sorted(keep)])
     return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+_HEADER = {"pocketize": "trained points", "format": 1}
+
+
+@dataclass(frozen=True)
+class TrainedKey:
+    """What was trained.
+
+    Attributes:
+        model: fingerprint of the uncompressed network: its class, and names and shapes of its
+            parameters.
+        dataset: name of the data set.
+        multiplier: width multiplier.
+        seed: seed of the weights it started from.
+    """
+
+    model: str
+    dataset: str
+    multiplier: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it.
+
+    Attributes:
+        weights: convolution weights.
+        accuracy: what ``train`` returned.
+        seconds: how long that took.
+    """
+
+    weights: int
+    accuracy: float
+    seconds: float
+
+
+class PointCache:
+    """A file of JSON lines, one for each finished point; written anew and renamed for each.
+
+    Points of other models are kept, so that several runs can share a file.
+
+    Args:
+        path: the file, or ``None`` to remember nothing.
+
+    Raises:
+        PlanningError: there is a file, and it is no cache, or damaged; the text says where.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self.path = None if path is None else Path(path)
+        self._points = self._read()
+
+    def get(self, key: TrainedKey) -> Trained | None:
+        """Return what came of a point, if it is finished."""
+        return self._points.get(key)
+
+    def add(self, key: TrainedKey, trained: Trained) -> None:
+        """Write a finished point; the file is whole at every moment.
+
+        Raises:
+            ArtifactError: the file cannot be written.
+        """
+        self._points = {**self._read(), **self._points, key: trained}  # others may write too
+        if self.path is None:
+            return
+        lines = [json.dumps(_HEADER)]
+        for each, point in self._points.items():
+            lines.append(json.dumps(dataclasses.asdict(each) | dataclasses.asdict(point)))
+        with atomic_write(self.path, overwrite=True) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _read(self) -> dict[TrainedKey, Trained]:
+        if self.path is None or not self.path.exists():
+            return {}
+        advice = "move it away to train all points anew, or name another file"
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanningError(
+                f"{self.path} cannot be read as a cache of trained points ({error}); {advice}"
+            ) from error
+        if not lines or _parsed(lines[0]) != _HEADER:
+            raise PlanningError(
+                f"{self.path} is no cache of trained points: expected the first line "
+                f"{json.dumps(_HEADER)}; {advice}"
+            )
+        points = {}
+        for number, line in enumerate(lines[1:], start=2):
+            try:
+                key, trained = _point(_parsed(line))
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                raise PlanningError(
+                    f"{self.path}, line {number}, is no trained point ({error}); delete the line "
+                    f"to train that point anew: {line:.120}"
+                ) from error
+            points[key] = trained
+        return points
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return read_json(line)
+    except ValueError:
+        return None
+
+
+def _point(data: Any) -> tuple[TrainedKey, Trained]:
+    if not isinstance(data, dict):
+        raise TypeError("not a JSON object")
+    key = TrainedKey(
+        str(data["model"]), str(data["dataset"]), float(data["multiplier"]), int(data["seed"])
+    )
+    trained = Trained(int(data["weights"]), float(data["accuracy"]), float(data["seconds"]))
+    if not (math.isfinite(trained.accuracy) and trained.weights > 0):
+        raise ValueError("accuracy or weights out of range")
+    return key, trained

@@ -1,9 +1,8 @@
 """Swaps: convolutions make place for blocks with fewer parameters, which start from their weights.
 
-Low to high: ``tensors``, ``tucker``, ``channelwise`` and ``blockterms`` (decompositions of a
-weight), ``layers`` (what a block is made of), ``conversions`` (a convolution becomes a block),
-``sites`` (which convolutions could), ``inner`` (what follows them), ``choices`` and ``ratios``
-(options), ``pricing`` (what it saves and costs), ``base`` (the pass), and one file for each pass.
+Low to high: ``decompositions`` of a weight, ``blocks`` (modules), ``conversions`` (a convolution
+becomes a block), ``sites`` (which convolutions could, and what that saves), ``intermediate`` (norms
+and activations inside), ``base`` (the pass), and one file for each pass.
 """
 
 from __future__ import annotations

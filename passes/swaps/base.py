@@ -1,8 +1,8 @@
-"""What the three swaps have in common: which convolutions, at what price, and how it is told."""
+"""What the three swaps have in common: which convolutions, at what cost, and what the plan says."""
 
 from __future__ import annotations
 
-__all__ = ["Swap", "Swapped"]
+__all__ = ["Swap", "Swapped", "kept_share", "no_values"]
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +17,22 @@ from pocketize.engine.dry_run import Rehearsal
 from pocketize.errors import OptionError
 from pocketize.initial.parameters import has_values
 from pocketize.passes.shared.order import RESIZING
-from pocketize.passes.swaps.choices import SIDES, matching, on_side
-from pocketize.passes.swaps.inner import Inner, Inside
-from pocketize.passes.swaps.pricing import Price, price
-from pocketize.passes.swaps.sites import Site, find_sites
-from pocketize.passes.swaps.tensors import folded, relative_error
+from pocketize.passes.swaps.decompositions import folded, relative_error
+from pocketize.passes.swaps.intermediate import Intermediate, Intermediates
+from pocketize.passes.swaps.sites import (
+    SIDES,
+    ConvSite,
+    Cost,
+    find_sites,
+    matching,
+    on_side,
+    swap_cost,
+)
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.plugin.edits import Convert, Edit, Redraw
 from pocketize.units import bytes_text
 
-_NOTHING = Inner({}, {})
+_NOTHING = Intermediate({}, {})
 
 
 @dataclass(frozen=True)
@@ -36,18 +42,18 @@ class Swapped:
     Attributes:
         site: the convolution.
         ranks: of the block.
-        price: what it costs and saves.
+        cost: what it costs and saves.
         error: relative error of the weight that the block stands for; None where none is carried
             over.
         inner: what stands inside.
         options: what the conversion is told.
     """
 
-    site: Site
+    site: ConvSite
     ranks: tuple[int, ...]
-    price: Price
+    cost: Cost
     error: float | None
-    inner: Inner
+    inner: Intermediate
     options: Mapping[str, Any]
 
 
@@ -65,7 +71,7 @@ class Swap(Pass):
             it anew.
         activations: "weighed" swaps where weights, gradients and Adam's moments save at least the
             bytes that the activations inside cost, "any" wherever parameters are saved.
-        force: patterns of the module paths to swap whatever that saves or costs.
+        force: patterns of the module paths to swap even where that saves nothing.
     """
 
     after: ClassVar[tuple[str, ...]] = RESIZING
@@ -122,7 +128,7 @@ class Swap(Pass):
         wanted = set(matching(model, patterns, f"{self.name}: where"))
         if "encoder" in self.where or "decoder" in self.where:
             wanted |= on_side(target.captured(), self.where)
-        inside = Inside(model, target.captured()) if self.inner_norm else None
+        inside = Intermediates(model, target.captured()) if self.inner_norm else None
         swapped: list[Swapped] = []
         refused: list[Refusal] = []
         for site in find_sites(model, target.captured(), target.captured(train=True)):
@@ -151,7 +157,7 @@ class Swap(Pass):
             tuple(self._notes(target, swapped, inside)),
         )
 
-    def _weighed(self, site: Site, inner: Inner, forced: bool) -> Swapped | str:
+    def _weighed(self, site: ConvSite, inner: Intermediate, forced: bool) -> Swapped | str:
         """Return the swap of a convolution, or why it is not worth it."""
         conv = site.conv
         assert conv is not None  # of what is not refused
@@ -168,7 +174,7 @@ class Swap(Pass):
             "norm": dict(inner.norm),
             "activation": dict(inner.activation),
         }
-        cost = price(conv, site.calls, self.conversion, options)
+        cost = swap_cost(conv, site.calls, self.conversion, options)
         if cost.after >= cost.before and not forced:
             return f"no parameters saved: {cost.before:,} -> {cost.after:,}"
         if self.activations == "weighed" and cost.saved < cost.added and not forced:
@@ -209,7 +215,7 @@ class Swap(Pass):
     def _rows(self, model: nn.Module, swapped: Sequence[Swapped]) -> Iterator[Change]:
         modules = dict(model.named_modules())
         for one in swapped:
-            path, conv, cost = one.site.path, one.site.conv, one.price
+            path, conv, cost = one.site.path, one.site.conv, one.cost
             assert conv is not None
             kernel = "x".join(map(str, conv.kernel_size))
             what = (
@@ -229,13 +235,13 @@ class Swap(Pass):
                     yield Change(other, "the same layer", f"it is {path}")
 
     def _notes(
-        self, target: Target, swapped: Sequence[Swapped], inside: Inside | None
+        self, target: Target, swapped: Sequence[Swapped], inside: Intermediates | None
     ) -> Iterator[str]:
         if not swapped:
             return
-        before, after = (sum(getattr(s.price, n) for s in swapped) for n in ("before", "after"))
+        before, after = (sum(getattr(s.cost, n) for s in swapped) for n in ("before", "after"))
         yield f"{len(swapped)} convolutions of {before:,} parameters become blocks of {after:,}"
-        added, saved = (sum(getattr(s.price, n) for s in swapped) for n in ("added", "saved"))
+        added, saved = (sum(getattr(s.cost, n) for s in swapped) for n in ("added", "saved"))
         yield (
             f"a training step keeps {bytes_text(added)} more activations at "
             f"{target.inputs.describe()}, and {bytes_text(max(saved, 0))} less of weights, "
@@ -247,3 +253,37 @@ class Swap(Pass):
             yield "the blocks are drawn as the convolutions were; all other weights stay"
         elif any(one.error is None for one in swapped):
             yield "weights without values cannot be decomposed: only shapes are planned"
+
+
+def kept_share(ratio: int | str | None, name: str) -> float | None:
+    """Return the share that ``"energy:0.95"`` names; None for a number or for none.
+
+    Args:
+        ratio: the option.
+        name: of the pass, for the error.
+
+    Raises:
+        OptionError: it is neither a number of at least 1 nor a share above 0 and at most 1.
+    """
+    if ratio is None or (isinstance(ratio, int) and ratio >= 1):
+        return None
+    if isinstance(ratio, str):
+        word, _, number = ratio.partition(":")
+        try:
+            share = float(number)
+        except ValueError:
+            share = 0.0
+        if word == "energy" and 0.0 < share <= 1.0:
+            return share
+    raise OptionError(
+        f"{name}: option 'ratio': expected a whole number of at least 1, or 'energy:SHARE' with a "
+        f"share above 0 and at most 1 such as 'energy:0.95', got {ratio!r}"
+    )
+
+
+def no_values(ratio: int | str | None) -> str:
+    """Return why a share of energy cannot be kept of a weight without memory."""
+    return (
+        f"ratio={ratio!r} needs the weight's values, and it has none (it is on the meta device); "
+        "give a number"
+    )

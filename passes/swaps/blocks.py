@@ -8,7 +8,7 @@ linear map, which can equal the convolution.
 
 from __future__ import annotations
 
-__all__ = ["BottleneckBlock", "CompactBlock", "ConvBlock", "SeparableBlock", "block_of"]
+__all__ = ["BottleneckBlock", "CompactConvBlock", "ConvBlock", "SeparableBlock", "block_of"]
 
 from typing import Any, ClassVar, cast
 
@@ -29,7 +29,7 @@ class ConvBlock(nn.Sequential):
     convolutions: ClassVar[tuple[str, ...]] = ()
     #: Which of them has the kernel.
     kernel: ClassVar[str] = ""
-    # Answers for Python code around the block; TorchScript would compile them for nothing.
+    # For Python code around the block; TorchScript need not compile them.
     __jit_unused_properties__: ClassVar[list[str]] = [
         "in_channels",
         "out_channels",
@@ -106,7 +106,7 @@ class SeparableBlock(ConvBlock):
     kernel = "depthwise"
 
 
-class CompactBlock(ConvBlock):
+class CompactConvBlock(ConvBlock):
     """``reduce`` (1x1), ``depthwise`` (with the kernel), ``expand`` (1x1): the CCBlock of Wang et
     al.
     """

@@ -17,11 +17,9 @@ from torch import Tensor
 
 from pocketize._torch import ConvNd
 from pocketize.initial.parameters import has_values
-from pocketize.passes.swaps.base import Swap
+from pocketize.passes.swaps.base import Swap, kept_share, no_values
 from pocketize.passes.swaps.conversions import BOTTLENECK
-from pocketize.passes.swaps.ratios import kept_share, no_values
-from pocketize.passes.swaps.tensors import cheapest, folded, rounding_of
-from pocketize.passes.swaps.tucker import tucker, tucker_kept
+from pocketize.passes.swaps.decompositions import cheapest, folded, rounding_of, tucker, tucker_kept
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,16 @@ from torch import Tensor
 from pocketize._torch import ConvNd
 from pocketize.errors import OptionError
 from pocketize.initial.parameters import has_values
-from pocketize.passes.swaps.base import Swap
-from pocketize.passes.swaps.blockterms import block_terms, block_terms_kept
+from pocketize.passes.swaps.base import Swap, kept_share, no_values
 from pocketize.passes.swaps.conversions import COMPACT
-from pocketize.passes.swaps.ratios import kept_share, no_values
-from pocketize.passes.swaps.tensors import cheapest, folded, relative_error, rounding_of
+from pocketize.passes.swaps.decompositions import (
+    block_terms,
+    block_terms_kept,
+    cheapest,
+    folded,
+    relative_error,
+    rounding_of,
+)
 
 #: Multipliers for which fewer channels are looked for than the first decomposition needs.
 _TRIED = (1, 2)

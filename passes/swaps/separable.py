@@ -19,11 +19,15 @@ from torch import Tensor
 from pocketize._torch import ConvNd
 from pocketize.errors import OptionError
 from pocketize.initial.parameters import has_values
-from pocketize.passes.swaps.base import Swap
-from pocketize.passes.swaps.channelwise import channelwise, channelwise_kept
+from pocketize.passes.swaps.base import Swap, kept_share, no_values
 from pocketize.passes.swaps.conversions import SEPARABLE
-from pocketize.passes.swaps.ratios import kept_share, no_values
-from pocketize.passes.swaps.tensors import cheapest, folded, rounding_of
+from pocketize.passes.swaps.decompositions import (
+    channelwise,
+    channelwise_kept,
+    cheapest,
+    folded,
+    rounding_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,29 +1,82 @@
-"""Which convolutions of a recorded net could be a block, and why the others could not."""
+"""Which convolutions of a recorded net could be a block, what that saves, and why others cannot."""
 
 from __future__ import annotations
 
-__all__ = ["Call", "Site", "find_sites"]
+__all__ = [
+    "SIDES",
+    "STATES",
+    "ConvCall",
+    "ConvSite",
+    "Cost",
+    "find_sites",
+    "matching",
+    "on_side",
+    "swap_cost",
+]
 
+import fnmatch
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from pocketize._torch import ConvNd, ConvTransposeNd, same_convolution
+from pocketize._torch import ConvNd, ConvTransposeNd, FakeTensorMode, same_convolution, storage_key
+from pocketize.channels.levels import find_sides
+from pocketize.errors import PatternError, nearest
 from pocketize.graph.capture import Captured
 from pocketize.initial.parameters import has_values
 from pocketize.ops import is_convolution
 from pocketize.passes.shared.forwards import obstacle
 from pocketize.passes.swaps.blocks import ConvBlock
+from pocketize.passes.swaps.conversions import conv_layer, numbers
+from pocketize.plugin.conversions import find_conversion
+
+#: Words of the option ``where`` that are no patterns.
+SIDES = ("all", "encoder", "decoder")
+
+
+def matching(model: nn.Module, patterns: Sequence[str], option: str) -> dict[str, str]:
+    """Return the pattern that names a module, for every module that one names or that is inside.
+
+    Args:
+        model: the model.
+        patterns: of module paths (fnmatch).
+        option: the option that they stand in, for the error, with the name of the pass.
+
+    Raises:
+        PatternError: a pattern matches no module.
+    """
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        matched = {path for path in paths if fnmatch.fnmatchcase(path, pattern)}
+        if not matched:
+            raise PatternError(
+                f"{option}={pattern!r} matches no module of {type(model).__name__}."
+                f"{nearest(pattern, paths)}"
+            )
+        inside = {id(m) for path in matched for m in model.get_submodule(path).modules()}
+        for path, module in model.named_modules():
+            if id(module) in inside:
+                found.setdefault(path, pattern)
+    return found
+
+
+def on_side(captured: Captured, where: Sequence[str]) -> set[str]:
+    """Return the paths of the layers on the sides of a network that are named."""
+    wanted = set(where) & {"encoder", "decoder"}
+    return {path for path, side in find_sides(captured).items() if side in wanted}
+
 
 _STOCK = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
-class Call:
+class ConvCall:
     """One use of a convolution in a forward.
 
     Attributes:
@@ -36,7 +89,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Site:
+class ConvSite:
     """A convolution with a kernel, or a block that was one.
 
     Attributes:
@@ -48,11 +101,11 @@ class Site:
 
     path: str
     conv: ConvNd | None = None
-    calls: tuple[Call, ...] = ()
+    calls: tuple[ConvCall, ...] = ()
     refused: str = ""
 
 
-def find_sites(model: nn.Module, evaluated: Captured, trained: Captured) -> list[Site]:
+def find_sites(model: nn.Module, evaluated: Captured, trained: Captured) -> list[ConvSite]:
     """Find every convolution that has a kernel.
 
     Args:
@@ -64,25 +117,25 @@ def find_sites(model: nn.Module, evaluated: Captured, trained: Captured) -> list
         Sites in the order of registration. Convolutions with a kernel of one voxel are none, and of
         blocks from an earlier swap only the block itself is one.
     """
-    reader = _Reader(model, evaluated, trained)
-    sites: list[Site] = []
+    reader = _ConvUses(model, evaluated, trained)
+    sites: list[ConvSite] = []
     blocks: set[int] = set()
     for path, module in model.named_modules():
         if id(module) in blocks:
             continue
         if isinstance(module, ConvBlock):
             blocks |= {id(part) for part in module.modules()}
-            sites.append(Site(path, refused="it is a block already"))
+            sites.append(ConvSite(path, refused="it is a block already"))
         elif isinstance(module, torch.jit.ScriptModule):
             if "Conv" in str(getattr(module, "original_name", "")):
-                sites.append(Site(path, refused=obstacle(module)))
+                sites.append(ConvSite(path, refused=obstacle(module)))
         elif isinstance(module, ConvNd) and max(module.kernel_size) > 1:
             why = reader.obstacle(path, module)
-            sites.append(Site(path, module, reader.calls(path, module), why))
+            sites.append(ConvSite(path, module, reader.calls(path, module), why))
     return sites
 
 
-class _Reader:
+class _ConvUses:
     """Reads both recordings of a model."""
 
     def __init__(self, model: nn.Module, evaluated: Captured, trained: Captured) -> None:
@@ -104,7 +157,7 @@ class _Reader:
                 if parameter is not None:
                     self.owners[id(parameter)].add(id(module))
 
-    def calls(self, path: str, conv: ConvNd) -> tuple[Call, ...]:
+    def calls(self, path: str, conv: ConvNd) -> tuple[ConvCall, ...]:
         """Return the uses of a convolution in a forward in training."""
         return tuple(_call(node, conv) for node in self.uses[True][path])
 
@@ -155,7 +208,7 @@ def _value_obstacle(weight: Tensor) -> str:
     return ""
 
 
-def _call(node: fx.Node, conv: ConvNd) -> Call:
+def _call(node: fx.Node, conv: ConvNd) -> ConvCall:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     value: Tensor = source.meta["val"]
@@ -164,4 +217,77 @@ def _call(node: fx.Node, conv: ConvNd) -> Call:
         pads = conv._reversed_padding_repeated_twice
         for axis, (low, high) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
             shape[-1 - axis] -= low + high
-    return Call(tuple(shape), value.dtype)
+    return ConvCall(tuple(shape), value.dtype)
+
+
+#: Tensors of a parameter's size in a training step: itself, its gradient, and Adam's two moments.
+STATES = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A convolution against the block that would stand there.
+
+    Attributes:
+        before: parameters of the convolution.
+        after: parameters of the block.
+        added: bytes of activations that a training step keeps more than before, over all calls.
+        element: bytes of one parameter.
+    """
+
+    before: int
+    after: int
+    added: int
+    element: int
+
+    @property
+    def saved(self) -> int:
+        """Bytes of parameters, gradients and Adam's moments that a training step keeps less."""
+        return STATES * self.element * (self.before - self.after)
+
+
+def swap_cost(
+    conv: ConvNd, calls: Sequence[ConvCall], conversion: str, options: Mapping[str, Any]
+) -> Cost:
+    """Try a swap on tensors without memory.
+
+    Args:
+        conv: the convolution; untouched.
+        calls: its uses in one forward.
+        conversion: the name of the conversion.
+        options: what it is told.
+    """
+    norm = {**(options.get("norm") or {})}
+    if norm.get("momentum", 0.1) is None:
+        norm["momentum"] = 0.1  # a cumulative average would read a counter, which has no value here
+    options = {**options, "norm": norm}
+    with torch.inference_mode(False), FakeTensorMode(allow_non_fake_inputs=True):
+        # Of the same settings, without anybody's hooks.
+        bias = None if conv.bias is None else nn.Parameter(conv.bias.new_zeros(conv.bias.shape))
+        ends = (conv.in_channels, conv.out_channels)
+        twin = conv_layer(conv, ends, kernel=True, bias=bias)
+        block = find_conversion(conversion)(twin, options, twin)
+        added = sum(max(0, _kept(block, call) - _kept(twin, call)) for call in calls)
+    return Cost(numbers(conv), numbers(block), added, conv.weight.element_size())
+
+
+def _kept(module: nn.Module, call: ConvCall) -> int:
+    """Return the bytes of what autograd keeps of one forward, parameters aside."""
+    parameters = {storage_key(p) for p in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage_key(storage) not in parameters:
+            kept[storage_key(storage)] = storage.nbytes()
+        return tensor.detach()  # without its graph, which would refer to itself
+
+    weight = next(module.parameters())
+    given = torch.empty(call.shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    module.train()
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.enable_grad(), hooks:
+        output = module(given)  # alive until the count is read, so that identities stay unique
+    total = sum(kept.values()) * call.dtype.itemsize // weight.dtype.itemsize
+    del output
+    return total

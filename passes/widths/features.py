@@ -113,7 +113,7 @@ class _Survey:
         self.values = channels.values[0]
         self.places = find_places(self.captured)
         self.inputs: set[int] = set()
-        #: Results that hold the input's channels, whatever was done to each of them.
+        #: Results that hold the input's channels, each of them changed or not.
         self.raw: set[fx.Node] = set()
 
     def layers(self) -> Iterator[_Layer]:

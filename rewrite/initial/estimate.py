@@ -41,7 +41,7 @@ Flags = npt.NDArray[np.bool_]
 SAMPLE = 2**17
 #: Elements from which the shape of a tensor's distribution can be judged.
 JUDGED = 512
-#: Elements below which a tensor says nothing about a scheme.
+#: Elements below which a tensor cannot show a scheme.
 _TINY = 8
 #: Standard errors beyond which channels of differing variance are no accident.
 UNEVEN = 6.0

@@ -110,7 +110,7 @@ def _let_owner_reset(info: ParameterInfo, generator: torch.Generator | None) -> 
             owner.reset_parameters()  # type: ignore[operator]
         info.tensor.copy_(owner.get_parameter(info.leaf))
     except Exception as error:
-        # somebody's method on a layer of a size it was not built for may raise anything; the
+        # a custom method may raise anything on a layer of a size it was not built for; the
         # sliced values are the second best
         _log.warning("%s.reset_parameters() failed after resizing: %s", info.path, error)
 

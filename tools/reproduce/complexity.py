@@ -42,8 +42,7 @@ from pocketize.passes.planning import (
     fit_degradation,
     plan_widths,
 )
-from pocketize.passes.planning.cache import PointCache, Trained, TrainedKey
-from pocketize.passes.planning.runner import train_points
+from pocketize.passes.planning.runner import PointCache, Trained, TrainedKey, train_points
 from pocketize.zoo.complexity import conv_weights
 
 #: The paper's smallest multiplier, 1/16, leaves its U-Net four channels at the finest level; here

@@ -29,7 +29,7 @@ from volumes import CLASSES, Case, dice_scores, read_volumes, train_volumes
 from pocketize import plan
 from pocketize.passes import Bottleneck, CompactBlock, Separable
 from pocketize.passes.swaps.base import Swap
-from pocketize.passes.swaps.tensors import folded, relative_error
+from pocketize.passes.swaps.decompositions import folded, relative_error
 from pocketize.zoo.patchwise import UNet3d
 
 SIZE = (32, 48, 32)

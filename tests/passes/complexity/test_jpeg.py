@@ -8,7 +8,7 @@ from PIL import Image as PillowImage
 
 from pocketize.errors import InputError, OptionError
 from pocketize.passes.complexity import by_scale, jpeg_complexity
-from pocketize.passes.complexity.scales import degrade, resize, subsample
+from pocketize.passes.complexity.planes import degrade, resize, subsample
 
 from .conftest import Image
 

@@ -16,7 +16,7 @@ from pocketize.channels.levels import find_levels
 from pocketize.errors import PlanningError
 from pocketize.passes import Width
 from pocketize.passes.planning import plan_widths
-from pocketize.passes.planning.counting import Counter
+from pocketize.passes.planning.network import Counter
 from pocketize.zoo.complexity import conv_weights
 from tests.passes.planning.nets import parameters
 

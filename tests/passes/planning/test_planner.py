@@ -317,7 +317,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_drop": 1.5}, OptionError, "above 0 and below 1"),
     ({"max_drop": 0.1, "min_accuracy": 0.9}, OptionError, "not both: they say the same"),
     ({"min_accuracy": 0.9, "accuracy": 0.8}, OptionError, "below the accuracy of the network"),
-    ({"max_bytes": 9000, "complexity": LYMPH}, OptionError, "says nothing without a degradation"),
+    ({"max_bytes": 9000, "complexity": LYMPH}, OptionError, "needs a degradation"),
     (
         {"max_bytes": 9000, "complexity": LYMPH[:3], "degradation": "unet"},
         PlanningError,

@@ -10,10 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pocketize.passes.swaps.blockterms import BlockTerms, block_terms, block_terms_kept
-from pocketize.passes.swaps.channelwise import channelwise, channelwise_kept
-from pocketize.passes.swaps.tensors import cheapest, folded, principal, relative_error
-from pocketize.passes.swaps.tucker import Tucker, tucker, tucker_kept
+from pocketize.passes.swaps.decompositions import (
+    BlockTerms,
+    Tucker,
+    block_terms,
+    block_terms_kept,
+    channelwise,
+    channelwise_kept,
+    cheapest,
+    folded,
+    principal,
+    relative_error,
+    tucker,
+    tucker_kept,
+)
 from tests.examples import examples
 
 SHAPES = [(6, 4, 9), (4, 6, 27), (3, 8, 3), (1, 5, 5), (5, 1, 5), (12, 12, 27)]

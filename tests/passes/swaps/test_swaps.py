@@ -1,4 +1,4 @@
-"""The swaps as passes: which convolutions, at what price, and what is told of it."""
+"""The swaps as passes: which convolutions, at what cost, and what the plan says."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from pocketize import history, plan, rewrite
 from pocketize.errors import NoEffectWarning, OptionError, PatternError
 from pocketize.passes import Bottleneck, CompactBlock, Separable
 from pocketize.passes.swaps.blocks import BottleneckBlock, ConvBlock, SeparableBlock
-from pocketize.passes.swaps.blockterms import BlockTerms
-from pocketize.passes.swaps.channelwise import Channelwise
-from pocketize.passes.swaps.tucker import Tucker
+from pocketize.passes.swaps.decompositions import BlockTerms, Channelwise, Tucker
 from pocketize.plugin.base import Guarantee
 from pocketize.plugin.edits import Convert, Redraw
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Inner", "Inside"]
+__all__ = ["Intermediate", "Intermediates"]
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ from torch import fx, nn
 from pocketize._torch import BatchNorm, InstanceNorm
 from pocketize.graph.capture import Captured
 from pocketize.ops import Kind, bind, is_convolution, operator_of
-from pocketize.passes.swaps.layers import NORMS
+from pocketize.passes.swaps.conversions import NORMS
 
 #: Operators between a convolution and what is asked for that are no layer of their own.
 _IDLE = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "contiguous"}
@@ -46,12 +46,12 @@ _FAR = 6
 
 
 @dataclass(frozen=True)
-class Inner:
+class Intermediate:
     """What is to come after the inner layers of a block, as data.
 
     Attributes:
-        norm: kind and settings of the norm, see :data:`pocketize.passes.swaps.layers.NORMS`; empty
-            for none.
+        norm: kind and settings of the norm, as in
+            :data:`pocketize.passes.swaps.conversions.NORMS`; empty for none.
         activation: the same of the activation.
     """
 
@@ -63,7 +63,7 @@ class Inner:
         return " and ".join(kinds)
 
 
-class Inside:
+class Intermediates:
     """Knows, for every convolution of a recorded net, what follows it, and what is usual in it.
 
     Args:
@@ -81,9 +81,9 @@ class Inside:
         self.usual_norm = _most_frequent(self.norms.values())
         self.usual_activation = _most_frequent(self.activations.values())
 
-    def of(self, path: str) -> Inner:
+    def of(self, path: str) -> Intermediate:
         """Return what follows a convolution; for a part that does not, what is usual in the net."""
-        return Inner(
+        return Intermediate(
             self.norms.get(path, self.usual_norm),
             self.activations.get(path, self.usual_activation),
         )

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pocketize import plan, rewrite
 from pocketize.graph.capture import capture
 from pocketize.passes import CompactBlock, Separable
-from pocketize.passes.swaps.inner import Inside
-from pocketize.passes.swaps.layers import groups_for
+from pocketize.passes.swaps.conversions import groups_for
+from pocketize.passes.swaps.intermediate import Intermediates
 
 X = torch.randn(2, 16, 8, 8)
 
@@ -108,7 +108,7 @@ class Functional(nn.Module):
 
 def test_functions_count_and_what_does_not_follow_is_what_is_usual() -> None:
     model = Functional()
-    inside = Inside(model, capture(model, X))
+    inside = Intermediates(model, capture(model, X))
     group = {"kind": "GroupNorm", "num_groups": 4, "eps": 1e-5, "affine": True}
     assert inside.of("first").norm == group
     assert inside.of("first").activation == {"kind": "LeakyReLU", "negative_slope": 0.3}
