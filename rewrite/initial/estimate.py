@@ -116,6 +116,7 @@ def measure(values: Tensor) -> Statistics:
         mean, std = 0.0, math.sqrt(float((data**2).mean()))
     centred, judged = data - mean, count >= JUDGED
     kurtosis = _kurtosis(centred) if judged else 3.0
+    from_zero = float(data.min()) >= 0 and abs(mean - SQRT3 * std) < 0.05 * std
     return Statistics(
         count=count,
         mean=mean,
@@ -123,7 +124,7 @@ def measure(values: Tensor) -> Statistics:
         reach=float(np.abs(centred).max()),
         # at least what rounding to bfloat16 may do
         error=math.hypot(math.sqrt(max(kurtosis - 1, 0.5) / (4 * count)), 0.002),
-        one_sided=judged and float(data.min()) >= 0 and abs(kurtosis - 1.8) < 0.2,
+        one_sided=judged and from_zero and abs(kurtosis - 1.8) < 0.2,
         elements=sample(values, 2**13),
         uneven=_unevenness(values),
     )

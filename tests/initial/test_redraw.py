@@ -205,6 +205,18 @@ def test_structured_values_are_built_at_the_new_size() -> None:
     assert torch.allclose(matrix @ matrix.T, 0.49 * torch.eye(6), atol=1e-5)
 
 
+def test_a_mean_other_than_zero_is_kept() -> None:
+    torch.manual_seed(0)
+    net = nn.ParameterList([nn.Parameter(torch.rand(60, 20) + 0.5) for _ in range(3)])
+    schemes = infer_schemes(net)
+    for part in net:
+        part.data = part.data[:, :10]
+    schemes.redraw(net, generator())
+    drawn = torch.cat([part.detach() for part in net])
+    assert 0.49 < float(drawn.min()) < 0.52
+    assert 1.48 < float(drawn.max()) < 1.51
+
+
 class OwnReset(nn.Module):
     """A stranger's layer that knows how to initialise itself."""
 

@@ -22,7 +22,7 @@ STILL = {
     "passes/recompute/statistics.py",
     "passes/recompute/tape.py",
     "passes/shared/regions.py",
-    "passes/swaps/inner.py",
+    "passes/swaps/intermediate.py",
     "passes/tiling/recording.py",
     "passes/tiling/running_statistics.py",
     "passes/tiling/simplifying.py",
