@@ -22,14 +22,14 @@ All of them return logits and take any spatial size that survives their poolings
 `in_channels`; what else, `describe` says, and the constructor's docstring explains. On the command
 line ``zoo:NAME`` stands for a network and ``--kwargs`` for its options.
 
-Errors are `ZooError` (a ValueError): `UnknownModelError` or `OptionError`.
+Errors are `ZooError` (a ValueError): `UnknownModelError` or `ModelOptionError`.
 """
 
 from __future__ import annotations
 
 __all__ = [
     "ModelInfo",
-    "OptionError",
+    "ModelOptionError",
     "UnknownModelError",
     "ZooError",
     "build",
@@ -42,7 +42,7 @@ __all__ = [
 from pocketize.zoo import complexity, memory_fcn, patchwise, pocketnet  # noqa: F401  (importing registers)
 from pocketize.zoo.registry import (
     ModelInfo,
-    OptionError,
+    ModelOptionError,
     UnknownModelError,
     ZooError,
     build,

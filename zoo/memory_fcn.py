@@ -16,7 +16,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from pocketize.zoo.patchwise import pad_to
-from pocketize.zoo.registry import OptionError, register
+from pocketize.zoo.registry import ModelOptionError, register
 
 
 def conv_norm_relu(i: int, o: int, kernel: int = 3, groups: int = 1) -> nn.Sequential:
@@ -66,7 +66,7 @@ def encoder_block(kind: str, i: int, o: int, reduction: int) -> nn.Sequential:
         return separable(i, o)
     if kind == "compact":
         return compact(i, o, reduction)
-    raise OptionError(
+    raise ModelOptionError(
         f"MemoryFCN3d: block is 'conv', 'bottleneck', 'separable' or 'compact'; got {kind!r}."
     )
 
@@ -136,11 +136,11 @@ class MemoryFCN3d(nn.Module):
             reduction: K, by which bottleneck and compact block divide their width inside.
 
         Raises:
-            OptionError: There is no such block, or `per_level` is neither 1 nor 2.
+            ModelOptionError: There is no such block, or `per_level` is neither 1 nor 2.
         """
         super().__init__()
         if per_level not in (1, 2):
-            raise OptionError(f"MemoryFCN3d: per_level is 1 or 2; got {per_level!r}.")
+            raise ModelOptionError(f"MemoryFCN3d: per_level is 1 or 2; got {per_level!r}.")
         self.pool = nn.MaxPool3d(2)
         self.encoder = nn.ModuleList()
         i = in_channels

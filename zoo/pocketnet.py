@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pocketize.zoo.registry import OptionError, register
+from pocketize.zoo.registry import ModelOptionError, register
 
 PAPER = (
     "Celaya et al., PocketNet: A Smaller Neural Network for Medical Image Analysis, "
@@ -83,7 +83,7 @@ def block3d(kind: str, i: int, o: int) -> nn.Module:
         return ResNetBlock3d(i, o)
     if kind == "dense":
         return DenseBlock3d(i, o)
-    raise OptionError(f"PocketNet: block is 'unet', 'resnet' or 'dense'; got {kind!r}.")
+    raise ModelOptionError(f"PocketNet: block is 'unet', 'resnet' or 'dense'; got {kind!r}.")
 
 
 nfbs = partial(
@@ -142,7 +142,7 @@ class PocketNet3d(nn.Module):
             depth: Number of poolings.
 
         Raises:
-            OptionError: There is no such block.
+            ModelOptionError: There is no such block.
         """
         super().__init__()
         widths = [width if pocket else width * 2**level for level in range(depth + 1)]
@@ -223,7 +223,7 @@ def block2d(kind: str, width: int) -> nn.Module:
         return ResNetBlock2d(width)
     if kind == "dense":
         return DenseBlock2d(width)
-    raise OptionError(f"PocketNet: block is 'unet', 'resnet' or 'dense'; got {kind!r}.")
+    raise ModelOptionError(f"PocketNet: block is 'unet', 'resnet' or 'dense'; got {kind!r}.")
 
 
 class Level2d(nn.Module):
@@ -303,7 +303,7 @@ class PocketNet2d(nn.Module):
             depth: Number of poolings.
 
         Raises:
-            OptionError: There is no such block.
+            ModelOptionError: There is no such block.
         """
         super().__init__()
         self.stem = conv_relu(2, in_channels, width, kernel=7)

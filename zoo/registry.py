@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "ModelInfo",
-    "OptionError",
+    "ModelOptionError",
     "UnknownModelError",
     "ZooError",
     "build",
@@ -41,7 +41,7 @@ class UnknownModelError(ZooError):
     """A name under which the zoo has no network."""
 
 
-class OptionError(ZooError):
+class ModelOptionError(ZooError):
     """An option that a network does not have, or a value that it cannot take."""
 
 
@@ -166,7 +166,7 @@ def build(name: str, **options: Any) -> nn.Module:
 
     Raises:
         UnknownModelError: There is no network of that name.
-        OptionError: The network has no such option, or cannot take the value.
+        ModelOptionError: The network has no such option, or cannot take the value.
     """
     info = describe(name)
     return info.factory(**_checked(info, options))
@@ -186,7 +186,7 @@ def example_input(name: str, *, small: bool = False, **options: Any) -> Tensor:
 
     Raises:
         UnknownModelError: There is no network of that name.
-        OptionError: The network has no such option, or cannot take the value.
+        ModelOptionError: The network has no such option, or cannot take the value.
     """
     info = describe(name)
     batch, channels, *size = info.small_shape if small else info.input_shape
@@ -200,7 +200,7 @@ def _checked(info: ModelInfo, options: Mapping[str, Any]) -> dict[str, Any]:
     for option, value in options.items():
         if option not in info.options:
             known = ", ".join(f"{key}={default!r}" for key, default in info.options.items())
-            raise OptionError(
+            raise ModelOptionError(
                 f"zoo: {info.name!r} has no option {option!r}.{_nearest(option, info.options)} "
                 f"Its options are: {known}."
             )
@@ -208,7 +208,7 @@ def _checked(info: ModelInfo, options: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(default, tuple) and isinstance(value, list):
             value = tuple(value)
         if not _fits(value, default):
-            raise OptionError(
+            raise ModelOptionError(
                 f"zoo: option {option!r} of {info.name!r} takes {_kind(default)}, "
                 f"such as {default!r}; got {value!r}."
             )

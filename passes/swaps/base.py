@@ -22,7 +22,7 @@ from pocketize.passes.swaps.intermediate import Intermediate, Intermediates
 from pocketize.passes.swaps.sites import (
     SIDES,
     ConvSite,
-    Cost,
+    SwapCost,
     find_sites,
     matching,
     on_side,
@@ -51,7 +51,7 @@ class Swapped:
 
     site: ConvSite
     ranks: tuple[int, ...]
-    cost: Cost
+    cost: SwapCost
     error: float | None
     inner: Intermediate
     options: Mapping[str, Any]

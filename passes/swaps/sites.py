@@ -7,7 +7,7 @@ __all__ = [
     "STATES",
     "ConvCall",
     "ConvSite",
-    "Cost",
+    "SwapCost",
     "find_sites",
     "matching",
     "on_side",
@@ -225,7 +225,7 @@ STATES = 4
 
 
 @dataclass(frozen=True)
-class Cost:
+class SwapCost:
     """A convolution against the block that would stand there.
 
     Attributes:
@@ -248,7 +248,7 @@ class Cost:
 
 def swap_cost(
     conv: ConvNd, calls: Sequence[ConvCall], conversion: str, options: Mapping[str, Any]
-) -> Cost:
+) -> SwapCost:
     """Try a swap on tensors without memory.
 
     Args:
@@ -268,7 +268,7 @@ def swap_cost(
         twin = conv_layer(conv, ends, kernel=True, bias=bias)
         block = find_conversion(conversion)(twin, options, twin)
         added = sum(max(0, _kept(block, call) - _kept(twin, call)) for call in calls)
-    return Cost(numbers(conv), numbers(block), added, conv.weight.element_size())
+    return SwapCost(numbers(conv), numbers(block), added, conv.weight.element_size())
 
 
 def _kept(module: nn.Module, call: ConvCall) -> int:

@@ -10,7 +10,16 @@ schemes. Unusual fans and gains pay a prior, in nats.
 
 from __future__ import annotations
 
-__all__ = ["JUDGED", "UNEVEN", "Statistics", "fit", "measure", "sample", "structure", "unknown"]
+__all__ = [
+    "JUDGED",
+    "UNEVEN",
+    "TensorStatistics",
+    "fit",
+    "measure",
+    "sample",
+    "structure",
+    "unknown",
+]
 
 import math
 from collections import Counter
@@ -67,7 +76,7 @@ _RARE_FAN = 5.0
 
 
 @dataclass(frozen=True)
-class Statistics:
+class TensorStatistics:
     """What the estimation knows of one tensor.
 
     Attributes:
@@ -108,7 +117,7 @@ def sample(values: Tensor, most: int = SAMPLE) -> Array:
     return data
 
 
-def measure(values: Tensor) -> Statistics:
+def measure(values: Tensor) -> TensorStatistics:
     """Take the statistics of a real tensor, of a sample if it is large."""
     data = sample(values)
     count, mean, std = len(data), float(data.mean()), float(data.std())
@@ -117,7 +126,7 @@ def measure(values: Tensor) -> Statistics:
     centred, judged = data - mean, count >= JUDGED
     kurtosis = _kurtosis(centred) if judged else 3.0
     from_zero = float(data.min()) >= 0 and abs(mean - SQRT3 * std) < 0.05 * std
-    return Statistics(
+    return TensorStatistics(
         count=count,
         mean=mean,
         std=std,
@@ -136,7 +145,7 @@ def _kurtosis(centred: Array) -> float:
 
 
 def _unevenness(values: Tensor) -> float:
-    """See :attr:`Statistics.uneven`; the larger of the first two axes'."""
+    """See :attr:`TensorStatistics.uneven`; the larger of the first two axes'."""
     if values.dim() < 2 or values.numel() < JUDGED:
         return 0.0
     side = max(8, math.isqrt(2**16 // max(1, math.prod(values.shape[2:]))))
@@ -234,7 +243,7 @@ class _Candidate:
 class _Population:
     """Standard deviations and fans of tensors, as arrays, and what explains them."""
 
-    def __init__(self, tensors: Sequence[Statistics], geometries: Sequence[Geometry]) -> None:
+    def __init__(self, tensors: Sequence[TensorStatistics], geometries: Sequence[Geometry]) -> None:
         self.tensors = tensors
         self.error = np.array([t.error for t in tensors])
         self.roots: dict[str, Array] = {}
@@ -274,7 +283,7 @@ class _Population:
 
 
 def fit(
-    tensors: Sequence[Statistics],
+    tensors: Sequence[TensorStatistics],
     geometries: Sequence[Geometry],
     found_elsewhere: Iterable[tuple[Random, float]] = (),
     *,
@@ -355,7 +364,7 @@ def _quantiles(elements: Array) -> Tensor:
     return torch.from_numpy((points - points.mean()) / max(float(points.std()), 1e-150))
 
 
-def unknown(tensor: Statistics, geometry: Geometry) -> Random:
+def unknown(tensor: TensorStatistics, geometry: Geometry) -> Random:
     """Return the last resort: a tensor's own values shuffled, scaled by the root of the fan-in."""
     fan = "fan_in" if len(geometry.shape) > 1 else "constant"
     gain = tensor.std * math.sqrt(FANS[fan](geometry))

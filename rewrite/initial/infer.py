@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from pocketize.initial.estimate import UNEVEN, Statistics, fit, measure, structure, unknown
+from pocketize.initial.estimate import UNEVEN, TensorStatistics, fit, measure, structure, unknown
 from pocketize.initial.parameters import ParameterInfo, find_parameters, has_values, real
 from pocketize.initial.redraw import magnitude, private_randomness, redraw
 from pocketize.initial.schemes import (
@@ -120,7 +120,7 @@ class _Finding:
     info: ParameterInfo
     values: Tensor
     geometry: Geometry
-    statistics: Statistics
+    statistics: TensorStatistics
     scheme: Scheme | None
     repeats: int
 

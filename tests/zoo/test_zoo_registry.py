@@ -117,7 +117,7 @@ def test_an_unknown_name_is_met_with_the_nearest(call: object) -> None:
 @pytest.mark.parametrize("call", [zoo.build, zoo.example_input])
 def test_an_unknown_option_is_met_with_those_there_are(call: object) -> None:
     assert callable(call)
-    with pytest.raises(zoo.OptionError) as error:
+    with pytest.raises(zoo.ModelOptionError) as error:
         call("pocketnet_encoder2d", poket=True)
     assert str(error.value) == (
         "zoo: 'pocketnet_encoder2d' has no option 'poket'. Did you mean 'pocket'? "
@@ -126,7 +126,7 @@ def test_an_unknown_option_is_met_with_those_there_are(call: object) -> None:
 
 
 def test_a_fixed_argument_is_no_option() -> None:
-    with pytest.raises(zoo.OptionError, match="no option 'block'"):
+    with pytest.raises(zoo.ModelOptionError, match="no option 'block'"):
         zoo.build("pocketnet_unet3d", block="dense")
 
 
@@ -146,7 +146,7 @@ def test_a_fixed_argument_is_no_option() -> None:
 def test_a_value_of_the_wrong_kind_is_told_what_fits(
     name: str, option: str, value: object, kind: str
 ) -> None:
-    with pytest.raises(zoo.OptionError) as error:
+    with pytest.raises(zoo.ModelOptionError) as error:
         zoo.build(name, **{option: value})
     assert f"option {option!r} of {name!r} takes {kind}" in str(error.value)
 
@@ -154,21 +154,23 @@ def test_a_value_of_the_wrong_kind_is_told_what_fits(
 @pytest.mark.usefixtures("_guest")
 def test_a_string_option_takes_strings() -> None:
     zoo.build("guest1d", act="elu")
-    with pytest.raises(zoo.OptionError, match="takes a str, such as 'relu'; got 3"):
+    with pytest.raises(zoo.ModelOptionError, match="takes a str, such as 'relu'; got 3"):
         zoo.build("guest1d", act=3)
 
 
 def test_values_that_only_the_network_can_judge_are_refused_there() -> None:
-    with pytest.raises(zoo.OptionError, match="per_level is 1 or 2; got 3"):
+    with pytest.raises(zoo.ModelOptionError, match="per_level is 1 or 2; got 3"):
         zoo.build("memory_fcn3d_separable", per_level=3)
 
 
 @pytest.mark.parametrize("module", ["PocketNet2d", "PocketNet3d"])
 def test_an_unknown_pocketnet_block_is_refused(module: str) -> None:
-    with pytest.raises(zoo.OptionError, match="block is 'unet', 'resnet' or 'dense'; got 'vgg'"):
+    with pytest.raises(
+        zoo.ModelOptionError, match="block is 'unet', 'resnet' or 'dense'; got 'vgg'"
+    ):
         getattr(pocketnet, module)(block="vgg")
 
 
 def test_an_unknown_fcn_block_is_refused() -> None:
-    with pytest.raises(zoo.OptionError, match="'separable' or 'compact'; got 'vgg'"):
+    with pytest.raises(zoo.ModelOptionError, match="'separable' or 'compact'; got 'vgg'"):
         MemoryFCN3d(block="vgg")
