@@ -178,6 +178,7 @@ def test_two_distributions_with_one_name_are_both_named(shelf: Shelf, run: Run) 
     assert message in " ".join(run("--help").out.split())
 
 
+@pytest.mark.slow
 def test_a_process_with_a_broken_command_still_lists_passes(shelf: Shelf) -> None:
     shelf.add("broken", "1 / 0", "hurt = broken:Count")
     done = subprocess.run(

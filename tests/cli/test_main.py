@@ -142,6 +142,7 @@ def test_the_process_is_left_as_it_was(run: Run, folder: Path) -> None:
     assert logging.getLogger("pocketize").handlers == handlers
 
 
+@pytest.mark.slow
 def test_python_m_pocketize_is_the_same_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pocketize", "--version"], capture_output=True, text=True, check=True
@@ -149,6 +150,7 @@ def test_python_m_pocketize_is_the_same_command() -> None:
     assert done.stdout == f"pocketize {VERSION}\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     read, write = os.pipe()
     os.close(read)  # the reader is gone before the first line
@@ -176,6 +178,7 @@ PLANTED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
@@ -206,6 +209,7 @@ def test_no_file_of_the_current_folder_stands_for_an_installed_package(
         assert "each figure in a fresh one" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no -P")
 def test_the_current_folder_is_not_searched_where_python_is_told_so(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("from torch import nn\ndef net(): return nn.Conv2d(1, 2, 3)\n")

@@ -12,6 +12,7 @@ Run = Callable[..., Ran]
 INPUT = ("--input", "1x1x16x16")
 
 
+@pytest.mark.slow
 def test_a_model_is_compared_with_what_a_pass_makes_of_it(run: Run) -> None:
     code, out, err = run("report", "my_nets:Net", "--pass", "pocket", *INPUT, "--estimate")
     assert (code, err) == (0, "")
@@ -21,6 +22,7 @@ def test_a_model_is_compared_with_what_a_pass_makes_of_it(run: Run) -> None:
     assert "206" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "start"),
     [
@@ -43,6 +45,7 @@ def test_the_format_is_an_option_or_read_off_the_file(
         assert (folder / "report.md").read_text() == printed.out
 
 
+@pytest.mark.slow
 def test_the_json_holds_the_figures(run: Run) -> None:
     code, out, _ = run(
         *("report", "my_nets:Net", "my_nets:Net", *INPUT, "--estimate", "--format", "json"),
@@ -55,6 +58,7 @@ def test_the_json_holds_the_figures(run: Run) -> None:
     assert document["before"]["training"]["categories"]["optimizer_state"] == 0
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_compared_through_the_factory_of_the_first(run: Run) -> None:
     saved = run("apply", "my_nets:Net", "--pass", "pocket", *INPUT, "-o", "small.safetensors")
     assert saved.code == 0
@@ -73,6 +77,7 @@ def test_a_saved_model_cannot_be_compared_without_a_factory(run: Run) -> None:
     assert "needs the factory of the original as BEFORE; small.pt2 is none" in err
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_exceeded_exits_with_1_after_the_report(run: Run) -> None:
     command = ("report", "my_nets:small", "my_nets:Net", *INPUT, "--estimate")
     code, out, err = run(*command, "--fail-over", "peak 2% 1KiB", "--fail-over", "macs 900%")

@@ -132,6 +132,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_commands_end_with_a_documented_code(
     folder: Path, capsys: pytest.CaptureFixture[str], part: int

@@ -46,6 +46,7 @@ class Hidden(nn.Module):
         return x * 2
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_this_process() -> None:
     net = small()
     here = measure(net, "2x1x16x16", loss=halved)
@@ -72,6 +73,7 @@ def test_growth_of_the_process_is_near_the_tracked_peak(mode: Any) -> None:
     assert 0.95 * profile.peak < profile.rss < 2 * profile.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["class", "loss"])
 def test_what_a_script_defines_stays_here_and_the_profile_says_so(
     what: str, monkeypatch: pytest.MonkeyPatch
@@ -125,6 +127,7 @@ def test_an_estimate_needs_no_process() -> None:
     assert profile.why_not_isolated is None
 
 
+@pytest.mark.slow
 def test_errors_of_the_model_come_back() -> None:
     with pytest.raises(MeasureError, match="give a batch of 2, or a larger input"):
         measure(small(), "1x1x1x1", isolate=True)
@@ -170,6 +173,7 @@ def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
     assert (tmp_path / "ran").read_text() == "once "
 
 
+@pytest.mark.slow
 def test_settings_of_this_process_go_along() -> None:
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     settings = Settings.here(Request(small(), None))
@@ -212,6 +216,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     (tmp_path / "parent.py").write_text(PARENT)
     parent = subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path)
@@ -237,6 +242,7 @@ PLANTED = (
 )
 
 
+@pytest.mark.slow
 def test_no_file_of_the_current_folder_is_imported_in_the_child(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +254,7 @@ def test_no_file_of_the_current_folder_is_imported_in_the_child(
     assert not list(tmp_path.glob("*.ran"))
 
 
+@pytest.mark.slow
 def test_a_class_from_a_folder_that_is_not_searched_any_more_goes_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
