@@ -31,7 +31,6 @@ __all__ = [
     "degradation_of",
     "floor_decline",
     "smallest_decline",
-    "uniform_multiplier",
 ]
 
 import math
@@ -174,20 +173,6 @@ def degradation_of(architecture: str, metric: str = "f1") -> Degradation:
             f"metric must be 'f1' or 'iu', not {metric!r}.{nearest(str(metric), METRICS)}"
         )
     return DEGRADATION[name, metric]
-
-
-def uniform_multiplier(share: float, *, power: int) -> float:
-    """Return the one multiplier that leaves a share of the weights, or of the memory.
-
-    ``alpha = sqrt(theta* / theta)`` under a storage budget (eq. 6, ``power=2``);
-    ``alpha = theta* / theta`` under a memory budget, where feature maps dominate, of which a layer
-    has as many as it is wide (eq. 7, ``power=1``).
-
-    Args:
-        share: allowed weights or bytes over present ones; more than 1 is 1.
-        power: 2 for storage, 1 for memory.
-    """
-    return float(min(1.0, share) ** (1 / power))
 
 
 def at_decline(decline: float, slopes: Sequence[float]) -> tuple[float, ...]:

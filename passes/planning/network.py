@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Counter", "Network", "Sizes", "conv_weights", "level_scales"]
+__all__ = ["Network", "Sizes", "WeightCounter", "conv_weights", "level_scales"]
 
 import math
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ class Sizes:
     stored: int
 
 
-class Counter:
+class WeightCounter:
     """Counts a model's weights for any widths of its channel groups."""
 
     def __init__(self, channels: ChannelGroups, levels: Sequence[Level]) -> None:
@@ -141,7 +141,7 @@ class Network:
                 "or kept; `pocketize explain` tells why"
             )
         self.stuck: list[str] = []
-        self._counter = Counter(self.channels, self.levels)
+        self._counter = WeightCounter(self.channels, self.levels)
         self.sizes = self._counter.count({})
 
     def count(self, wanted: Mapping[ChannelGroup, int]) -> Sizes:

@@ -8,7 +8,7 @@ linear map, which can equal the convolution.
 
 from __future__ import annotations
 
-__all__ = ["BottleneckBlock", "CompactConvBlock", "ConvBlock", "SeparableBlock", "block_of"]
+__all__ = ["BottleneckBlock", "CompactConvBlock", "ConvBlock", "SeparableBlock"]
 
 from typing import Any, ClassVar, cast
 
@@ -113,14 +113,3 @@ class CompactConvBlock(ConvBlock):
 
     convolutions = ("reduce", "depthwise", "expand")
     kernel = "depthwise"
-
-
-def block_of(model: nn.Module) -> dict[str, str]:
-    """Return, for every path inside a block, the path of the block; a block's own path as well."""
-    inside: dict[str, str] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, ConvBlock):
-            prefix = f"{path}." if path else ""
-            inside[path] = path
-            inside |= {f"{prefix}{name}": path for name, _ in module.named_modules() if name}
-    return inside

@@ -22,8 +22,8 @@ __all__ = [
 ]
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,20 +45,12 @@ _M = TypeVar("_M", bound=nn.Module)
 _CONVS: dict[int, type[ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
+_RUNNING = ("eps", "momentum", "affine", "track_running_stats")
 #: Kind of a norm -> its classes by spatial rank, and the settings that are copied.
 NORMS: dict[str, tuple[tuple[type[nn.Module], ...], tuple[str, ...]]] = {
-    "BatchNorm": (
-        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
-        ("eps", "momentum", "affine", "track_running_stats"),
-    ),
-    "SyncBatchNorm": (
-        (nn.SyncBatchNorm,) * 3,
-        ("eps", "momentum", "affine", "track_running_stats"),
-    ),
-    "InstanceNorm": (
-        (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-        ("eps", "momentum", "affine", "track_running_stats"),
-    ),
+    "BatchNorm": ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _RUNNING),
+    "SyncBatchNorm": ((nn.SyncBatchNorm,) * 3, _RUNNING),
+    "InstanceNorm": ((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _RUNNING),
     "GroupNorm": ((nn.GroupNorm,) * 3, ("num_groups", "eps", "affine")),
 }
 
@@ -197,99 +189,109 @@ BOTTLENECK = "bottleneck"
 SEPARABLE = "separable"
 COMPACT = "compact-block"
 
-_B = TypeVar("_B", bound=ConvBlock)
+_Sizes: TypeAlias = tuple[tuple[int, int, int], ...]
 #: Attributes that every convolution has; all others were added by a user.
 _STANDARD = frozenset(vars(nn.Conv1d(1, 1, 1, device="meta")))
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 
 @conversion(BOTTLENECK)
-@torch.inference_mode(False)
-@torch.no_grad()
 def to_bottleneck(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
-    """Put a bottleneck in the place of a convolution.
+    """Put a bottleneck in the place of a convolution; its ranks are r_o and r_i."""
 
-    Args:
-        module: a convolution of 1 to 3 dimensions without groups.
-        options: "ranks" r_o and r_i; "shape", the weight's; "weights", "decompose" or "reset";
-            "norm" and "activation" inside, empty for none.
-        root: the model.
-    """
-    conv, (outer, inner) = _checked(module, options, BOTTLENECK)
-    reduce = spatial = expand = None
-    if _carries(conv, options):
-        factors = tucker(folded(conv.weight), outer, inner)
-        reduce, spatial = factors.inner.T, factors.core
-        expand = factors.outer
-    i, o = conv.in_channels, conv.out_channels
-    layers = OrderedDict(
-        reduce=conv_layer(conv, (i, inner), values=reduce),
-        spatial=conv_layer(conv, (inner, outer), values=spatial, kernel=True),
-        expand=conv_layer(conv, (outer, o), values=expand, bias=_bias(conv)),
-    )
-    return _block(BottleneckBlock, layers, conv, options)
+    def sizes(i: int, o: int, outer: int, inner: int) -> _Sizes:
+        return (i, inner, 1), (inner, outer, 1), (outer, o, 1)
+
+    def factors(weight: Tensor, outer: int, inner: int) -> Sequence[Tensor]:
+        found = tucker(weight, outer, inner)
+        return found.inner.T, found.core, found.outer
+
+    return _to_block(BottleneckBlock, BOTTLENECK, module, options, sizes, factors)
 
 
 @conversion(SEPARABLE)
-@torch.inference_mode(False)
-@torch.no_grad()
 def to_separable(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
-    """Put a depthwise separable convolution in the place of a convolution.
+    """Put a separable block in the place of a convolution; its rank is the depth multiplier."""
 
-    Args:
-        module: as for :func:`to_bottleneck`.
-        options: as there; "ranks" is the depth multiplier alone.
-        root: the model.
-    """
-    conv, (multiplier,) = _checked(module, options, SEPARABLE)
-    depthwise = pointwise = None
-    if _carries(conv, options):
-        factors = channelwise(folded(conv.weight), multiplier)
-        depthwise = factors.kernels
-        pointwise = factors.columns.permute(1, 0, 2)
-    i, o = conv.in_channels, conv.out_channels
-    layers = OrderedDict(
-        depthwise=conv_layer(conv, (i, i * multiplier), values=depthwise, kernel=True, groups=i),
-        pointwise=conv_layer(conv, (i * multiplier, o), values=pointwise, bias=_bias(conv)),
-    )
-    return _block(SeparableBlock, layers, conv, options)
+    def sizes(i: int, o: int, multiplier: int) -> _Sizes:
+        return (i, i * multiplier, i), (i * multiplier, o, 1)
+
+    def factors(weight: Tensor, multiplier: int) -> Sequence[Tensor]:
+        found = channelwise(weight, multiplier)
+        return found.kernels, found.columns.permute(1, 0, 2)
+
+    return _to_block(SeparableBlock, SEPARABLE, module, options, sizes, factors)
 
 
 @conversion(COMPACT)
+def to_compact(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
+    """Put a compact block in the place of a convolution; its ranks are channels and multiplier."""
+
+    def sizes(i: int, o: int, channels: int, multiplier: int) -> _Sizes:
+        wide = channels * multiplier
+        return (i, channels, 1), (channels, wide, channels), (wide, o, 1)
+
+    def factors(weight: Tensor, channels: int, multiplier: int) -> Sequence[Tensor]:
+        found = block_terms(weight, channels, multiplier)
+        return found.mix.T, found.kernels, found.columns
+
+    return _to_block(CompactConvBlock, COMPACT, module, options, sizes, factors)
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def to_compact(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
-    """Put a compact block in the place of a convolution.
+def _to_block(
+    kind: type[ConvBlock],
+    name: str,
+    module: nn.Module,
+    options: Mapping[str, Any],
+    sizes: Callable[..., _Sizes],
+    factors: Callable[..., Sequence[Tensor]],
+) -> nn.Module:
+    """Make a block that has what the convolution had.
 
     Args:
-        module: as for :func:`to_bottleneck`.
-        options: as there; "ranks" are the channels between and the depth multiplier.
-        root: the model.
-    """
-    conv, (channels, multiplier) = _checked(module, options, COMPACT)
-    reduce = depthwise = expand = None
-    if _carries(conv, options):
-        factors = block_terms(folded(conv.weight), channels, multiplier)
-        reduce, depthwise, expand = factors.mix.T, factors.kernels, factors.columns
-    i, o, wide = conv.in_channels, conv.out_channels, channels * multiplier
-    layers = OrderedDict(
-        reduce=conv_layer(conv, (i, channels), values=reduce),
-        depthwise=conv_layer(
-            conv, (channels, wide), values=depthwise, kernel=True, groups=channels
-        ),
-        expand=conv_layer(conv, (wide, o), values=expand, bias=_bias(conv)),
-    )
-    return _block(CompactConvBlock, layers, conv, options)
-
-
-def _checked(
-    module: nn.Module, options: Mapping[str, Any], name: str
-) -> tuple[ConvNd, Sequence[int]]:
-    """Return the convolution and the ranks.
+        kind: the block's class.
+        name: of the conversion.
+        module: a convolution of 1 to 3 dimensions without groups.
+        options: "ranks"; "shape", the weight's; "weights", "decompose" or "reset"; "norm" and
+            "activation" inside, empty for none.
+        sizes: from channels in and out and the ranks to those of each layer, and its groups.
+        factors: from the weight (o, i, k) and the ranks to the weight of each layer.
 
     Raises:
         RewriteError: the module is no convolution of the shape that was planned for.
     """
+    conv, ranks = _checked(module, options, name, 1 if name == SEPARABLE else 2)
+    values: Sequence[Tensor | None] = (None,) * len(kind.convolutions)
+    if options.get("weights") == "decompose" and has_values(conv.weight):
+        values = factors(folded(conv.weight), *ranks)
+    norm, activation = options.get("norm") or {}, options.get("activation") or {}
+    layers = sizes(conv.in_channels, conv.out_channels, *ranks)
+    chain: OrderedDict[str, nn.Module] = OrderedDict()
+    for layer, (i, o, groups), value in zip(kind.convolutions, layers, values, strict=True):
+        last = layer == kind.convolutions[-1]
+        bias = conv._parameters["bias"] if last else None
+        kernel = layer == kind.kernel
+        chain[layer] = conv_layer(
+            conv, (i, o), values=value, kernel=kernel, groups=groups, bias=bias
+        )
+        if norm and not last:
+            chain[f"{layer}_norm"] = norm_layer(norm, o, conv)
+        if activation and not last:
+            chain[f"{layer}_activation"] = activation_layer(activation, o, conv)
+    block = kind(chain)
+    block.train(conv.training)
+    for attribute, held in vars(conv).items():
+        # The same tables: the handles that a user holds remove from them.
+        if attribute in _HOOKS or attribute not in _STANDARD:
+            vars(block)[attribute] = held
+    return block
+
+
+def _checked(
+    module: nn.Module, options: Mapping[str, Any], name: str, wanted: int
+) -> tuple[ConvNd, Sequence[int]]:
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or module.groups != 1:
         raise RewriteError(
             f"{name}: expected a convolution without groups, got {type(module).__name__}; the "
@@ -302,39 +304,6 @@ def _checked(
             f"{tuple(module.weight.shape)}; the model was built with other settings than the one "
             "that was rewritten"
         )
-    wanted = 1 if name == SEPARABLE else 2
     if len(ranks) != wanted or not all(type(rank) is int and rank >= 1 for rank in ranks):
         raise RewriteError(f"{name}: expected {wanted} ranks of at least 1, got {ranks}")
     return module, ranks
-
-
-def _bias(conv: ConvNd) -> nn.Parameter | None:
-    return conv._parameters["bias"]
-
-
-def _carries(conv: ConvNd, options: Mapping[str, Any]) -> bool:
-    return options.get("weights") == "decompose" and has_values(conv.weight)
-
-
-def _block(
-    kind: type[_B], layers: OrderedDict[str, nn.Module], conv: ConvNd, options: Mapping[str, Any]
-) -> _B:
-    """Put norms and activations in between, and give the block what the convolution had."""
-    norm, activation = options.get("norm") or {}, options.get("activation") or {}
-    chain: OrderedDict[str, nn.Module] = OrderedDict()
-    for name, layer in layers.items():
-        chain[name] = layer
-        if name == kind.convolutions[-1]:
-            break
-        width = int(getattr(layer, "out_channels", 0))
-        if norm:
-            chain[f"{name}_norm"] = norm_layer(norm, width, conv)
-        if activation:
-            chain[f"{name}_activation"] = activation_layer(activation, width, conv)
-    block = kind(chain)
-    block.train(conv.training)
-    for name, value in vars(conv).items():
-        # The same tables: the handles that a user holds remove from them.
-        if name in _HOOKS or name not in _STANDARD:
-            vars(block)[name] = value
-    return block

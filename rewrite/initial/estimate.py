@@ -214,7 +214,7 @@ def _orthogonal_gain(values: Tensor) -> float | None:
     rounding = torch.finfo(values.dtype).eps
     if len(matrix) < 2:
         # one row shows orthogonality only by its norm
-        norm = float(matrix.double().norm())
+        norm = float(matrix.cpu().double().norm())
         likely = matrix.numel() > 1 and rounding < 1e-6
         return norm if likely and min(abs(norm - 1), abs(norm / _RELU - 1)) < 1e-5 else None
     # independent rows have products of about 1 / sqrt(length)

@@ -16,7 +16,7 @@ from pocketize.channels.levels import find_levels
 from pocketize.errors import PlanningError
 from pocketize.passes import Width
 from pocketize.passes.planning import plan_widths
-from pocketize.passes.planning.network import Counter
+from pocketize.passes.planning.network import WeightCounter
 from pocketize.zoo.complexity import conv_weights
 from tests.passes.planning.nets import parameters
 
@@ -119,7 +119,7 @@ def test_weights_behind_a_parametrisation_count_once_and_linear_layers_do_not() 
             return self.head(self.grouped(self.normed(x)).mean((2, 3)))
 
     channels = analyse(Net(), "1x1x8x8")
-    sizes = Counter(channels, find_levels(channels)).count({})
+    sizes = WeightCounter(channels, find_levels(channels)).count({})
     assert sizes.theta == 6 * 9 + 6 * 9
     assert sizes.parameters == sizes.theta + 6 + 6 + 6 + 2 * 6 + 2
 
@@ -136,6 +136,6 @@ def test_a_weight_that_runs_at_two_levels_counts_at_the_finest() -> None:
             return self.conv(nn.functional.max_pool2d(x, 2))
 
     channels = analyse(Shared(), "1x1x8x8")
-    sizes = Counter(channels, find_levels(channels)).count({})
+    sizes = WeightCounter(channels, find_levels(channels)).count({})
     assert sizes.levels == (144 + 36, 0)
     assert sizes.theta == 180
