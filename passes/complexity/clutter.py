@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = ["congestion_of_plane", "entropy_of_plane", "feature_congestion", "subband_entropy"]
 
 import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,10 +75,7 @@ def feature_congestion(
     Source: Rosenholtz, Li, Nakano, Measuring visual clutter, Journal of Vision 7(2):17, 2007; one
         of the candidates of Mishra, Chen, Hu, ACM JETC 2021.
     """
-
-    def of_plane(plane: Plane) -> float:
-        return congestion_of_plane(plane, levels=levels)
-
+    of_plane = partial(congestion_of_plane, levels=levels)
     return mean_over_planes(image, of_plane, axis=axis, value_range=value_range)
 
 
@@ -132,10 +130,7 @@ def subband_entropy(
     Source: Rosenholtz, Li, Nakano, Measuring visual clutter, Journal of Vision 7(2):17, 2007; one
         of the candidates of Mishra, Chen, Hu, ACM JETC 2021.
     """
-
-    def of_plane(plane: Plane) -> float:
-        return entropy_of_plane(plane, chroma_weight=chroma_weight)
-
+    of_plane = partial(entropy_of_plane, chroma_weight=chroma_weight)
     return mean_over_planes(image, of_plane, axis=axis, value_range=value_range)
 
 

@@ -21,6 +21,7 @@ __all__ = [
 
 import io
 import math
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -169,10 +170,7 @@ def keypoints(
 
     Source: Mishra, Chen, Hu, ACM JETC 2021, keypoints.
     """
-
-    def of_plane(plane: Plane) -> float:
-        return keypoints_of_plane(plane, detector=detector, by=by)
-
+    of_plane = partial(keypoints_of_plane, detector=detector, by=by)
     return mean_over_planes(image, of_plane, axis=axis, value_range=value_range)
 
 
@@ -228,10 +226,7 @@ def signal_energy(
 
     Source: Mishra, Chen, Hu, ACM JETC 2021, signal energy.
     """
-
-    def of_plane(plane: Plane) -> float:
-        return energy_of_plane(plane, per_pixel=per_pixel, constant_term=constant_term)
-
+    of_plane = partial(energy_of_plane, per_pixel=per_pixel, constant_term=constant_term)
     return mean_over_planes(image, of_plane, axis=axis, value_range=value_range)
 
 
@@ -275,10 +270,7 @@ def edge_information(
 
     Source: Mishra, Chen, Hu, ACM JETC 2021, edge information.
     """
-
-    def of_plane(plane: Plane) -> float:
-        return edges_of_plane(plane, operator=operator, edge_scales=edge_scales)
-
+    of_plane = partial(edges_of_plane, operator=operator, edge_scales=edge_scales)
     return mean_over_planes(image, of_plane, axis=axis, value_range=value_range)
 
 
