@@ -45,12 +45,10 @@ class Extent(enum.IntEnum):
     NAMED = 0
     """On no others."""
     PART = 1
-    """On a third of the core of the sample, another third for the next row."""
+    """On a quarter of the core of the sample, another quarter for the next row."""
     CORE = 2
     """On the core of the sample."""
-    SAMPLE = 3
-    """On the sample."""
-    EVERYWHERE = 4
+    EVERYWHERE = 3
     """On every net."""
 
 
@@ -149,7 +147,7 @@ CASES: dict[str, dict[str, Row]] = {
     "recompute": {
         "conv": Row(lambda net: (_CONV,)),
         "block": Row(lambda net: (_BLOCK,)),
-        "level": Row(lambda net: (_LEVEL,), None, Extent.SAMPLE, GRAPHS, turns=True),
+        "level": Row(lambda net: (_LEVEL,), None, Extent.CORE, GRAPHS, turns=True),
     },
     "checkpoint": {
         "every-child": Row(lambda net: (_every_child(net),), None, Extent.PART, PARTS, turns=True),
@@ -179,7 +177,7 @@ CASES: dict[str, dict[str, Row]] = {
         "inner-norm": Row(lambda net: (_swap(CompactBlock, inner_norm=True),), as_blocks),
     },
     "patchwise": {
-        "exact": Row(lambda net: (Patchwise(size=5),), None, Extent.PART, VOLUMES, turns=True),
+        "exact": Row(lambda net: (Patchwise(size=5),), None, Extent.NAMED, VOLUMES, turns=True),
         "exact-rounded": Row(lambda net: (Patchwise(size=5, keep_dtype="bfloat16"),)),
         "slab": Row(lambda net: (Patchwise(mode="slab", size=16),), not_on=_HOOKED),
         "window": Row(lambda net: (Patchwise(mode="window", size=32),), not_on=_HOOKED),

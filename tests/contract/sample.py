@@ -6,7 +6,8 @@ these lists a row is tried on. The sample is chosen by what any pass could stumb
 channels, is among them. The list of a pass has a net for every kind of edit, on every kind of
 module, and for every refusal and note, that the pass gives on any of the nets.
 
-A net of the sample is held to all checks, another to the decisive ones.
+A net of the sample is held to all checks, the costly ones with every third row; another net to the
+decisive ones.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ _CORE = (
     "keeps_features lazy_after_a_call single_layer no_parameters",
 )
 CORE = frozenset(" ".join(_CORE).split())
-"""The part of the sample of which variants and combinations of passes are tried on a third each."""
+"""The part of the sample of which variants and combinations are tried on a quarter each."""
 
 
 def _names(text: str) -> frozenset[str]:
@@ -150,4 +151,4 @@ DECISIVE = (
 """Checks that run on every net where the row changes anything."""
 
 COSTLY = ("exact_outputs", "exact_training", "checkpoints_fit_both_ways", "resumes", "copies_train")
-"""Checks that train, or repeat what a decisive one finds; on the sample only."""
+"""Checks that train, or repeat what a decisive one finds; on a third of the pairs of the sample."""

@@ -13,6 +13,7 @@ from pocketize.memory.process import ProcessMemory
 LINUX = Path("/proc/self/status").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
 def test_a_large_tensor_shows_in_current_and_peak() -> None:
     memory = ProcessMemory()

@@ -138,6 +138,7 @@ def _train_alike(model: nn.Module, made: nn.Module, inputs: str) -> None:
     assert torch.allclose(given.call(model), given.call(made), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dynunet", "nnunet"])
 def test_a_training_step_needs_a_quarter_less(name: str) -> None:
     model = NETS[name][0]()

@@ -39,6 +39,7 @@ TABLE_6 = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", ["parameters", "conv"])
 @pytest.mark.parametrize(("budget", "layerwise", "options", "widths", "theta"), TABLE_6)
 def test_the_papers_table_6_comes_out_exactly(
@@ -155,6 +156,7 @@ def test_a_dtype_of_half_the_size_allows_twice_the_weights() -> None:
     assert half.bytes == 2 * half.after.parameters
 
 
+@pytest.mark.slow
 def test_buffers_count_where_that_is_asked_for() -> None:
     net = small_unet(norm=True)
     made = plan_widths(net, inputs=SMALL, max_bytes="40kB", count="stored")
@@ -224,6 +226,7 @@ def test_the_papers_guess_of_memory_is_an_option_and_is_told_where_it_misses() -
         assert ("misses the budget" in str(made)) == (made.peak_after > 0.5 * whole)
 
 
+@pytest.mark.slow
 def test_an_infeasible_budget_tells_the_smallest_that_is_feasible() -> None:
     with pytest.raises(BudgetError, match="with all widths at their minimum") as caught:
         _plan(max_bytes=100)

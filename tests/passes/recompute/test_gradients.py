@@ -68,6 +68,7 @@ def test_every_activation(act: str) -> None:
     check(Net(nn.BatchNorm2d, ACTS[act]), torch.randn(2, 1, 8, 8))
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(20), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     norm=st.sampled_from(sorted(NORMS)),

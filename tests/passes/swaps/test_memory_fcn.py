@@ -57,6 +57,7 @@ def test_reset_blocks_begin_as_hand_built_ones_do() -> None:
             assert spread[0] == pytest.approx(spread[1], rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

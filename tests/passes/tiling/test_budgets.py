@@ -61,6 +61,7 @@ NETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "tile", "keep"),
     [
@@ -81,6 +82,7 @@ def test_some_tiles_have_the_peak_of_all(net: str, tile: tuple[int, int], keep: 
     assert foretold_peak(prepared.recording, sampled, tiling) == pytest.approx(every, rel=SLACK)
 
 
+@pytest.mark.slow
 def test_a_training_step_stays_within_the_target_with_the_largest_tiles_that_do() -> None:
     keep: Any = "disk"
     size = "1x1x16x32"
@@ -119,6 +121,7 @@ def test_inference_stays_within_the_target_too() -> None:
     assert measure(made, size, "infer", estimate=True).peak <= limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 def test_a_target_that_no_tile_meets_is_an_error_that_tells_the_least(train: bool) -> None:
     size = "1x1x32x64"

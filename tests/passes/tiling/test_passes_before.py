@@ -29,6 +29,7 @@ def net() -> nn.Module:
     return nn.Sequential(block(1, 8), block(8, 8), nn.Conv2d(8, 2, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INERT)
 def test_a_pass_that_does_nothing_in_training_by_tiles_is_named(name: str) -> None:
     model, x = net(), torch.randn(1, 1, 16, 16)

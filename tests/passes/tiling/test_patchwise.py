@@ -40,6 +40,16 @@ def agree(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
         assert torch.allclose(a, b, rtol=tolerance, atol=tolerance), (a - b).abs().max()
 
 
+#: Every mode, every place, and exact tiles, which alone keep something between, in every place.
+MODES_AND_PLACES = [
+    ("exact", "device"),
+    ("exact", "host"),
+    ("exact", "disk"),
+    ("slab", "host"),
+    ("window", "disk"),
+]
+
+
 def tiles_of(model: nn.Module) -> list[Any]:
     """What the forward by tiles has prepared: empty where the model ran whole."""
     forward = wrapping(model, ExactForward)
@@ -47,6 +57,7 @@ def tiles_of(model: nn.Module) -> list[Any]:
     return [made.program for made in forward._prepared.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -255,8 +266,7 @@ def test_labels_take_the_place_of_logits(keep: Any) -> None:
     assert made(x).shape == model(x).shape  # with gradients there is nothing to reduce
 
 
-@pytest.mark.parametrize("place", ["device", "host", "disk"])
-@pytest.mark.parametrize("mode", ["exact", "slab", "window"])
+@pytest.mark.parametrize(("mode", "place"), MODES_AND_PLACES)
 def test_channels_last_volumes_and_networks_give_channels_last(mode: str, place: str) -> None:
     x = double(1, 3, 12, 16).contiguous(memory_format=torch.channels_last)
     model = unet(channels=3).double().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -305,6 +315,7 @@ def test_hooks_of_the_model_itself_run_once_and_around_the_tiles() -> None:
     assert seen == [(1, 3, 12, 12)]
 
 
+@pytest.mark.slow
 def test_the_peak_that_is_foretold_is_the_one_that_is_measured() -> None:
     x = double(1, 1, 32, 128).float()
     model = unet()
@@ -380,8 +391,7 @@ def test_in_place_norms_and_recomputation_come_first() -> None:
         assert tiles_of(made)
 
 
-@pytest.mark.parametrize("place", ["device", "host", "disk"])
-@pytest.mark.parametrize("mode", ["exact", "slab", "window"])
+@pytest.mark.parametrize(("mode", "place"), MODES_AND_PLACES)
 def test_an_estimate_counts_what_is_measured_wherever_things_are_kept(
     mode: str, place: str
 ) -> None:

@@ -28,6 +28,7 @@ def test_what_waits_is_rounded_and_nothing_else(dtype: str) -> None:
     assert 1e-5 < apart < 0.05
 
 
+@pytest.mark.slow
 def test_the_pass_declares_it_and_the_plan_says_by_how_much() -> None:
     net = _net()
     kept = Patchwise(size=8, keep_dtype="bfloat16")

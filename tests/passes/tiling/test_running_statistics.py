@@ -80,6 +80,7 @@ def _train_alike(model: nn.Module, tiled: nn.Module, *sizes: int) -> None:
         assert (value - found[key]).abs().max() < 1e-9, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("tile", [(16, 8), (5, 7)])
 def test_three_steps_leave_the_same_weights_and_running_statistics(

@@ -99,6 +99,7 @@ def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_a_rewritten_model_in_training_mode_has_the_whole_volumes_gradients(name: str) -> None:
     torch.manual_seed(0)
