@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from pocketize._torch import BatchNorm, InstanceNorm, schema_of, storage_key
+from pocketize._torch import BatchNorm, InstanceNorm, storage_key
 from pocketize.graph.capture import Captured
+from pocketize.ops.effects import written_nodes
 from pocketize.passes.inplace.activations import Activation
 from pocketize.passes.inplace.modules import NormInPlace, activation_of, hooks_of, norm_kind
 from pocketize.passes.shared.forwards import obstacle
@@ -260,7 +261,7 @@ class _Reader:
         memory = _storages(node) | _storages(last)
         after = self.nodes[self.nodes.index(last) + 1 :]
         for later in after:
-            if any(not memory.isdisjoint(_storages(n)) for n in _written(later)):
+            if any(not memory.isdisjoint(_storages(n)) for n in written_nodes(later)):
                 at = f" at {later.meta['source']}" if later.meta.get("source") else ""
                 return f"{_operator(later)}{at} writes into the tensor that would be kept"
         return ""
@@ -328,20 +329,6 @@ def _bytes(node: fx.Node) -> int:
 def _storages(node: fx.Node) -> set[int]:
     value = node.meta.get("val")
     return {storage_key(value)} if isinstance(value, Tensor) else set()
-
-
-def _written(node: fx.Node) -> Iterator[fx.Node]:
-    """Nodes of the tensors that an operator writes into."""
-    schema = schema_of(node.target)
-    if schema is None:
-        return
-    for index, argument in enumerate(schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = node.args[index] if len(node.args) > index else node.kwargs.get(argument.name)
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, fx.Node):
-                yield item
 
 
 def _parents(path: str) -> Iterator[str]:

@@ -17,27 +17,10 @@ from torch import Tensor, fx
 
 from pocketize._torch import storage_key
 from pocketize.graph.capture import Captured, find_tensors
-from pocketize.ops.schema import operator_name
+from pocketize.ops import Kind, bind, is_convolution, operator_of
 
-#: Operators with a weight of their own, with its position among the arguments.
-_WEIGHTED = {
-    "aten.conv1d": 1,
-    "aten.conv2d": 1,
-    "aten.conv3d": 1,
-    "aten.conv_transpose1d": 1,
-    "aten.conv_transpose2d": 1,
-    "aten.conv_transpose3d": 1,
-    "aten.convolution": 1,
-    "aten.linear": 1,
-    "aten.matmul": 1,
-    "aten.mm": 1,
-    "aten.bmm": 1,
-    "aten.addmm": 2,
-}
 #: Operators through which a weight stays the weight it was; autocast makes use of them.
-_CASTS = ("aten._to_copy", "aten.to", "aten.t", "aten.transpose", "aten.view", "aten.clone")
-#: Further operators whose results are always stored.
-_PRODUCTS = ("aten.scaled_dot_product_attention", "aten._scaled_dot_product")
+_CASTS = {Kind.COPY, Kind.PERMUTATION, Kind.RESHAPE}
 #: No more than so many sites of one resolution are rebuilt one from the other.
 _DEPTH = 3
 
@@ -90,13 +73,13 @@ def find_sites(captured: Captured) -> list[Site]:
                 above, extra = origins.get(parent, (set(), 0))
                 made |= above
                 size = max(size, extra)
-            operator = operator_name(node.target)
-            if operator in _WEIGHTED or operator.startswith(_PRODUCTS):
-                site = sites[node] = _site(node, operator, len(sites), uses)
+            record = operator_of(node.target)
+            if record.weight or record.kind is Kind.ATTENTION:
+                site = sites[node] = _site(node, len(sites), uses)
                 if positions not in (0, site.positions):
                     stage += 1
                 site.stage, positions = stage, site.positions
-                data = _data(node, operator)
+                data = _argument(node, record.data)
                 above, extra = origins.get(data, (made, size)) if data else (made, size)
                 site.sources = sorted(above, key=lambda s: s.order)
                 site.source_bytes = sum(s.nbytes for s in above) + (extra if not above else 0)
@@ -181,11 +164,11 @@ def freed(captured: Captured, sites: Sequence[Site]) -> dict[str, tuple[int, ...
 
     frees = {}
     for site in sites:
-        data = _data(site.node, operator_name(site.node.target))
+        data = _argument(site.node, operator_of(site.node.target).data)
         if data is None or not site.movable:
             continue
         parts = [-1] if dead(data, site.node) else []
-        if operator_name(data.target) == "aten.cat":
+        if operator_of(data.target).kind is Kind.CONCATENATION:
             listed = data.args[0]
             if isinstance(listed, tuple | list):
                 parts += [
@@ -196,15 +179,14 @@ def freed(captured: Captured, sites: Sequence[Site]) -> dict[str, tuple[int, ...
     return frees
 
 
-def _site(node: fx.Node, operator: str, order: int, uses: dict[str, int]) -> Site:
-    position = _WEIGHTED.get(operator)
-    weight = node.args[position] if position is not None and len(node.args) > position else None
-    while isinstance(weight, fx.Node) and operator_name(weight.target) in _CASTS:
-        weight = weight.args[0]
-    name = weight.meta.get("tensor") if isinstance(weight, fx.Node) else None
+def _site(node: fx.Node, order: int, uses: dict[str, int]) -> Site:
+    weight = _argument(node, operator_of(node.target).weight)
+    while weight is not None and operator_of(weight.target).kind in _CASTS:
+        weight = weight.all_input_nodes[0]
+    name = weight.meta.get("tensor") if weight is not None else None
     made: Any = node.meta["val"]
     result = made if isinstance(made, Tensor) else find_tensors(made)[0]
-    spatial = result.shape[2:] if ".conv" in operator else result.shape[:-1]
+    spatial = result.shape[2:] if is_convolution(node) else result.shape[:-1]
     count = 0
     if name is not None:
         count = uses[name] = uses.get(name, -1) + 1
@@ -220,10 +202,10 @@ def _site(node: fx.Node, operator: str, order: int, uses: dict[str, int]) -> Sit
     )
 
 
-def _data(node: fx.Node, operator: str) -> fx.Node | None:
-    position = 1 if _WEIGHTED.get(operator) == 2 else 0
-    data = node.args[position] if len(node.args) > position else None
-    return data if isinstance(data, fx.Node) else None
+def _argument(node: fx.Node, name: str | Any) -> fx.Node | None:
+    """Return the node that an operator has as an argument; ``None`` where there is none."""
+    given = bind(node.target, node.args, node.kwargs).get(name)
+    return given if isinstance(given, fx.Node) else None
 
 
 def _nbytes(node: fx.Node) -> int:

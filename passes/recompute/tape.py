@@ -29,6 +29,8 @@ from pocketize._torch import (
     transforms_active,
     version_of,
 )
+from pocketize.ops import Kind, operator_of
+from pocketize.ops.effects import Effect
 from pocketize.passes.recompute.ledger import (
     Ledger,
     Memory,
@@ -37,7 +39,7 @@ from pocketize.passes.recompute.ledger import (
     geometry_of,
     is_plain,
 )
-from pocketize.passes.recompute.operators import Kind, Operator, describe
+from pocketize.passes.recompute.operators import Replay, describe
 from pocketize.passes.recompute.statistics import Statistics, normalise, statistics_of
 from pocketize.passes.recompute.values import Handle, Meter, Step, Value, flops_of
 
@@ -48,8 +50,7 @@ _COSTLY = 256
 #: Operators that do not look at the memory at all, not even at its size.
 _SHALLOW = {aten.detach.default, aten.alias.default}
 #: Operators through which a weight stays the weight it was.
-_CASTS = {aten._to_copy.default, aten.t.default, aten.detach.default, aten.alias.default}
-_CASTS |= {aten.transpose.int, aten.view.default, aten.clone.default}
+_CASTS = {Kind.COPY, Kind.PERMUTATION, Kind.RESHAPE}
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -152,17 +153,17 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # What runs.
 
     def _run(
-        self, func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, func: Any, operator: Replay, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if not all(map(is_plain, tensors)):
-            operator = Operator(Kind.OTHER)
+            operator = Replay(Effect.OTHER)
         if func not in _SHALLOW:
             for tensor in tensors:
                 self.ledger.bring_back(tensor, self.stage)
-        if operator.kind is Kind.WRITER:
+        if operator.effect is Effect.WRITER:
             return self._write(func, operator, args, kwargs)
-        if operator.kind is Kind.OTHER:
+        if operator.effect is Effect.OTHER:
             return self._other(func, args, kwargs, tensors)
         site = self._site(operator, args) if operator.weight is not None else None
         source = self._free_parts(site, operator, args) if site in self.frees else None
@@ -199,7 +200,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _step(
         self,
         func: Any,
-        operator: Operator,
+        operator: Replay,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         state: tuple[torch.device, Tensor] | None = None,
@@ -220,7 +221,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if bytes_of(result) < self.min_bytes:
                 continue  # kept when asked for
             memory, geometry = self.ledger.memory(result), geometry_of(result)
-            if step.operator.kind is Kind.VIEW and geometry in memory.values:
+            if step.operator.effect is Effect.VIEW and geometry in memory.values:
                 continue  # it lies there just as what it is a view of
             value = Value(stage, step, index if several else None)
             value.home = memory.watch, geometry
@@ -231,7 +232,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A norm is built again with the statistics of the first time."""
         if bytes_of(made) >= self.min_bytes:
             again = (*args[:3], found.mean, found.rstd, found.eps, found.groups)
-            self._note(self._step(normalise, Operator(Kind.PURE), again, {}), made, self.stage)
+            self._note(self._step(normalise, Replay(Effect.PURE), again, {}), made, self.stage)
 
     def _view(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], base: Tensor, made: Any
@@ -240,11 +241,11 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ledger.memory(base).views += 1
         value = self.ledger.find(base)
         if value is not None and value.step is not None:
-            operator = Operator(Kind.VIEW)
+            operator = Replay(Effect.VIEW)
             self._note(self._step(func, operator, args, kwargs), made, value.stage)
 
     def _write(
-        self, func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, func: Any, operator: Replay, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         target = args[0]
         memory = self.ledger.memory(target)
@@ -276,7 +277,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 memory.version = None
         return func(*args, **kwargs)
 
-    def _forget_statistics(self, operator: Operator, args: tuple[Any, ...]) -> Iterator[Any]:
+    def _forget_statistics(self, operator: Replay, args: tuple[Any, ...]) -> Iterator[Any]:
         """Running statistics are updated once: in a repetition there are none to update.
 
         Where they are used, copies are kept: a forward in training mode may write to them before
@@ -307,7 +308,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # Names.
 
-    def _site(self, operator: Operator, args: tuple[Any, ...]) -> str | None:
+    def _site(self, operator: Replay, args: tuple[Any, ...]) -> str | None:
         assert operator.weight is not None
         weight = args[operator.weight] if len(args) > operator.weight else None
         name = self.ledger.memory(weight).name if isinstance(weight, Tensor) else None
@@ -318,21 +319,20 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # Shells.
 
-    def _free_parts(
-        self, site: str | None, operator: Operator, args: tuple[Any, ...]
-    ) -> list[Value]:
+    def _free_parts(self, site: str | None, operator: Replay, args: tuple[Any, ...]) -> list[Value]:
         """Free the parts of a concatenation; return the values that the input consists of."""
-        data = args[1 if operator.weight == 2 else 0]
+        data = args[operator.data]
         value = self.ledger.find(data)
         chain = []
         while value is not None and value.step is not None:
             chain.append(value)
-            if value.step.func is aten.cat.default:
+            if operator_of(value.step.func).kind is Kind.CONCATENATION:
                 for position in self.frees[site or ""]:
                     if 0 <= position < len(value.step.parents):
                         self.ledger.take(value.step.parents[position])
                 break
-            simple = value.step.func in _CASTS or value.step.operator.kind is Kind.VIEW
+            cast = operator_of(value.step.func).kind in _CASTS
+            simple = cast or value.step.operator.effect is Effect.VIEW
             value = value.step.parents[0] if simple else None
         return chain
 
@@ -345,7 +345,8 @@ def _share(given: list[Tensor], made: list[Tensor]) -> bool:
 
 
 def _name_goes_on(func: Any, given: list[Tensor], made: list[Tensor]) -> bool:
-    return func in _CASTS and len(given) == 1 and len(made) == 1 and not _share(given, made)
+    cast = operator_of(func).kind in _CASTS
+    return cast and len(given) == 1 and len(made) == 1 and not _share(given, made)
 
 
 def _state_of(tensors: list[Tensor], kwargs: dict[str, Any]) -> tuple[torch.device, Tensor] | None:

@@ -26,7 +26,8 @@ from torch.utils.flop_counter import flop_registry
 
 from pocketize._torch import pytree, version_of, watching_alias
 from pocketize.errors import ExecutionError
-from pocketize.passes.recompute.operators import Kind, Operator, in_place_variant
+from pocketize.ops.effects import Effect
+from pocketize.passes.recompute.operators import Replay, in_place_variant
 from pocketize.passes.shared.forwards import refuse_exchanged
 
 Geometry = tuple[Any, ...]
@@ -78,7 +79,7 @@ class Step:
     def __init__(
         self,
         func: Any,
-        operator: Operator,
+        operator: Replay,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         order: int,
@@ -100,7 +101,7 @@ class Step:
         """
         args, kwargs = pytree.tree_map_only(Value, contents.__getitem__, (self.args, self.kwargs))
         func, first = self.func, self.args[0] if self.args else None
-        if self.operator.kind is Kind.WRITER:
+        if self.operator.effect is Effect.WRITER:
             if first not in spare:
                 args = (args[0].clone(), *args[1:])
         elif isinstance(first, Value) and first in spare:
@@ -218,13 +219,13 @@ class Value:
                 for value in made.get(step, ()):
                     tensor = results if value.index is None else results[value.index]
                     contents[value] = tensor
-                    alone = step.operator.kind is not Kind.VIEW or step.parents[0] in spare
+                    alone = step.operator.effect is not Effect.VIEW or step.parents[0] in spare
                     if alone and value.index is None:
                         own.add(value)
                     if value is not self and value.is_awaited(stage):
                         value.held = tensor
                         own.discard(value)
-                if step.operator.kind is Kind.VIEW:
+                if step.operator.effect is Effect.VIEW:
                     own.difference_update(step.parents)
                 results = None
                 for parent in step.parents:
@@ -294,7 +295,7 @@ def _bases(value: Value) -> Iterator[Value]:
     """Yield a value and what it is a view of, as far as that is built and not kept."""
     while value.step is not None:
         yield value
-        if value.step.operator.kind is not Kind.VIEW:
+        if value.step.operator.effect is not Effect.VIEW:
             return
         value = value.step.parents[0]
 

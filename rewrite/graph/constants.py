@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from pocketize._torch import FakeTensor, pytree, schema_of, storage_key, without_dispatch_modes
-from pocketize.ops.schema import bind, operator_name
+from pocketize.ops import bind, operator_name
+from pocketize.ops.effects import draws_random_numbers, written_arguments
 
 #: What factories fill a tensor with; random numbers and memory that holds anything count as equal.
 _FILLED = {"zeros": 0, "ones": 1, "empty": 0, "rand": 1, "randn": 1, "randint": 1}
@@ -56,7 +57,11 @@ class Constants:
         if node not in self:
             return None
         family = self._family(node)
-        if any(_draws(n) or _name(n).endswith("empty") for n in family if n.op != "get_attr"):
+        if any(
+            draws_random_numbers(n.target) or _name(n).endswith("empty")
+            for n in family
+            if n.op != "get_attr"
+        ):
             return None
         value = self.value(node)
         if value is None or value.numel() != 1:
@@ -116,7 +121,7 @@ class Constants:
             for source in sources:
                 self._parent[self._root(source)] = self._root(node)
             return
-        for name in _writes(node):
+        for name in written_arguments(node.target):
             target = bind(node.target, node.args, node.kwargs)[name]
             if isinstance(target, fx.Node) and target in self._parent:
                 self._written.add(_storage(target))
@@ -133,7 +138,7 @@ class Constants:
 
     def _run(self, family: list[fx.Node], stop: int) -> dict[fx.Node, Any]:
         family = [node for node in family if self._order[node] < stop]
-        writes = any(_writes(node) for node in family)
+        writes = any(written_arguments(node.target) for node in family)
         filled = [node for node in family if _fill(node) is not None]
         dense = family if writes else [node for node in family if node not in filled]
         if sum(_elements(node) for node in dense if not _is_view(node)) > _MOST:
@@ -167,10 +172,6 @@ def _fill(node: fx.Node) -> Any:
     return _FILLED[name]
 
 
-def _draws(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
 def _seeded(node: fx.Node) -> bool:
     """Whether an operator draws numbers that are the same in each forward."""
     given = any(isinstance(x, torch.Generator) for x in pytree.tree_leaves(dict(node.kwargs)))
@@ -186,13 +187,6 @@ def _sources(node: fx.Node) -> list[fx.Node]:
         if name in _AFTER_ANOTHER:
             return [x for x in node.args[:1] if isinstance(x, fx.Node)]
     return list(node.all_input_nodes)
-
-
-def _writes(node: fx.Node) -> list[str]:
-    """Return the arguments that an operator writes into."""
-    schema = schema_of(node.target)
-    found = schema.arguments if schema is not None else ()
-    return [a.name for a in found if a.alias_info is not None and a.alias_info.is_write]
 
 
 def _storage(node: fx.Node) -> int:
@@ -222,7 +216,7 @@ def _compute(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if name in _AFTER_ANOTHER:
         tensor = values[node.args[0]].to(out.dtype)  # type: ignore[index]
         return tensor.expand(out.shape) if name == "expand_as" else tensor.reshape(out.shape)
-    if _draws(node):
+    if draws_random_numbers(node.target):
         return _draw(node, [values[n] for n in _sources(node)])
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
     if any(a.name == "device" for a in schema_of(node.target).arguments):
@@ -237,7 +231,7 @@ def _draw(node: fx.Node, operands: list[Tensor]) -> Tensor:
         raise _Unknown
     if "dropout" in name:
         return operands[0]
-    if _writes(node):
+    if written_arguments(node.target):
         return operands[0].copy_(sum(operands[1:], torch.ones(())))
     return sum(operands, torch.ones(())).expand(out.shape).to(out.dtype)
 

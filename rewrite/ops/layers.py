@@ -162,6 +162,19 @@ define(
     heavy=False,
     window=None,
 )
+define(
+    Kind.RECURRENT,
+    "_cudnn_rnn",
+    "_thnn_fused_lstm_cell",
+    "gru",
+    "lstm",
+    "mkldnn_rnn_layer",
+    data="",
+    weight="",
+    keeps=UNKNOWN,
+    heavy=True,
+    window=None,
+)
 # Computations with weights that are nobody else's kind.
 define(
     UNKNOWN,

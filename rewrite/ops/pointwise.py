@@ -138,6 +138,7 @@ _define(
     data="",
     keeps="",
 )
+_define(Kind.STORAGE, "resize", "set", data="self", keeps=UNKNOWN)
 _define(
     Kind.SCALAR,
     "_assert_async",

@@ -39,6 +39,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import torch
 from torch import fx
 
+from pocketize._torch import OpOverload
 from pocketize.errors import RewriteError
 from pocketize.ops.schema import operator_name
 
@@ -96,6 +97,8 @@ class Kind(enum.Enum):
     SORTING = "order along an axis"
     LOSS = "distance of two tensors, averaged"
     SCALAR = "reads a number"
+    RECURRENT = "recurrent layer"
+    STORAGE = "exchanges or resizes the memory of a tensor"
 
 
 CONVOLUTIONS: Final = frozenset({Kind.CONVOLUTION, Kind.TRANSPOSED_CONVOLUTION})
@@ -238,7 +241,7 @@ def operator_of(target: Any) -> Operator:
     record = _OPERATORS.get(name)
     if record is None:
         record = Operator(name)
-        if "." in name:
+        if isinstance(target, OpOverload):
             _OPERATORS[name] = record
     if record.kind is UNKNOWN and torch.Tag.pointwise in getattr(target, "tags", ()):
         record.kind = Kind.POINTWISE

@@ -17,8 +17,6 @@ SHORT = {known.short for known in all_operators() if not known.short.isalpha()}
 STILL = {
     "passes/amp/amp.py",
     "passes/inplace/activations.py",
-    "passes/recompute/operators.py",
-    "passes/recompute/sites.py",
     "passes/recompute/statistics.py",
     "passes/recompute/tape.py",
     "passes/shared/regions.py",
