@@ -18,6 +18,7 @@ from torch import nn
 
 from pocketize.engine.dry_run import Rehearsal
 from pocketize.errors import OptionError, RewriteError
+from pocketize.ops import NORMS, Kind, bind, operator_of
 from pocketize.passes.amp.autocasting import (
     AutocastForward,
     Float32Statistics,
@@ -30,9 +31,6 @@ from pocketize.plugin.conversions import conversion
 from pocketize.plugin.edits import Convert
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_NORMS = ("aten.batch_norm", "aten.instance_norm", "aten.group_norm", "aten.layer_norm")
-#: Position of the weight among the arguments of each.
-_WEIGHT = {"aten.group_norm": 2, "aten.layer_norm": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,15 +144,14 @@ def _notes(target: Target, given: Amp) -> list[str]:
     modules = dict(target.model.named_modules())
     bare = set()
     for node in target.captured(train=True).operators():
-        name = str(node.target).removesuffix(".default")
-        if name not in _NORMS:
+        record = operator_of(node.target)
+        if record.kind not in NORMS or record.kind is Kind.RMS_NORM:  # which casts by itself
             continue
-        position = _WEIGHT.get(name, 1)
-        weight = node.args[position] if len(node.args) > position else None
+        weight = bind(node.target, node.args, node.kwargs).get("weight")
         path = str(node.meta["module"])
         owner = modules.get(path)
         if weight is None and not (owner is not None and keeps_low_statistics(owner)):
-            bare.add(f"{name.removeprefix('aten.')} in {path or 'the model itself'}")
+            bare.add(f"{record.short} in {path or 'the model itself'}")
     if bare:
         shown = ", ".join(sorted(bare)[:3]) + (", ..." if len(bare) > 3 else "")
         notes.append(

@@ -14,37 +14,17 @@ from torch import Tensor, fx, nn
 
 from pocketize._torch import BatchNorm, InstanceNorm, storage_key
 from pocketize.graph.capture import Captured
+from pocketize.ops import CONVOLUTIONS, UNKNOWN, Kind, operator_of
 from pocketize.ops.effects import written_nodes
 from pocketize.passes.inplace.activations import Activation
 from pocketize.passes.inplace.modules import NormInPlace, activation_of, hooks_of, norm_kind
 from pocketize.passes.shared.forwards import obstacle
 
-_NORMS = {"batch_norm", "instance_norm", "group_norm"}
-_DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
-#: Activations without an inverse, or one that training may take away.
-_OTHERS = {
-    "celu",
-    "gelu",
-    "glu",
-    "hardsigmoid",
-    "hardswish",
-    "hardtanh",
-    "log_sigmoid",
-    "mish",
-    "prelu",
-    "relu",
-    "relu6",
-    "rrelu",
-    "selu",
-    "sigmoid",
-    "silu",
-    "softmax",
-    "softplus",
-    "tanh",
-}
-#: What keeps its input for the backward and is no activation.
-_LAYERS = ("conv", "linear", "addmm", "matmul", "_convolution", "slow_conv", "thnn_conv")
-_KEEPERS = (*_LAYERS, "mul", "silu", "gelu", "mish", "batch_norm", "instance_norm", "group_norm")
+_NORMS = {Kind.CHANNEL_NORM, Kind.GROUP_NORM}
+#: Activations; those that are not dealt with one by one have no inverse.
+_ACTIVATIONS = {Kind.ACTIVATION, Kind.GATE, Kind.PRELU, Kind.SOFTMAX}
+#: Layers that read the norm's output as it is.
+_LAYERS = {*CONVOLUTIONS, Kind.LINEAR, Kind.PRODUCT}
 
 
 _IDENTITY = Activation("identity")
@@ -146,7 +126,7 @@ class _Reader:
         found: dict[str, Site] = {}
         calls = defaultdict(list)
         for node in self.nodes:
-            if _operator(node) in _NORMS:
+            if operator_of(node.target).kind in _NORMS:
                 calls[str(node.meta["module"])].append(node)
         for path, nodes in calls.items():
             why = self._layer_obstacle(path, nodes)
@@ -215,9 +195,10 @@ class _Reader:
             activation = Activation("prelu")
         if activation is not None:
             return self._invertible(path, where, activation)
-        if name.startswith(_LAYERS):
+        kind = operator_of(reader.target).kind
+        if kind in _LAYERS:
             return Site(path)
-        if plain in _OTHERS:
+        if kind in _ACTIVATIONS:
             more = ", or activation='leaky_relu:0.01' exchanges it" if plain == "relu" else ""
             why = "is called as a function" if plain == "prelu" else "is not invertible"
             return Site(path, refused=f"activation {plain} {why}; Recompute does it{more}")
@@ -293,7 +274,7 @@ def _follow(node: fx.Node) -> tuple[fx.Node, fx.Node | None, str]:
         (reader,) = readers
         if reader.op == "output":
             return last, None, "its output is an output of the model"
-        if _operator(reader).removesuffix("_") not in _DROPOUTS:
+        if operator_of(reader.target).kind is not Kind.DROPOUT:
             return last, reader, ""
         if float(_argument(reader, 1, "p", 0.5)) > 0 and _argument(reader, 2, "train", False):
             return last, None, "dropout is active between norm and activation"
@@ -318,7 +299,8 @@ def _argument(node: fx.Node, index: int, name: str, default: float) -> Any:
 
 
 def _keeps(node: fx.Node) -> bool:
-    return node.op == "call_function" and _operator(node).startswith(_KEEPERS)
+    kept = operator_of(node.target).keeps
+    return kept is not UNKNOWN and "input" in kept
 
 
 def _bytes(node: fx.Node) -> int:

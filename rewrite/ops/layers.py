@@ -155,6 +155,14 @@ define(
     Kind.LAYER_NORM,
     "layer_norm",
     "native_layer_norm",
+    data="input",
+    weight="",
+    keeps="input statistics",
+    heavy=False,
+    window=None,
+)
+define(
+    Kind.RMS_NORM,
     "rms_norm",
     data="input",
     weight="",

@@ -48,7 +48,7 @@ _define(
 )
 _define(Kind.SCAN, "cumsum", data="self", keeps="")
 _define(Kind.SCAN, "cumprod", "logcumsumexp", data="self", keeps="input output")
-_define(UNKNOWN, "glu", data="self", keeps="input")
+_define(Kind.GATE, "glu", data="self", keeps="input")
 _define(
     Kind.DROPOUT,
     "dropout",

@@ -64,8 +64,10 @@ class Kind(enum.Enum):
     ATTENTION = "attention"
     CHANNEL_NORM = "batch or instance normalisation"
     GROUP_NORM = "group normalisation"
-    LAYER_NORM = "normalisation over the last axes"
+    LAYER_NORM = "layer normalisation"
+    RMS_NORM = "normalisation by the root of the mean square"
     ACTIVATION = "activation without parameters"
+    GATE = "gated linear unit"
     PRELU = "activation with a slope for each channel"
     POINTWISE = "element by element, with broadcasting"
     ASSIGNMENT = "other numbers in the place of those of its first tensor"
@@ -102,7 +104,7 @@ class Kind(enum.Enum):
 
 
 CONVOLUTIONS: Final = frozenset({Kind.CONVOLUTION, Kind.TRANSPOSED_CONVOLUTION})
-NORMS: Final = frozenset({Kind.CHANNEL_NORM, Kind.GROUP_NORM, Kind.LAYER_NORM})
+NORMS: Final = frozenset({Kind.CHANNEL_NORM, Kind.GROUP_NORM, Kind.LAYER_NORM, Kind.RMS_NORM})
 #: The result's entries are entries of the inputs, or 0; which ones, arguments and shapes decide.
 MOVEMENTS: Final = frozenset(
     {

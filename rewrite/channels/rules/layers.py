@@ -192,7 +192,7 @@ def group_norm(call: Call) -> Result:
     return call.like("input")
 
 
-@channel_rule(Kind.LAYER_NORM)
+@channel_rule(Kind.LAYER_NORM, Kind.RMS_NORM)
 def layer_norm(call: Call) -> Result:
     """Parameters align with the last axes."""
     x: Value = call["input"]

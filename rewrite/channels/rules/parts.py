@@ -163,7 +163,7 @@ def grid_sample(call: Call) -> Result:
     return Value(call.shape, labels)
 
 
-@channel_rule("aten.glu")
+@channel_rule(Kind.GATE)
 def glu(call: Call) -> Result:
     """A gated linear unit cuts an axis into two equal halves."""
     value: Value = call.values()[0]
