@@ -45,7 +45,7 @@ class Board(Analysis):
         model = _Bare(function, shapes)
         super().__init__(model, as_inputs(torch.zeros(1)))
         self.captured = self.recordings[0]
-        self.units, self.reasons = self.algebra.settle()
+        self.units, self.reasons = self.unions.solve()
 
     def _freeze_output(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         """Nothing: this is what a board is for."""
@@ -57,13 +57,13 @@ class Board(Analysis):
         """What is known of the results."""
         return [self.values[0][node] for node in self.captured.outputs()]
 
-    def atoms(self, axis: str) -> NDArray[np.int64]:
-        """The atoms of an axis, ``"a0"`` for the first of ``a``."""
+    def indices(self, axis: str) -> NDArray[np.int64]:
+        """The indices of an axis, ``"a0"`` for the first of ``a``."""
         return self.axes[axis[:-1], int(axis[-1])]
 
     def unit(self, axis: str) -> list[int]:
         """The units of an axis."""
-        return [int(u) for u in self.units[self.atoms(axis)]]
+        return [int(u) for u in self.units[self.indices(axis)]]
 
     def frozen(self, axis: str) -> bool:
         """Whether all of an axis is frozen; some of it alone is an error of the test."""
@@ -76,10 +76,10 @@ class Board(Analysis):
         return self.reasons[self.unit(axis)[0]]
 
     def moved(self, axis: str) -> list[NDArray[np.int64]]:
-        """The atoms of an axis, moved by running the very operators on numbers.
+        """The indices of an axis, moved by running the very operators on numbers.
 
         Returns:
-            One array of each result's shape: the atom each element came from, 0 for none.
+            One array of each result's shape: the index each element came from, 0 for none.
         """
         name, number = axis[:-1], int(axis[-1])
         numbers: dict[fx.Node, Any] = {}
@@ -97,7 +97,7 @@ class Board(Analysis):
         return [numbers[node].long().numpy() for node in self.captured.outputs()]
 
     def follows(self, axis: str) -> bool:
-        """Whether the labels of the results are the atoms of an axis moved by the operators.
+        """Whether the labels of the results are the indices of an axis moved by the operators.
 
         Every element that came from this axis must be known to have: either its label is of the
         same unit, or its unit is frozen, or the whole result comes from one unit.

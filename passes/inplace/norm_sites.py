@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from pocketize._torch import BatchNorm, InstanceNorm, storage_key
 from pocketize.graph.capture import Captured
-from pocketize.ops import CONVOLUTIONS, UNKNOWN, Kind, operator_of
+from pocketize.ops import CONVOLUTIONS, UNKNOWN, Kind, operator_of, register
 from pocketize.ops.effects import written_nodes
 from pocketize.passes.inplace.activations import Activation
 from pocketize.passes.inplace.modules import NormInPlace, activation_of, hooks_of, norm_kind
@@ -27,6 +27,8 @@ _ACTIVATIONS = {Kind.ACTIVATION, Kind.GATE, Kind.PRELU, Kind.SOFTMAX}
 _LAYERS = {*CONVOLUTIONS, Kind.LINEAR, Kind.PRODUCT}
 
 
+#: The facet of an activation's record: reads its call as an :class:`Activation`, if invertible.
+_INVERTIBLE = "invertible activation"
 _IDENTITY = Activation("identity")
 
 
@@ -176,14 +178,9 @@ class _Reader:
         plain = name.removesuffix("_")
         where = str(reader.meta["module"])
         module = self.modules[where]
-        activation: Activation | None = None
-        if plain == "leaky_relu":
-            activation = Activation(plain, float(_argument(reader, 1, "negative_slope", 0.01)))
-        elif plain == "elu" and all(
-            _argument(reader, i, key, 1) == 1 for i, key in ((2, "scale"), (3, "input_scale"))
-        ):
-            activation = Activation(plain, float(_argument(reader, 1, "alpha", 1.0)))
-        elif plain == "relu" and self.exchange is not None:
+        read = operator_of(reader.target).facet(_INVERTIBLE)
+        activation: Activation | None = None if read is UNKNOWN else read(reader)
+        if plain == "relu" and self.exchange is not None:
             if type(module).forward is nn.ReLU.forward:
                 return Site(path, self.exchange, where, exchange=True)
             return Site(
@@ -191,7 +188,7 @@ class _Reader:
                 refused=f"the ReLU after it is called as a function by {where or 'the model'}; "
                 "only layers can be exchanged, so make it an nn.ReLU",
             )
-        elif plain == "prelu" and activation_of(module) == Activation("prelu"):
+        if plain == "prelu" and activation_of(module) == Activation("prelu"):
             activation = Activation("prelu")
         if activation is not None:
             return self._invertible(path, where, activation)
@@ -279,6 +276,19 @@ def _follow(node: fx.Node) -> tuple[fx.Node, fx.Node | None, str]:
         if float(_argument(reader, 1, "p", 0.5)) > 0 and _argument(reader, 2, "train", False):
             return last, None, "dropout is active between norm and activation"
         last = reader
+
+
+@register(_INVERTIBLE, "aten.leaky_relu")
+def _leaky_relu(node: fx.Node) -> Activation:
+    return Activation(
+        _operator(node).rstrip("_"), float(_argument(node, 1, "negative_slope", 0.01))
+    )
+
+
+@register(_INVERTIBLE, "aten.elu")
+def _elu(node: fx.Node) -> Activation | None:
+    scaled = any(_argument(node, i, key, 1) != 1 for i, key in ((2, "scale"), (3, "input_scale")))
+    return None if scaled else Activation("elu", float(_argument(node, 1, "alpha", 1.0)))
 
 
 def _between(node: fx.Node, reader: fx.Node) -> Iterator[fx.Node]:

@@ -1,7 +1,7 @@
 """Find the channel groups of a model: what changes together, what cannot, and why.
 
 The model is recorded in evaluation and training mode and at a second size; the labels of all
-recordings share their atoms, so that a constraint seen in any of them holds.
+recordings share their indices, so that a constraint seen in any of them holds.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import fx, nn
 
 from pocketize._torch import ConvNd
 from pocketize.channels.groups import ChannelGroup, ChannelGroups, Member
-from pocketize.channels.labels import Algebra, Atoms, Value
-from pocketize.channels.rules import Call, Site, apply_rule, sums_or_maps, unlabelled
+from pocketize.channels.labels import Indices, UnionFind, Value
+from pocketize.channels.rules import Call, LayerChannels, apply_rule, sums_or_maps, unlabelled
 from pocketize.errors import CaptureError
 from pocketize.graph.capture import Captured, Studio, settle_inputs
 from pocketize.graph.inputs import Inputs
@@ -42,7 +42,7 @@ def analyse(model: nn.Module, inputs: Any = None) -> ChannelGroups:
         CaptureError: the model does not run.
         InputError: the inputs cannot be read or guessed.
     """
-    return Analysis(model, settle_inputs(model, inputs)).settle()
+    return Analysis(model, settle_inputs(model, inputs)).solve()
 
 
 class Analysis:
@@ -55,20 +55,20 @@ class Analysis:
         self._larger = self._second_size(studio)
         self._propagate_all(frozenset())
 
-    def settle(
+    def solve(
         self, freeze: Mapping[int, str] | None = None, trailing: frozenset[str] = frozenset()
     ) -> ChannelGroups:
         """Return the groups.
 
         Args:
-            freeze: atoms that a check has found immovable, with the reason.
+            freeze: indices that a check has found immovable, with the reason.
             trailing: keys of views whose trailing instead of leading axes are to be kept whole.
         """
-        if trailing != self.algebra.trailing:
+        if trailing != self.unions.trailing:
             self._propagate_all(trailing)
-        roots, reasons = self.algebra.settle()
-        for atom, reason in (freeze or {}).items():
-            reasons.setdefault(int(roots[atom]), reason)
+        roots, reasons = self.unions.solve()
+        for index, reason in (freeze or {}).items():
+            reasons.setdefault(int(roots[index]), reason)
         names = [name for name, _ in self.model.named_parameters()]
         return ChannelGroups(
             self.model,
@@ -82,27 +82,27 @@ class Analysis:
             tuple(self.producers),
             tuple(self.counts),
             self.expected,
-            self.algebra.tensors,
+            self.unions.tensors,
         )
 
     def _propagate_all(self, trailing: frozenset[str]) -> None:
-        self.algebra = Algebra(trailing)
-        self.producers: list[Site] = []
-        self.readers: list[Site] = []
-        self.counts: list[Site] = []
-        self.expected: dict[fx.Node, dict[str, Atoms]] = {}
+        self.unions = UnionFind(trailing)
+        self.producers: list[LayerChannels] = []
+        self.readers: list[LayerChannels] = []
+        self.counts: list[LayerChannels] = []
+        self.expected: dict[fx.Node, dict[str, Indices]] = {}
         self.reached: set[str] = set()
         self.axes = self._allocate()
-        self.algebra.seal()
+        self.unions.end_of_tensors()
         self.values = tuple(self._propagate(captured) for captured in self.recordings)
         for captured in self._larger:
             self._propagate(captured)
         self._module_contracts()
 
-    def _allocate(self) -> dict[tuple[str, int], Atoms]:
-        """Give atoms to every axis of every floating tensor, but for kernel axes."""
+    def _allocate(self) -> dict[tuple[str, int], Indices]:
+        """Give indices to every axis of every floating tensor, but for kernel axes."""
         kernels = self._kernels()
-        axes: dict[tuple[str, int], Atoms] = {}
+        axes: dict[tuple[str, int], Indices] = {}
         scripted = [
             path for path, m in self.model.named_modules() if isinstance(m, torch.jit.ScriptModule)
         ]
@@ -111,9 +111,9 @@ class Analysis:
                 continue
             for axis, size in enumerate(tensor.shape):
                 if size > 1 and not (name in kernels and axis >= 2):
-                    axes[name, axis] = self.algebra.atoms(size)
+                    axes[name, axis] = self.unions.new(size)
                     if any(name.startswith(f"{path}." if path else "") for path in scripted):
-                        self.algebra.freeze(axes[name, axis], "it belongs to a TorchScript module")
+                        self.unions.freeze(axes[name, axis], "it belongs to a TorchScript module")
         return axes
 
     def _kernels(self) -> set[str]:
@@ -156,7 +156,7 @@ class Analysis:
             if at in seen or not isinstance(value, Value):
                 continue
             seen.add(at)
-            self.algebra.freeze_value(value, "it reaches the model's output", first=True)
+            self.unions.freeze_value(value, "it reaches the model's output", first=True)
             if not value.labels and sums_or_maps(at.target):
                 stack += at.all_input_nodes
 
@@ -168,9 +168,9 @@ class Analysis:
         self.reached.add(name)
         labels = []
         for axis in range(len(shape)):
-            atoms = self.axes.get((name, axis))
-            if atoms is not None:
-                labels.append(atoms.reshape([-1 if a == axis else 1 for a in range(len(shape))]))
+            indices = self.axes.get((name, axis))
+            if indices is not None:
+                labels.append(indices.reshape([-1 if a == axis else 1 for a in range(len(shape))]))
         return Value(shape, tuple(labels))
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -180,7 +180,7 @@ class Analysis:
         arguments = fx.node.map_arg(bind(node.target, node.args, node.kwargs), lambda n: values[n])
         call = Call(
             node,
-            self.algebra,
+            self.unions,
             dict(arguments),
             self.producers,
             self.readers,
@@ -226,15 +226,15 @@ class Analysis:
             why = f"{prefix.rstrip('.') or 'the attention'} has one embed_dim"
             packed = self.axes.get((f"{prefix}in_proj_weight", 0))
             if packed is not None:
-                self.algebra.unite(packed.reshape(3, -1), embed, why)
-                self.algebra.unite(self.axes[f"{prefix}in_proj_weight", 1], embed, why)
+                self.unions.unite(packed.reshape(3, -1), embed, why)
+                self.unions.unite(self.axes[f"{prefix}in_proj_weight", 1], embed, why)
             for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
                 if (f"{prefix}{name}", 0) in self.axes:
-                    self.algebra.unite(self.axes[f"{prefix}{name}", 0], embed, why)
+                    self.unions.unite(self.axes[f"{prefix}{name}", 0], embed, why)
             if (f"{prefix}q_proj_weight", 1) in self.axes:
-                self.algebra.unite(self.axes[f"{prefix}q_proj_weight", 1], embed, why)
+                self.unions.unite(self.axes[f"{prefix}q_proj_weight", 1], embed, why)
 
-    def _groups(self, roots: Atoms, reasons: dict[int, str]) -> tuple[ChannelGroup, ...]:
+    def _groups(self, roots: Indices, reasons: dict[int, str]) -> tuple[ChannelGroup, ...]:
         keys = [key for key in self.axes if key[0] in self.reached]
         sizes = [self.axes[key].size for key in keys]
         flat = roots[np.concatenate([self.axes[key] for key in keys])] if keys else roots[:0]
@@ -277,8 +277,8 @@ class Analysis:
     def _members(
         self,
         keys: list[tuple[str, int]],
-        roots: Atoms,
-        units: Atoms,
+        roots: Indices,
+        units: Indices,
         order: dict[int, list[int]],
     ) -> dict[int, list[Member]]:
         rank = np.zeros(len(roots), dtype=np.int64)
@@ -298,7 +298,7 @@ class Analysis:
                 )
         return members
 
-    def _steps(self, roots: Atoms) -> dict[int, int]:
+    def _steps(self, roots: Indices) -> dict[int, int]:
         """Return for each unit its channels in the narrowest tensor that a layer makes or reads.
 
         A layer that makes a channel several times over (for queries, keys and values, or for a
@@ -306,15 +306,15 @@ class Analysis:
         """
         steps: dict[int, int] = {}
         for site in [*self.producers, *self.readers]:
-            found, counts = np.unique(roots[site.atoms], return_counts=True)
+            found, counts = np.unique(roots[site.indices], return_counts=True)
             for root, count in zip(found.tolist(), counts.tolist(), strict=True):
                 steps[root] = min(steps.get(root, count), count)
         return steps
 
-    def _layers(self, roots: Atoms) -> dict[int, list[str]]:
+    def _layers(self, roots: Indices) -> dict[int, list[str]]:
         layers: dict[int, list[str]] = defaultdict(list)
         for site in self.producers:
-            for root in np.unique(roots[site.atoms]).tolist():
+            for root in np.unique(roots[site.indices]).tolist():
                 if site.module not in layers[root]:
                     layers[root].append(site.module)
         return layers

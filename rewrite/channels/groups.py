@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from pocketize.channels.labels import Atoms
-from pocketize.channels.rules import Site
+from pocketize.channels.labels import Indices
+from pocketize.channels.rules import LayerChannels
 from pocketize.errors import PatternError, nearest
 from pocketize.graph.capture import Captured
 from pocketize.graph.inputs import Inputs
@@ -55,7 +55,7 @@ class ChannelGroup:
 
     layers: tuple[str, ...]
     members: tuple[Member, ...]
-    roots: Atoms
+    roots: Indices
     step: int
     frozen: str | None
 
@@ -85,13 +85,13 @@ class ChannelGroups:
         recordings: evaluation mode first, then training mode; both at the same size.
         groups: all groups, free and frozen, in the order in which they run.
         unreached: parameters that the forward never reads; they are left alone.
-        axes: the atoms of every tensor axis that has some.
-        roots: the unit of every atom.
+        axes: the indices of every tensor axis that has some.
+        roots: the unit of every index.
         values: for each recording, the labels of every node.
         producers: the channels that each layer makes, in the order in which they run.
         counts: module attributes that must follow a number of channels.
         expected: arguments of operators that must follow a number of channels.
-        fresh_from: the first atom that belongs to no tensor.
+        fresh_from: the first index that belongs to no tensor.
     """
 
     model: nn.Module
@@ -99,12 +99,12 @@ class ChannelGroups:
     recordings: tuple[Captured, ...]
     groups: tuple[ChannelGroup, ...]
     unreached: tuple[str, ...]
-    axes: dict[tuple[str, int], Atoms]
-    roots: Atoms
+    axes: dict[tuple[str, int], Indices]
+    roots: Indices
     values: tuple[dict[fx.Node, Any], ...]
-    producers: tuple[Site, ...]
-    counts: tuple[Site, ...]
-    expected: dict[fx.Node, dict[str, Atoms]]
+    producers: tuple[LayerChannels, ...]
+    counts: tuple[LayerChannels, ...]
+    expected: dict[fx.Node, dict[str, Indices]]
     fresh_from: int
 
     def resize(self, selection: Mapping[ChannelGroup, NDArray[np.int64]]) -> tuple[Edit, ...]:
@@ -116,7 +116,7 @@ class ChannelGroups:
         return self.edits(self.survivors(selection))
 
     def survivors(self, selection: Mapping[ChannelGroup, NDArray[np.int64]]) -> NDArray[np.bool_]:
-        """Return for every atom whether it stays, given the units to keep of some groups."""
+        """Return for every index whether it stays, given the units to keep of some groups."""
         mask = np.ones(len(self.roots), dtype=bool)
         for group, units in selection.items():
             mask[group.roots] = False
@@ -124,29 +124,31 @@ class ChannelGroups:
         return mask[self.roots]
 
     def survivors_of(self, edits: Iterable[Edit]) -> NDArray[np.bool_]:
-        """Return for every atom whether it stays, given edits."""
+        """Return for every index whether it stays, given edits."""
         mask = np.ones(len(self.roots), dtype=bool)
         for edit in edits:
             if isinstance(edit, Resize) and (edit.tensor, edit.axis) in self.axes:
-                atoms = self.axes[edit.tensor, edit.axis]
-                mask[np.delete(atoms, list(edit.keep))] = False
-        # Atoms that belong to no tensor follow the unit they are in.
+                indices = self.axes[edit.tensor, edit.axis]
+                mask[np.delete(indices, list(edit.keep))] = False
+        # Indices that belong to no tensor follow the unit they are in.
         fresh = np.arange(len(self.roots)) >= self.fresh_from
         units = np.ones(len(self.roots), dtype=bool)
         units[self.roots[~mask]] = False
         return np.where(fresh, units[self.roots], mask)
 
-    def members_of(self, group: ChannelGroup) -> Atoms:
-        """Return all atoms of a group's units."""
+    def members_of(self, group: ChannelGroup) -> Indices:
+        """Return all indices of a group's units."""
         return np.flatnonzero(np.isin(self.roots, group.roots))
 
     def edits(self, stays: NDArray[np.bool_]) -> tuple[Edit, ...]:
-        """Return the edits that drop every atom that does not stay."""
+        """Return the edits that drop every index that does not stay."""
         edits: list[Edit] = []
-        for (tensor, axis), atoms in self.axes.items():
-            kept = stays[atoms]
+        for (tensor, axis), indices in self.axes.items():
+            kept = stays[indices]
             if not kept.all():
-                edits.append(Resize(tensor, axis, tuple(np.flatnonzero(kept).tolist()), atoms.size))
+                edits.append(
+                    Resize(tensor, axis, tuple(np.flatnonzero(kept).tolist()), indices.size)
+                )
         modules = dict(self.model.named_modules())
         for site in dict.fromkeys((s.module, s.attribute) for s in self.counts):
             edits += self._attribute(*site, modules[site[0]], stays)
@@ -158,7 +160,7 @@ class ChannelGroups:
         """Return the edit of an attribute that counts channels, if it has that attribute."""
         old = read_attribute(module, attribute)
         sizes = {
-            (site.atoms.size, int(stays[site.atoms].sum()))
+            (site.indices.size, int(stays[site.indices].sum()))
             for site in self.counts
             if (site.module, site.attribute) == (path, attribute)
         }
@@ -187,9 +189,9 @@ class ChannelGroups:
         def inside(path: str) -> bool:
             return any(path == m or path.startswith(f"{m}.") for m in matched)
 
-        atoms = [site.atoms for site in self.producers if inside(site.module)]
-        atoms = atoms or [a for (name, _), a in self.axes.items() if inside(name)]
-        roots = set(self.roots[np.concatenate(atoms)].tolist()) if atoms else set()
+        indices = [site.indices for site in self.producers if inside(site.module)]
+        indices = indices or [a for (name, _), a in self.axes.items() if inside(name)]
+        roots = set(self.roots[np.concatenate(indices)].tolist()) if indices else set()
         return tuple(g for g in self.groups if not roots.isdisjoint(g.roots.tolist()))
 
     def explain(self, path: str) -> str:
@@ -202,9 +204,9 @@ class ChannelGroups:
             PatternError: nothing of that name takes part in the analysis.
         """
         lines = []
-        for (tensor, axis), atoms in self.axes.items():
+        for (tensor, axis), indices in self.axes.items():
             if tensor == path or tensor.startswith(f"{path}."):
-                lines += self._explain_axis(tensor, axis, atoms)
+                lines += self._explain_axis(tensor, axis, indices)
         if not lines:
             known = {tensor for tensor, _ in self.axes}
             known |= {tensor.rpartition(".")[0] for tensor in known}
@@ -213,20 +215,20 @@ class ChannelGroups:
             )
         return "\n".join(lines)
 
-    def _explain_axis(self, tensor: str, axis: int, atoms: Atoms) -> list[str]:
+    def _explain_axis(self, tensor: str, axis: int, indices: Indices) -> list[str]:
         lines = []
-        roots = set(self.roots[atoms].tolist())
+        roots = set(self.roots[indices].tolist())
         for group in self.groups:
             if roots.isdisjoint(group.roots.tolist()):
                 continue
             step = f" in steps of {group.step}" if group.step > 1 else ""
             state = f"frozen: {group.frozen}" if group.frozen else f"free{step}"
-            lines.append(f"{tensor} axis {axis} ({atoms.size}): {state}")
+            lines.append(f"{tensor} axis {axis} ({indices.size}): {state}")
             others = [f"{m.tensor}[{m.axis}]" for m in group.members]
             shown = [x for x in others if x != f"{tensor}[{axis}]"]
             if shown:
                 rest = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
                 lines.append(f"    moves with {', '.join(shown[:12])}{rest}")
         return lines or [
-            f"{tensor} axis {axis} ({atoms.size}): left alone, the forward never reads it"
+            f"{tensor} axis {axis} ({indices.size}): left alone, the forward never reads it"
         ]

@@ -1,26 +1,27 @@
-"""The label algebra: which channel is which, wherever it goes.
+"""Labels: which channel is which, wherever it goes, and which channels belong together.
 
-Every index of every weight axis is an *atom*, an integer. A :class:`Value` says which atoms live
-on the axes of a tensor, by *labels*: integer arrays of the tensor's rank with size 1 on every axis
-that the label does not live on, so that their cost does not depend on the spatial size. Operators
-that move data move labels alike; operators that combine tensors *unite* atoms. Atoms that are
-united in the end are one *unit*: they are kept or dropped together.
+Every index of every weight axis has a number, its *channel index*. A :class:`Value` says which
+channel indices are on the axes of a tensor, by *labels*: integer arrays of the tensor's rank with
+size 1 on every axis that the label does not live on, so that their cost does not depend on the
+spatial size. Operators that move data move labels in the same way; operators that combine tensors
+*unite* channel indices. Those that are united in the end are *coupled*, one *unit*: they are kept
+or dropped together. :class:`UnionFind` collects the unions and finds the units.
 
 Conventions:
 
-* atom 0 stands for a channel that cannot be dropped; whatever meets it is frozen;
+* channel index 0 stands for a channel that cannot be dropped; whatever is united with it is frozen;
 * axes of size 1 carry no label, which makes gates, broadcasting and depthwise kernels trivial;
 * an axis without label is *fixed*: its size is the user's (batch, space, input channels);
 * an axis whose size follows whatever it meets (the result of ``expand`` or ``zeros``) gets *fresh*
-  atoms, which belong to no tensor;
-* a label may live on several axes, after a view has split one: it is then *pending*, and in the end
-  all but one of these axes are kept whole, the leading ones unless a check has asked for the
-  trailing ones.
+  channel indices, which belong to no tensor;
+* a label may live on several axes, after a view has split one: it is then *deferred*, and
+  :meth:`UnionFind.solve` ties all but one of these axes, the leading ones unless a check has asked
+  for the trailing ones.
 """
 
 from __future__ import annotations
 
-__all__ = ["FROZEN", "Algebra", "Value"]
+__all__ = ["FROZEN", "UnionFind", "Value"]
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-Atoms: TypeAlias = NDArray[np.int64]
+Indices: TypeAlias = NDArray[np.int64]
 
 FROZEN = 0
 
@@ -43,12 +44,12 @@ class Value:
 
     Attributes:
         shape: the tensor's shape.
-        labels: arrays of atoms, of the tensor's rank, size 1 or full on every axis; no two of them
-            live on the same axis.
+        labels: arrays of channel indices, of the tensor's rank, size 1 or full on every axis; no
+            two of them live on the same axis.
     """
 
     shape: tuple[int, ...]
-    labels: tuple[Atoms, ...] = ()
+    labels: tuple[Indices, ...] = ()
 
     @property
     def ndim(self) -> int:
@@ -59,7 +60,7 @@ class Value:
         """Return a possibly negative axis as a non-negative one."""
         return axis + self.ndim if axis < 0 else axis
 
-    def label_on(self, axis: int) -> Atoms | None:
+    def label_on(self, axis: int) -> Indices | None:
         """Return the label that lives on an axis, ``None`` if there is none."""
         return next((label for label in self.labels if label.shape[axis] > 1), None)
 
@@ -75,50 +76,50 @@ class Value:
             for label in self.labels
         )
 
-    def off(self, axis: int) -> tuple[Atoms, ...]:
+    def off(self, axis: int) -> tuple[Indices, ...]:
         """Return the labels that do not live on an axis."""
         return tuple(label for label in self.labels if label.shape[axis] == 1)
 
 
-def axes_of(label: Atoms) -> list[int]:
+def axes_of(label: Indices) -> list[int]:
     """Return the axes on which a label lives."""
     return [axis for axis, size in enumerate(label.shape) if size > 1]
 
 
-class Algebra:
-    """Collects atoms, unions, and the reasons why atoms are frozen."""
+class UnionFind:
+    """Collects unions of channel indices, and the reasons why some are frozen."""
 
     def __init__(self, trailing: frozenset[str] = frozenset()) -> None:
-        self.count = 1  # atom 0 is FROZEN
+        self.count = 1  # index 0 is FROZEN
         self.trailing = trailing
-        self.tensors = 1  # atoms below belong to tensors, the others are fresh
-        self._edges: list[tuple[Atoms, Atoms]] = []
-        self._frozen: list[tuple[Atoms, str]] = []
-        self._pending: dict[str, Atoms] = {}
+        self.tensors = 1  # indices below belong to tensors, the others are fresh
+        self._edges: list[tuple[Indices, Indices]] = []
+        self._frozen: list[tuple[Indices, str]] = []
+        self._deferred: dict[str, Indices] = {}
 
-    def atoms(self, size: int) -> Atoms:
-        """Return ``size`` new atoms."""
+    def new(self, size: int) -> Indices:
+        """Return ``size`` new channel indices."""
         start, self.count = self.count, self.count + size
         return np.arange(start, self.count, dtype=np.int64)
 
-    def seal(self) -> None:
-        """Declare that all tensors have their atoms; atoms made from now on are fresh."""
+    def end_of_tensors(self) -> None:
+        """Declare that all tensors have their channel indices; those made from now on are fresh."""
         self.tensors = self.count
 
-    def fresh(self, shape: Sequence[int], axes: Iterable[int]) -> tuple[Atoms, ...]:
-        """Return labels of fresh atoms for some axes of a tensor."""
+    def fresh(self, shape: Sequence[int], axes: Iterable[int]) -> tuple[Indices, ...]:
+        """Return labels of fresh indices for some axes of a tensor."""
         return tuple(
-            self.atoms(shape[axis]).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+            self.new(shape[axis]).reshape([-1 if a == axis else 1 for a in range(len(shape))])
             for axis in axes
             if shape[axis] > 1
         )
 
-    def is_fresh(self, label: Atoms) -> bool:
-        """Whether no atom of a label belongs to a tensor."""
+    def is_fresh(self, label: Indices) -> bool:
+        """Whether no index of a label belongs to a tensor."""
         return bool((label >= self.tensors).all())
 
-    def unite(self, a: Atoms, b: Atoms, reason: str) -> None:
-        """Unite two arrays of atoms element by element, with broadcasting.
+    def unite(self, a: Indices, b: Indices, reason: str) -> None:
+        """Unite two arrays of indices element by element, with broadcasting.
 
         Args:
             a: any shape.
@@ -135,26 +136,26 @@ class Algebra:
             if live.any():
                 self._edges.append(_distinct(left[live], right[live]))
 
-    def freeze(self, atoms: Atoms, reason: str, *, first: bool = False) -> None:
-        """Forbid that any of these atoms is dropped, and say why.
+    def freeze(self, indices: Indices, reason: str, *, first: bool = False) -> None:
+        """Forbid that any of these indices is dropped, and say why.
 
         Args:
-            atoms: any shape.
+            indices: any shape.
             reason: why; of several reasons the first is told.
             first: tell this one rather than earlier ones.
         """
-        atoms = np.unique(atoms)
-        atoms = atoms[atoms != FROZEN]
-        if atoms.size:
-            self._frozen.insert(0 if first else len(self._frozen), (atoms, reason))
+        indices = np.unique(indices)
+        indices = indices[indices != FROZEN]
+        if indices.size:
+            self._frozen.insert(0 if first else len(self._frozen), (indices, reason))
 
     def freeze_value(self, value: Value, reason: str, *, first: bool = False) -> None:
-        """Freeze every atom of a value."""
+        """Freeze every index of a value."""
         for label in value.labels:
             self.freeze(label, reason, first=first)
 
-    def whole(self, label: Atoms, axes: Iterable[int], reason: str) -> Atoms:
-        """Keep axes of a label whole: what is dropped at one index is dropped at all.
+    def tie_axes(self, label: Indices, axes: Iterable[int], reason: str) -> Indices:
+        """Tie axes of a label: what is dropped at one position of them is dropped at all.
 
         A label that lives on no other axis is frozen.
 
@@ -171,23 +172,23 @@ class Algebra:
         self.unite(label, first, reason)
         return first
 
-    def alone(self, value: Value, axis: int, reason: str) -> Atoms | None:
-        """Return the atoms along one axis, as a vector, other axes of their label kept whole.
+    def vector_on(self, value: Value, axis: int, reason: str) -> Indices | None:
+        """Return the channel indices along one axis as a vector; its label's other axes are tied.
 
         Returns:
-            An array of ``value.shape[axis]`` atoms, or ``None`` where the axis has no label.
+            An array of ``value.shape[axis]`` indices, or ``None`` where the axis has no label.
         """
         label = value.label_on(axis)
         if label is None:
             return None
         others = [a for a in axes_of(label) if a != axis]
-        return self.whole(label, others, reason).reshape(-1)
+        return self.tie_axes(label, others, reason).reshape(-1)
 
-    def share(self, label: Atoms, axes: Iterable[int], reason: str) -> Atoms:
-        """Let some axes of a label vanish, as a sum over them does.
+    def reduce(self, label: Indices, axes: Iterable[int], reason: str) -> Indices:
+        """Remove some axes of a label, as a sum over them does.
 
-        A split axis of which a part vanishes keeps the rest whole; if a check has asked for the
-        trailing axes of that split to be whole, the rest goes on as a label.
+        Where a split axis loses a part, the rest is tied; if a check has asked to tie the trailing
+        axes of that split instead, the rest goes on as a label.
 
         Returns:
             The label with size 1 on these axes, and on all axes if nothing goes on.
@@ -197,24 +198,24 @@ class Algebra:
         if not gone:
             return label
         if rest and self._keeps_trailing(label):
-            return self.whole(label, gone, reason)
+            return self.tie_axes(label, gone, reason)
         if rest:
-            self.whole(label, rest, reason)
+            self.tie_axes(label, rest, reason)
         return np.full((1,) * label.ndim, FROZEN, dtype=np.int64)
 
-    def _keeps_trailing(self, label: Atoms) -> bool:
+    def _keeps_trailing(self, label: Indices) -> bool:
         return any(
             key in self.trailing and bool(np.isin(label.flat[0], split))
-            for key, split in self._pending.items()
+            for key, split in self._deferred.items()
         )
 
-    def pend(self, key: str, label: Atoms) -> None:
+    def defer(self, key: str, label: Indices) -> None:
         """Note a label that a view has spread over several axes."""
-        self._pending[key] = label
+        self._deferred[key] = label
 
-    def pending_keys(self) -> tuple[str, ...]:
-        """Return the keys of all pending labels."""
-        return tuple(self._pending)
+    def deferred_keys(self) -> tuple[str, ...]:
+        """Return the keys of all deferred labels."""
+        return tuple(self._deferred)
 
     def align(self, values: Sequence[Value], shape: Sequence[int], reason: str) -> Value:
         """Unite values that are combined element by element, with broadcasting.
@@ -226,7 +227,7 @@ class Algebra:
         """
         rank = len(shape)
         operands = self._one_of_split([_pad_rank(value, rank) for value in values])
-        result: list[Atoms] = []
+        result: list[Indices] = []
         for index, operand in enumerate(operands):
             for label in operand.labels:
                 others = operands[:index] + operands[index + 1 :]
@@ -253,38 +254,38 @@ class Algebra:
                 "it meets channels that a view has split, and another axis of the split changes"
             )
             operands = [
-                Value(value.shape, tuple(self.whole(x, stay, reason) for x in value.labels))
+                Value(value.shape, tuple(self.tie_axes(x, stay, reason) for x in value.labels))
                 for value in operands
             ]
         return operands
 
-    def _meet_fixed(self, label: Atoms, others: Sequence[Value], reason: str) -> Atoms:
+    def _meet_fixed(self, label: Indices, others: Sequence[Value], reason: str) -> Indices:
         met = {axis for axis in axes_of(label) for other in others if other.fixed(axis)}
-        return self.whole(label, met, reason)
+        return self.tie_axes(label, met, reason)
 
-    def settle(self) -> tuple[Atoms, dict[int, str]]:
+    def solve(self) -> tuple[Indices, dict[int, str]]:
         """Find the units.
 
         Returns:
-            The unit of every atom, named by its smallest atom; and for each frozen unit the first
+            The unit of every index, named by its smallest index; and for each frozen unit the first
             reason given.
         """
-        trial = Algebra()
+        trial = UnionFind()
         trial._edges, trial._frozen = list(self._edges), list(self._frozen)
         while True:
             roots = _components(self.count, trial._edges)
             unsettled = False
-            for key, label in self._pending.items():
+            for key, label in self._deferred.items():
                 current = roots[label]
                 varying = [a for a in axes_of(label) if _varies(current, a)]
                 if len(varying) > 1:
                     unsettled = True
-                    trial.whole(label, varying[1:] if key in self.trailing else varying[:1], key)
+                    trial.tie_axes(label, varying[1:] if key in self.trailing else varying[:1], key)
             if not unsettled:
                 break
         reasons: dict[int, str] = {}
-        for atoms, reason in trial._frozen:
-            for root in np.unique(roots[atoms]).tolist():
+        for indices, reason in trial._frozen:
+            for root in np.unique(roots[indices]).tolist():
                 reasons.setdefault(root, reason)
         return roots, reasons
 
@@ -300,7 +301,7 @@ def _pad_rank(value: Value, rank: int) -> Value:
     )
 
 
-def _meetings(a: Atoms, b: Atoms) -> list[tuple[Atoms, Atoms]]:
+def _meetings(a: Indices, b: Indices) -> list[tuple[Indices, Indices]]:
     """Return pairs of arrays that unite what ``a`` and ``b`` do, without forming their product.
 
     Where ``a`` alone has some axes and ``b`` alone others, everything on the former meets
@@ -318,12 +319,12 @@ def _meetings(a: Atoms, b: Atoms) -> list[tuple[Atoms, Atoms]]:
     return [(a, _first(b, only_b)), (_first(a, only_a), b)]
 
 
-def _first(label: Atoms, axes: Sequence[int]) -> Atoms:
+def _first(label: Indices, axes: Sequence[int]) -> Indices:
     """Return the first index of some axes, which stay with size 1."""
     return label[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(label.ndim))]
 
 
-def _distinct(left: Atoms, right: Atoms) -> tuple[Atoms, Atoms]:
+def _distinct(left: Indices, right: Indices) -> tuple[Indices, Indices]:
     """Drop pairs that occur again: labels that live on many axes meet in few ways, many times."""
     if left.size < _MANY:
         return left, right
@@ -332,11 +333,11 @@ def _distinct(left: Atoms, right: Atoms) -> tuple[Atoms, Atoms]:
     return pairs // base, pairs % base
 
 
-def _varies(label: Atoms, axis: int) -> bool:
+def _varies(label: Indices, axis: int) -> bool:
     return bool((label != _first(label, [axis])).any())
 
 
-def squeeze_constant(label: Atoms) -> Atoms:
+def squeeze_constant(label: Indices) -> Indices:
     """Give size 1 to the axes along which a label does not vary."""
     for axis in axes_of(label):
         if not _varies(label, axis):
@@ -344,7 +345,7 @@ def squeeze_constant(label: Atoms) -> Atoms:
     return label
 
 
-def _components(count: int, edges: list[tuple[Atoms, Atoms]]) -> Atoms:
+def _components(count: int, edges: list[tuple[Indices, Indices]]) -> Indices:
     """Connected components by vectorised union to the smaller label with pointer jumping."""
     parent = np.arange(count, dtype=np.int64)
     if not edges:

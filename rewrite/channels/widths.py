@@ -117,7 +117,7 @@ def _layer_width(
     roots = set(group.roots.tolist())
     for site in channels.producers:
         if site.module == layer:
-            before = sum(int(root) in roots for root in channels.roots[site.atoms])
+            before = sum(int(root) in roots for root in channels.roots[site.indices])
             if before:
                 return before, before * units // group.units
     return group.channels, units * group.step
@@ -141,7 +141,7 @@ def _weights_of(
     Buffers count only where nothing else does, as in a bank of fixed filters.
     """
     members = [m for m in group.members if m.tensor in parameters] or list(group.members)
-    sites = [site.atoms for site in channels.producers if site.module in group.layers]
+    sites = [site.indices for site in channels.producers if site.module in group.layers]
     made = np.concatenate(sites) if sites else np.empty(0, dtype=np.int64)
     makers = [m for m in members if np.isin(channels.axes[m.tensor, m.axis], made).any()]
     return [

@@ -44,7 +44,7 @@ def settle_proposal(
     Raises:
         VerifyError: no variant of the proposal does what it predicts.
     """
-    return _told(_Planner(model, given, inputs, generator).settle())
+    return _told(_Planner(model, given, inputs, generator).solve())
 
 
 def _told(proposal: Proposal) -> Proposal:
@@ -77,7 +77,7 @@ class _Planner:
         self.settled: ChannelGroups | None = None
         self.seen: dict[str, int] = {}
 
-    def settle(self) -> Proposal:
+    def solve(self) -> Proposal:
         last = ""
         for _ in range(_ATTEMPTS):
             proposal = self.given.propose(self._target())
@@ -131,7 +131,7 @@ class _Planner:
         if self.analysis is None:
             self.analysis = Analysis(self.model, self.inputs)
         if self.settled is None:
-            self.settled = self.analysis.settle(self.frozen, self.trailing)
+            self.settled = self.analysis.solve(self.frozen, self.trailing)
         return self.settled
 
     def _edits(self, proposal: Proposal) -> tuple[Edit, ...]:
@@ -155,7 +155,7 @@ class _Planner:
         self.repairs = []
         self.settled = None
         split = f"#{at.node.name}"
-        pending = [key for key in self._pending() if key.endswith(split)]
+        pending = [key for key in self._deferred() if key.endswith(split)]
         if pending and pending[0] not in self.trailing:
             self.trailing |= frozenset(pending)
             return
@@ -179,8 +179,8 @@ class _Planner:
         def breaks(groups: Sequence[ChannelGroup]) -> bool:
             stays = np.ones(len(dropped), dtype=bool)
             for group in groups:
-                atoms = channels.members_of(group)
-                stays[atoms] = ~dropped[atoms]
+                indices = channels.members_of(group)
+                stays[indices] = ~dropped[indices]
             edits = (*channels.edits(stays), *self.repairs)
             runs = check_edits(self.model, channels, edits) is None
             return runs and backward_failure(self.model, channels, edits) is not None
@@ -196,8 +196,8 @@ class _Planner:
             for unit in group.roots.tolist():
                 self.frozen.setdefault(unit, f"the check found that it cannot change: {why}")
 
-    def _pending(self) -> tuple[str, ...]:
-        return self.analysis.algebra.pending_keys() if self.analysis else ()
+    def _deferred(self) -> tuple[str, ...]:
+        return self.analysis.unions.deferred_keys() if self.analysis else ()
 
     def _finished(self, proposal: Proposal) -> Proposal:
         rows = tuple(_row(edit) for edit in self.repairs)

@@ -58,11 +58,11 @@ class Mismatch:
 
 
 def predicted_shape(value: Value, stays: NDArray[np.bool_]) -> tuple[int, ...]:
-    """Return the shape of a value after atoms have been dropped.
+    """Return the shape of a value after indices have been dropped.
 
     Args:
         value: the value before.
-        stays: for every atom whether it stays.
+        stays: for every index whether it stays.
     """
     shape = list(value.shape)
     for label in value.labels:
@@ -123,9 +123,9 @@ def split_channel(channels: ChannelGroups, edits: Sequence[Edit]) -> str:
         return ""
     places: dict[bool, str] = {}
     unit = int(np.flatnonzero(split)[0])
-    for (tensor, axis), atoms in channels.axes.items():
-        for index in np.flatnonzero(units[atoms] == unit).tolist():
-            places.setdefault(bool(stays[atoms[index]]), f"index {index} of {tensor} axis {axis}")
+    for (tensor, axis), indices in channels.axes.items():
+        for index in np.flatnonzero(units[indices] == unit).tolist():
+            places.setdefault(bool(stays[indices[index]]), f"index {index} of {tensor} axis {axis}")
     return f"{places[False]} is dropped, but {places[True]}, which is the same channel, stays"
 
 
@@ -156,7 +156,7 @@ def _compare(
 
     Args:
         channels: the analysis.
-        stays: for every atom whether it stays.
+        stays: for every index whether it stays.
         index: which of the recordings is compared.
         graph: the new recording.
         moved: channels keep their weights, so that numbers that meet them must be theirs.
@@ -184,8 +184,8 @@ def _compare(
         if expected is not None and found and not _fits(expected, found):
             text = f"expected {_spell(expected)}, got {_spell(found)}"
             return _mismatch(channels, stays, where, text)
-        for argument, atoms in channels.expected.get(before, {}).items():
-            count = int(stays[atoms].sum())
+        for argument, indices in channels.expected.get(before, {}).items():
+            count = int(stays[indices].sum())
             bound = bind(after.target, after.args, after.kwargs)
             given = bound[argument]
             if given < 0:  # counted from the end

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocketize.channels.labels import FROZEN, Algebra, Value, axes_of, squeeze_constant
+from pocketize.channels.labels import FROZEN, UnionFind, Value, axes_of, squeeze_constant
 from tests.board import Board
 from tests.chains import Chain, chains
 from tests.examples import examples
@@ -20,22 +20,22 @@ from tests.examples import examples
 fixed = settings(deadline=None, derandomize=True, database=None)
 
 
-def vector(*atoms: int) -> Any:
-    return np.array(atoms, dtype=np.int64)
+def vector(*indices: int) -> Any:
+    return np.array(indices, dtype=np.int64)
 
 
 # -- units ---------------------------------------------------------------------------------------
 
 
 class Naive:
-    """Sets of atoms, and one reason each, as simply as can be."""
+    """Sets of indices, and one reason each, as simply as can be."""
 
     def __init__(self, count: int) -> None:
-        self.sets = [{atom} for atom in range(count)]
+        self.sets = [{index} for index in range(count)]
         self.frozen: list[tuple[set[int], str]] = []
 
-    def of(self, atom: int) -> set[int]:
-        return next(s for s in self.sets if atom in s)
+    def of(self, index: int) -> set[int]:
+        return next(s for s in self.sets if index in s)
 
     def unite(self, a: int, b: int, reason: str) -> None:
         if FROZEN in (a, b):
@@ -44,24 +44,24 @@ class Naive:
             merged = self.of(a) | self.of(b)
             self.sets = [s for s in self.sets if not s & merged] + [merged]
 
-    def freeze(self, atom: int, reason: str) -> None:
-        if atom != FROZEN:
-            self.frozen.append(({atom}, reason))
+    def freeze(self, index: int, reason: str) -> None:
+        if index != FROZEN:
+            self.frozen.append(({index}, reason))
 
-    def reason(self, atom: int) -> str | None:
-        return next((why for atoms, why in self.frozen if atoms & self.of(atom)), None)
+    def reason(self, index: int) -> str | None:
+        return next((why for indices, why in self.frozen if indices & self.of(index)), None)
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[int, list[tuple[str, list[int], list[int]]]]:
-    """A number of atoms, and unions and freezings of vectors of them."""
+    """A number of indices, and unions and freezings of vectors of them."""
     count = draw(st.integers(2, 14))
-    atom = st.integers(0, count - 1)
+    index = st.integers(0, count - 1)
     made = []
     for _ in range(draw(st.integers(0, 12))):
         size = draw(st.integers(1, 4))
-        left = draw(st.lists(atom, min_size=size, max_size=size))
-        right = draw(st.lists(atom, min_size=size, max_size=size))
+        left = draw(st.lists(index, min_size=size, max_size=size))
+        right = draw(st.lists(index, min_size=size, max_size=size))
         made.append((draw(st.sampled_from(["unite", "unite", "unite", "freeze"])), left, right))
     return count, made
 
@@ -72,71 +72,71 @@ def test_units_and_reasons_are_those_of_a_naive_union_find(
     given_steps: tuple[int, list[tuple[str, list[int], list[int]]]],
 ) -> None:
     count, made = given_steps
-    algebra, naive = Algebra(), Naive(count)
-    algebra.atoms(count - 1)
+    unions, naive = UnionFind(), Naive(count)
+    unions.new(count - 1)
     for number, (kind, left, right) in enumerate(made):
         why = f"step {number}"
         if kind == "unite":
-            algebra.unite(vector(*left), vector(*right), why)
+            unions.unite(vector(*left), vector(*right), why)
             for a, b in zip(left, right, strict=True):
                 naive.unite(a, b, why)
         else:
-            algebra.freeze(vector(*left), why)
+            unions.freeze(vector(*left), why)
             for a in left:
                 naive.freeze(a, why)
-    roots, reasons = algebra.settle()
-    for atom in range(1, count):
-        assert roots[atom] == min(naive.of(atom))
-        assert reasons.get(int(roots[atom])) == naive.reason(atom)
+    roots, reasons = unions.solve()
+    for index in range(1, count):
+        assert roots[index] == min(naive.of(index))
+        assert reasons.get(int(roots[index])) == naive.reason(index)
 
 
 @fixed
 @given(st.integers(2, 400), st.integers(0, 2**32 - 1))
 def test_long_chains_of_unions_are_one_unit_in_any_order(length: int, seed: int) -> None:
     order = np.random.default_rng(seed).permutation(np.arange(1, length))
-    algebra = Algebra()
-    algebra.atoms(length)
-    for atom in order:
-        algebra.unite(vector(atom), vector(atom + 1), "")
-    roots, _ = algebra.settle()
+    unions = UnionFind()
+    unions.new(length)
+    for index in order:
+        unions.unite(vector(index), vector(index + 1), "")
+    roots, _ = unions.solve()
     assert (roots[1:] == 1).all()
 
 
 def test_a_union_broadcasts() -> None:
-    algebra = Algebra()
-    a = algebra.atoms(6).reshape(2, 3)
-    algebra.unite(a, a[:1], "")
-    roots, _ = algebra.settle()
+    unions = UnionFind()
+    a = unions.new(6).reshape(2, 3)
+    unions.unite(a, a[:1], "")
+    roots, _ = unions.solve()
     assert roots[1:].tolist() == [1, 2, 3, 1, 2, 3]
 
 
 def test_what_meets_a_frozen_channel_is_frozen_and_nothing_else() -> None:
-    algebra = Algebra()
-    a = algebra.atoms(3)
-    algebra.unite(a, vector(FROZEN, FROZEN, a[2]), "met the input")
-    roots, reasons = algebra.settle()
+    unions = UnionFind()
+    a = unions.new(3)
+    unions.unite(a, vector(FROZEN, FROZEN, a[2]), "met the input")
+    roots, reasons = unions.solve()
     assert reasons == {1: "met the input", 2: "met the input"}
     assert roots.tolist() == [0, 1, 2, 3]
 
 
 def test_the_first_reason_is_told_unless_a_later_one_goes_first() -> None:
-    algebra = Algebra()
-    a = algebra.atoms(2)
-    algebra.freeze(a, "early")
-    algebra.freeze(a, "late")
-    algebra.freeze(a[:1], "output", first=True)
-    _, reasons = algebra.settle()
+    unions = UnionFind()
+    a = unions.new(2)
+    unions.freeze(a, "early")
+    unions.freeze(a, "late")
+    unions.freeze(a[:1], "output", first=True)
+    _, reasons = unions.solve()
     assert reasons == {1: "output", 2: "early"}
 
 
 def test_atoms_after_the_seal_belong_to_no_tensor() -> None:
-    algebra = Algebra()
-    ours = algebra.atoms(2)
-    algebra.seal()
-    (label,) = algebra.fresh((1, 3), range(2))
+    unions = UnionFind()
+    ours = unions.new(2)
+    unions.end_of_tensors()
+    (label,) = unions.fresh((1, 3), range(2))
     assert label.shape == (1, 3)
-    assert algebra.is_fresh(label)
-    assert not algebra.is_fresh(np.concatenate([ours, label.reshape(-1)]))
+    assert unions.is_fresh(label)
+    assert not unions.is_fresh(np.concatenate([ours, label.reshape(-1)]))
 
 
 # -- values --------------------------------------------------------------------------------------
@@ -154,54 +154,54 @@ def test_a_value_knows_its_axes() -> None:
 
 
 def test_keeping_an_axis_whole_ties_what_lies_along_it() -> None:
-    algebra = Algebra()
-    label = algebra.atoms(6).reshape(2, 3)
-    kept = algebra.whole(label, [0], "needs it")
+    unions = UnionFind()
+    label = unions.new(6).reshape(2, 3)
+    kept = unions.tie_axes(label, [0], "needs it")
     assert kept.tolist() == [[1, 2, 3]]
-    roots, reasons = algebra.settle()
+    roots, reasons = unions.solve()
     assert roots[1:].tolist() == [1, 2, 3, 1, 2, 3]
     assert reasons == {}
 
 
 def test_keeping_every_axis_of_a_label_whole_freezes_it() -> None:
-    algebra = Algebra()
-    label = algebra.atoms(6).reshape(2, 3)
-    assert (algebra.whole(label, [0, 1], "needs it") == FROZEN).all()
-    _, reasons = algebra.settle()
+    unions = UnionFind()
+    label = unions.new(6).reshape(2, 3)
+    assert (unions.tie_axes(label, [0, 1], "needs it") == FROZEN).all()
+    _, reasons = unions.solve()
     assert set(reasons) == {1, 2, 3, 4, 5, 6}
     assert set(reasons.values()) == {"needs it"}
 
 
 def test_keeping_an_axis_whole_on_which_nothing_lives_changes_nothing() -> None:
-    algebra = Algebra()
-    label = algebra.atoms(3).reshape(1, 3)
-    assert algebra.whole(label, [0], "") is label
-    assert algebra.settle()[1] == {}
+    unions = UnionFind()
+    label = unions.new(3).reshape(1, 3)
+    assert unions.tie_axes(label, [0], "") is label
+    assert unions.solve()[1] == {}
 
 
 def test_a_sum_over_all_axes_of_a_label_lets_it_vanish_free() -> None:
-    algebra = Algebra()
-    label = algebra.atoms(3).reshape(1, 3)
-    assert (algebra.share(label, [1], "") == FROZEN).all()
-    assert algebra.settle()[1] == {}
+    unions = UnionFind()
+    label = unions.new(3).reshape(1, 3)
+    assert (unions.reduce(label, [1], "") == FROZEN).all()
+    assert unions.solve()[1] == {}
 
 
 def test_a_sum_over_part_of_a_split_axis_keeps_the_rest_whole() -> None:
-    algebra = Algebra()
-    label = algebra.atoms(6).reshape(2, 3)
-    algebra.pend("view", label)
-    assert (algebra.share(label, [1], "") == FROZEN).all()
-    roots, reasons = algebra.settle()
+    unions = UnionFind()
+    label = unions.new(6).reshape(2, 3)
+    unions.defer("view", label)
+    assert (unions.reduce(label, [1], "") == FROZEN).all()
+    roots, reasons = unions.solve()
     assert roots[1:].tolist() == [1, 2, 3, 1, 2, 3]
     assert reasons == {}
 
 
 def test_a_sum_over_part_of_a_split_axis_lets_the_rest_go_on_where_a_check_asked_for_it() -> None:
-    algebra = Algebra(trailing=frozenset({"view"}))
-    label = algebra.atoms(6).reshape(2, 3)
-    algebra.pend("view", label)
-    assert algebra.share(label, [1], "").tolist() == [[1], [4]]
-    roots, _ = algebra.settle()
+    unions = UnionFind(trailing=frozenset({"view"}))
+    label = unions.new(6).reshape(2, 3)
+    unions.defer("view", label)
+    assert unions.reduce(label, [1], "").tolist() == [[1], [4]]
+    roots, _ = unions.solve()
     assert roots[1:].tolist() == [1, 1, 1, 4, 4, 4]
 
 
@@ -213,18 +213,18 @@ def test_a_sum_over_part_of_a_split_axis_lets_the_rest_go_on_where_a_check_asked
 def test_a_split_that_nothing_joins_again_keeps_one_axis_whole(
     trailing: frozenset[str], expected: list[int]
 ) -> None:
-    algebra = Algebra(trailing)
-    algebra.pend("view", algebra.atoms(6).reshape(2, 3))
-    assert algebra.pending_keys() == ("view",)
-    roots, reasons = algebra.settle()
+    unions = UnionFind(trailing)
+    unions.defer("view", unions.new(6).reshape(2, 3))
+    assert unions.deferred_keys() == ("view",)
+    roots, reasons = unions.solve()
     assert roots[1:].tolist() == expected
     assert reasons == {}
 
 
 def test_settling_twice_says_the_same() -> None:
-    algebra = Algebra()
-    algebra.pend("view", algebra.atoms(6).reshape(2, 3))
-    first, second = algebra.settle(), algebra.settle()
+    unions = UnionFind()
+    unions.defer("view", unions.new(6).reshape(2, 3))
+    first, second = unions.solve(), unions.solve()
     assert np.array_equal(first[0], second[0])
     assert first[1] == second[1]
 
@@ -250,8 +250,8 @@ def operands(draw: st.DrawFn) -> tuple[list[tuple[int, ...]], list[list[bool]]]:
     return shapes, labelled
 
 
-def spread(shape: Sequence[int], axis: int, atoms: Any) -> Any:
-    return atoms.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+def spread(shape: Sequence[int], axis: int, indices: Any) -> Any:
+    return indices.reshape([-1 if a == axis else 1 for a in range(len(shape))])
 
 
 @fixed
@@ -261,32 +261,32 @@ def test_aligned_operands_share_their_channels_or_freeze_on_fixed_axes(
 ) -> None:
     shapes, labelled = given_operands
     shape = np.broadcast_shapes(*shapes)
-    algebra = Algebra()
+    unions = UnionFind()
     values, by_axis, fixed_axes = [], {}, set()  # axes counted from the last
     for own, has in zip(shapes, labelled, strict=True):
         labels = []
         for axis, size in enumerate(own):
             place = axis - len(own)
             if has[axis]:
-                atoms = algebra.atoms(size)
-                labels.append(spread(own, axis, atoms))
-                by_axis.setdefault(place, []).append(atoms)
+                indices = unions.new(size)
+                labels.append(spread(own, axis, indices))
+                by_axis.setdefault(place, []).append(indices)
             elif size > 1:
                 fixed_axes.add(place)
         values.append(Value(own, tuple(labels)))
-    out = algebra.align(values, shape, "met")
-    roots, reasons = algebra.settle()
+    out = unions.align(values, shape, "met")
+    roots, reasons = unions.solve()
     assert out.shape == shape
     for place, vectors in by_axis.items():
         along = out.label_on(place + len(shape))
         if place in fixed_axes:
             assert along is None
-            assert all(int(roots[atom]) in reasons for atoms in vectors for atom in atoms)
+            assert all(int(roots[index]) in reasons for indices in vectors for index in indices)
         else:
             assert along is not None
-            assert not any(int(roots[atom]) in reasons for atom in along.reshape(-1))
-            for atoms in vectors:
-                assert roots[atoms].tolist() == roots[along.reshape(-1)].tolist()
+            assert not any(int(roots[index]) in reasons for index in along.reshape(-1))
+            for indices in vectors:
+                assert roots[indices].tolist() == roots[along.reshape(-1)].tolist()
             assert len(set(roots[along.reshape(-1)].tolist())) == along.size
     assert sum(len(axes_of(label)) for label in out.labels) == len(set(by_axis) - fixed_axes)
 

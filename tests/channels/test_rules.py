@@ -154,8 +154,8 @@ def test_with_a_rule_they_move() -> None:
 def test_a_rule_can_unite_and_emit_channels_as_a_layer_does() -> None:
     @channel_rule("pocketize_tests.project")
     def rule(call: Any) -> Any:
-        call.unite(call.alone(call["x"], 1), call.alone(call["weight"], 1))
-        out = call.alone(call["weight"], 0)
+        call.unite(call.vector_on(call["x"], 1), call.vector_on(call["weight"], 1))
+        out = call.vector_on(call["weight"], 0)
         call.produce(out)
         return Value(call.shape, (*call["x"].off(1), out.reshape(1, -1, 1, 1)))
 
@@ -300,9 +300,9 @@ class Work:
 
     def __init__(self, model: nn.Module) -> None:
         analysis = Analysis(model, as_inputs("1x3x8x8"))
-        algebra = analysis.algebra
-        self.atoms = algebra.count
-        self.unions = sum(left.size for left, _ in algebra._edges)
+        unions = analysis.unions
+        self.indices = unions.count
+        self.unions = sum(left.size for left, _ in unions._edges)
         self.labels = sum(
             label.size for values in analysis.values for label in labels_in(values.values())
         )
@@ -335,7 +335,7 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("make", [plain_chain, Residual])
 def test_the_work_grows_with_the_depth_and_not_faster(make: Callable[[int], nn.Module]) -> None:
     small, large = Work(make(10)), Work(make(40))
-    for kind in ("atoms", "unions", "labels", "nodes"):
+    for kind in ("indices", "unions", "labels", "nodes"):
         ratio = getattr(large, kind) / getattr(small, kind)
         assert 3 < ratio < 4.2, kind
 

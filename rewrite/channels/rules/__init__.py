@@ -4,8 +4,8 @@ from __future__ import annotations
 
 __all__ = [
     "Call",
+    "LayerChannels",
     "Rule",
-    "Site",
     "apply_rule",
     "channel_rule",
     "has_rule",
@@ -16,8 +16,8 @@ __all__ = [
 from pocketize.channels.rules import contractions, layers, movement, parts  # noqa: F401  (fill the table)
 from pocketize.channels.rules.table import (
     Call,
+    LayerChannels,
     Rule,
-    Site,
     apply_rule,
     channel_rule,
     has_rule,

@@ -7,7 +7,7 @@ import string
 
 import numpy as np
 
-from pocketize.channels.labels import Atoms, Value, axes_of
+from pocketize.channels.labels import Indices, Value, axes_of
 from pocketize.channels.rules.table import Call, Result, channel_rule
 from pocketize.ops import Kind
 
@@ -28,7 +28,7 @@ def add_matmul(call: Call) -> Result:
             call.freeze(value)
         return Value(call.shape)
     product = contract(call, left, right)
-    return call.algebra.align([product, bias], call.shape, call.reason)
+    return call.unions.align([product, bias], call.shape, call.reason)
 
 
 def contract(call: Call, left: Value, right: Value) -> Value:
@@ -96,23 +96,23 @@ def einsum_values(call: Call, values: list[Value], terms: list[str], out: str) -
         shape = [value.shape[term.index(x)] if x in term else 1 for x in letters]
         labels = [_place(label, term, letters) for label in value.labels]
         spread.append(Value(tuple(shape), tuple(labels)))
-    joined = call.algebra.align(spread, [sizes[x] for x in letters], call.reason)
+    joined = call.unions.align(spread, [sizes[x] for x in letters], call.reason)
     order = [letters.index(x) for x in out]
     summed = [letters.index(x) for x in letters if x not in out]
     labels = []
     for label in joined.labels:
-        left = call.algebra.share(label, summed, call.reason)
+        left = call.unions.reduce(label, summed, call.reason)
         if axes_of(left):
             moved = left.transpose([*order, *summed])
             labels.append(moved.reshape([left.shape[i] for i in order]))
     return Value(tuple(sizes[x] for x in out), tuple(labels))
 
 
-def _place(label: Atoms, term: str, letters: list[str]) -> Atoms:
+def _place(label: Indices, term: str, letters: list[str]) -> Indices:
     """Return a label with its axes where their letters are among all letters."""
     here = [x for x in letters if x in term]
     sizes = [label.shape[term.index(x)] if x in term else 1 for x in letters]
-    placed: Atoms = label.transpose([term.index(x) for x in here]).reshape(sizes)
+    placed: Indices = label.transpose([term.index(x) for x in here]).reshape(sizes)
     return placed
 
 
@@ -143,7 +143,7 @@ def select_by_value(call: Call) -> Result:
     """Sorting and picking by value need their axis whole; the others pass."""
     value: Value = call.values()[0]
     axis = value.axis(call.get("dim", -1))
-    kept = call.whole(value, [axis])
+    kept = call.tie_axes(value, [axis])
     gone = len(call.shapes[0] if isinstance(call.node.meta["val"], tuple) else call.shape)
     labels = tuple(x if gone == value.ndim else x.squeeze(axis) for x in kept.labels)
     if isinstance(call.node.meta["val"], tuple | list):
@@ -161,7 +161,7 @@ def reduce(call: Call) -> Result:
     tensors = call.values()
     value = tensors[0]
     if len(tensors) > 1:
-        return call.algebra.align(tensors, call.shape, call.reason)
+        return call.unions.align(tensors, call.shape, call.reason)
     dims = call.get("dim")
     if dims is None or dims == []:
         axes = list(range(value.ndim))
@@ -170,10 +170,10 @@ def reduce(call: Call) -> Result:
     keep = bool(call.get("keepdim", False))
     reason = f"{call.where} needs the axis whole"
     if _tells_where(call):
-        value = call.whole(value, axes)
+        value = call.tie_axes(value, axes)
     labels = []
     for label in value.labels:
-        left = call.algebra.share(label, axes, reason)
+        left = call.unions.reduce(label, axes, reason)
         if axes_of(left):
             labels.append(left if keep else left.squeeze(tuple(axes)))
     out = call.node.meta["val"]
@@ -197,11 +197,11 @@ def _tells_where(call: Call) -> bool:
 def distance(call: Call) -> Result:
     """Distances are element by element, then averaged or summed over all axes."""
     left, right = call.values()[:2]
-    joined = call.algebra.align([left, right], [max(n) for n in _sizes(left, right)], call.reason)
+    joined = call.unions.align([left, right], [max(n) for n in _sizes(left, right)], call.reason)
     if call.shape:
         return joined
     for label in joined.labels:
-        call.algebra.share(label, axes_of(label), call.reason)
+        call.unions.reduce(label, axes_of(label), call.reason)
     return Value(())
 
 

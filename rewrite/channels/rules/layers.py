@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pocketize.channels.labels import Atoms, Value
+from pocketize.channels.labels import Indices, Value
 from pocketize.channels.rules.table import Call, Result, channel_rule
 from pocketize.ops import Kind
 
@@ -29,7 +29,7 @@ def pointwise(call: Call) -> Result:
         call.freeze(call.values()[0], "tells where it is not zero")
         return [Value(shape) for shape in call.shapes]
     shape = call.shapes[0] if _is_list(call) else call.shape
-    out = call.algebra.align(call.values(), shape, call.reason)
+    out = call.unions.align(call.values(), shape, call.reason)
     return [out] * len(call.shapes) if _is_list(call) else out
 
 
@@ -56,21 +56,21 @@ def convolution(call: Call) -> Result:
     groups: int = call.get("groups", 1)
     transposed = bool(call.get("transposed", call.record.kind is Kind.TRANSPOSED_CONVOLUTION))
     channel = x.ndim - weight.ndim + 1
-    x = call.whole(x, range(channel + 1, x.ndim))
-    atoms = call.alone(x, channel)
+    x = call.tie_axes(x, range(channel + 1, x.ndim))
+    indices = call.vector_on(x, channel)
     for axis in range(2, weight.ndim):
         kernel = weight.label_on(axis)
         if kernel is not None:
-            call.algebra.freeze(kernel, f"{call.where} has it as a kernel axis")
-    first, second = call.alone(weight, 0), call.alone(weight, 1)
+            call.unions.freeze(kernel, f"{call.where} has it as a kernel axis")
+    first, second = call.vector_on(weight, 0), call.vector_on(weight, 1)
     into, out = (first, second) if transposed else (second, first)
     if groups > 1:
-        out = _grouped(call, atoms, into, out, weight.shape, groups, transposed)
+        out = _grouped(call, indices, into, out, weight.shape, groups, transposed)
     elif weight.shape[0 if transposed else 1] > 1:
-        call.unite(atoms, into)
+        call.unite(indices, into)
     if bias is not None:
-        call.unite(out, call.alone(bias, 0))
-    call.read(atoms)
+        call.unite(out, call.vector_on(bias, 0))
+    call.read(indices)
     call.produce(out)
     rest = x.off(channel)
     return Value(call.shape, (*rest, _along(out, channel, x.ndim)) if out is not None else rest)
@@ -78,32 +78,32 @@ def convolution(call: Call) -> Result:
 
 def _grouped(
     call: Call,
-    atoms: Atoms | None,
-    into: Atoms | None,
-    out: Atoms | None,
+    indices: Indices | None,
+    into: Indices | None,
+    out: Indices | None,
     shape: Sequence[int],
     groups: int,
     transposed: bool,
-) -> Atoms | None:
+) -> Indices | None:
     """Return the output's channels of a grouped convolution."""
     per_in = shape[0] // groups if transposed else shape[1]
     per_out = shape[1] if transposed else shape[0] // groups
     if transposed:
-        call.unite(atoms, into)
+        call.unite(indices, into)
     if per_in == 1:
-        if atoms is not None:
-            call.count("groups", atoms)
+        if indices is not None:
+            call.count("groups", indices)
         if not transposed:
             call.unite(
-                None if atoms is None else np.repeat(atoms, per_out),
+                None if indices is None else np.repeat(indices, per_out),
                 out,
             )
             return out
         if out is not None:
-            call.algebra.freeze(out, f"{call.where} has several outputs for each channel")
+            call.unions.freeze(out, f"{call.where} has several outputs for each channel")
         return None if into is None else np.repeat(into, per_out)
-    if atoms is not None:
-        runs = atoms.reshape(groups, per_in)
+    if indices is not None:
+        runs = indices.reshape(groups, per_in)
         call.unite(runs, runs[:1])
         if not transposed:
             call.unite(runs[0], into)
@@ -117,8 +117,8 @@ def _grouped(
     return out
 
 
-def _along(atoms: Atoms, axis: int, rank: int) -> Atoms:
-    return atoms.reshape([-1 if a == axis else 1 for a in range(rank)])
+def _along(indices: Indices, axis: int, rank: int) -> Indices:
+    return indices.reshape([-1 if a == axis else 1 for a in range(rank)])
 
 
 @channel_rule(Kind.LINEAR)
@@ -133,12 +133,12 @@ def linear(call: Call) -> Result:
         return Value(call.shape)
     last = x.ndim - 1
     if weight.shape[1] > 1:
-        atoms = call.alone(x, last)
-        call.unite(atoms, call.alone(weight, 1))
-        call.read(atoms)
-    out = call.alone(weight, 0)
+        indices = call.vector_on(x, last)
+        call.unite(indices, call.vector_on(weight, 1))
+        call.read(indices)
+    out = call.vector_on(weight, 0)
     if bias is not None:
-        call.unite(out, call.alone(bias, 0))
+        call.unite(out, call.vector_on(bias, 0))
     call.produce(out)
     rest = x.off(last)
     return Value(call.shape, (*rest, _along(out, last, x.ndim)) if out is not None else rest)
@@ -148,8 +148,8 @@ def linear(call: Call) -> Result:
 def embedding(call: Call) -> Result:
     """The table's second axis are the channels; its first is the vocabulary."""
     weight: Value = call["weight"]
-    kept = call.whole(weight, [0])
-    out = call.alone(kept, 1)
+    kept = call.tie_axes(weight, [0])
+    out = call.vector_on(kept, 1)
     call.produce(out)
     rank = len(call.shape)
     rows = tuple(label[..., None] for label in call["indices"].labels)
@@ -160,13 +160,13 @@ def embedding(call: Call) -> Result:
 def channel_norm(call: Call) -> Result:
     """Batch and instance normalisation have one parameter for each channel."""
     x: Value = call["input"]
-    atoms = call.alone(x, 1)
+    indices = call.vector_on(x, 1)
     for name in ("weight", "bias", "running_mean", "running_var"):
         parameter: Value | None = call.get(name)
         if isinstance(parameter, Value) and parameter.ndim and parameter.shape[0] > 1:
-            call.unite(atoms, call.alone(parameter, 0))
-    call.read(atoms)
-    call.count("num_features", atoms)
+            call.unite(indices, call.vector_on(parameter, 0))
+    call.read(indices)
+    call.count("num_features", indices)
     if _is_list(call):
         return [Value(call.shapes[0], x.labels), *map(Value, call.shapes[1:])]
     return call.like("input")
@@ -176,19 +176,19 @@ def channel_norm(call: Call) -> Result:
 def group_norm(call: Call) -> Result:
     """Each group drops the same positions; groups of one channel are dropped whole."""
     x: Value = call["input"]
-    atoms = call.alone(x, 1)
+    indices = call.vector_on(x, 1)
     groups: int = call["num_groups"]
     for name in ("weight", "bias"):
         parameter: Value | None = call.get(name)
         if parameter is not None:
-            call.unite(atoms, call.alone(parameter, 0))
-    if atoms is not None and groups == atoms.size:
-        call.count("num_groups", atoms)
-    elif atoms is not None and groups > 1:
-        runs = atoms.reshape(groups, -1)
+            call.unite(indices, call.vector_on(parameter, 0))
+    if indices is not None and groups == indices.size:
+        call.count("num_groups", indices)
+    elif indices is not None and groups > 1:
+        runs = indices.reshape(groups, -1)
         call.unite(runs, runs[:1])
-    call.read(atoms)
-    call.count("num_channels", atoms)
+    call.read(indices)
+    call.count("num_channels", indices)
     return call.like("input")
 
 
@@ -200,11 +200,11 @@ def layer_norm(call: Call) -> Result:
     for name in ("weight", "bias"):
         parameter: Value | None = call.get(name)
         if parameter is not None:
-            call.algebra.align([x, parameter], x.shape, call.reason)
+            call.unions.align([x, parameter], x.shape, call.reason)
     for offset in range(len(normalized)):
         axis = x.ndim - len(normalized) + offset
         if x.label_on(axis) is not None:
-            call.count(f"normalized_shape.{offset}", call.alone(x, axis))
+            call.count(f"normalized_shape.{offset}", call.vector_on(x, axis))
     if _is_list(call):
         return [Value(call.shapes[0], x.labels), *map(Value, call.shapes[1:])]
     return call.like("input")
@@ -218,8 +218,8 @@ def prelu(call: Call) -> Result:
     if max(weight.shape, default=1) > 1 and x.ndim > 1:
         axis = 1 if call.operator == "aten.prelu" else None
         if axis is None:
-            return call.algebra.align([x, weight], x.shape, call.reason)
-        call.unite(call.alone(x, axis), call.alone(weight, 0))
+            return call.unions.align([x, weight], x.shape, call.reason)
+        call.unite(call.vector_on(x, axis), call.vector_on(weight, 0))
     return call.like("self")
 
 
@@ -227,7 +227,7 @@ def prelu(call: Call) -> Result:
 def weight_norm(call: Call) -> Result:
     """Direction and magnitude share the axis that the magnitude lives on."""
     direction: Value = call["v"]
-    out = call.algebra.align([direction, call["g"]], direction.shape, call.reason)
+    out = call.unions.align([direction, call["g"]], direction.shape, call.reason)
     return [out, call["g"]] if _is_list(call) else out
 
 
@@ -238,10 +238,10 @@ def spatial(call: Call) -> Result:
     rank = call.record.rank or 2
     samples: Value | None = call.get("random_samples")  # (batch, channels, axis): where to pool
     if samples is not None:
-        call.unite(call.alone(x, x.ndim - rank - 1), call.alone(samples, 1))
+        call.unite(call.vector_on(x, x.ndim - rank - 1), call.vector_on(samples, 1))
         if x.ndim == rank + 2:
-            call.unite(call.alone(x, 0), call.alone(samples, 0))
-    labels = call.whole(x, range(x.ndim - rank, x.ndim)).labels
+            call.unite(call.vector_on(x, 0), call.vector_on(samples, 0))
+    labels = call.tie_axes(x, range(x.ndim - rank, x.ndim)).labels
     if _is_list(call):
         return [Value(shape, labels) for shape in call.shapes]
     return Value(call.shape, labels)
@@ -251,15 +251,15 @@ def spatial(call: Call) -> Result:
 def max_unpool(call: Call) -> Result:
     """Every channel goes where its own indices say."""
     x, places = call.values()[:2]
-    joined = call.algebra.align([x, places], x.shape, call.reason)
+    joined = call.unions.align([x, places], x.shape, call.reason)
     rank = call.record.rank or 2
-    return Value(call.shape, call.whole(joined, range(x.ndim - rank, x.ndim)).labels)
+    return Value(call.shape, call.tie_axes(joined, range(x.ndim - rank, x.ndim)).labels)
 
 
 @channel_rule(Kind.FACTORY)
 def factory(call: Call) -> Result:
     """A tensor made in the forward takes its size from what it meets, until a check says no."""
-    labels = call.algebra.fresh(call.shape, range(len(call.shape)))
+    labels = call.unions.fresh(call.shape, range(len(call.shape)))
     if call.operator == "aten.eye" and len(labels) == 2 and len(set(call.shape)) == 1:
         call.unite(labels[0].reshape(-1), labels[1].reshape(-1))
     return Value(call.shape, labels)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pocketize.channels.labels import FROZEN, Atoms, Value, axes_of, squeeze_constant
+from pocketize.channels.labels import FROZEN, Indices, Value, axes_of, squeeze_constant
 from pocketize.channels.rules.table import Call, Result, channel_rule
 from pocketize.ops import Kind
 
@@ -21,7 +21,7 @@ def reshape(call: Call) -> Result:
 def reshape_value(call: Call, value: Value, shape: tuple[int, ...]) -> Value:
     """Return a value reshaped; labels that a split spreads over several axes are pending."""
     blocks = _blocks(value.shape, shape)
-    labels: list[Atoms] = []
+    labels: list[Indices] = []
     for label in value.labels:
         broadcast, target = list(label.shape), [1] * len(shape)
         for old, new in blocks:
@@ -32,14 +32,14 @@ def reshape_value(call: Call, value: Value, shape: tuple[int, ...]) -> Value:
                     target[axis] = shape[axis]
         moved = squeeze_constant(np.broadcast_to(label, broadcast).reshape(target))
         if len(axes_of(moved)) > max(1, len(axes_of(label))):
-            call.algebra.pend(f"{call.where}#{call.node.name}", moved)
+            call.unions.defer(f"{call.where}#{call.node.name}", moved)
         clash = [x for x in labels if set(axes_of(x)) & set(axes_of(moved))]
-        real = [x for x in [*clash, moved] if not call.algebra.is_fresh(x)]
+        real = [x for x in [*clash, moved] if not call.unions.is_fresh(x)]
         if clash:
             labels = [x for x in labels if not any(x is other for other in clash)]
             for other in [*clash, moved]:
                 if len(real) != 1 or other is not real[0]:
-                    call.algebra.freeze(other, f"{call.where} merges two axes of channels into one")
+                    call.unions.freeze(other, f"{call.where} merges two axes of channels into one")
             moved = real[0] if len(real) == 1 else np.full((1,) * len(shape), FROZEN)
         if axes_of(moved):
             labels.append(moved)
@@ -111,11 +111,11 @@ def expand(call: Call) -> Result:
     """Axes that grow from size 1 take their size from whatever they meet."""
     value, *like = call.values()
     if like:
-        return call.algebra.align([value, *like], call.shape, call.reason)
+        return call.unions.align([value, *like], call.shape, call.reason)
     rank, extra = len(call.shape), len(call.shape) - value.ndim
     labels = tuple(x.reshape((1,) * extra + x.shape) for x in value.labels)
     grown = [a for a in range(rank) if a < extra or value.shape[a - extra] == 1]
-    return Value(call.shape, (*labels, *call.algebra.fresh(call.shape, grown)))
+    return Value(call.shape, (*labels, *call.unions.fresh(call.shape, grown)))
 
 
 @channel_rule(Kind.REPETITION)
@@ -131,7 +131,7 @@ def repeat(call: Call) -> Result:
         for label in spread
     ]
     grown = [a for a in range(len(times)) if a < extra or value.shape[a - extra] == 1]
-    return Value(call.shape, (*labels, *call.algebra.fresh(call.shape, grown)))
+    return Value(call.shape, (*labels, *call.unions.fresh(call.shape, grown)))
 
 
 @channel_rule("aten.repeat_interleave")
@@ -146,7 +146,7 @@ def repeat_interleave(call: Call) -> Result:
     axis = value.axis(axis)
     labels = tuple(np.repeat(x, times, axis) if x.shape[axis] > 1 else x for x in value.labels)
     grown = [axis] if value.shape[axis] == 1 else []
-    return Value(call.shape, (*labels, *call.algebra.fresh(call.shape, grown)))
+    return Value(call.shape, (*labels, *call.unions.fresh(call.shape, grown)))
 
 
 @channel_rule("aten.flip")
@@ -161,7 +161,7 @@ def flip(call: Call) -> Result:
 def roll(call: Call) -> Result:
     """Rolling moves positions by an amount in the code: the axes stay whole."""
     value: Value = call.values()[0]
-    return call.whole(value, call["dims"] or range(value.ndim))
+    return call.tie_axes(value, call["dims"] or range(value.ndim))
 
 
 @channel_rule(Kind.PADDING)
@@ -170,14 +170,14 @@ def pad(call: Call) -> Result:
     value: Value = call.values()[0]
     amounts = list(call.get("pad") or call.get("padding"))
     mode = "constant" if call.operator == "aten.constant_pad_nd" else call.get("mode", "")
-    labels: list[Atoms] = []
+    labels: list[Indices] = []
     padded = {a for a in range(value.ndim) if any(_around(amounts, value.ndim, a))}
     for label in value.labels:
         if len(axes_of(label)) > 1:
-            label = call.algebra.whole(label, padded, f"{call.where} needs the axis whole")
+            label = call.unions.tie_axes(label, padded, f"{call.where} needs the axis whole")
         for axis in padded & set(axes_of(label)):
             if mode != "constant":
-                call.algebra.freeze(label, f"{call.where} pads it with its own values")
+                call.unions.freeze(label, f"{call.where} pads it with its own values")
             low, high = _around(amounts, value.ndim, axis)
             widths = [
                 (max(low, 0), max(high, 0)) if a == axis else (0, 0) for a in range(label.ndim)
@@ -200,19 +200,19 @@ def pixel_shuffle(call: Call) -> Result:
     """Channels move to space (or back) in runs of factor squared that stay whole."""
     value: Value = call.values()[0]
     axis = value.ndim - 3
-    value = call.whole(value, [axis + 1, axis + 2])
-    atoms = call.alone(value, axis)
-    if atoms is None:
+    value = call.tie_axes(value, [axis + 1, axis + 2])
+    indices = call.vector_on(value, axis)
+    if indices is None:
         return Value(call.shape, value.labels)
     if call.operator.endswith("unshuffle"):
         run = call["downscale_factor"] ** 2
-        atoms = np.repeat(atoms, run)
+        indices = np.repeat(indices, run)
     else:
         run = call["upscale_factor"] ** 2
-        groups = atoms.reshape(-1, run)
+        groups = indices.reshape(-1, run)
         call.unite(groups, groups[:, :1])
-        atoms = groups[:, 0]
-    along = atoms.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
+        indices = groups[:, 0]
+    along = indices.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
     rest = value.off(axis)
     return Value(call.shape, (*rest, along) if along.size > 1 else rest)
 
@@ -221,10 +221,10 @@ def pixel_shuffle(call: Call) -> Result:
 def channel_shuffle(call: Call) -> Result:
     """A shuffle of g groups stays a shuffle if every group drops the same positions."""
     value: Value = call.values()[0]
-    atoms = call.alone(value, 1)
-    if atoms is None:
+    indices = call.vector_on(value, 1)
+    if indices is None:
         return call.like("input" if "input" in call.arguments else "self")
-    groups = atoms.reshape(call["groups"], -1)
+    groups = indices.reshape(call["groups"], -1)
     call.unite(groups, groups[:1])
     along = groups.T.reshape([-1 if a == 1 else 1 for a in range(value.ndim)])
     rest = value.off(1)
@@ -236,11 +236,11 @@ def im2col(call: Call) -> Result:
     """Each channel becomes one run of kernel positions."""
     value: Value = call.values()[0]
     axis = value.ndim - 3
-    value = call.whole(value, [a for a in range(value.ndim) if a != axis])
-    atoms = call.alone(value, axis)
-    if atoms is None:
+    value = call.tie_axes(value, [a for a in range(value.ndim) if a != axis])
+    indices = call.vector_on(value, axis)
+    if indices is None:
         return Value(call.shape)
-    run = np.repeat(atoms, math.prod(call["kernel_size"]))
+    run = np.repeat(indices, math.prod(call["kernel_size"]))
     shape = [1] * len(call.shape)
     shape[-2] = -1
     return Value(call.shape, (run.reshape(shape),))
@@ -261,7 +261,7 @@ def fourier(call: Call) -> Result:
     dims = call.get("dim")
     if dims is None:
         dims = range(value.ndim)
-    kept = call.whole(value, [dims] if isinstance(dims, int) else dims)
+    kept = call.tie_axes(value, [dims] if isinstance(dims, int) else dims)
     return Value(call.shape, kept.labels)
 
 
@@ -271,7 +271,7 @@ def complex_view(call: Call) -> Result:
     value: Value = call.values()[0]
     if call.operator.endswith("real"):
         return Value(call.shape, tuple(x[..., None] for x in value.labels))
-    kept = call.whole(value, [-1])
+    kept = call.tie_axes(value, [-1])
     return Value(call.shape, tuple(x[..., 0] for x in kept.labels))
 
 
@@ -280,7 +280,7 @@ def set_data(call: Call) -> Result:
     """Asked where one tensor becomes the data of another: they have the same channels."""
     one, other = call.values()
     if one.shape == other.shape:
-        call.algebra.align([one, other], one.shape, call.reason)
+        call.unions.align([one, other], one.shape, call.reason)
     else:
         for value in (one, other):
             call.freeze(value, "gives it data of another shape")

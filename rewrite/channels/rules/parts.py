@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from pocketize.channels.labels import FROZEN, Atoms, Value
+from pocketize.channels.labels import FROZEN, Indices, Value
 from pocketize.channels.rules.table import Call, Result, channel_rule
 from pocketize.ops import Kind
 
@@ -20,14 +20,14 @@ def cat(call: Call) -> Result:
     flat = []
     vectors = []
     for value in values:
-        atoms = call.alone(value, axis)
+        indices = call.vector_on(value, axis)
         vectors.append(
-            atoms if atoms is not None else np.full(value.shape[axis], FROZEN, dtype=np.int64)
+            indices if indices is not None else np.full(value.shape[axis], FROZEN, dtype=np.int64)
         )
         shape = tuple(1 if a == axis else s for a, s in enumerate(value.shape))
         flat.append(Value(shape, value.off(axis)))
     shape = tuple(1 if a == axis else s for a, s in enumerate(call.shape))
-    rest = call.algebra.align(flat, shape, call.reason)
+    rest = call.unions.align(flat, shape, call.reason)
     joined = np.concatenate(vectors)
     if (joined == FROZEN).all():
         return Value(call.shape, rest.labels)
@@ -39,7 +39,7 @@ def cat(call: Call) -> Result:
 def stack(call: Call) -> Result:
     """Stacked tensors must agree on every channel."""
     values = call["tensors"]
-    joined = call.algebra.align(values, values[0].shape, f"{call.where} needs equal sizes")
+    joined = call.unions.align(values, values[0].shape, f"{call.where} needs equal sizes")
     axis = call.get("dim", 0) % len(call.shape)
     labels = tuple(np.expand_dims(label, axis) for label in joined.labels)
     return Value(call.shape, labels)
@@ -51,25 +51,25 @@ def split(call: Call) -> Result:
     value: Value = call.values()[0]
     axis = value.axis(call.get("dim", 0))
     shapes = call.shapes
-    atoms = call.alone(value, axis)
-    if atoms is None:
+    indices = call.vector_on(value, axis)
+    if indices is None:
         return [Value(shape, value.labels) for shape in shapes]
     if len({shape[axis] for shape in shapes}) == 1:
-        runs = atoms.reshape(len(shapes), -1)
+        runs = indices.reshape(len(shapes), -1)
         call.unite(runs, runs[:1])
     cuts = np.cumsum([shape[axis] for shape in shapes])[:-1]
-    parts = zip(shapes, np.split(atoms, cuts), strict=True)
+    parts = zip(shapes, np.split(indices, cuts), strict=True)
     return [_part(call, value, axis, part, shape) for shape, part in parts]
 
 
-def _part(call: Call, value: Value, axis: int, atoms: Atoms, shape: tuple[int, ...]) -> Value:
+def _part(call: Call, value: Value, axis: int, indices: Indices, shape: tuple[int, ...]) -> Value:
     """Return a part of a value; an axis of size 1 has no label, so a single channel must stay."""
     rest = value.off(axis)
-    if atoms.size == 1:
-        call.algebra.freeze(atoms, f"{call.where} takes it alone")
-    if atoms.size < 2:
+    if indices.size == 1:
+        call.unions.freeze(indices, f"{call.where} takes it alone")
+    if indices.size < 2:
         return Value(shape, rest)
-    along = atoms.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
+    along = indices.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
     return Value(shape, (*rest, along))
 
 
@@ -82,23 +82,23 @@ def slice_(call: Call) -> Result:
     value: Value = call.values()[0]
     axis = value.axis(call.get("dim", 0))
     full, size = value.shape[axis], call.shape[axis]
-    atoms = None if size == full else call.alone(value, axis)
-    if atoms is None:
+    indices = None if size == full else call.vector_on(value, axis)
+    if indices is None:
         return Value(call.shape, value.labels)
     start, step = call.get("start") or 0, call.get("step", 1)
     start = max(start + full, 0) if start < 0 else start
     if step > 1:
         if full % step == 0 and size == full // step:
-            runs = atoms.reshape(-1, step)
+            runs = indices.reshape(-1, step)
             call.unite(runs, runs[:, :1])
         else:
-            call.algebra.freeze(atoms, f"{call.where} takes every {step}th of a part")
+            call.unions.freeze(indices, f"{call.where} takes every {step}th of a part")
     elif size > 1 and full % size == 0 and start % size == 0:
-        parts = atoms.reshape(-1, size)
+        parts = indices.reshape(-1, size)
         call.unite(parts, parts[:1])
     if step == 1 and start:
-        call.expect("start", atoms[:start])
-    return _part(call, value, axis, atoms[start::step][:size], call.shape)
+        call.expect("start", indices[:start])
+    return _part(call, value, axis, indices[start::step][:size], call.shape)
 
 
 @channel_rule(Kind.SELECTION)
@@ -106,7 +106,7 @@ def select(call: Call) -> Result:
     """Picking by index needs the axis whole."""
     value: Value = call.values()[0]
     axis = value.axis(call.get("dim", 0))
-    kept = call.whole(value, [axis])
+    kept = call.tie_axes(value, [axis])
     labels = tuple(x.squeeze(axis) for x in kept.labels)
     if isinstance(call.node.meta["val"], tuple | list):
         return [Value(shape, labels) for shape in call.shapes]
@@ -135,7 +135,7 @@ def _frozen(call: Call, why: str) -> Value:
 
 def _picked(call: Call, value: Value, axis: int, at: Value) -> Value:
     """Return what an integer tensor picks along an axis, in whose place the tensor's axes come."""
-    kept = call.whole(value, [axis]).labels
+    kept = call.tie_axes(value, [axis]).labels
     before, after = axis, value.ndim - axis - 1
     labels = [x.reshape(*x.shape[:axis], *([1] * at.ndim), *x.shape[axis + 1 :]) for x in kept]
     labels += [x.reshape(*([1] * before), *x.shape, *([1] * after)) for x in at.labels]
@@ -157,9 +157,9 @@ def grid_sample(call: Call) -> Result:
     """Sampling moves space; the grid itself stays as it is, but for its batch, which is x's."""
     x: Value = call["input"]
     grid: Value = call["grid"]
-    call.unite(call.alone(x, 0), call.alone(grid, 0))
+    call.unite(call.vector_on(x, 0), call.vector_on(grid, 0))
     call.freeze(Value(grid.shape, grid.off(0)), "samples at it")
-    labels = call.whole(x, range(2, x.ndim)).labels
+    labels = call.tie_axes(x, range(2, x.ndim)).labels
     return Value(call.shape, labels)
 
 
@@ -168,10 +168,10 @@ def glu(call: Call) -> Result:
     """A gated linear unit cuts an axis into two equal halves."""
     value: Value = call.values()[0]
     axis = value.axis(call.get("dim", -1))
-    atoms = call.alone(value, axis)
-    if atoms is None:
+    indices = call.vector_on(value, axis)
+    if indices is None:
         return Value(call.shape, value.labels)
-    halves = atoms.reshape(2, -1)
+    halves = indices.reshape(2, -1)
     call.unite(halves[0], halves[1])
     along = halves[0].reshape([-1 if a == axis else 1 for a in range(value.ndim)])
     return Value(call.shape, (*value.off(axis), along) if along.size > 1 else value.off(axis))

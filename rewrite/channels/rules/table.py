@@ -1,7 +1,7 @@
 """The table of channel rules, and how a rule is written and looked up.
 
-A rule says, for one operator, what its output's labels are and which atoms it unites. Third parties
-add their own::
+A rule says, for one operator, what the labels of its result are and which channel indices it
+unites. Third parties add their own::
 
     from pocketize.channels.rules import channel_rule
 
@@ -15,7 +15,7 @@ underscore) are found by the name of the plain one.
 
 from __future__ import annotations
 
-__all__ = ["Call", "Rule", "Site", "apply_rule", "channel_rule", "has_rule", "unlabelled"]
+__all__ = ["Call", "LayerChannels", "Rule", "apply_rule", "channel_rule", "has_rule", "unlabelled"]
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, fx
 
-from pocketize.channels.labels import Algebra, Atoms, Value
+from pocketize.channels.labels import Indices, UnionFind, Value
 from pocketize.ops import UNKNOWN, Kind, Operator, operator_of, register
 
 Result: TypeAlias = "Value | Sequence[Value]"
@@ -60,17 +60,17 @@ def channel_rule(*operators: str | Kind, replace: bool = False) -> Callable[[Rul
 
 
 @dataclass(frozen=True)
-class Site:
-    """Something that a rule notes for later: atoms at a place.
+class LayerChannels:
+    """Channels that a layer makes, reads or counts, as a rule has noted it.
 
     Attributes:
         module: path of the module whose forward ran.
-        atoms: one atom per index.
+        indices: their channel indices.
         attribute: for counts, the attribute of the module that equals the number of indices.
     """
 
     module: str
-    atoms: Atoms
+    indices: Indices
     attribute: str = ""
 
 
@@ -80,7 +80,7 @@ class Call:
 
     Attributes:
         node: the recorded node; ``node.meta["val"]`` is the fake result.
-        algebra: unites and freezes atoms.
+        unions: unites and freezes indices.
         arguments: the arguments by their schema names, tensors as :class:`Value`.
         producers: where new channels come from (convolutions, linear layers).
         readers: layers with the channels that they read.
@@ -89,12 +89,12 @@ class Call:
     """
 
     node: fx.Node
-    algebra: Algebra
+    unions: UnionFind
     arguments: dict[str, Any]
-    producers: list[Site] = field(default_factory=list)
-    readers: list[Site] = field(default_factory=list)
-    counts: list[Site] = field(default_factory=list)
-    expected: dict[fx.Node, dict[str, Atoms]] = field(default_factory=dict)
+    producers: list[LayerChannels] = field(default_factory=list)
+    readers: list[LayerChannels] = field(default_factory=list)
+    counts: list[LayerChannels] = field(default_factory=list)
+    expected: dict[fx.Node, dict[str, Indices]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -159,48 +159,46 @@ class Call:
 
     def freeze(self, value: Value, why: str = "") -> None:
         """Freeze all channels of a value, because of this operator."""
-        self.algebra.freeze_value(value, f"{self.where} {why or 'has no channel rule'}")
+        self.unions.freeze_value(value, f"{self.where} {why or 'has no channel rule'}")
 
-    def unite(self, a: Atoms | None, b: Atoms | None) -> None:
-        """Unite two vectors of atoms; where one is missing (a fixed axis) freeze the other."""
+    def unite(self, a: Indices | None, b: Indices | None) -> None:
+        """Unite two vectors of indices; where one is missing (a fixed axis) freeze the other."""
         if a is not None and b is not None:
-            self.algebra.unite(a, b, self.reason)
+            self.unions.unite(a, b, self.reason)
         elif a is not None or b is not None:
-            atoms = a if a is not None else b
-            assert atoms is not None
-            self.algebra.freeze(
-                atoms, f"{self.where} joins it with an axis that cannot change, such as the input's"
-            )
+            indices = a if a is not None else b
+            assert indices is not None
+            self.unions.freeze(indices, self.reason)
 
-    def alone(self, value: Value, axis: int) -> Atoms | None:
-        """Return the atoms along one axis as a vector, ``None`` if it has none."""
-        return self.algebra.alone(value, axis, f"{self.where} needs the axis whole")
+    def vector_on(self, value: Value, axis: int) -> Indices | None:
+        """Return the indices along one axis as a vector, ``None`` if it has none."""
+        return self.unions.vector_on(value, axis, f"{self.where} needs the axis whole")
 
-    def whole(self, value: Value, axes: Sequence[int]) -> Value:
+    def tie_axes(self, value: Value, axes: Sequence[int]) -> Value:
         """Return a value none of whose labels lives on these axes."""
         reason = f"{self.where} needs the axis whole"
         here = {value.axis(axis) for axis in axes}
-        labels = [self.algebra.whole(label, here, reason) for label in value.labels]
+        labels = [self.unions.tie_axes(label, here, reason) for label in value.labels]
         return Value(value.shape, tuple(x for x in labels if x.size > 1))
 
-    def produce(self, atoms: Atoms | None) -> None:
+    def produce(self, indices: Indices | None) -> None:
         """Note that this layer makes these channels."""
-        if atoms is not None:
-            self.producers.append(Site(self.module, atoms))
+        if indices is not None:
+            self.producers.append(LayerChannels(self.module, indices))
 
-    def read(self, atoms: Atoms | None) -> None:
+    def read(self, indices: Indices | None) -> None:
         """Note that this layer reads these channels."""
-        if atoms is not None:
-            self.readers.append(Site(self.module, atoms))
+        if indices is not None:
+            self.readers.append(LayerChannels(self.module, indices))
 
-    def count(self, attribute: str, atoms: Atoms | None) -> None:
+    def count(self, attribute: str, indices: Indices | None) -> None:
         """Note that an attribute of the module equals the number of these channels."""
-        if atoms is not None:
-            self.counts.append(Site(self.module, atoms, attribute))
+        if indices is not None:
+            self.counts.append(LayerChannels(self.module, indices, attribute))
 
-    def expect(self, argument: str, atoms: Atoms) -> None:
-        """Note that an argument of this call must equal the number of these atoms that stay."""
-        self.expected.setdefault(self.node, {})[argument] = atoms
+    def expect(self, argument: str, indices: Indices) -> None:
+        """Note that an argument of this call must equal the number of these indices that stay."""
+        self.expected.setdefault(self.node, {})[argument] = indices
 
 
 def has_rule(target: Any) -> bool:
