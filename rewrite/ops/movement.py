@@ -50,7 +50,16 @@ _moves(
     "pixel_shuffle",
     "pixel_unshuffle",
 )
-_moves(Kind.SPLIT, "chunk", "split", "split_with_sizes", "tensor_split")
+_moves(
+    Kind.SPLIT,
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "tensor_split",
+    "unsafe_chunk",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+)
 _moves(Kind.SLICE, "narrow", "slice")
 _moves(Kind.SELECTION, "select", "unbind")
 _define(Kind.CONCATENATION, "cat", "concat", "concatenate", data="tensors", keeps="")

@@ -209,6 +209,18 @@ def pixel_shuffle_functional() -> nn.Module:
     return around(Apply(pixel_shuffle_twice))
 
 
+def other_names(x: Tensor) -> Tensor:
+    keep, change = torch.unsafe_chunk(torch.negative(x), 2, 1)
+    change = change * torch.greater(change, 0.1)
+    return torch.cat([torch.absolute(keep), torch.special.expit(change)], 1)
+
+
+@net("view", movable=["tail"], shrinks=["stem"], frozen=_HEAD)
+def other_names_of_operators() -> nn.Module:
+    """torch knows these operators by two names, and tags the other as element-wise only."""
+    return around(Apply(other_names))
+
+
 @net("view pixel", movable=["stem", "tail"], frozen=_HEAD)
 def pixel_unshuffle_module() -> nn.Module:
     return Layers(
