@@ -98,11 +98,11 @@ FAULTS = [
         "a convolution's bias is no part of its channels",
         _LAYERS,
         """    if bias is not None:
-        call.unite(out, call.alone(bias, 0))
-    call.read(atoms)
+        call.unite(out, call.vector_on(bias, 0))
+    call.read(indices)
     call.produce(out)
     rest = x.off(channel)""",
-        """    call.read(atoms)
+        """    call.read(indices)
     call.produce(out)
     rest = x.off(channel)""",
         _RULES,
@@ -110,26 +110,26 @@ FAULTS = [
     Fault(
         "a linear layer's input is not tied to its weight",
         _LAYERS,
-        "        call.unite(atoms, call.alone(weight, 1))\n        call.read(atoms)",
-        "        call.read(atoms)",
+        "        call.unite(indices, call.vector_on(weight, 1))\n        call.read(indices)",
+        "        call.read(indices)",
         _RULES,
     ),
     Fault(
         "groups of a group norm drop unlike positions",
         _LAYERS,
-        """        runs = atoms.reshape(groups, -1)
+        """        runs = indices.reshape(groups, -1)
         call.unite(runs, runs[:1])
-    call.read(atoms)
-    call.count("num_channels", atoms)""",
+    call.read(indices)
+    call.count("num_channels", indices)""",
         """        pass
-    call.read(atoms)
-    call.count("num_channels", atoms)""",
+    call.read(indices)
+    call.count("num_channels", indices)""",
         _RULES,
     ),
     Fault(
         "a PReLU's slopes are no part of its channels",
         _LAYERS,
-        "        call.unite(call.alone(x, axis), call.alone(weight, 0))\n    return call.like",
+        "        call.unite(call.vector_on(x, axis), call.vector_on(weight, 0))\n    return call.like",
         "    return call.like",
         _RULES,
     ),
