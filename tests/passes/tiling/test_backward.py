@@ -113,6 +113,7 @@ def _peak(run: Any, model: nn.Module, x: Tensor) -> int:
     return tracker.finish().peak - sum(t.numel() * t.element_size() for t in held)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_four_slabs_train_in_less_than_half_of_the_whole_volumes_peak(name: str) -> None:
     model, x = LARGE[name]().eval(), torch.randn(1, 1, 16, 16, 128)

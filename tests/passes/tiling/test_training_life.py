@@ -97,6 +97,7 @@ def _with_gradients(net: nn.Module) -> list[nn.Parameter]:
     return list(net.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITES)
 def test_what_is_computed_from_again_must_not_be_written_before_the_backward(name: str) -> None:
     write, words = WRITES[name]
@@ -212,6 +213,7 @@ def _transformed_inference(model: nn.Module, x: Tensor) -> Any:
             return batched, forward_ad.unpack_dual(z).tangent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "act",
     [

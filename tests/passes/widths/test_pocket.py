@@ -25,6 +25,7 @@ EXACT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options", "count"), EXACT)
 def test_the_papers_nets_come_out_as_their_hand_built_pocket_nets(
     name: str, options: dict[str, int], count: int

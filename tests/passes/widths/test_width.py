@@ -56,6 +56,7 @@ def _narrowed(model: nn.Module, given: Width, shape: str = "1x1x8x8") -> list[in
 # -- what the options ask for --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("levels", "theta"), MISHRA)
 def test_the_papers_widths_give_its_weight_counts(
     unet: nn.Module, levels: tuple[int, ...], theta: int
