@@ -21,7 +21,7 @@ from pocketize.engine.pipeline import rewrite
 from pocketize.errors import CaptureError, CropWarning, InputError, OptionError
 from pocketize.graph.capture import capture, find_tensors, settle_inputs
 from pocketize.graph.inputs import Inputs, to_model
-from pocketize.passes.cascade.crops import Box, box_around, foreground, paste, touched
+from pocketize.passes.cascade.crops import Crop, box_around, foreground, paste, touched
 from pocketize.passes.cascade.extend_inputs import ExtendInputs
 from pocketize.passes.cascade.guidance import (
     class_maps,
@@ -267,7 +267,7 @@ class Cascade(nn.Module):
             )
         return logits
 
-    def _joined(self, volume: Tensor, logits: Tensor, box: Box | None) -> Tensor:
+    def _joined(self, volume: Tensor, logits: Tensor, box: Crop | None) -> Tensor:
         """Return what stage 2 reads; the maps at full size are gone before it runs."""
         maps = resize(class_maps(logits, self.guidance), volume.shape[2:]).to(volume.dtype)
         if box is not None:
@@ -289,7 +289,7 @@ class Cascade(nn.Module):
             )
         return shrunken(volume.shape[2:], self.scale, self.multiple)
 
-    def _warn(self, output: Any, box: Box) -> None:
+    def _warn(self, output: Any, box: Crop) -> None:
         found = [t for t in find_tensors(output) if tuple(t.shape[2:]) == box.extent]
         axes = touched(found[0], box, self.background) if found else ()
         if axes:

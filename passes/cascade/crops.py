@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Box", "box_around", "foreground", "paste", "touched"]
+__all__ = ["Crop", "box_around", "foreground", "paste", "touched"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pocketize.errors import InputError
 
 
 @dataclass(frozen=True)
-class Box:
+class Crop:
     """A part of a volume.
 
     Attributes:
@@ -61,7 +61,7 @@ def foreground(maps: Tensor, background: int) -> Tensor:
 
 def box_around(
     mask: Tensor, sizes: Sequence[int], margin: Sequence[int], multiple: Sequence[int]
-) -> Box:
+) -> Crop:
     """Return the box around a foreground that was found at a lower resolution.
 
     Args:
@@ -80,7 +80,7 @@ def box_around(
         line = seen.any(others) if others else seen
         found = line.nonzero()
         if not len(found):
-            return Box((0,) * len(sizes), tuple(sizes), tuple(sizes))
+            return Crop((0,) * len(sizes), tuple(sizes), tuple(sizes))
         cells = seen.shape[axis]
         first, last = int(found[0]), int(found[-1]) + 1
         a = max(0, first * size // cells - wide)
@@ -89,10 +89,10 @@ def box_around(
         a = min(max(0, a - (extent - (b - a)) // 2), size - extent)
         low.append(a)
         high.append(a + extent)
-    return Box(tuple(low), tuple(high), tuple(sizes))
+    return Crop(tuple(low), tuple(high), tuple(sizes))
 
 
-def touched(part: Tensor, box: Box, background: int) -> tuple[int, ...]:
+def touched(part: Tensor, box: Crop, background: int) -> tuple[int, ...]:
     """Return the axes along which a prediction's foreground reaches a border of its box.
 
     Args:
@@ -112,7 +112,7 @@ def touched(part: Tensor, box: Box, background: int) -> tuple[int, ...]:
     return tuple(axes)
 
 
-def paste(part: Tensor, box: Box, background: int, outside: Sequence[float] | float) -> Tensor:
+def paste(part: Tensor, box: Crop, background: int, outside: Sequence[float] | float) -> Tensor:
     """Put a result of a box into a volume that is background elsewhere.
 
     Args:

@@ -1,35 +1,49 @@
 """More input channels: guidance from another network, a prior, a second modality.
 
-The network computes what it did before until the new weights, all zero, have learnt something.
+The weights that read the input are found in the traced graph, and again in a graph at the wider
+input, which also tells where in each weight the new channels are: behind the others for a
+convolution, among them for a linear layer over flattened patches. All new weights are zero, so that
+the network computes what it did before.
 """
 
 from __future__ import annotations
 
-__all__ = ["ExtendInputs"]
+__all__ = ["ExtendInputs", "extend_inputs"]
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from pocketize.errors import OptionError, RewriteError
-from pocketize.passes.cascade.extension import extend_inputs
+import torch
+from torch import Tensor, nn
+
+from pocketize._torch import FakeTensor, FakeTensorMode
+from pocketize.engine.surgery import apply_edits
+from pocketize.errors import CaptureError, OptionError, RewriteError
+from pocketize.graph.capture import Captured, record
+from pocketize.graph.clone import clone, fake_clone
+from pocketize.passes.cascade.first_readers import FirstReader, find_first_readers
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Target
+from pocketize.plugin.edits import Extend
+
+_Readers = Mapping[tuple[str, int], FirstReader]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtendInputs(Pass):
     """Let a network read more input channels, behind those it has.
 
-    Every weight that reads the input grows by zeros: the first convolution, the shortcut beside it,
-    a patch embedding, a later layer that the input is concatenated to. Parameters stay the objects
-    they are, with their gradients and whether they are frozen; an optimiser that has taken a step
-    keeps moments of the old shape, so make a new one.
+    Every weight that reads the input is extended by zeros: the first convolution, the shortcut
+    beside it, a patch embedding, a later layer that the input is concatenated to. Parameters remain
+    the same objects, with their gradients and ``requires_grad``; an optimiser that has taken a step
+    has moments of the old shape, so make a new one.
 
-    Registered passes keep what a network takes and returns. This one does not, so it is given in
+    Registered passes keep a network's inputs and outputs. This one does not, so it is given in
     Python only, and alone: ``rewrite(model, ExtendInputs(4), inputs=x)`` with an ``x`` of the
-    channels that the model has now.
+    present channels.
 
     Attributes:
-        channels: how many channels come behind those that the network reads.
+        channels: how many channels are added behind those that the network reads.
         argument: which of the network's input tensors, in the order of the arguments.
     """
 
@@ -60,9 +74,9 @@ class ExtendInputs(Pass):
         Raises:
             RewriteError: the input is read by something that cannot be extended.
         """
-        recordings = [target.captured(train) for train in (False, True)]
+        graphs = [target.captured(train) for train in (False, True)]
         try:
-            edits = extend_inputs(target.model, recordings, self.channels, argument=self.argument)
+            edits = extend_inputs(target.model, graphs, self.channels, argument=self.argument)
         except RewriteError as error:
             name = type(target.model).__name__
             raise RewriteError(
@@ -77,3 +91,106 @@ class ExtendInputs(Pass):
             for edit in edits
         )
         return Proposal(edits=edits, changes=changes)
+
+
+def extend_inputs(
+    model: nn.Module, graphs: Sequence[Captured], extra: int, *, argument: int = 0
+) -> tuple[Extend, ...]:
+    """Return one edit for each weight that reads the input, so that it reads more channels.
+
+    Args:
+        model: the model; unchanged.
+        graphs: its traced graphs, in evaluation and in training mode.
+        extra: how many channels are added behind the present ones.
+        argument: which of its input tensors, in the order of the arguments; channels on axis 1.
+
+    Raises:
+        RewriteError: an operator that reads the input would compute something else, or the model
+            does not run on more channels.
+    """
+    edits: dict[str, Extend] = {}
+    for captured in graphs:
+        found = find_first_readers(captured, argument)
+        had = captured.inputs.tensors()[argument].shape[1]
+        grown = {key: _behind(reader, had, extra) for key, reader in found.items()}
+        wide = _record_wide(model, captured, tuple(grown.values()), extra, argument)
+        _check_same(captured, wide)
+        for edit in _placed(found, find_first_readers(wide, argument), had):
+            if edits.setdefault(edit.tensor, edit) != edit:
+                raise RewriteError(f"{edit.tensor} reads other channels in training mode")
+    return tuple(edits.values())
+
+
+def _behind(reader: FirstReader, had: int, extra: int) -> Extend:
+    """Return an edit of the right size, with the new channels at the end for now."""
+    times = [reader.channels.count(channel) for channel in range(1, had + 1)]
+    if len(set(times)) > 1:
+        raise RewriteError(
+            f"{reader.tensor} reads some channels of the input {max(times)} times and some "
+            f"{min(times)} times, so there is no telling how often it would read new ones"
+        )
+    size = len(reader.channels)
+    new = tuple(range(size, size + times[0] * extra))
+    return Extend(reader.tensor, reader.axis, new, size)
+
+
+def _placed(
+    narrow: Mapping[tuple[str, int], FirstReader],
+    wide: Mapping[tuple[str, int], FirstReader],
+    had: int,
+) -> list[Extend]:
+    """Return the edits with the positions of the new channels in the wider graph."""
+    placed = []
+    for key, reader in narrow.items():
+        again = wide.get(key)
+        channels = again.channels if again is not None else ()
+        kept = tuple(channel for channel in channels if channel <= had)
+        if kept != reader.channels or len(wide) != len(narrow):
+            raise RewriteError(
+                f"with more input channels {reader.tensor} does not read those that it reads now"
+            )
+        new = tuple(index for index, channel in enumerate(channels) if channel > had)
+        placed.append(Extend(reader.tensor, reader.axis, new, len(reader.channels)))
+    return placed
+
+
+def _record_wide(
+    model: nn.Module, captured: Captured, edits: Sequence[Extend], extra: int, argument: int
+) -> Captured:
+    """Trace the extended model at the wider input, without memory where the first was."""
+    tensors = captured.inputs.tensors()
+    fakes = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
+    mode = fakes or FakeTensorMode(allow_non_fake_inputs=True)
+    copy = clone(model) if captured.real else fake_clone(model, mode)
+    apply_edits(copy, edits)
+
+    def widened(tensor: Tensor) -> Tensor:
+        if tensor is not tensors[argument]:
+            return tensor
+        shape = (tensor.shape[0], extra, *tensor.shape[2:])
+        return torch.cat([tensor, tensor.new_zeros(shape)], 1)
+
+    try:
+        if captured.real:
+            return record(copy, captured.inputs.map(widened), train=captured.train)
+        with mode:
+            return record(copy, captured.inputs.map(widened), train=captured.train)
+    except CaptureError as error:
+        raise RewriteError(
+            f"{type(model).__name__} does not run on {extra} more input channels, probably because "
+            f"its code counts them: {error}"
+        ) from error
+
+
+def _check_same(before: Captured, after: Captured) -> None:
+    if before.structure != after.structure:
+        raise RewriteError("with more input channels the outputs have other shapes")
+    old, new = before.operators(), after.operators()
+    for one, other in zip(old, new, strict=False):
+        if one.target != other.target:
+            raise RewriteError(
+                f"with more input channels {other.target} runs where {one.target} did, "
+                f"in {one.meta['module'] or 'the model itself'}"
+            )
+    if len(old) != len(new):
+        raise RewriteError("with more input channels the model runs another number of operators")

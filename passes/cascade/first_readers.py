@@ -1,17 +1,17 @@
 """Which weights read the channels of a network's input.
 
-Every index of the input's channel axis gets a number, and what the recorded operators do to the
-input is done to an array of these numbers: moving, padding, concatenating. Where a convolution or a
-linear layer reads the result, the array tells which input channel each index of its weight meets.
-What is computed there no longer holds the input's channels, so the walk ends.
+Each index of the input's channel axis gets a number, and what the traced operators do to the input
+is done to an array of these numbers: moving, padding, concatenating. Where a convolution or a
+linear layer reads the result, the array has the input channel of each index of the weight. Its
+output no longer holds the input's channels, so the walk ends there.
 
-Anything in between that lets one input channel act on another, or that has a parameter for each,
-would compute something else if there were more of them: the walk refuses it by name.
+An operator in between that mixes input channels, or that has a parameter for each, would compute
+something else on more channels; the walk refuses it by name.
 """
 
 from __future__ import annotations
 
-__all__ = ["Inlet", "find_inlets"]
+__all__ = ["FirstReader", "find_first_readers"]
 
 import operator
 from collections.abc import Sequence
@@ -36,13 +36,13 @@ _SPATIAL = {
 
 
 @dataclass(frozen=True)
-class Inlet:
-    """An axis of a weight that meets channels of the input.
+class FirstReader:
+    """An axis of a weight that reads channels of the input.
 
     Attributes:
         tensor: name of the parameter.
         axis: the axis.
-        channels: for each index the input channel that it meets, counted from 1; 0 for none.
+        channels: for each index the input channel that it reads, counted from 1; 0 for none.
         module: path of the module that reads it.
     """
 
@@ -52,11 +52,11 @@ class Inlet:
     module: str
 
 
-def find_inlets(captured: Captured, argument: int = 0) -> dict[tuple[str, int], Inlet]:
+def find_first_readers(captured: Captured, argument: int = 0) -> dict[tuple[str, int], FirstReader]:
     """Find the weights that read the channels of an input.
 
     Args:
-        captured: a recording of the model.
+        captured: a traced graph of the model.
         argument: which of its input tensors, in the order of the arguments; channels on axis 1.
 
     Returns:
@@ -70,13 +70,13 @@ def find_inlets(captured: Captured, argument: int = 0) -> dict[tuple[str, int], 
 
 
 class _Walk:
-    """Carries the numbers of the input's channels through one recording."""
+    """Propagates the numbers of the input's channels through a graph."""
 
     def __init__(self, captured: Captured, argument: int) -> None:
         self.graph = captured.graph
         self.outputs = captured.outputs()
         self.numbers: dict[fx.Node, Any] = {}
-        self.inlets: dict[tuple[str, int], Inlet] = {}
+        self.readers: dict[tuple[str, int], FirstReader] = {}
         places = list(self.graph.find_nodes(op="placeholder"))
         if not 0 <= argument < len(places):
             raise RewriteError(f"the model has {len(places)} input tensors, none is {argument}")
@@ -86,7 +86,7 @@ class _Walk:
         channels = torch.arange(1, shape[1] + 1, dtype=torch.int32)
         self.numbers[places[argument]] = channels.view(-1, *[1] * (len(shape) - 2)).expand(shape)
 
-    def run(self) -> dict[tuple[str, int], Inlet]:
+    def run(self) -> dict[tuple[str, int], FirstReader]:
         for node in self.graph.nodes:
             if node.op == "call_function" and any(
                 n in self.numbers and _any(self.numbers[n]) for n in node.all_input_nodes
@@ -97,9 +97,9 @@ class _Walk:
         for node in self.outputs:
             if node in self.numbers and _any(self.numbers[node]):
                 raise RewriteError("the model returns channels of its input, which would be more")
-        if not self.inlets:
+        if not self.readers:
             raise RewriteError("no convolution and no linear layer reads the input")
-        return self.inlets
+        return self.readers
 
     def _follow(self, node: fx.Node) -> Any:
         """Return the numbers in an operator's result; ``None`` where it holds none."""
@@ -136,7 +136,7 @@ class _Walk:
         arguments = bind(node.target, node.args, node.kwargs)
         array = self._array(arguments["self"])
         amounts = arguments["pad" if "pad" in arguments else "padding"]
-        if len(amounts) // 2 < array.ndim - 1:  # in space: a channel stays what it is
+        if len(amounts) // 2 < array.ndim - 1:  # in space: channels stay as they are
             spread: Tensor = self._spread(node)
             return spread
         if arguments.get("mode", "constant") != "constant":
@@ -144,7 +144,7 @@ class _Walk:
         return torch.nn.functional.pad(array, amounts)
 
     def _spread(self, node: fx.Node) -> Any:
-        """An operator that treats every channel alone, without parameters."""
+        """Return the numbers after an operator that treats every channel alone."""
         arguments = bind(node.target, node.args, node.kwargs)
         tensors = [key for key, value in arguments.items() if isinstance(value, fx.Node)]
         if len(tensors) > 1:
@@ -186,13 +186,15 @@ class _Walk:
                 "has a weight that is computed from others (weight_norm, spectral_norm); "
                 "remove the parametrization first",
             )
-        inlet = Inlet(name, axis, tuple(channels.tolist()), str(node.meta["module"]))
-        held = self.inlets.setdefault((name, axis), inlet)
-        if held.channels != inlet.channels or any(n == name and a != axis for n, a in self.inlets):
+        reader = FirstReader(name, axis, tuple(channels.tolist()), str(node.meta["module"]))
+        held = self.readers.setdefault((name, axis), reader)
+        if held.channels != reader.channels or any(
+            n == name and a != axis for n, a in self.readers
+        ):
             raise self._refusal(node, f"reads other channels with {name} than {held.module} does")
 
     def _met(self, node: fx.Node) -> Any:
-        """Element by element; what meets the input's channels must be the same for all of them."""
+        """Return the numbers after an element-wise operator, which must treat channels alike."""
         shape = _first(node.meta["val"]).shape
         found: Tensor | None = None
         for other in node.all_input_nodes:
@@ -203,7 +205,7 @@ class _Walk:
                 if found is not None and not bool(((found == array) | (array == 0)).all()):
                     raise self._refusal(node, "lets channels of the input meet one another")
                 found = array
-        assert found is not None  # the walk comes here only for operators that read the channels
+        assert found is not None  # only operators that read the channels get here
         seen = _seen(found)
         several = [a for a in range(seen.ndim) if bool((seen != seen.narrow(a, 0, 1)).any())]
         for other in node.all_input_nodes:
@@ -217,7 +219,7 @@ class _Walk:
         return [found] * len(values) if isinstance(values, tuple | list) else found
 
     def _of_axis(self, node: fx.Node, array: Tensor, axis: int) -> Tensor:
-        """The channel of each index of an axis, 0 for none; padding does not count."""
+        """Return the channel of each index of an axis, 0 for none; padding does not count."""
         seen = _seen(array)
         others = [a for a in range(array.ndim) if a != axis]
         shape = [1] * array.ndim
@@ -246,5 +248,5 @@ def _first(value: Any) -> Tensor:
 
 
 def _seen(numbers: Tensor) -> Tensor:
-    """One entry of every axis that only repeats itself, so that large inputs cost nothing."""
+    """Return one entry of each expanded axis, so that large inputs cost nothing."""
     return numbers[tuple(slice(0, 1) if s == 0 else slice(None) for s in numbers.stride())]

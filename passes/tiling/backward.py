@@ -1,15 +1,15 @@
-"""Gradients part by part: the steps of a program backwards, each tile computed again.
+"""Gradients by tiles: the steps of a program in reverse order, each tile computed again.
 
-The gradient of what a sweep stored is known when all later steps have been gone through. For each
-tile the sweep's operators run once more, now with a graph, from what was stored; their gradients
-are added up where tiles overlap. Statistics of norms are inputs of the tiles like any other: the
-gradients that arrive at a mean and a variance are spread over the whole map by the derivative of
-the two, so that the sum of all tiles is the gradient of the whole.
+The gradient of a stored map is complete when all later steps are done. For each tile the operators
+of the loop run once more, now with a graph, from stored results; their gradients are accumulated
+where tiles overlap. Statistics of norms are inputs of the tiles like any other: the gradients of a
+mean and a variance are scattered to the whole map by the derivative of the two, so that the sum of
+all tiles is the gradient of the whole.
 """
 
 from __future__ import annotations
 
-__all__ = ["Differentiation", "differentiable"]
+__all__ = ["TiledBackward", "differentiable"]
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,49 +18,57 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pocketize.passes.tiling.execution import Execution
-from pocketize.passes.tiling.intervals import Region, cut
-from pocketize.passes.tiling.keeping import Keeper, Kept
-from pocketize.passes.tiling.program import Direct, Sweep
-from pocketize.passes.tiling.statistics import Moments, Pooled
+from pocketize.passes.tiling.execution import Execution, ExecutionSettings
+from pocketize.passes.tiling.intervals import Box, cut
+from pocketize.passes.tiling.program import FullSizeOp, TileLoop
+from pocketize.passes.tiling.statistics import NormMoments, Pooled
+from pocketize.passes.tiling.storage import Buffer, Storage
 
 
 def differentiable(tensor: Tensor) -> bool:
-    """Whether gradients exist by entries of a tensor's kind."""
+    """Whether a tensor's dtype has gradients."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 class _Leaf:
-    """A tensor that gradients are asked for, and where they belong."""
+    """A tensor with ``requires_grad``, and the box of a result that its gradient is added to."""
 
-    def __init__(self, node: fx.Node, region: Region | None, index: int, tensor: Tensor) -> None:
-        self.node, self.region, self.index, self.tensor = node, region, index, tensor
+    def __init__(self, node: fx.Node, box: Box | None, index: int, tensor: Tensor) -> None:
+        self.node, self.box, self.index, self.tensor = node, box, index, tensor
 
 
-class Differentiation(Execution):
-    """The way back through an execution that has kept everything that it stored.
+class TiledBackward(Execution):
+    """The backward pass of an execution.
 
     Args:
         execution: it has run, with ``retain``.
-        keeper: where gradients of stored maps are kept.
-        of_inputs: inputs whose gradients are asked for; None for all.
-        retain: what the execution stored is kept for another way back.
+        storage: of the gradients of stored maps.
+        of_inputs: inputs whose gradients are wanted; None for all.
+        retain: keep the execution's results for another backward pass.
     """
 
     def __init__(
         self,
         execution: Execution,
-        keeper: Keeper,
+        storage: Storage,
         *,
         of_inputs: Collection[fx.Node] | None = None,
         retain: bool = False,
     ) -> None:
-        super().__init__(execution.program, execution.tensors, {}, execution.keeper, retain=retain)
+        super().__init__(
+            ExecutionSettings(
+                program=execution.program,
+                tensors=execution.tensors,
+                inputs={},
+                storage=execution.storage,
+                retain=retain,
+            )
+        )
         self.stored, self.norms = execution.stored, execution.norms
         if retain:
             self.stored = dict(self.stored)
-        self.gradients_keeper, self.of_inputs = keeper, of_inputs
-        self._sums: dict[tuple[fx.Node, int], Kept | Tensor] = {}
+        self.gradient_storage, self.of_inputs = storage, of_inputs
+        self._sums: dict[tuple[fx.Node, int], Buffer | Tensor] = {}
         self._norm_sums: dict[fx.Node, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
         self._leaves: list[_Leaf] = []
@@ -79,12 +87,12 @@ class Differentiation(Execution):
             for node, gradient in of_outputs.items():
                 self._add(node, None, 0, gradient)
             for step in reversed(self.program.steps):
-                if isinstance(step, Direct):
-                    self._direct_back(step)
+                if isinstance(step, FullSizeOp):
+                    self._full_size_back(step)
                 else:
-                    self._sweep_back(step)
+                    self._tile_loop_back(step)
             inputs = {
-                node: held.tensor if isinstance(held, Kept) else held
+                node: held.tensor if isinstance(held, Buffer) else held
                 for (node, _), held in self._sums.items()
                 if node.op == "placeholder"
             }
@@ -95,13 +103,13 @@ class Differentiation(Execution):
 
     # -- what forms read: leaves ------------------------------------------------------------------
 
-    def part(self, node: fx.Node, region: Region) -> Tensor:
-        """Return a region of a result; of a stored one, as a leaf."""
+    def part(self, node: fx.Node, box: Box) -> Tensor:
+        """Return a box of a result; of a stored one, as a leaf."""
         if node in self._local:
-            return super().part(node, region)
+            return super().part(node, box)
         if node.op == "get_attr":
-            return cut(self.value(node), region)
-        return self._leaf(node, region, 0, super().part(node, region))
+            return cut(self.value(node), box)
+        return self._leaf(node, box, 0, super().part(node, box))
 
     def value(self, node: fx.Node) -> Any:
         """Return a weight, or a stored result as a leaf."""
@@ -122,21 +130,21 @@ class Differentiation(Execution):
             self._norm_leaves[node] = self.norms[node].detach().requires_grad_()
         return self._norm_leaves[node]
 
-    def _leaf(self, node: fx.Node, region: Region | None, index: int, tensor: Tensor) -> Tensor:
+    def _leaf(self, node: fx.Node, box: Box | None, index: int, tensor: Tensor) -> Tensor:
         idle = self.of_inputs is not None and node not in self.of_inputs
         if not differentiable(tensor) or (idle and node.op == "placeholder"):
             return tensor.detach()
         leaf = tensor.detach().requires_grad_()
-        self._leaves.append(_Leaf(node, region, index, leaf))
+        self._leaves.append(_Leaf(node, box, index, leaf))
         return leaf
 
     # -- steps ------------------------------------------------------------------------------------
 
-    def _direct_back(self, step: Direct) -> None:
+    def _full_size_back(self, step: FullSizeOp) -> None:
         node = step.node
         several = isinstance(node.meta["val"], list | tuple)
         with torch.enable_grad():
-            made = self._direct(node)
+            made = self._full_size(node)
             results = list(made) if several else [made]
         pairs = []
         for index, result in enumerate(results):
@@ -146,37 +154,37 @@ class Differentiation(Execution):
         self._differentiate(pairs)
         self._free([node])
 
-    def _sweep_back(self, step: Sweep) -> None:
-        for node in step.gathers:
-            self._spread(node, step)
+    def _tile_loop_back(self, step: TileLoop) -> None:
+        for node in step.reductions:
+            self._scatter(node, step)
         for tile in self._tiles(step):
             shares = {node: self._share(node, step, tile) for node in step.targets}
             wanted = {
-                node: region
-                for node, region in shares.items()
-                if region is not None and (node, 0) in self._sums
+                node: box
+                for node, box in shares.items()
+                if box is not None and (node, 0) in self._sums
             }
             if not wanted:
                 continue
             with torch.enable_grad():
                 self._compute(step, wanted, {})
                 pairs = []
-                for node, region in wanted.items():
-                    result = super().part(node, region)
+                for node, box in wanted.items():
+                    result = super().part(node, box)
                     held = self._sums[node, 0]
-                    gradient = held.read(region) if isinstance(held, Kept) else cut(held, region)
+                    gradient = held.read(box) if isinstance(held, Buffer) else cut(held, box)
                     pairs.append((result, gradient))
             self._differentiate([pair for pair in pairs if pair[0].requires_grad])
             self._local.clear()
-        for node in [*step.targets, *step.gathers]:
+        for node in [*step.targets, *step.reductions]:
             if (node, 0) in self._sums:
                 waited = self._sums.pop((node, 0))
-                if isinstance(waited, Kept):
+                if isinstance(waited, Buffer):
                     waited.close()
             self._free([node])
 
     def _differentiate(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Go back from results to leaves, weights and statistics, and add up what arrives."""
+        """Differentiate results by leaves, weights and statistics, and accumulate the gradients."""
         leaves, self._leaves = self._leaves, []
         norms, self._norm_leaves = self._norm_leaves, {}
         used, self._used = self._used, {}
@@ -188,7 +196,7 @@ class Differentiation(Execution):
         rest = iter(found)
         for leaf in leaves:
             if (gradient := next(rest)) is not None:
-                self._add(leaf.node, leaf.region, leaf.index, gradient)
+                self._add(leaf.node, leaf.box, leaf.index, gradient)
         for node in norms:
             if (gradient := next(rest)) is not None:
                 held = self._norm_sums.get(node)
@@ -198,42 +206,42 @@ class Differentiation(Execution):
                 total = self._weights.get(name)
                 self._weights[name] = gradient if total is None else total.add_(gradient)
 
-    def _spread(self, node: fx.Node, step: Sweep) -> None:
-        """Spread the gradient of what was gathered of a map over the map."""
-        gathered = self.graph.gathered[node]
-        sizes = gathered.source.meta["val"].shape
-        if isinstance(gathered, Moments):
+    def _scatter(self, node: fx.Node, step: TileLoop) -> None:
+        """Scatter the gradient of a reduction to its map."""
+        reduction = self.graph.reductions[node]
+        sizes = reduction.source.meta["val"].shape
+        if isinstance(reduction, NormMoments):
             arrived = self._norm_sums.pop(node, None)
         else:
             held = self._sums.get((node, 0))
             arrived = None if held is None else _all_of(held)
         if arrived is None:
             return
-        if isinstance(gathered, Pooled):
+        if isinstance(reduction, Pooled):
             arrived = arrived.reshape(*sizes[:2], *(1 for _ in sizes[2:]))
-            arrived = arrived / self._sharers(gathered, step)
-        for region in self._shares(gathered.source, step):
-            part = super().part(gathered.source, region)
-            if isinstance(gathered, Moments):
-                gradient = _of_moments(gathered, arrived, self.norms[node], part, sizes)
+            arrived = arrived / self._sharers(reduction, step)
+        for box in self._shares(reduction.source, step):
+            part = super().part(reduction.source, box)
+            if isinstance(reduction, NormMoments):
+                gradient = _of_moments(reduction, arrived, self.norms[node], part, sizes)
             else:
-                assert isinstance(gathered, Pooled)
+                assert isinstance(reduction, Pooled)
                 gradient = arrived.expand_as(part)
-                if gathered.kind == "max":
-                    gradient = gradient * self._is_largest(gathered, part)
-            self._add(gathered.source, region, 0, gradient.to(part.dtype))
+                if reduction.kind == "max":
+                    gradient = gradient * self._is_largest(reduction, part)
+            self._add(reduction.source, box, 0, gradient.to(part.dtype))
 
-    def _sharers(self, pooled: Pooled, step: Sweep) -> Tensor | int:
-        """Return among how many entries of each channel the gradient is divided.
+    def _sharers(self, pooled: Pooled, step: TileLoop) -> Tensor | int:
+        """Return the number of entries of each channel that share its gradient.
 
-        All that are the largest have a part in it, as torch's own gradient has it.
+        All entries that equal the maximum do, as in torch's own gradient.
         """
         if pooled.kind == "mean":
             sizes: torch.Size = pooled.source.meta["val"].shape[2:]
             return sizes.numel()
         total: Any = 0
-        for region in self._shares(pooled.source, step):
-            equal = self._is_largest(pooled, super().part(pooled.source, region))
+        for box in self._shares(pooled.source, step):
+            equal = self._is_largest(pooled, super().part(pooled.source, box))
             total = total + equal.flatten(2).sum(-1)
         found: Tensor = total
         return found.reshape(*found.shape, *(1 for _ in step.counts))
@@ -243,50 +251,50 @@ class Differentiation(Execution):
         equal: Tensor = part == largest.reshape(*part.shape[:2], *(1 for _ in part.shape[2:]))
         return equal
 
-    def _shares(self, node: fx.Node, step: Sweep) -> Iterator[Region]:
+    def _shares(self, node: fx.Node, step: TileLoop) -> Iterator[Box]:
         for tile in self._tiles(step):
-            region = self._share(node, step, tile)
-            if region is not None:
-                yield region
+            box = self._share(node, step, tile)
+            if box is not None:
+                yield box
 
     # -- sums -------------------------------------------------------------------------------------
 
-    def _add(self, node: fx.Node, region: Region | None, index: int, gradient: Tensor) -> None:
+    def _add(self, node: fx.Node, box: Box | None, index: int, gradient: Tensor) -> None:
         held = self._sums.get((node, index))
         if held is None:
             held = self._sums[node, index] = self._zeros(node, index, gradient)
-        if isinstance(held, Kept):
-            held.add(region, gradient)
-        elif region is None:
+        if isinstance(held, Buffer):
+            held.add(box, gradient)
+        elif box is None:
             held += gradient.to(held.dtype)
         else:
-            cut(held, region).add_(gradient)
+            cut(held, box).add_(gradient)
 
-    def _zeros(self, node: fx.Node, index: int, like: Tensor) -> Kept | Tensor:
+    def _zeros(self, node: fx.Node, index: int, like: Tensor) -> Buffer | Tensor:
         value = node.meta["val"]
         value = value[index] if isinstance(value, list | tuple) else value
         if node.op == "placeholder" or not self.graph.is_map(node):
             return torch.zeros(tuple(value.shape), dtype=like.dtype, device=like.device)
         small = self.graph.nbytes(node) <= self.program.limit
-        room = self.gradients_keeper.room(value.shape, like.dtype, small=small)
-        room.tensor.zero_()
-        return room
+        allocate = self.gradient_storage.allocate(value.shape, like.dtype, small=small)
+        allocate.tensor.zero_()
+        return allocate
 
     def _free(self, nodes: Sequence[fx.Node]) -> None:
         if not self.retain:
             super()._free(nodes)
 
 
-def _all_of(held: Kept | Tensor) -> Tensor:
-    if isinstance(held, Kept):
+def _all_of(held: Buffer | Tensor) -> Tensor:
+    if isinstance(held, Buffer):
         return held.read(tuple((0, size) for size in held.tensor.shape[2:]))
     return held
 
 
 def _of_moments(
-    moments: Moments, arrived: Tensor, statistics: Tensor, part: Tensor, sizes: torch.Size
+    moments: NormMoments, arrived: Tensor, statistics: Tensor, part: Tensor, sizes: torch.Size
 ) -> Tensor:
-    """Return the gradient of a part by way of the mean and the variance of its whole.
+    """Return the gradient of a part through the mean and the variance of its map.
 
     With n entries, d mean / d x = 1 / n and d variance / d x = 2 (x - mean) / n.
     """

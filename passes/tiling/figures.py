@@ -1,12 +1,13 @@
-"""What a program costs: halos, voxels computed, bytes kept, and its peak, foretold."""
+"""What a program costs: halos, computed voxels, stored bytes, and an estimate of its peak."""
 
 from __future__ import annotations
 
 __all__ = [
     "PeakCounter",
-    "foretold_peak",
+    "estimated_peak",
     "halo",
     "kept_bytes",
+    "largest_tile",
     "measured_peak",
     "overhead",
     "whole_peak",
@@ -15,7 +16,7 @@ __all__ = [
 import functools
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,64 +32,56 @@ from pocketize._torch import (
     storage_key,
     without_dispatch_modes,
 )
+from pocketize.errors import OptionError
 from pocketize.graph.clone import clone_modules
 from pocketize.graph.inputs import Inputs
 from pocketize.memory import measure
 from pocketize.memory.tracker import is_composite, storages_of
 from pocketize.passes.shared.forwards import wrapping
-from pocketize.passes.tiling.cutting import PatchForward, Tiling
-from pocketize.passes.tiling.execution import Execution
-from pocketize.passes.tiling.intervals import Region, hull
-from pocketize.passes.tiling.keeping import Keeper
-from pocketize.passes.tiling.network import TiledGraph
-from pocketize.passes.tiling.program import Direct, Program, Sweep
-from pocketize.passes.tiling.recording import Recording
-from pocketize.passes.tiling.reduce import reduction
+from pocketize.passes.tiling.execution import Execution, ExecutionSettings
+from pocketize.passes.tiling.forward import PatchForward, Tiling, output_reduction
+from pocketize.passes.tiling.program import FullSizeOp, Program, TileLoop, needed_boxes
+from pocketize.passes.tiling.storage import Storage
+from pocketize.passes.tiling.tiled_graph import TiledGraph
+from pocketize.passes.tiling.tracing import ForwardTrace
+from pocketize.units import bytes_text
 
-#: Voxels around the middle whose halos are looked at: strides make them differ.
+#: Number of voxels around the middle whose halos are computed: strides make them differ.
 _PLACES = 32
-#: Of sweeps with more tiles than this, some stand for all.
+#: In loops with more tiles than this, some stand for all.
 _TILES = 128
 
 
 def halo(graph: TiledGraph) -> tuple[tuple[int, int] | None, ...]:
-    """Return how far beyond a voxel of an output its input reaches, before and behind.
+    """Return the halo of an output voxel along each axis, before and behind.
 
-    Through norms and poolings of whole maps every voxel depends on all: their statistics are not
-    counted. An axis is None where nothing but the volume's borders ends the reach, or an operator
-    in between runs whole.
+    Statistics of norms and of poolings of whole maps are not counted: through them every voxel
+    depends on all. An axis is None where only the volume's border ends the receptive field, or an
+    operator in between runs whole.
     """
-    outputs = [node for node in graph.captured.outputs() if node in graph.forms]
-    reaches: list[tuple[int, int] | None] = [(0, 0)] * graph.rank
-    for node in outputs:
-        found = _reach(graph, node)
-        for axis in range(graph.rank):
-            a, b = reaches[axis], found[axis]
-            reaches[axis] = None if a is None or b is None else (max(a[0], b[0]), max(a[1], b[1]))
-    return tuple(reaches)
+    found = [_halo_of(graph, node) for node in graph.captured.outputs() if node in graph.forms]
+    joined: list[tuple[int, int] | None] = []
+    for pairs in zip(*found, strict=True):
+        known = [pair for pair in pairs if pair is not None]
+        complete = len(known) == len(pairs)
+        joined.append((max(a for a, _ in known), max(b for _, b in known)) if complete else None)
+    return tuple(joined) or ((0, 0),) * graph.rank
 
 
-def _reach(graph: TiledGraph, output: fx.Node) -> list[tuple[int, int] | None]:
+def _halo_of(graph: TiledGraph, output: fx.Node) -> list[tuple[int, int] | None]:
     sizes = tuple(output.meta["val"].shape[2:])
+    order = [node for node in graph.nodes if node in graph.forms]
     ends = [(0, 0)] * graph.rank
     complete = True
     for offset in range(-_PLACES // 2, _PLACES // 2):
         voxel = [min(max(size // 2 + offset, 0), size - 1) for size in sizes]
-        needed: dict[fx.Node, Region] = {output: tuple((v, v + 1) for v in voxel)}
-        for node in reversed(graph.nodes):
-            if node not in needed:
-                continue
-            form = graph.forms.get(node)
-            if form is None:
-                complete = complete and not graph.is_map(node)
-                continue
-            for source, region in form.needs(needed[node]).items():
-                needed[source] = hull(needed.get(source), region)
-        for source, region in needed.items():
+        needed = needed_boxes(graph, order, {output: tuple((v, v + 1) for v in voxel)})
+        for source, box in needed.items():
             if source.op != "placeholder":
+                complete = complete and (source in graph.forms or not graph.is_map(source))
                 continue
             whole = source.meta["val"].shape[2:]
-            for axis, ((low, high), size) in enumerate(zip(region, whole, strict=True)):
+            for axis, ((low, high), size) in enumerate(zip(box, whole, strict=True)):
                 factor = size / sizes[axis]
                 first, last = voxel[axis] * factor, (voxel[axis] + 1) * factor
                 before, behind = ends[axis]
@@ -98,31 +91,26 @@ def _reach(graph: TiledGraph, output: fx.Node) -> list[tuple[int, int] | None]:
                 )
     return [
         pair if complete and max(pair) < limit else None
-        for pair, limit in zip(ends, _sizes_of_inputs(graph), strict=True)
+        for pair, limit in zip(ends, graph.volume, strict=True)
     ]
 
 
-def _sizes_of_inputs(graph: TiledGraph) -> tuple[int, ...]:
-    inputs = [n for n in graph.captured.graph.nodes if n.op == "placeholder" and graph.is_map(n)]
-    return tuple(max(inputs, key=graph.voxels).meta["val"].shape[2:])
-
-
 def overhead(program: Program) -> float:
-    """Return the entries that sweeps compute, over those that the same operators have."""
+    """Return the entries that loops compute, as a multiple of those in their results."""
     graph = program.graph
     computed = 0.0
     there: set[fx.Node] = set()
     for step in program.steps:
-        if not isinstance(step, Sweep):
+        if not isinstance(step, TileLoop):
             continue
         there.update(node for node in step.order if not graph.forms[node].cheap)
         tiles = program.tiles(step)
         stride = -(-len(tiles) // _TILES)
         some = tiles[::stride]
         for tile in some:
-            for node, region in program.regions(step, tile).items():
+            for node, box in program.boxes(step, tile).items():
                 if not graph.forms[node].cheap:
-                    voxels = math.prod([high - low for low, high in region])
+                    voxels = math.prod([high - low for low, high in box])
                     computed += voxels * _channels(node) * len(tiles) / len(some)
     network = sum(graph.voxels(node) * _channels(node) for node in there)
     return computed / network if network else 1.0
@@ -134,29 +122,29 @@ def _channels(node: fx.Node) -> int:
 
 
 def kept_bytes(program: Program, dtype: torch.dtype | None = None) -> int:
-    """Return the most bytes that wait between sweeps at once, outputs left out.
+    """Return the most bytes that are stored between tile loops at once, outputs left out.
 
     Args:
-        program: to be carried out.
-        dtype: in which floating maps wait; None for their own.
+        program: the steps.
+        dtype: in which floating-point maps are stored; None for their own.
     """
     held: dict[fx.Node, int] = {}
     most = 0
     for step in program.steps:
-        if isinstance(step, Direct):
+        if isinstance(step, FullSizeOp):
             made: Sequence[fx.Node] = [step.node]
         else:
             made = step.targets
         for node in made:
             if node not in program.outputs:
-                held[node] = _waiting(program.graph, node, dtype)
+                held[node] = _stored_bytes(program.graph, node, dtype)
         most = max(most, sum(held.values()))
         for node in step.frees:
             held.pop(node, None)
     return most
 
 
-def _waiting(graph: TiledGraph, node: fx.Node, dtype: torch.dtype | None) -> int:
+def _stored_bytes(graph: TiledGraph, node: fx.Node, dtype: torch.dtype | None) -> int:
     value = node.meta["val"]
     if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
         return graph.nbytes(node)
@@ -189,6 +177,44 @@ def measured_peak(
         copy.training = True  # or else all would be set to training
     with without_dispatch_modes():
         return measure(copy, inputs, mode, estimate=True).peak
+
+
+def largest_tile(
+    volume: Sequence[int], limit: int, peak_of: Callable[[tuple[int, ...]], int], what: str
+) -> tuple[tuple[int, ...], int]:
+    """Return the largest tiles whose peak is within a limit in bytes, and their peak.
+
+    Raises:
+        OptionError: there are none; the text says what the smallest take.
+    """
+    tiles = list(_halved_tiles(volume))
+    low, high = 0, len(tiles) - 1
+    found, least = None, 0
+    while low <= high:
+        middle = (low + high) // 2
+        peak = peak_of(tiles[middle])
+        if peak <= limit:
+            found, high = (tiles[middle], peak), middle - 1
+        else:
+            low, least = middle + 1, peak
+    if found is None:
+        raise OptionError(
+            f"patchwise: option 'max_peak': no tile keeps the live tensors of {what} within "
+            f"{bytes_text(limit)}; with tiles of {tiles[-1]} they take {bytes_text(least)}, "
+            "weights and input among them. Say max_peak of at least that, or keep='host' and "
+            "output='host' on a GPU, 'disk' on a CPU"
+        )
+    return found
+
+
+def _halved_tiles(volume: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield tiles, each half of the one before along its longest axis, down to 8 voxels."""
+    tile = tuple(volume)
+    yield tile
+    while max(tile) > 8:
+        axis = max(range(len(tile)), key=lambda a: (tile[a], a))
+        tile = tuple(-(-t // 2) if a == axis else t for a, t in enumerate(tile))
+        yield tile
 
 
 class PeakCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -242,8 +268,8 @@ class PeakCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._watches.pop(key, None)
 
 
-class _Elsewhere(Keeper):
-    """Makes room on fake tensors, which do not count where they would not be on the device."""
+class _EstimatedStorage(Storage):
+    """Allocates fake tensors, which do not count where they would not be on the device."""
 
     def __init__(
         self,
@@ -253,68 +279,70 @@ class _Elsewhere(Keeper):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__("device", device, dtype=dtype)
-        # what is in host memory counts for a model that is there itself
+        # host memory counts for a model that is on the CPU
         self.counts = place == "device" or (place == "host" and device.type == "cpu")
         self.counter = counter
 
-    def memory(
-        self, size: int, held: torch.dtype, *, small: bool, name: str
+    def allocate_row(
+        self, size: int, dtype: torch.dtype, *, small: bool, name: str
     ) -> tuple[Tensor, Path | None]:
         peak = self.counter.peak
-        made = super().memory(size, held, small=small, name=name)
+        made = super().allocate_row(size, dtype, small=small, name=name)
         if not self.counts and not small:
             self.counter.forget(made[0])
             self.counter.peak = max(peak, self.counter.now)
         return made
 
 
-def foretold_peak(recording: Recording, program: Program, tiling: Tiling) -> int:
+def estimated_peak(trace: ForwardTrace, program: Program, tiling: Tiling) -> int:
     """Return the peak of the live tensors of a forward by tiles, in bytes, without running it.
 
     Weights and inputs on the device are in it; what convolutions allocate inside is not.
 
     Args:
-        recording: of the forward.
-        program: to be carried out.
-        tiling: where what waits between sweeps is kept, and outputs; what is stored of them.
+        trace: of the forward.
+        program: the steps.
+        tiling: where results and outputs are stored.
     """
-    inputs = recording.captured.inputs
-    mode, device = _mode_of(recording), _device_of(recording)
+    inputs = trace.captured.inputs
+    mode, device = _mode_of(trace), _device_of(trace)
     with without_dispatch_modes(), torch.no_grad(), mode:
         counter = PeakCounter(device)
-        counter.see((list(recording.tensors.values()), inputs.tensors()))
+        counter.see((list(trace.tensors.values()), inputs.tensors()))
         execution = Execution(
-            program,
-            recording.tensors,
-            recording.placeholders(inputs),
-            _Elsewhere(tiling.keep, device, counter, tiling.held),
-            outputs=_Elsewhere(tiling.output, device, counter),
-            finish=reduction(tiling.reduce),
+            ExecutionSettings(
+                program=program,
+                tensors=trace.tensors,
+                inputs=trace.placeholders(inputs),
+                storage=_EstimatedStorage(tiling.keep, device, counter, tiling.stored_dtype),
+                outputs=_EstimatedStorage(tiling.output, device, counter),
+                finish=output_reduction(tiling.reduce),
+            )
         )
         with counter:
             execution.run()
     return counter.peak
 
 
-def whole_peak(recording: Recording) -> int:
-    """Return the same of the recorded operators, each result freed after its last reader."""
-    inputs, graph = recording.captured.inputs, recording.captured.graph
-    mode, device = _mode_of(recording), _device_of(recording)
+def whole_peak(trace: ForwardTrace) -> int:
+    """Return the peak of the traced operators, each result freed after its last reader."""
+    inputs, graph = trace.captured.inputs, trace.captured.graph
+    mode, device = _mode_of(trace), _device_of(trace)
     with without_dispatch_modes(), torch.no_grad(), mode:
         counter = PeakCounter(device)
-        counter.see((list(recording.tensors.values()), inputs.tensors()))
+        counter.see((list(trace.tensors.values()), inputs.tensors()))
         with counter:
-            _run_whole(graph, recording, recording.placeholders(inputs))
+            _run_whole(graph, trace, trace.placeholders(inputs))
     return counter.peak
 
 
-def _run_whole(graph: fx.Graph, recording: Recording, inputs: dict[fx.Node, Tensor]) -> None:
+def _run_whole(graph: fx.Graph, trace: ForwardTrace, inputs: dict[fx.Node, Tensor]) -> None:
     held: dict[fx.Node, Any] = dict(inputs)
     last = {source: node for node in graph.nodes for source in node.all_input_nodes}
     for node in graph.nodes:
         if node.op == "get_attr":
             name = node.meta["tensor"]
-            held[node] = recording.tensors[name] if name else node.meta["val"]
+            held[node] = trace.tensors[name] if name else node.meta["val"]
         elif node.op == "call_function":
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), held.__getitem__)
             held[node] = node.target(*args, **kwargs)
@@ -324,13 +352,13 @@ def _run_whole(graph: fx.Graph, recording: Recording, inputs: dict[fx.Node, Tens
                 del held[source]
 
 
-def _mode_of(recording: Recording) -> FakeTensorMode:
-    for tensor in recording.captured.inputs.tensors():
+def _mode_of(trace: ForwardTrace) -> FakeTensorMode:
+    for tensor in trace.captured.inputs.tensors():
         if isinstance(tensor, FakeTensor):
             return tensor.fake_mode
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _device_of(recording: Recording) -> torch.device:
-    tensors = [t for t in recording.tensors.values() if t.is_floating_point()]
-    return [*tensors, *recording.captured.inputs.tensors()][0].device
+def _device_of(trace: ForwardTrace) -> torch.device:
+    tensors = [t for t in trace.tensors.values() if t.is_floating_point()]
+    return [*tensors, *trace.captured.inputs.tensors()][0].device

@@ -1,16 +1,28 @@
-"""How one recorded operator computes a part of its result from parts of its inputs.
+"""How one traced operator computes a box of its result from boxes of its inputs.
 
-A :class:`Form` belongs to one node of a recorded graph. It says which regions of its inputs a
-region of its result takes, and computes that region: with the operator's own padding where the
-region touches the border of the whole tensor, and nowhere else. Tensors are (N, C, *spatial); a
-region has a window for each spatial axis, batch and channels are always whole.
+A :class:`Form` belongs to one node of a traced graph. It returns the boxes of its inputs that a box
+of its result reads, and computes that box: with the operator's own padding where the box touches
+the border of the whole tensor, and nowhere else. Tensors are (N, C, *spatial); a box has an
+interval for each spatial axis, batch and channels are always whole.
 """
 
 from __future__ import annotations
 
-__all__ = ["Context", "Convolution", "Form", "Mixing", "Pointwise", "Pooling", "Transposed"]
+__all__ = [
+    "Context",
+    "Convolution",
+    "Expanded",
+    "Form",
+    "OutOfPlace",
+    "Pointwise",
+    "Pooling",
+    "ResampleForm",
+    "SplitPart",
+    "Transposed",
+]
 
 import abc
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -18,31 +30,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from pocketize.passes.tiling.intervals import Reach, Region, Source, Window
+from pocketize.passes.tiling.intervals import Box, Interval, ReceptiveField, Resampling
 
-Needs = dict[fx.Node, Region]
+InputBoxes = dict[fx.Node, Box]
 
 
 class Context(Protocol):
     """What a form reads its inputs from."""
 
-    def part(self, node: fx.Node, region: Region) -> Tensor:
-        """Return a region of a result, which was asked for by ``needs``."""
+    def part(self, node: fx.Node, box: Box) -> Tensor:
+        """Return a box of a result, within one that ``input_boxes`` returned."""
 
     def value(self, node: fx.Node) -> Any:
         """Return a result that is no map: a weight, a vector, a number."""
 
     def statistics(self, node: fx.Node) -> Tensor:
-        """Return what was gathered for a norm."""
+        """Return the statistics of a norm."""
 
 
 class Form(abc.ABC):
     """A local form of an operator.
 
     Attributes:
-        node: the recorded operator.
-        cheap: it costs no more than reading its inputs, so that computing it again beats keeping
-            it.
+        node: the traced operator.
+        cheap: it costs no more than reading its inputs, so that it is computed again rather than
+            stored.
     """
 
     cheap = False
@@ -51,19 +63,19 @@ class Form(abc.ABC):
         self.node = node
 
     @abc.abstractmethod
-    def needs(self, region: Region) -> Needs:
-        """Return the regions of the inputs that a region of the result takes."""
+    def input_boxes(self, box: Box) -> InputBoxes:
+        """Return the input boxes that a box of the result reads."""
 
     @abc.abstractmethod
-    def run(self, region: Region, context: Context) -> Tensor:
-        """Compute a region of the result."""
+    def run(self, box: Box, context: Context) -> Tensor:
+        """Compute a box of the result."""
 
 
 class Pointwise(Form):
-    """Every entry depends on the entries at its own place, over all channels.
+    """Every entry depends on the entries at its own position, over all channels.
 
     Args:
-        node: the operator; it is called with its own arguments, tensors cut to the region.
+        node: the operator; it is called with its own arguments, tensors cut to the box.
         maps: the tensor arguments that are maps of the result's size, or of size 1 on some axes.
     """
 
@@ -71,42 +83,54 @@ class Pointwise(Form):
 
     def __init__(self, node: fx.Node, maps: Sequence[fx.Node]) -> None:
         super().__init__(node)
-        self.maps = {source: _spatial(source) for source in maps}
+        self.maps = {source: tuple(source.meta["val"].shape[2:]) for source in maps}
 
-    def needs(self, region: Region) -> Needs:
-        """See :meth:`Form.needs`."""
-        return {source: _broadcast(region, sizes) for source, sizes in self.maps.items()}
+    def input_boxes(self, box: Box) -> InputBoxes:
+        """The receptive field."""
+        return {source: _broadcast(box, sizes) for source, sizes in self.maps.items()}
 
-    def run(self, region: Region, context: Context) -> Tensor:
-        """See :meth:`Form.run`."""
+    def run(self, box: Box, context: Context) -> Tensor:
+        """Run the operator on the boxes."""
 
         def local(source: fx.Node) -> Any:
             if source in self.maps:
-                return context.part(source, _broadcast(region, self.maps[source]))
+                return context.part(source, _broadcast(box, self.maps[source]))
             return context.value(source)
 
         args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), local)
-        result: Tensor = self.call(args, kwargs, region)
+        result: Tensor = self.call(args, kwargs, box)
         return result
 
-    def call(self, args: Any, kwargs: Any, region: Region) -> Any:
+    def call(self, args: Any, kwargs: Any, box: Box) -> Any:
         """Call the operator on the parts."""
         assert callable(self.node.target)
         return self.node.target(*args, **kwargs)
 
 
-class _Weighted(Form):
-    """A convolution of either direction.
+class _Kernel(Form):
+    """Moves a kernel over one input map, with a receptive field for each spatial axis."""
 
-    Args:
-        node: the operator.
-        source: the input map.
-        weight: the node of the weight.
-        bias: the node of the bias, or None.
-        reaches: one for each spatial axis; of a transposed convolution those of the one that it
-            transposes.
-        groups: of the operator.
-    """
+    def __init__(self, node: fx.Node, source: fx.Node, fields: Sequence[ReceptiveField]) -> None:
+        super().__init__(node)
+        self.source, self.fields = source, tuple(fields)
+
+    def input_boxes(self, box: Box) -> InputBoxes:
+        """The receptive field of the box."""
+        pairs = zip(self.fields, box, strict=True)
+        return {self.source: tuple(field.needed(interval) for field, interval in pairs)}
+
+    def _input(self, context: Context, box: Box) -> Tensor:
+        """Return the box of the input that is read, which may be empty."""
+        x = context.part(self.source, self.input_boxes(box)[self.source])
+        for axis, (field, interval) in enumerate(zip(self.fields, box, strict=True)):
+            low, high = field.inside(interval)
+            if low == high:
+                x = x.narrow(axis + 2, 0, 0)
+        return x
+
+
+class Convolution(_Kernel):
+    """A convolution, strided or dilated, with zeros around the map."""
 
     def __init__(
         self,
@@ -114,106 +138,88 @@ class _Weighted(Form):
         source: fx.Node,
         weight: fx.Node,
         bias: fx.Node | None,
-        reaches: Sequence[Reach],
+        fields: Sequence[ReceptiveField],
         groups: int,
     ) -> None:
-        super().__init__(node)
-        self.source, self.weight, self.bias = source, weight, bias
-        self.reaches, self.groups = tuple(reaches), groups
+        super().__init__(node, source, fields)
+        self.weight, self.bias, self.groups = weight, bias, groups
 
-
-class Convolution(_Weighted):
-    """A convolution, strided or dilated, with zeros around the map."""
-
-    def needs(self, region: Region) -> Needs:
-        """See :meth:`Form.needs`."""
-        return {self.source: _needed(self.reaches, region)}
-
-    def run(self, region: Region, context: Context) -> Tensor:
-        """See :meth:`Form.run`."""
-        x = _input(context, self.source, self.reaches, region)
-        native = [
-            _native(reach, window) for reach, window in zip(self.reaches, region, strict=True)
-        ]
+    def run(self, box: Box, context: Context) -> Tensor:
+        """Convolve, with padding at the border."""
+        x = self._input(context, box)
+        rows = list(zip(self.fields, box, strict=True))
+        native = [_native_padding(field, interval) for field, interval in rows]
         pads: list[int] = []
-        for reach, window, by_operator in zip(self.reaches, region, native, strict=True):
-            pads = [*((0, 0) if by_operator else reach.outside(window)), *pads]
+        for (field, interval), by_operator in zip(rows, native, strict=True):
+            pads = [*((0, 0) if by_operator else field.outside(interval)), *pads]
         x = F.pad(x, pads) if any(pads) else x
         weight = context.value(self.weight)
         bias = None if self.bias is None else context.value(self.bias)
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(region) - 1]
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(box) - 1]
         y = convolve(
             x,
             weight,
             bias,
-            stride=tuple(reach.stride for reach in self.reaches),
+            stride=tuple(field.stride for field in self.fields),
             padding=tuple(native),
-            dilation=tuple(reach.dilation for reach in self.reaches),
+            dilation=tuple(field.dilation for field in self.fields),
             groups=self.groups,
         )
-        for axis, (reach, window, by_operator) in enumerate(
-            zip(self.reaches, region, native, strict=True)
-        ):
+        for axis, ((field, interval), by_operator) in enumerate(zip(rows, native, strict=True)):
             if by_operator:  # which pads both ends; one of them may be no border
-                skip = (by_operator - reach.outside(window)[0]) // reach.stride
-                y = y.narrow(axis + 2, skip, window[1] - window[0])
+                skip = (by_operator - field.outside(interval)[0]) // field.stride
+                y = y.narrow(axis + 2, skip, interval[1] - interval[0])
         return y
 
 
-class Transposed(_Weighted):
-    """A transposed convolution."""
+class Transposed(Convolution):
+    """A transposed convolution; its fields are those of the convolution that it transposes."""
 
-    def needs(self, region: Region) -> Needs:
-        """See :meth:`Form.needs`."""
-        return {self.source: self._writers(region)}
+    def input_boxes(self, box: Box) -> InputBoxes:
+        """The inputs that write to the box."""
+        read = []
+        for field, interval in zip(self.fields, box, strict=True):
+            low, high = field.writers(interval)
+            if low == high:  # nothing writes there; one entry keeps the shape valid
+                low = min(low, field.size - 1)
+                high = low + 1
+            read.append((low, high))
+        return {self.source: tuple(read)}
 
-    def run(self, region: Region, context: Context) -> Tensor:
-        """See :meth:`Form.run`."""
-        read = self._writers(region)
+    def run(self, box: Box, context: Context) -> Tensor:
+        """Convolve, and cut or pad to the box."""
+        read = self.input_boxes(box)[self.source]
         x = context.part(self.source, read)
-        convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[
-            len(region) - 1
-        ]
-        y = convolve(
+        convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(box) - 1]
+        y: Tensor = convolve(
             x,
             context.value(self.weight),
             None,
-            stride=tuple(reach.stride for reach in self.reaches),
-            dilation=tuple(reach.dilation for reach in self.reaches),
+            stride=tuple(field.stride for field in self.fields),
+            dilation=tuple(field.dilation for field in self.fields),
             groups=self.groups,
         )
         pads: list[int] = []
-        for axis, (reach, window) in enumerate(zip(self.reaches, region, strict=True)):
-            low, high = reach.written(read[axis])
-            start = min(max(window[0], low), window[1])
-            stop = max(start, min(window[1], high))
+        for axis, (field, interval) in enumerate(zip(self.fields, box, strict=True)):
+            low, high = field.written(read[axis])
+            start = min(max(interval[0], low), interval[1])
+            stop = max(start, min(interval[1], high))
             y = y.narrow(axis + 2, start - low if start < stop else 0, stop - start)
-            pads = [start - window[0], window[1] - stop, *pads]  # the last axis comes first
+            pads = [start - interval[0], interval[1] - stop, *pads]  # the last axis comes first
         if any(pads):
             y = F.pad(y, pads)  # what no input writes to
         if self.bias is not None:
-            y = y + context.value(self.bias).to(y.dtype).reshape(1, -1, *(1 for _ in region))
-        result: Tensor = y
-        return result
-
-    def _writers(self, region: Region) -> Region:
-        read = []
-        for reach, window in zip(self.reaches, region, strict=True):
-            low, high = reach.writers(window)
-            if low == high:  # nothing writes there; one entry keeps the shapes alive
-                low = min(low, reach.size - 1)
-                high = low + 1
-            read.append((low, high))
-        return tuple(read)
+            y = y + context.value(self.bias).to(y.dtype).reshape(1, -1, *(1 for _ in box))
+        return y
 
 
-class Pooling(Form):
-    """The largest or the mean entry of windows.
+class Pooling(_Kernel):
+    """The largest or the mean entry of pooling windows.
 
     Args:
         node: the operator.
         source: the input map.
-        reaches: one for each spatial axis.
+        fields: one for each spatial axis.
         kind: "max" or "mean".
         ends: for means, where the padding behind ends on each axis: entries beyond it do not count
             to a window's size, as with ``ceil_mode``.
@@ -225,102 +231,96 @@ class Pooling(Form):
         self,
         node: fx.Node,
         source: fx.Node,
-        reaches: Sequence[Reach],
+        fields: Sequence[ReceptiveField],
         kind: str,
         *,
         ends: Sequence[int] = (),
         include_pad: bool = True,
         divisor: int | None = None,
     ) -> None:
-        super().__init__(node)
-        self.source, self.reaches, self.kind = source, tuple(reaches), kind
-        self.ends, self.include_pad, self.divisor = tuple(ends), include_pad, divisor
+        super().__init__(node, source, fields)
+        self.kind, self.ends = kind, tuple(ends)
+        self.include_pad, self.divisor = include_pad, divisor
 
-    def needs(self, region: Region) -> Needs:
-        """See :meth:`Form.needs`."""
-        return {self.source: _needed(self.reaches, region)}
-
-    def run(self, region: Region, context: Context) -> Tensor:
-        """See :meth:`Form.run`."""
-        x = _input(context, self.source, self.reaches, region)
-        kernel = tuple(reach.kernel for reach in self.reaches)
-        stride = tuple(reach.stride for reach in self.reaches)
-        rank = len(region)
+    def run(self, box: Box, context: Context) -> Tensor:
+        """Pool, with padding at the border."""
+        x = self._input(context, box)
+        kernel = tuple(field.kernel for field in self.fields)
+        stride = tuple(field.stride for field in self.fields)
+        rank = len(box)
         if self.kind == "max":
             lowest = -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
-            x = _padded(x, self.reaches, region, lowest)
-            dilation = tuple(reach.dilation for reach in self.reaches)
+            x = self._padded(x, box, lowest)
+            dilation = tuple(field.dilation for field in self.fields)
             pool: Any = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[rank - 1]
             result: Tensor = pool(x, kernel, stride, 0, dilation)
             return result
-        x = _padded(x, self.reaches, region, 0.0)
+        x = self._padded(x, box, 0.0)
         mean: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
         result = mean(x, kernel, stride)
-        size = 1
-        for reach in self.reaches:
-            size *= reach.kernel
-        for axis, (reach, window, end) in enumerate(
-            zip(self.reaches, region, self.ends, strict=True)
+        for axis, (field, interval, end) in enumerate(
+            zip(self.fields, box, self.ends, strict=True)
         ):
-            counts = self._counts(reach, window, end)
-            if self.divisor is None and all(count == reach.kernel for count in counts):
+            counts = self._counts(field, interval, end)
+            if self.divisor is None and all(count == field.kernel for count in counts):
                 continue
-            ratio = [reach.kernel / count if self.divisor is None else 1.0 for count in counts]
+            ratio = [field.kernel / count if self.divisor is None else 1.0 for count in counts]
             factor = torch.tensor(ratio, dtype=result.dtype, device=result.device)
             result = result * factor.reshape([-1 if a == axis + 2 else 1 for a in range(rank + 2)])
+        size = math.prod(kernel)
         return result * (size / self.divisor) if self.divisor is not None else result
 
-    def _counts(self, reach: Reach, window: tuple[int, int], end: int) -> list[int]:
-        """Return how many entries each window along one axis counts."""
+    def _padded(self, x: Tensor, box: Box, value: float) -> Tensor:
+        pads: list[int] = []
+        for field, interval in zip(self.fields, box, strict=True):
+            pads = [*field.outside(interval), *pads]  # the last axis comes first
+        return F.pad(x, pads, value=value) if any(pads) else x
+
+    def _counts(self, field: ReceptiveField, interval: Interval, end: int) -> list[int]:
+        """Return the number of entries that each window along one axis counts."""
         counts = []
-        for place in range(*window):
-            low = place * reach.stride - reach.padding
-            high = min(low + reach.kernel, end)
+        for at in range(*interval):
+            low = at * field.stride - field.padding
+            high = min(low + field.kernel, end)
             if not self.include_pad:
-                low, high = max(low, 0), min(high, reach.size)
+                low, high = max(low, 0), min(high, field.size)
             counts.append(max(1, high - low))
         return counts
 
 
-class Mixing(Form):
+class ResampleForm(Form):
     """Every entry is an input, a constant, or a mixture of inputs, axis by axis.
 
-    Interpolation, padding and cropping.
-
-    Args:
-        node: the operator.
-        source: the input map.
-        sources: one for each spatial axis.
-        constant: what -1 in the indices stands for.
+    Interpolation, padding and cropping; ``constant`` is what -1 in the indices stands for.
     """
 
     def __init__(
-        self, node: fx.Node, source: fx.Node, sources: Sequence[Source], constant: float = 0.0
+        self, node: fx.Node, source: fx.Node, sources: Sequence[Resampling], constant: float = 0.0
     ) -> None:
         super().__init__(node)
         self.source, self.sources, self.constant = source, tuple(sources), constant
         self.cheap = all(each.weights is None for each in sources)
 
-    def needs(self, region: Region) -> Needs:
-        """See :meth:`Form.needs`."""
-        return {self.source: self._reads(region)}
+    def input_boxes(self, box: Box) -> InputBoxes:
+        """The receptive field."""
+        return {self.source: self._reads(box)}
 
-    def run(self, region: Region, context: Context) -> Tensor:
-        """See :meth:`Form.run`."""
-        read = self._reads(region)
+    def run(self, box: Box, context: Context) -> Tensor:
+        """Run the operator on the boxes."""
+        read = self._reads(box)
         x = context.part(self.source, read)
-        for axis in reversed(range(len(region))):  # as torch does it, so that Inf has the same fate
-            source = self.sources[axis].local(region[axis], read[axis])
+        for axis in reversed(range(len(box))):  # in torch's order, so that Inf and NaN agree
+            source = self.sources[axis].local(box[axis], read[axis])
             x = _mixed(x, axis + 2, source, self.constant)
         return x
 
-    def _reads(self, region: Region) -> Region:
-        pairs = zip(self.sources, region, strict=True)
-        # a region of nothing but constants still needs something to take dtype and device from
+    def _reads(self, box: Box) -> Box:
+        pairs = zip(self.sources, box, strict=True)
+        # a box of constants still reads one entry, for dtype and device
         return tuple(w if w[0] < w[1] else (0, 1) for w in (s.reads(r) for s, r in pairs))
 
 
-def _mixed(x: Tensor, axis: int, source: Source, constant: float) -> Tensor:
+def _mixed(x: Tensor, axis: int, source: Resampling, constant: float) -> Tensor:
     length = source.indices.shape[1]
     if source.identity and length == x.shape[axis]:
         return x
@@ -342,53 +342,59 @@ def _mixed(x: Tensor, axis: int, source: Source, constant: float) -> Tensor:
     return total
 
 
-def _native(reach: Reach, window: Window) -> int:
-    """Return the padding that a convolution can be told to add itself along one axis.
+def _native_padding(field: ReceptiveField, window: Interval) -> int:
+    """Return the padding along one axis that the convolution operator itself adds.
 
-    It adds as much in front as behind, and what that makes too much is cut from the result; only
-    where it cannot is the input copied to be padded. The copy would be as large as the input. With
-    a graph nothing is cut, as its gradient of 0 would make NaN of an Inf in the input.
+    It adds as much in front as behind, and the surplus is cut from the result. Otherwise the input
+    is padded, which copies it. With a graph nothing is cut, as its gradient of 0 would make NaN of
+    an Inf in the input.
     """
-    start, stop = reach.inside(window)
-    front, behind = reach.outside(window)
+    start, stop = field.inside(window)
+    front, behind = field.outside(window)
     if start == stop or (front != behind and torch.is_grad_enabled()):
         return 0
     most = max(front, behind)
-    wasted = (most - front) % reach.stride
+    wasted = (most - front) % field.stride
     return most if not wasted else 0
 
 
-def _inside(reaches: Sequence[Reach], region: Region) -> Region:
-    return tuple(reach.inside(window) for reach, window in zip(reaches, region, strict=True))
+def _broadcast(box: Box, sizes: Sequence[int]) -> Box:
+    """Return a box in a map that may have size 1 on some axes."""
+    return tuple(window if size != 1 else (0, 1) for window, size in zip(box, sizes, strict=True))
 
 
-def _needed(reaches: Sequence[Reach], region: Region) -> Region:
-    return tuple(reach.needed(window) for reach, window in zip(reaches, region, strict=True))
+class OutOfPlace(Pointwise):
+    """The out-of-place overload of an operator that writes into its input."""
+
+    def __init__(self, node: fx.Node, maps: list[fx.Node], target: Any) -> None:
+        super().__init__(node, maps)
+        self.target = target
+
+    def call(self, args: Any, kwargs: Any, box: Box) -> Any:
+        """Call the other overload."""
+        return self.target(*args, **kwargs)
 
 
-def _input(context: Context, source: fx.Node, reaches: Sequence[Reach], region: Region) -> Tensor:
-    """Return the part of the input that is read, which may be empty."""
-    x = context.part(source, _needed(reaches, region))
-    for axis, (low, high) in enumerate(_inside(reaches, region)):
-        if low == high:
-            x = x.narrow(axis + 2, 0, 0)
-    return x
+class Expanded(Pointwise):
+    """A map expanded along axes of size 1, to the size of the box."""
+
+    def call(self, args: Any, kwargs: Any, box: Box) -> Any:
+        """Expand the part."""
+        x, sizes = args[0], list(self.node.meta["val"].shape)
+        return x.expand(*sizes[:2], *(high - low for low, high in box))
 
 
-def _padded(x: Tensor, reaches: Sequence[Reach], region: Region, value: float) -> Tensor:
-    """Add the operator's padding where a region touches the border."""
-    pads: list[int] = []
-    for reach, window in zip(reaches, region, strict=True):
-        pads = [*reach.outside(window), *pads]  # the last axis comes first
-    return F.pad(x, pads, value=value) if any(pads) else x
+class SplitPart(Pointwise):
+    """One of several results of an operator that splits channels."""
 
+    def __init__(self, node: fx.Node, maps: list[fx.Node], split: fx.Node, index: int) -> None:
+        super().__init__(node, maps)
+        self.split, self.index = split, index
 
-def _spatial(node: fx.Node) -> tuple[int, ...]:
-    return tuple(node.meta["val"].shape[2:])
-
-
-def _broadcast(region: Region, sizes: Sequence[int]) -> Region:
-    """Return a region in a map that may have size 1 on some axes."""
-    return tuple(
-        window if size != 1 else (0, 1) for window, size in zip(region, sizes, strict=True)
-    )
+    def run(self, box: Box, context: Context) -> Tensor:
+        """Split the part and return one of the results."""
+        x = context.part(next(iter(self.maps)), box)
+        args, kwargs = fx.node.map_arg((self.split.args, self.split.kwargs), lambda _: x)
+        assert callable(self.split.target)
+        result: Tensor = self.split.target(*args, **kwargs)[self.index]
+        return result

@@ -1,26 +1,26 @@
 """Interval arithmetic of local operators: which part of its input an operator needs for a part of
 its result, axis by axis.
 
-A window is ``(low, high)`` along one spatial axis, in the coordinates of the whole tensor; a region
-is one window for every spatial axis. A :class:`Reach` says what an operator with a kernel needs; an
-:class:`Source` is the same for operators that pick or mix entries by index (interpolation, padding,
-cropping), with the indices and weights at hand.
+An interval is ``(low, high)`` along one spatial axis, in the coordinates of the whole tensor; a box
+is one interval for each spatial axis. A :class:`ReceptiveField` says what an operator with a kernel
+reads. A :class:`Resampling` says it for operators that pick or mix entries by index
+(interpolation, padding, cropping), with the indices and weights.
 """
 
 from __future__ import annotations
 
 __all__ = [
-    "Reach",
-    "Region",
-    "Source",
-    "Window",
-    "crop_source",
+    "Box",
+    "Interval",
+    "ReceptiveField",
+    "Resampling",
+    "box_of",
+    "crop_resampling",
     "cut",
     "is_contested",
-    "linear_source",
-    "nearest_source",
-    "pad_source",
-    "region_of",
+    "linear_resampling",
+    "nearest_resampling",
+    "pad_resampling",
     "whole",
 ]
 
@@ -32,23 +32,23 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-Window: TypeAlias = tuple[int, int]
-Region: TypeAlias = tuple[Window, ...]
+Interval: TypeAlias = tuple[int, int]
+Box: TypeAlias = tuple[Interval, ...]
 
 
-def cut(tensor: Tensor, region: Region) -> Tensor:
-    """Return a view of a region of a tensor (N, C, *spatial)."""
-    index = (slice(None), slice(None), *(slice(low, high) for low, high in region))
+def cut(tensor: Tensor, box: Box) -> Tensor:
+    """Return a view of a box of a tensor (N, C, *spatial)."""
+    index = (slice(None), slice(None), *(slice(low, high) for low, high in box))
     return tensor[index]
 
 
-def region_of(shape: Sequence[int]) -> Region:
-    """Return the region that covers a tensor (N, C, *spatial)."""
+def box_of(shape: Sequence[int]) -> Box:
+    """Return the box that covers a tensor (N, C, *spatial)."""
     return tuple((0, size) for size in shape[2:])
 
 
-def hull(a: Region | None, b: Region) -> Region:
-    """Return the smallest region that has two others in it; None is nothing."""
+def hull(a: Box | None, b: Box) -> Box:
+    """Return the smallest box that contains two others; None is empty."""
     if a is None:
         return b
     return tuple(
@@ -56,14 +56,14 @@ def hull(a: Region | None, b: Region) -> Region:
     )
 
 
-def whole(region: Region, shape: Sequence[int]) -> bool:
+def whole(box: Box, shape: Sequence[int]) -> bool:
     """Whether a region covers a tensor (N, C, *spatial)."""
-    return region == region_of(shape)
+    return box == box_of(shape)
 
 
 @dataclass(frozen=True)
-class Reach:
-    """The windows of a convolution or a pooling along one axis.
+class ReceptiveField:
+    """The receptive field of a convolution or a pooling along one axis.
 
     Result ``o`` reads the inputs ``o * stride - padding + t * dilation`` for t in [0, kernel).
 
@@ -71,7 +71,7 @@ class Reach:
         size: length of the input.
         kernel: entries of the kernel.
         stride: step of the kernel.
-        padding: entries added in front; whatever lies behind the end counts as padding too.
+        padding: entries added in front; entries behind the end are padding, too.
         dilation: distance of the kernel's entries.
     """
 
@@ -81,32 +81,30 @@ class Reach:
     padding: int = 0
     dilation: int = 1
 
-    def reads(self, window: Window) -> Window:
-        """Return the inputs that a window of the result reads, borders not yet cut."""
+    def reads(self, window: Interval) -> Interval:
+        """Return the inputs that an interval of the result reads, not yet cut at the borders."""
         low = window[0] * self.stride - self.padding
         return low, (window[1] - 1) * self.stride - self.padding + self._span
 
-    def inside(self, window: Window) -> Window:
-        """Return the same within the input; empty windows lie at the nearer border."""
+    def inside(self, window: Interval) -> Interval:
+        """Return the same within the input; an empty interval is at the nearer border."""
         low, high = self.reads(window)
         low = min(max(low, 0), self.size)
         return low, max(low, min(high, self.size))
 
-    def needed(self, window: Window) -> Window:
-        """Return what to ask for: the same, and where all is padding one entry."""
+    def needed(self, window: Interval) -> Interval:
+        """Return the same, and where all is padding one entry, as tensors must not be empty."""
         low, high = self.inside(window)
         low = min(low, self.size - 1)
         return low, max(low + 1, high)
 
-    def outside(self, window: Window) -> tuple[int, int]:
-        """Return how many entries of padding stand before and behind the inputs that are read."""
+    def outside(self, window: Interval) -> tuple[int, int]:
+        """Return the number of padding entries before and behind the inputs that are read."""
         (low, high), (start, stop) = self.reads(window), self.inside(window)
         return (high - low, 0) if start == stop else (start - low, high - stop)
 
-    # -- the other way round: a transposed convolution --------------------------------------------
-
-    def writers(self, window: Window) -> Window:
-        """Return the inputs of a transposed convolution that reach a window of its result.
+    def writers(self, window: Interval) -> Interval:
+        """Return the inputs of a transposed convolution that write to an interval of its result.
 
         Input ``i`` writes to ``i * stride - padding + t * dilation``.
         """
@@ -115,8 +113,8 @@ class Reach:
         low = min(max(low, 0), self.size)
         return low, max(low, min(high, self.size))
 
-    def written(self, window: Window) -> Window:
-        """Return the entries of the result that a window of inputs writes to, borders not cut."""
+    def written(self, window: Interval) -> Interval:
+        """Return the entries of the result that an interval of inputs writes to, not cut."""
         low = window[0] * self.stride - self.padding
         return low, (window[1] - 1) * self.stride - self.padding + self._span
 
@@ -126,13 +124,13 @@ class Reach:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where the entries of a result come from along one axis.
+class Resampling:
+    """The inputs of each entry of a result along one axis.
 
     Attributes:
         indices: (taps, length): for each entry of the result the inputs that it mixes; -1 stands
             for a constant.
-        weights: (taps, length), or None where each entry is one input, as it is.
+        weights: (taps, length), or None where each entry is one input, unscaled.
     """
 
     indices: NDArray[np.int64]
@@ -140,30 +138,30 @@ class Source:
 
     @property
     def identity(self) -> bool:
-        """Whether every entry is the input at its own place."""
+        """Whether every entry is the input at its own index."""
         one = self.weights is None and len(self.indices) == 1
         return one and bool((self.indices[0] == np.arange(self.indices.shape[1])).all())
 
-    def reads(self, window: Window) -> Window:
-        """Return the smallest window of inputs that a window of the result needs."""
+    def reads(self, window: Interval) -> Interval:
+        """Return the smallest interval of inputs that an interval of the result reads."""
         used = self.indices[:, window[0] : window[1]]
         used = used[used >= 0]
         return (int(used.min()), int(used.max()) + 1) if used.size else (0, 0)
 
-    def local(self, window: Window, read: Window) -> Source:
-        """Return the source of a window of the result, with indices into a window of inputs."""
+    def local(self, window: Interval, read: Interval) -> Resampling:
+        """Return the resampling of an interval, with indices into an interval of inputs."""
         part = self.indices[:, window[0] : window[1]]
         weights = None if self.weights is None else self.weights[:, window[0] : window[1]]
-        return Source(np.where(part < 0, -1, part - read[0]), weights)
+        return Resampling(np.where(part < 0, -1, part - read[0]), weights)
 
 
-def crop_source(start: int, stop: int, step: int = 1) -> Source:
-    """Return the source of a slice; ``stop`` is exclusive and not beyond the input."""
-    return Source(np.arange(start, stop, step, dtype=np.int64)[None])
+def crop_resampling(start: int, stop: int, step: int = 1) -> Resampling:
+    """Return the resampling of a slice; ``stop`` is exclusive and not beyond the input."""
+    return Resampling(np.arange(start, stop, step, dtype=np.int64)[None])
 
 
-def pad_source(size: int, before: int, after: int, mode: str) -> Source:
-    """Return the source of a padding, which may be negative and then crops.
+def pad_resampling(size: int, before: int, after: int, mode: str) -> Resampling:
+    """Return the resampling of a padding; negative ones crop.
 
     Args:
         size: length of the input.
@@ -180,7 +178,7 @@ def pad_source(size: int, before: int, after: int, mode: str) -> Source:
     elif mode == "replicate":
         indices = np.clip(places, 0, size - 1)
     elif mode == "circular":
-        # what a crop at the other end takes away is not wrapped around
+        # entries that are cropped at the other end are not wrapped around
         start, stop = max(0, -before), size - max(0, -after)
         indices = start + (places - start) % max(1, stop - start)
     elif mode == "reflect":
@@ -188,11 +186,11 @@ def pad_source(size: int, before: int, after: int, mode: str) -> Source:
         indices = size - 1 - np.abs(size - 1 - places % period)
     else:
         raise ValueError(f"no padding mode is called {mode!r}")
-    return Source(indices[None])
+    return Resampling(indices[None])
 
 
-def nearest_source(size: int, length: int, scale: float | None, *, exact: bool) -> Source:
-    """Return the source of nearest-neighbour interpolation, by torch's rule and rounding.
+def nearest_resampling(size: int, length: int, scale: float | None, *, exact: bool) -> Resampling:
+    """Return the resampling of nearest-neighbour interpolation, by torch's rule and rounding.
 
     Args:
         size: length of the input.
@@ -206,14 +204,14 @@ def nearest_source(size: int, length: int, scale: float | None, *, exact: bool) 
     if exact:
         places = places + np.float32(0.5)
     indices = np.minimum(np.floor(places * ratio).astype(np.int64), size - 1)
-    return Source(indices[None])
+    return Resampling(indices[None])
 
 
 def is_contested(size: int, length: int, scale: float | None, *, exact: bool, wide: bool) -> bool:
-    """Whether torch's kernels differ in what nearest-neighbour interpolation picks.
+    """Whether torch's kernels pick different entries in nearest-neighbour interpolation.
 
-    Those for images on a CPU copy or double where the lengths say so, whatever the scale factor;
-    some compute places of float64 in float64.
+    CPU kernels for images copy or double by the lengths, whatever the scale factor; some compute
+    the indices of float64 tensors in float64.
 
     Args:
         size: length of the input.
@@ -222,7 +220,7 @@ def is_contested(size: int, length: int, scale: float | None, *, exact: bool, wi
         exact: "nearest-exact".
         wide: the entries are float64.
     """
-    picked = nearest_source(size, length, scale, exact=exact).indices[0]
+    picked = nearest_resampling(size, length, scale, exact=exact).indices[0]
     places = np.arange(length)
     told = not exact and scale is not None and length in (size, 2 * size)
     if told and (picked != places // (length // size)).any():
@@ -234,8 +232,10 @@ def is_contested(size: int, length: int, scale: float | None, *, exact: bool, wi
     return bool((picked != np.minimum(np.floor(real), size - 1)).any())
 
 
-def linear_source(size: int, length: int, scale: float | None, *, align_corners: bool) -> Source:
-    """Return the source of linear interpolation along one axis.
+def linear_resampling(
+    size: int, length: int, scale: float | None, *, align_corners: bool
+) -> Resampling:
+    """Return the resampling of linear interpolation along one axis.
 
     Args:
         size: length of the input.
@@ -255,4 +255,4 @@ def linear_source(size: int, length: int, scale: float | None, *, align_corners:
     low = np.minimum(np.floor(real).astype(np.int64), size - 1)
     high = low if size == length else np.minimum(low + 1, size - 1)
     part = real - low  # also where both are the last entry
-    return Source(np.stack([low, high]), np.stack([1.0 - part, part]))
+    return Resampling(np.stack([low, high]), np.stack([1.0 - part, part]))

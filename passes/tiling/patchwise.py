@@ -1,8 +1,8 @@
-"""Running a network tile by tile as a pass: slabs, windows, or the whole volume's own answer.
+"""Run a network tile by tile: exactly, in slabs or in overlapping windows.
 
 Source of ``mode="slab"``: Wehen, "Patch-wise U-Net and cascade", bachelor's thesis, HPI 2023.
-``mode="exact"`` computes every operator of the recorded network on just the region that a tile
-owes, with statistics of norms gathered over all tiles before they are applied.
+``mode="exact"`` computes every operator of the traced network on the box that a tile needs, with
+statistics of norms reduced over all tiles before they are applied.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 __all__ = ["Patchwise", "slab_backward"]
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -26,78 +26,40 @@ from pocketize.errors import (
 from pocketize.graph.clone import clone_modules
 from pocketize.passes.shared.forwards import first_parameter, obstacle, wrapping
 from pocketize.passes.shared.order import REBUILDING
-from pocketize.passes.tiling.cutting import PatchForward, Tiling
+from pocketize.passes.tiling.exact import ExactForward, Prepared, check_training, prepare
 from pocketize.passes.tiling.figures import measured_peak
-from pocketize.passes.tiling.network import TilingError
-from pocketize.passes.tiling.patched import ExactForward
-from pocketize.passes.tiling.peers import group_name
-from pocketize.passes.tiling.plan_text import told, told_of_slabs, told_of_training, told_of_windows
-from pocketize.passes.tiling.preparing import Prepared, prepare
-from pocketize.passes.tiling.probing import probe
+from pocketize.passes.tiling.forward import PatchForward, SampledTiling, Tiling
+from pocketize.passes.tiling.plan_text import (
+    exact_notes,
+    probe,
+    slab_notes,
+    training_note,
+    window_notes,
+)
+from pocketize.passes.tiling.processes import group_name
 from pocketize.passes.tiling.slabs import SlabForward, slab_backward
-from pocketize.passes.tiling.training import check_training
+from pocketize.passes.tiling.tiled_graph import TilingError
 from pocketize.passes.tiling.windows import WindowForward
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.plugin.conversions import conversion
 from pocketize.plugin.edits import Convert
-from pocketize.plugin.options import read_size
+from pocketize.plugin.options import to_jsonable
 
 _FORWARDS: dict[str, type[PatchForward]] = {
     "exact": ExactForward,
     "slab": SlabForward,
     "window": WindowForward,
 }
-#: Options that only some modes have.
-_ONLY = {
-    "overlap": ("window",),
-    "weights": ("window",),
-    "batch": ("slab", "window"),
-    "keep": ("exact",),
-    "max_peak": ("exact",),
-    "train": ("exact",),
-    "axis": ("exact", "slab"),
-    "keep_dtype": ("exact",),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patchwise(Pass):
+class Patchwise(Tiling, Pass):
     """Run volumes tile by tile that would not fit as a whole.
 
-    ``"exact"`` gives the whole volume's answer, to rounding, in evaluation mode under
+    ``"exact"`` gives the whole volume's outputs, to rounding, in evaluation mode under
     ``torch.inference_mode()`` or ``torch.no_grad()``; elsewhere the volume runs whole, or trains by
-    tiles with ``train=True``. ``"slab"``
-    cuts the volume along one axis, ``"window"`` into windows that overlap, and the network sees
-    each alone: other answers, in evaluation as in training.
-
-    Attributes:
-        mode: "exact", "slab" or "window".
-        size: voxels of a tile at full resolution: one number for the axis that is cut (of windows,
-            for every axis), or one for each axis. More than the volume has is the whole axis.
-        axis: which spatial axis a single number cuts, from 0; -1 is the last.
-        overlap: part of a window that it shares with the next, from 0 to below 1; one number for
-            all axes or one for each.
-        weights: of a window's voxels where windows overlap, "constant" or "gaussian".
-        batch: slabs or windows that run through the network at once.
-        keep: where exact mode keeps what waits between sweeps: "device", "host" or "disk".
-        output: where outputs are put together: "device", "host" or "disk".
-        folder: for files; none is where the system keeps temporary ones.
-        reduce: "argmax" returns uint8 labels (N, 1, *spatial) in inference instead of logits, which
-            never exist as a whole.
-        max_peak: instead of size: the largest tiles with which the live tensors stay within, such
-            as "2GiB"; with ``train`` also those of a training step, as ``measure`` estimates it.
-        progress: draw a bar on terminals for what takes long.
-        train: exact mode also goes back by tiles: the forward keeps no graph, and the backward pass
-            runs each tile again. The gradients are the whole volume's, and so are the statistics of
-            batch norms. Nothing may draw random numbers.
-        keep_dtype: "bfloat16" or "float16": in exact mode, what waits between sweeps is rounded to
-            that, and the answer is the whole volume's no more.
-        resume: inference that was interrupted goes on where it was when it is called again with the
-            same weights and volume. What is computed waits in ``folder`` until the end.
-        group: of torch.distributed, "world" or the ``group_name`` of a process group (or the group
-            itself): its processes share the tiles in inference, each holds its share of what waits,
-            and all return the result. Each calls the network with the whole volume, such as a
-            memory map.
+    tiles with ``train=True``. ``"slab"`` cuts the volume along one axis, ``"window"`` into windows
+    that overlap, and the network sees each alone: outputs differ, in evaluation as in training.
     """
 
     name: ClassVar[str] = "patchwise"
@@ -111,33 +73,16 @@ class Patchwise(Pass):
         "offload",
     )
 
-    mode: Literal["exact", "slab", "window"] = "exact"
-    size: int | tuple[int, ...] | None = None
-    axis: int = -1
-    overlap: float | tuple[float, ...] = 0.25
-    weights: Literal["constant", "gaussian"] = "constant"
-    batch: int = 1
-    keep: Literal["device", "host", "disk"] = "device"
-    output: Literal["device", "host", "disk"] = "device"
-    folder: str | None = None
-    reduce: Literal["argmax"] | None = None
-    max_peak: str | None = None
-    progress: bool = True
-    train: bool = False
-    keep_dtype: Literal["bfloat16", "float16"] | None = None
-    resume: bool = False
-    group: str | None = None
-
     def __post_init__(self) -> None:
-        """Take a process group by its name, so that the pass can be written down."""
+        """Replace a process group by its name, so that the pass can be written down."""
         object.__setattr__(self, "group", group_name(self.group))
         super().__post_init__()
 
     def validate(self) -> None:
-        """Refuse sizes and overlaps that are none, and options of another mode."""
+        """Refuse sizes and overlaps out of range, and options of another mode."""
         for name in self.options():
-            modes = _ONLY.get(name, (self.mode,))
-            if self.mode not in modes:
+            modes = [mode for mode, cls in _FORWARDS.items() if name in cls.own_options]
+            if modes and self.mode not in modes:
                 raise OptionError(
                     f"patchwise: option {name!r} is for mode={' or '.join(map(repr, modes))}, not "
                     f"for mode={self.mode!r}"
@@ -149,8 +94,7 @@ class Patchwise(Pass):
                 f"patchwise: say size, the voxels of a tile (size=32 for instance){other}{both}"
             )
         self._check_numbers()
-        if self.max_peak is not None:
-            _bytes(self.max_peak)
+        _ = self.peak_limit  # raises for a text that is no size
         if self.folder is not None and "disk" not in (self.keep, self.output):
             raise OptionError("patchwise: option 'folder' is for keep='disk' or output='disk'")
         self._check_combinations()
@@ -175,12 +119,12 @@ class Patchwise(Pass):
         wrong += ["folder='...'"] if self.folder is None else []
         if wrong:
             raise OptionError(
-                "patchwise: option 'resume' finds what was computed in files; say also "
+                "patchwise: option 'resume' reads earlier results from files; say also "
                 + ", ".join(wrong)
             )
 
     def _check_numbers(self) -> None:
-        sizes = _several(self.size) if self.size is not None else (1,)
+        sizes = self.sizes if self.size is not None else (1,)
         if not sizes or min(sizes) < 1:
             raise OptionError(
                 f"patchwise: option 'size': a tile has at least 1 voxel along each axis, got "
@@ -198,7 +142,7 @@ class Patchwise(Pass):
             )
         if self.batch < 1:
             raise OptionError(f"patchwise: option 'batch': at least 1, got {self.batch}")
-        for overlap in _several(self.overlap):
+        for overlap in self.overlaps:
             if not 0 <= overlap < 1:
                 near = "0" if overlap < 0 else "0.9"
                 raise OptionError(
@@ -207,12 +151,12 @@ class Patchwise(Pass):
 
     @property
     def guarantee(self) -> Guarantee:
-        """Exact mode keeps the function; the others show the network a part at a time."""
+        """Exact mode keeps the function; the others show the network one part at a time."""
         exact = self.mode == "exact" and self.reduce is None and self.keep_dtype is None
         return Guarantee.EXACT if exact else Guarantee.APPROXIMATE
 
     def propose(self, target: Target) -> Proposal:
-        """Put a forward by tiles in place of the model's."""
+        """Replace the model's forward by one that runs by tiles."""
         tiling = _tiling(self.conversion_options())
         reason = _refusal(target.model)
         if reason:
@@ -220,44 +164,47 @@ class Patchwise(Pass):
         edit = Convert("", "patchwise", self.conversion_options())
         try:
             if self.mode == "exact":
-                what, why, notes = self._look(target, tiling)
+                what, why, notes = self._propose_exact(target, tiling)
             else:
-                what, notes = self._look_at_parts(target, tiling, edit)
+                what, notes = self._propose_parts(target, tiling, edit)
                 why = "each fits where the whole does not"
         except (TilingError, InputError, ExecutionError) as error:
             return Proposal(refused=(Refusal("", str(error).removeprefix("patchwise: ")),))
         return Proposal((edit,), (Change("", what, why),), (), notes)
 
-    def _look(self, target: Target, tiling: Tiling) -> tuple[str, str, tuple[str, ...]]:
+    def _propose_exact(self, target: Target, tiling: Tiling) -> tuple[str, str, tuple[str, ...]]:
         model, inputs = target.model, target.inputs
         try:
             prepared = prepare(model, inputs, tiling)
         except OptionError:
             if tiling.train:
-                self._trained(target, tiling)  # the step has an error of its own
+                self._training_peaks(target, tiling)  # the step has an error of its own
             raise
         if tiling.train:
-            check_training(model, inputs, replace(tiling, size=prepared.program.tile, max_peak=0))
+            tile = prepared.program.tile
+            check_training(model, inputs, replace(tiling, size=tile, max_peak=None))
         answer = (
-            f"with what waits in {self.keep_dtype}" if self.keep_dtype else "to the same answer"
+            f"with {self.keep_dtype} results between tile loops"
+            if self.keep_dtype
+            else "with the same outputs"
         )
         what = f"runs by tiles of {_times(prepared.program.tile)}, {answer}"
-        peaks, notes = told(model, prepared, inputs, tiling)
+        peaks, notes = exact_notes(model, prepared, inputs, tiling)
         if self.train:
-            tile, *steps = self._trained(target, tiling)
+            tile, *steps = self._training_peaks(target, tiling)
             peaks = tuple(steps)
             what += f"; trains by tiles of {_times(tile)}"
             if peaks:
-                notes = (*notes, told_of_training(*peaks))
+                notes = (*notes, training_note(*peaks))
         lower = len(peaks) < 2 or peaks[0] < peaks[1]
         why = (
             "each fits where the whole does not"
             if lower
             else "on this input the peak is no lower than that of the whole; see the notes"
         )
-        return what, why, (*notes, *self._probed(target, tiling, prepared))
+        return what, why, (*notes, *self._compare(target, tiling, prepared))
 
-    def _trained(self, target: Target, tiling: Tiling) -> tuple[Any, ...]:
+    def _training_peaks(self, target: Target, tiling: Tiling) -> tuple[Any, ...]:
         """Return the tile of a training step; its peak and that of the whole, where known."""
         copy = clone_modules(target.model)
         if not copy.training:  # as measure does
@@ -268,31 +215,31 @@ class Patchwise(Pass):
         volume = max(target.inputs.tensors(), key=lambda t: (t.ndim, t.numel())).shape[2:]
         tile = sized.tile(volume)
         try:
-            by_tiles = measured_peak(copy, target.inputs, replace(sized, sampled=True))
+            by_tiles = measured_peak(copy, target.inputs, SampledTiling(**vars(sized)))
             return tile, by_tiles, measured_peak(target.model, target.inputs)
         except MeasureError:  # its backward pass does not run on fake tensors, or there is none
             return (tile,)
 
-    def _look_at_parts(
+    def _propose_parts(
         self, target: Target, tiling: Tiling, edit: Convert
     ) -> tuple[str, tuple[str, ...]]:
-        """Try slabs or windows on a copy without memory.
+        """Dry-run slabs or windows on a copy without memory.
 
         Raises:
             InputError: the outputs cannot be put together.
         """
         forward = _FORWARDS[self.mode](target.model, tiling)
         if isinstance(forward, SlabForward):
-            what, notes = told_of_slabs(forward, target.inputs)
+            what, notes = slab_notes(forward, target.inputs)
         else:
             assert isinstance(forward, WindowForward)
-            what, notes = told_of_windows(forward, target.inputs)
+            what, notes = window_notes(forward, target.inputs)
         failure = Rehearsal(target.model, target.inputs).failure((edit,))
         if failure:
             raise InputError(f"in {self.mode}s, {failure}")
         return what, notes
 
-    def _probed(self, target: Target, tiling: Tiling, prepared: Prepared) -> tuple[str, ...]:
+    def _compare(self, target: Target, tiling: Tiling, prepared: Prepared) -> tuple[str, ...]:
         """Compare tiles with the whole on a small volume.
 
         Raises:
@@ -317,41 +264,16 @@ class Patchwise(Pass):
         assert rounded is not None  # the same volume has just run
         return (
             same,
-            f"with what waits in {self.keep_dtype}, to {rounded.difference:.2g} of it",
+            f"with {self.keep_dtype} between tile loops, to {rounded.difference:.2g} of it",
         )
 
     def conversion_options(self) -> dict[str, Any]:
-        """What its edit says."""
-        return {
-            "mode": self.mode,
-            "size": None if self.size is None else list(_several(self.size)),
-            "axis": self.axis,
-            "overlap": list(_several(self.overlap)),
-            "weights": self.weights,
-            "batch": self.batch,
-            "keep": self.keep,
-            "output": self.output,
-            "folder": self.folder,
-            "reduce": self.reduce,
-            "max_peak": 0 if self.max_peak is None else _bytes(self.max_peak),
-            "progress": self.progress,
-            "train": self.train,
-            "keep_dtype": self.keep_dtype,
-            "resume": self.resume,
-            "group": self.group,
-        }
-
-
-def _several(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
+        """All options."""
+        return {option.name: to_jsonable(getattr(self, option.name)) for option in fields(self)}
 
 
 def _times(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes))
-
-
-def _bytes(text: str) -> int:
-    return read_size(text, "patchwise: option 'max_peak'", "2GiB")
 
 
 def _refusal(model: nn.Module) -> str:
@@ -362,14 +284,8 @@ def _refusal(model: nn.Module) -> str:
 
 
 def _tiling(options: Mapping[str, Any]) -> Tiling:
-    size = options.get("size")
-    return Tiling(
-        **{
-            **options,
-            "size": None if size is None else tuple(size),
-            "overlap": tuple(options.get("overlap", (0.25,))),
-        }
-    )
+    given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
+    return Tiling(**given)
 
 
 @conversion("patchwise")

@@ -1,102 +1,105 @@
-"""What a plan says of a forward by tiles."""
+"""What a plan says about a forward by tiles, and the comparison on a small volume behind it."""
 
 from __future__ import annotations
 
-__all__ = ["told", "told_of_slabs", "told_of_training", "told_of_windows"]
+__all__ = [
+    "Agreement",
+    "exact_notes",
+    "probe",
+    "slab_notes",
+    "training_note",
+    "window_notes",
+]
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, fx, nn
 
 from pocketize.errors import CaptureError, InputError, MeasureError
+from pocketize.graph.capture import find_tensors
+from pocketize.graph.clone import clone
 from pocketize.graph.inputs import Inputs
+from pocketize.graph.methods import set_mode
 from pocketize.passes.shared.forwards import lowering
-from pocketize.passes.tiling.cutting import PatchForward, Tiling
+from pocketize.passes.tiling.exact import ExactForward, Prepared
 from pocketize.passes.tiling.figures import (
-    foretold_peak,
+    estimated_peak,
     halo,
     kept_bytes,
     measured_peak,
     overhead,
     whole_peak,
 )
-from pocketize.passes.tiling.network import TilingError
-from pocketize.passes.tiling.preparing import Prepared, whole_steps
-from pocketize.passes.tiling.program import Program, Sweep
-from pocketize.passes.tiling.recording import record_forward
-from pocketize.passes.tiling.slabs import SlabForward
-from pocketize.passes.tiling.volumes import Volume
+from pocketize.passes.tiling.forward import PatchForward, Tiling, spatial_axis
+from pocketize.passes.tiling.program import Program, TileLoop
+from pocketize.passes.tiling.slabs import SlabForward, Volume
+from pocketize.passes.tiling.tiled_graph import TiledGraph, TilingError
+from pocketize.passes.tiling.tracing import trace_forward
 from pocketize.passes.tiling.windows import WindowForward
 from pocketize.units import bytes_text
 
 _PLACES = {"device": "on the device", "host": "in host memory", "disk": "in files"}
+#: Volumes of up to so many voxels are compared at their own size.
+_SMALL = 2**18
+_SIZES = (32, 48, 64, 96, 128)
 
 
-def told(
+def exact_notes(
     model: nn.Module, prepared: Prepared, inputs: Inputs, tiling: Tiling
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return the peaks of tiles and of the whole, and sentences about a program.
+    """Return the peaks of tiles and of the whole in bytes, and the notes of a plan in exact mode.
 
-    They tell halo, overhead, what is stored, the peaks, and what runs whole.
+    The notes state halo, overhead, stored bytes, peaks, and which operators run at full size.
 
     Args:
-        model: as it is.
+        model: unchanged.
         prepared: the program for the example inputs.
-        inputs: those.
-        tiling: where things are kept.
+        inputs: the example inputs.
+        tiling: where results are kept.
     """
-    program, recording = prepared.program, prepared.recording
-    peak = prepared.peak or foretold_peak(recording, replace(program, sampled=True), tiling)
+    program, trace = prepared.program, prepared.trace
+    peak = prepared.peak or estimated_peak(trace, replace(program, sampled=True), tiling)
     try:
         whole = measured_peak(model, inputs, mode="infer")
     except MeasureError:  # it asks for values
-        whole = whole_peak(recording)
-    sweeps = sum(isinstance(step, Sweep) for step in program.steps)
+        whole = whole_peak(trace)
+    loops = sum(isinstance(step, TileLoop) for step in program.steps)
+    kept = bytes_text(kept_bytes(program, tiling.stored_dtype))
     notes = [
-        f"on {inputs.describe()}: {sweeps} sweeps over the volume; tiles may begin anywhere",
+        f"on {inputs.describe()}: {loops} tile loops over the volume; tiles may start anywhere",
         f"halo: {_halo_text(program)}",
         f"{overhead(program):.2f} times the voxels of the network are computed",
-        f"at most {bytes_text(kept_bytes(program, tiling.held))} wait {_PLACES[tiling.keep]} "
-        f"between sweeps, outputs are put together {_PLACES[tiling.output]}",
+        f"at most {kept} are kept {_PLACES[tiling.keep]} between tile loops, outputs are put "
+        f"together {_PLACES[tiling.output]}",
         f"live tensors on the device peak at {bytes_text(peak)} in inference, weights and input "
         f"among them; of the volume as a whole at {bytes_text(whole)} (both estimated)",
     ]
-    notes += _besides(tiling)
-    notes += _inert(model, tiling)
-    notes += _handled(program)
-    if recording.left:
-        names = dict.fromkeys(name for name, _ in recording.left)
+    notes += [*_common_notes(tiling), *_ineffective(model, tiling), *_nonlocal_notes(program)]
+    if trace.lost:
+        names = dict.fromkeys(name for name, _ in trace.lost)
         notes.append(
-            f"a forward by tiles leaves no tensor in {', '.join(list(names)[:3])}, and using what "
-            "stands there raises an error"
+            f"a forward by tiles stores no tensor in {', '.join(list(names)[:3])}; reading it "
+            "raises an error"
         )
     return (peak, whole), tuple(notes)
 
 
-def told_of_training(by_tiles: int, whole: int) -> str:
-    """Say what a training step takes.
-
-    Args:
-        by_tiles: peak of the live tensors in bytes, as :func:`pocketize.measure` estimates it.
-        whole: the same where the volume trains whole.
-    """
+def training_note(by_tiles: int, whole: int) -> str:
+    """State the peaks of a training step in bytes, as :func:`pocketize.measure` estimates them."""
     return (
         f"live tensors of a training step with Adam peak at {bytes_text(by_tiles)} by tiles, at "
         f"{bytes_text(whole)} where the volume trains whole (both estimated)"
     )
 
 
-def told_of_slabs(forward: SlabForward, inputs: Inputs) -> tuple[str, tuple[str, ...]]:
-    """Return what slabs do to the example inputs, in short and in sentences.
-
-    Args:
-        forward: of the model, not installed.
-        inputs: example inputs.
+def slab_notes(forward: SlabForward, inputs: Inputs) -> tuple[str, tuple[str, ...]]:
+    """Return what slabs do to the example inputs, in short and as notes.
 
     Raises:
-        InputError: they have no volume, or not the axis.
+        InputError: the inputs have no volume, or not the axis.
     """
     volume = Volume(inputs, forward.device(inputs))
     axis, sizes, starts = forward.slabs(volume)
@@ -104,19 +107,15 @@ def told_of_slabs(forward: SlabForward, inputs: Inputs) -> tuple[str, tuple[str,
     padded = f", {padding} of them zeros behind the volume" if padding else ""
     what = f"runs in slabs of {sizes[axis]} along axis {axis}, each alone"
     text = f"on {inputs.describe()}: {len(starts)} slabs{padded}"
-    notes = (text, *_part_peak(forward, volume, sizes, "slab"), *_besides(forward.tiling))
+    notes = (text, *_part_peak(forward, volume, sizes, "slab"), *_common_notes(forward.tiling))
     return what, notes
 
 
-def told_of_windows(forward: WindowForward, inputs: Inputs) -> tuple[str, tuple[str, ...]]:
-    """Return what windows do to the example inputs, in short and in sentences.
-
-    Args:
-        forward: of the model, not installed.
-        inputs: example inputs.
+def window_notes(forward: WindowForward, inputs: Inputs) -> tuple[str, tuple[str, ...]]:
+    """Return what windows do to the example inputs, in short and as notes.
 
     Raises:
-        InputError: they have no volume, or another number of axes.
+        InputError: the inputs have no volume, or another number of axes.
     """
     volume = Volume(inputs, forward.device(inputs))
     layout = forward.layout(volume)
@@ -128,14 +127,13 @@ def told_of_windows(forward: WindowForward, inputs: Inputs) -> tuple[str, tuple[
         "volume are computed"
     )
     notes = (text, *_part_peak(forward, volume, layout.window, "window"))
-    return what, (*notes, *_besides(forward.tiling))
+    return what, (*notes, *_common_notes(forward.tiling))
 
 
-def _besides(tiling: Tiling) -> list[str]:
-    """Say where progress is kept, and who shares the tiles."""
+def _common_notes(tiling: Tiling) -> list[str]:
     notes = []
     if tiling.resume:
-        notes.append(f"what is computed waits in {tiling.folder} until the volume is done")
+        notes.append(f"results are kept in {tiling.folder} until the volume is done")
     if tiling.group is not None:
         notes.append(
             f"in inference the processes of the group {tiling.group!r} share the tiles; figures "
@@ -144,28 +142,28 @@ def _besides(tiling: Tiling) -> list[str]:
     return notes
 
 
-def _inert(model: nn.Module, tiling: Tiling) -> list[str]:
-    """Say which passes before this one have no effect in training by tiles."""
+def _ineffective(model: nn.Module, tiling: Tiling) -> list[str]:
+    """Name passes before this one that have no effect in training by tiles."""
     names = lowering(model)
     if not tiling.train or not names:
         return []
-    told, verb = " and ".join(names), "do" if len(names) > 1 else "does"
+    shown, verb = " and ".join(names), "do" if len(names) > 1 else "does"
     return [
-        f"{told} {verb} nothing in training by tiles: the backward pass runs the operators of a "
-        f"tile again, without the modules. Leave {told} out; smaller tiles lower the peak of a "
-        "step, and keep='host' or keep='disk' moves what waits"
+        f"{shown} {verb} nothing in training by tiles: the backward pass runs the operators of a "
+        f"tile again, without the modules. Leave {shown} out; smaller tiles lower the peak of a "
+        "step, and keep='host' or keep='disk' moves stored results off the device"
     ]
 
 
 def _part_peak(
     forward: PatchForward, volume: Volume, sizes: Sequence[int], word: str
 ) -> tuple[str, ...]:
-    """Return the peak of one part's forward, and the volume's, where they can be recorded."""
+    """Return the peak of one part's forward, and the volume's, where they can be traced."""
     count = forward.tiling.batch
     try:
-        part = record_forward(forward.module, _part(volume, sizes, count))
+        part = trace_forward(forward.module, _part(volume, sizes, count))
     except TilingError:
-        return ()  # it cannot be recorded; it can be run
+        return ()  # it cannot be traced; it can be run
     except CaptureError as error:
         if not hasattr(error, "recorder"):
             raise  # it could not even be copied
@@ -174,7 +172,7 @@ def _part_peak(
             f"{_nearest(forward, volume, sizes)}"
         ) from None
     try:
-        whole = record_forward(forward.module, volume.inputs)
+        whole = trace_forward(forward.module, volume.inputs)
     except (TilingError, CaptureError):
         return ()  # a network need not run on a volume of any size
     many = f"{count} {word}s" if count > 1 else f"a {word}"
@@ -190,7 +188,7 @@ def _part(volume: Volume, sizes: Sequence[int], count: int = 1) -> Inputs:
 
 
 def _nearest(forward: PatchForward, volume: Volume, sizes: Sequence[int]) -> str:
-    """Say which size of parts would run, where there is one that is a multiple of a power of 2."""
+    """Name the nearest size of parts that runs and is a multiple of a power of 2, if any."""
     cut = [
         axis
         for axis in range(volume.rank)
@@ -202,7 +200,7 @@ def _nearest(forward: PatchForward, volume: Volume, sizes: Sequence[int]) -> str
             for axis, size in enumerate(sizes)
         )
         try:
-            record_forward(forward.module, _part(volume, tried))
+            trace_forward(forward.module, _part(volume, tried))
         except (TilingError, CaptureError):
             continue
         return f". The nearest size that does is {'x'.join(map(str, tried))}"
@@ -217,19 +215,21 @@ def _halo_text(program: Program) -> str:
     return "; ".join(f"axis {axis}: {text}" for axis, text in enumerate(pairs))
 
 
-def _handled(program: Program) -> list[str]:
-    """Say how operators that are not local are made exact."""
+def _nonlocal_notes(program: Program) -> list[str]:
+    """Say how operators that are not local are computed exactly."""
     notes = []
-    gathered = [node for step in program.steps if isinstance(step, Sweep) for node in step.gathers]
-    if gathered:
-        kinds = sorted({str(node.target).removeprefix("aten.") for node in gathered})
+    loops = [step for step in program.steps if isinstance(step, TileLoop)]
+    reduced = [node for step in loops for node in step.reductions]
+    if reduced:
+        kinds = sorted({str(node.target).removeprefix("aten.") for node in reduced})
         notes.append(
-            f"statistics of {len(gathered)} operators are gathered over all tiles before they are "
+            f"statistics of {len(reduced)} operators are reduced over all tiles before they are "
             f"applied: {', '.join(kinds)}"
         )
-    whole = whole_steps(program)
     graph = program.graph
-    hard = [node for node in whole if node in graph.obstacles and node not in graph.gathered]
+    direct = [step.node for step in program.steps if not isinstance(step, TileLoop)]
+    whole = [node for node in direct if graph.is_map(node) or _reads_maps(graph, node)]
+    hard = [node for node in whole if node in graph.obstacles and node not in graph.reductions]
     if hard:
         shown = dict.fromkeys(
             f"{str(node.target).removeprefix('aten.')} in {node.meta['module'] or 'the model'}"
@@ -242,3 +242,143 @@ def _handled(program: Program) -> list[str]:
     if small:
         notes.append(f"{small} operators on maps no larger than a tile run whole")
     return notes
+
+
+def _reads_maps(graph: TiledGraph, node: fx.Node) -> bool:
+    return any(graph.is_map(source) for source in node.all_input_nodes if source.op != "get_attr")
+
+
+# -- a small volume, computed by tiles and whole ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the outputs by tiles are from those of the whole volume.
+
+    Attributes:
+        difference: the largest, relative to the largest value of the output; of integers the
+            fraction that differs.
+        tolerance: what rounding explains.
+        sizes: of the volume that was compared.
+        tile: its tiles.
+    """
+
+    difference: float
+    tolerance: float
+    sizes: tuple[int, ...]
+    tile: tuple[int, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether rounding explains the difference."""
+        return self.difference <= self.tolerance
+
+
+def probe(
+    model: nn.Module, inputs: Inputs, tiling: Tiling, *, rounded: bool = False
+) -> Agreement | None:
+    """Run a copy of a model on random values, whole and by tiles.
+
+    Args:
+        model: with values; unchanged.
+        inputs: example inputs, whose sizes are taken, or reduced where they are large.
+        tiling: how the volume is to be cut; at least two tiles are tried.
+        rounded: use ``keep_dtype`` between tile loops.
+
+    Returns:
+        The difference; None where no small volume runs through the model.
+
+    Raises:
+        TilingError: the model cannot be computed by tiles.
+    """
+    found = _small_inputs(model, inputs)
+    if found is None:
+        return None
+    small, rounding = found
+    copy = clone(model)
+    set_mode(copy, False)
+    sizes = _volume(small)
+    tile = _tile(tiling, sizes)
+    kept = tiling.keep_dtype if rounded else None
+    alone = Tiling(size=tile, axis=tiling.axis, progress=False, keep_dtype=kept)
+    forward = ExactForward(copy, alone)
+    with torch.no_grad():
+        try:
+            whole = find_tensors(small.call(copy))
+        except Exception:  # a user's forward may raise anything on random values
+            return None
+        forward.install()
+        tiled = find_tensors(small.call(copy))
+    worst, tolerance = 0.0, 0.0
+    for a, b in zip(whole, tiled, strict=True):
+        allowed = rounding**0.5 if a.is_floating_point() else 0.01
+        apart = _difference(a, b)
+        if apart / allowed >= (worst / tolerance if tolerance else 0.0):
+            worst, tolerance = apart, allowed
+    return Agreement(worst, tolerance, sizes, tile)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    if not a.numel():
+        return 0.0
+    if not a.is_floating_point():
+        return float((a != b).double().mean())
+    a, b = a.double(), b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    apart = torch.where(same, 0.0, (a - b).abs()).max()
+    return float(apart / a[a.isfinite()].abs().max().clamp_min(1e-30)) if float(apart) else 0.0
+
+
+def _small_inputs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, float] | None:
+    """Return random inputs that run, and the coarsest rounding on the way to the outputs."""
+    generator = torch.Generator().manual_seed(0)
+    for small in _candidates(inputs):
+        made = small.map(lambda t: _random(t, generator))
+        try:
+            trace = trace_forward(model, made)
+        except (CaptureError, TilingError):
+            continue
+        values = [node.meta["val"] for node in trace.captured.operators()]
+        dtypes = {t.dtype for t in find_tensors(values) if t.is_floating_point()}
+        return made, max((torch.finfo(dtype).eps for dtype in dtypes), default=1e-7)
+    return None
+
+
+def _candidates(inputs: Inputs) -> Iterator[Inputs]:
+    sizes = _volume(inputs)
+    if torch.Size(sizes).numel() <= _SMALL:
+        yield inputs
+        return
+    for size in _SIZES:
+        cut = tuple(min(size, s) for s in sizes)
+        if cut != sizes:
+            yield inputs.map(lambda t, cut=cut: _cropped(t, sizes, cut))  # type: ignore[misc]
+
+
+def _cropped(tensor: Tensor, sizes: Sequence[int], cut: Sequence[int]) -> Tensor:
+    if tuple(tensor.shape[2:]) != tuple(sizes):
+        return tensor
+    corner = (slice(1), slice(None), *(slice(size) for size in cut))
+    return tensor[corner]
+
+
+def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.randn(tensor.shape, generator=generator).to(tensor)
+
+
+def _volume(inputs: Inputs) -> tuple[int, ...]:
+    largest = max(inputs.tensors(), key=lambda t: (t.ndim, t.numel()))
+    return tuple(largest.shape[2:])
+
+
+def _tile(tiling: Tiling, sizes: Sequence[int]) -> tuple[int, ...]:
+    axis = spatial_axis(tiling.axis, len(sizes))
+    halves = tuple(
+        max(1, -(-size // 2)) if index == axis else size for index, size in enumerate(sizes)
+    )
+    if tiling.size is None:
+        return halves
+    tile = tiling.tile(sizes)
+    return tile if tile != tuple(sizes) else halves

@@ -1,13 +1,13 @@
-"""Norms and poolings of whole maps, by sums that are gathered part by part.
+"""Norms and poolings of whole maps, by sums that are accumulated tile by tile.
 
 Means and squared deviations are joined as in Chan, Golub, LeVeque, "Updating Formulae and a
 Pairwise Algorithm for Computing Sample Variances", 1979, so that no digits are lost however many
-parts there are.
+tiles there are.
 """
 
 from __future__ import annotations
 
-__all__ = ["Gathered", "Moments", "Normalised", "Pooled", "gather_form"]
+__all__ = ["MapReduction", "NormMoments", "Normalised", "Pooled", "reduction_form"]
 
 import abc
 import math
@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pocketize.ops.schema import bind, operator_name
-from pocketize.passes.tiling.arguments import NotLocal, check_rank
-from pocketize.passes.tiling.forms import Context, Needs, Pointwise
-from pocketize.passes.tiling.intervals import Region
+from pocketize.ops import UNKNOWN, bind, operator_of, register
+from pocketize.passes.tiling.forms import Context, InputBoxes, Pointwise
+from pocketize.passes.tiling.intervals import Box
+from pocketize.passes.tiling.operators import NotLocal, check_rank
+
+_FACET = "tile reduction"
 
 
-class Gathered(abc.ABC):
-    """What an operator asks of a whole map, gathered from its parts.
+class MapReduction(abc.ABC):
+    """What an operator reads of a whole map, accumulated from its parts.
 
     Attributes:
         node: the operator.
@@ -36,25 +38,25 @@ class Gathered(abc.ABC):
 
     @abc.abstractmethod
     def measure(self, part: Tensor) -> tuple[Any, ...]:
-        """Return what is asked of a part (N, C, *spatial): a count, and small tensors."""
+        """Return the measure of a part (N, C, *spatial): a count, and small tensors."""
 
     @abc.abstractmethod
     def join(self, held: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return what is asked of two parts together."""
+        """Return the measure of two parts together."""
 
     @abc.abstractmethod
     def finish(self, held: tuple[Any, ...]) -> Tensor:
-        """Return what was asked for, from what is known of the whole."""
+        """Return what the operator reads, from the measure of the whole."""
 
 
-class Moments(Gathered):
+class NormMoments(MapReduction):
     """Mean and variance of groups of channels.
 
     Args:
         node: the norm.
         source: its input.
         groups: in how many groups the channels fall.
-        over_batch: the samples of a batch are taken together, as batch norms do.
+        over_batch: statistics are over the samples of a batch, as in batch norms.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Moments(Gathered):
 
     @property
     def count(self) -> int:
-        """Of how many values each mean and variance is."""
+        """Number of values of each mean and variance."""
         shape = self.source.meta["val"].shape
         each = math.prod(shape[1:]) // self.groups
         return int(each * shape[0] if self.over_batch else each)
@@ -86,7 +88,7 @@ class Moments(Gathered):
         joined = old_mean + step * (count / total)
         return (
             total,
-            torch.where(step.isfinite(), joined, old_mean + mean),  # of Inf no difference is known
+            torch.where(step.isfinite(), joined, old_mean + mean),  # differences of Inf are NaN
             old_deviation + deviation + step.square() * (before * count / total),
         )
 
@@ -101,7 +103,7 @@ class Moments(Gathered):
         return rows.transpose(0, 1).reshape(1, self.groups, -1) if self.over_batch else rows
 
 
-class Pooled(Gathered):
+class Pooled(MapReduction):
     """The mean or the largest entry of every channel of a map."""
 
     def __init__(self, node: fx.Node, source: fx.Node, kind: str) -> None:
@@ -131,26 +133,20 @@ class Pooled(Gathered):
 
 
 class Normalised(Pointwise):
-    """A norm whose statistics are known: every entry is scaled and shifted.
+    """A norm with known statistics: every entry is scaled and shifted."""
 
-    Args:
-        node: the norm.
-        bound: its arguments by name.
-        moments: which statistics it takes.
-    """
-
-    def __init__(self, node: fx.Node, bound: Mapping[str, Any], moments: Moments) -> None:
+    def __init__(self, node: fx.Node, bound: Mapping[str, Any], moments: NormMoments) -> None:
         super().__init__(node, [moments.source])
         self.moments, self.eps = moments, float(bound["eps"])
         self.weight, self.bias = bound.get("weight"), bound.get("bias")
 
-    def needs(self, region: Region) -> Needs:
-        """Return the same region of the norm's input."""
-        return {self.moments.source: region}
+    def input_boxes(self, box: Box) -> InputBoxes:
+        """Return the same box of the norm's input."""
+        return {self.moments.source: box}
 
-    def run(self, region: Region, context: Context) -> Tensor:
+    def run(self, box: Box, context: Context) -> Tensor:
         """Scale and shift the part."""
-        x = context.part(self.moments.source, region)
+        x = context.part(self.moments.source, box)
         return self.apply(x, context.statistics(self.node), context)
 
     def apply(self, x: Tensor, statistics: Tensor, context: Context) -> Tensor:
@@ -170,7 +166,7 @@ class Normalised(Pointwise):
         shift = -mean * scale
         if self.bias is not None:
             shift = shift + context.value(self.bias).to(scale.dtype)
-        # one operator, so that there is no second map for the product
+        # one operator, so that no map is allocated for the product
         out: Tensor = torch.addcmul(
             shift.reshape(*shift.shape, *ends),
             x.to(scale.dtype),
@@ -179,37 +175,64 @@ class Normalised(Pointwise):
         return out.to(self.node.meta["val"].dtype)
 
 
-def gather_form(node: fx.Node, rank: int) -> Gathered:
-    """Return what an operator asks of a whole map, where that can be gathered from parts.
+def reduction_form(node: fx.Node, rank: int) -> MapReduction:
+    """Return the reduction of a whole map that an operator reads.
 
     Args:
         node: the operator.
         rank: number of spatial axes.
 
     Raises:
-        NotLocal: it asks for more than sums.
+        NotLocal: it needs more than sums or maxima.
     """
-    name = operator_name(node.target).rpartition(".")[2]
-    if name == "getitem":
+    record = operator_of(node.target)
+    if record.short == "getitem":
         raise NotLocal("it is one of several results")
     bound = bind(node.target, node.args, node.kwargs)
     source = next((value for value in bound.values() if isinstance(value, fx.Node)), None)
     value = source.meta["val"] if source is not None else None
     if source is None or not isinstance(value, Tensor) or value.ndim != rank + 2:
-        raise NotLocal(f"{name} does not read a map")
-    check_rank(name, rank)
-    channels = value.shape[1]
-    if name == "instance_norm" and bound["use_input_stats"]:
-        return Moments(node, source, channels)
-    if name == "group_norm":
-        return Moments(node, source, int(bound["num_groups"]))
-    if name == "batch_norm" and bound["training"]:
-        return Moments(node, source, channels, over_batch=True)
-    if name.startswith("adaptive_avg_pool") and math.prod(node.meta["val"].shape[2:]) == 1:
-        return Pooled(node, source, "mean")
-    if name in ("mean", "amax"):
-        dims = bound.get("dim")
-        dims = [dims] if isinstance(dims, int) else list(dims or [])
-        if sorted(dim % (rank + 2) for dim in dims) == list(range(2, rank + 2)):
-            return Pooled(node, source, "max" if name == "amax" else "mean")
-    raise NotLocal(f"{operator_name(node.target)} is not known to be local")
+        raise NotLocal(f"{record.short} does not read a map")
+    check_rank(node, rank)
+    rule = record.facet(_FACET)
+    made: MapReduction | None = None if rule is UNKNOWN else rule(node, source, bound, rank)
+    if made is None:
+        raise NotLocal(f"{record.name} is not known to be local")
+    return made
+
+
+@register(_FACET, "aten.batch_norm", "aten.instance_norm")
+def _channel_norm(
+    node: fx.Node, source: fx.Node, bound: Mapping[str, Any], rank: int
+) -> MapReduction | None:
+    channels = source.meta["val"].shape[1]
+    if bound.get("use_input_stats"):
+        return NormMoments(node, source, channels)
+    if bound.get("training"):
+        return NormMoments(node, source, channels, over_batch=True)
+    return None
+
+
+@register(_FACET, "aten.group_norm")
+def _group_norm(
+    node: fx.Node, source: fx.Node, bound: Mapping[str, Any], rank: int
+) -> MapReduction | None:
+    return NormMoments(node, source, int(bound["num_groups"]))
+
+
+@register(_FACET, *(f"aten.adaptive_avg_pool{d}d" for d in (1, 2, 3)))
+def _pool(
+    node: fx.Node, source: fx.Node, bound: Mapping[str, Any], rank: int
+) -> MapReduction | None:
+    return Pooled(node, source, "mean") if math.prod(node.meta["val"].shape[2:]) == 1 else None
+
+
+@register(_FACET, "aten.mean", "aten.amax")
+def _mean_or_max(
+    node: fx.Node, source: fx.Node, bound: Mapping[str, Any], rank: int
+) -> MapReduction | None:
+    dims = bound.get("dim")
+    dims = [dims] if isinstance(dims, int) else list(dims or [])
+    if sorted(dim % (rank + 2) for dim in dims) != list(range(2, rank + 2)):
+        return None
+    return Pooled(node, source, "max" if operator_of(node.target).short == "amax" else "mean")

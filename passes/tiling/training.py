@@ -1,53 +1,143 @@
-"""A forward by tiles that autograd can go back through, by tiles again."""
+"""A forward by tiles whose backward pass runs by tiles as well.
+
+The norms of the traced copy track no running statistics, so that the trace has the operator on the
+statistics of the batch alone. These are reduced over all tiles like any norm's, and when the
+forward is done they are added to the running statistics as torch would do it, once.
+"""
 
 from __future__ import annotations
 
-__all__ = ["check_training", "differentiable_forward"]
+__all__ = [
+    "differentiable_forward",
+    "stop_tracking",
+    "tracking_norms",
+    "update_running",
+    "updates_of",
+]
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
-from pocketize._torch import keeps_graph, storage_key, version_of
+from pocketize._torch import BatchNorm, NormBase, keeps_graph, storage_key, version_of
 from pocketize.errors import ExecutionError
 from pocketize.graph.capture import find_tensors
-from pocketize.graph.clone import clone
-from pocketize.graph.inputs import Inputs
-from pocketize.graph.methods import set_mode
-from pocketize.ops.schema import operator_name
+from pocketize.ops import Kind, operator_name, operator_of
 from pocketize.passes.shared.second_order import refuse_second
-from pocketize.passes.tiling.backward import Differentiation, differentiable
-from pocketize.passes.tiling.cutting import Tiling
-from pocketize.passes.tiling.execution import Execution
-from pocketize.passes.tiling.keeping import Keeper
-from pocketize.passes.tiling.network import TiledGraph, TilingError
-from pocketize.passes.tiling.preparing import prepare
-from pocketize.passes.tiling.program import Program
-from pocketize.passes.tiling.running_statistics import update_running, updates_of
+from pocketize.passes.tiling.backward import TiledBackward, differentiable
+from pocketize.passes.tiling.execution import Execution, ExecutionSettings
+from pocketize.passes.tiling.statistics import NormMoments
+from pocketize.passes.tiling.tiled_graph import TiledGraph, TilingError
+
+#: Norms, and the operators that reduce the statistics.
+Updates: TypeAlias = list[tuple[NormBase, fx.Node]]
+
+_FORWARDS = (nn.BatchNorm1d.forward, nn.InstanceNorm1d.forward)
+
+
+def tracking_norms(model: nn.Module) -> dict[str, NormBase]:
+    """Return the norms that would update running statistics in a forward, by path.
+
+    Raises:
+        TilingError: one has a forward of its own, which may do something else.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, NormBase) or not module.training or module.running_mean is None:
+            continue
+        if "forward" in vars(module) or type(module).forward not in _FORWARDS:
+            raise TilingError(
+                f"{path or 'the model'} ({type(module).__name__}) is in training mode and updates "
+                "its running statistics in a forward that is not torch's, which training by tiles "
+                "cannot do for it; put it into evaluation mode, or train the volume whole "
+                "(train=False)"
+            )
+        found[path] = module
+    return found
+
+
+def stop_tracking(copy: nn.Module) -> None:
+    """Let the norms of a copy use the statistics of the batch and update nothing.
+
+    Raises:
+        TilingError: as :func:`tracking_norms`.
+    """
+    for module in tracking_norms(copy).values():
+        module.running_mean = module.running_var = module.num_batches_tracked = None
+        module.track_running_stats = False
+
+
+def updates_of(graph: TiledGraph, model: nn.Module) -> Updates:
+    """Return the norms that an execution updates, in order, once for each call.
+
+    Args:
+        graph: of the model, in the modes in which it is.
+        model: whose norms they are.
+
+    Raises:
+        TilingError: nothing that is returned depends on one, so that it is not computed.
+    """
+    norms = {id(module) for module in tracking_norms(model).values()}
+    found: Updates = []
+    for node in graph.captured.operators():
+        if operator_of(node.target).kind is not Kind.CHANNEL_NORM:
+            continue
+        module = model.get_submodule(node.meta["module"] or "")
+        if id(module) not in norms or not isinstance(module, NormBase):
+            continue
+        if not isinstance(graph.reductions.get(node), NormMoments):
+            raise TilingError(
+                f"{node.meta['module']} updates its running statistics and nothing that is "
+                "returned depends on it, so that training by tiles does not compute it; put it "
+                "into evaluation mode, or train the volume whole (train=False)"
+            )
+        found.append((module, node))
+    return found
+
+
+def update_running(execution: Execution, updates: Updates) -> None:
+    """Add the statistics of an execution, with ``retain``, to the running ones."""
+    with torch.no_grad():
+        for module, node in updates:
+            _update(module, *_statistics(execution, node))
+
+
+def _statistics(execution: Execution, node: fx.Node) -> tuple[Tensor, int]:
+    """Return mean and biased variance, (2, channels), and the number of values behind them."""
+    moments = execution.graph.reductions[node]
+    assert isinstance(moments, NormMoments)
+    made = execution.norms.get(node)
+    if made is None:  # it ran whole
+        made = moments.finish(moments.measure(execution.value(moments.source)))
+    return made.mean(1), moments.count
+
+
+def _update(module: NormBase, statistics: Tensor, count: int) -> None:
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    factor: float | Tensor = 0.0 if module.momentum is None else module.momentum
+    if isinstance(module, BatchNorm) and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+        if module.momentum is None:
+            factor = 1.0 / module.num_batches_tracked.double()
+    mean, variance = statistics[0], statistics[1] * (count / max(1, count - 1))
+    for running, new in ((module.running_mean, mean), (module.running_var, variance)):
+        running.add_(((new.to(running.dtype) - running) * factor).to(running.dtype))
 
 
 def differentiable_forward(
-    program: Program,
-    tensors: Mapping[str, Tensor],
-    inputs: Mapping[fx.Node, Tensor],
-    keeper: Keeper,
-    *,
-    outputs: Keeper | None = None,
-    model: nn.Module | None = None,
+    settings: ExecutionSettings, *, model: nn.Module | None = None
 ) -> dict[fx.Node, Tensor]:
     """Run a program without a graph; a backward pass runs its tiles again, each with one.
 
     The gradients are those of the whole volume's loss, to rounding. Between the two passes only
-    what the program stores is kept, where the keeper says.
+    the results of the program's steps are stored.
 
     Args:
-        program: what to do.
-        tensors: parameters and buffers by name.
-        inputs: the input tensors by placeholder.
-        keeper: where results and their gradients are kept between sweeps.
-        outputs: where outputs are kept; the same by default.
+        settings: of the execution; its storage also has the gradients.
         model: whose norms update their running statistics, where they do.
 
     Returns:
@@ -56,60 +146,33 @@ def differentiable_forward(
     Raises:
         TilingError: a norm that would update its running statistics is not computed.
     """
+    program = settings.program
     updates = [] if model is None else updates_of(program.graph, model)
-    run = _Run(program, tensors, inputs, keeper, outputs)
-    made = _ByTiles.apply(run, *run.asked)  # type: ignore[no-untyped-call]
+    run = _TrainingRun(settings)
+    made = _TiledFunction.apply(run, *run.asked)  # type: ignore[no-untyped-call]
     update_running(run.execution, updates)
     return dict(zip(program.outputs, made, strict=True))
 
 
-def check_training(model: nn.Module, inputs: Inputs, tiling: Tiling) -> None:
-    """Refuse what would be refused in the first step that trains by tiles.
-
-    Args:
-        model: unchanged; one in evaluation mode is tried in training mode, others as they are.
-        inputs: example inputs.
-        tiling: how the volume is to be cut.
-
-    Raises:
-        TilingError: the model cannot be trained by tiles.
-        InputError: no tile meets ``max_peak``.
-    """
-    copy = clone(model)
-    if not model.training:
-        set_mode(copy, True)
-    try:
-        graph = prepare(copy, inputs.map(Tensor.detach), tiling, training=True).program.graph
-        updates_of(graph, copy)
-    except TilingError as error:
-        raise TilingError(f"in training (train=True), {error}") from error
-
-
-class _Run:
+class _TrainingRun:
     """One run of a program, from its forward to its backward.
 
     Attributes:
-        execution: the forward, with all that it stored.
-        asked: weights and inputs whose gradients are asked for.
+        execution: the forward, with its stored results.
+        asked: weights and inputs whose gradients are wanted.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        tensors: Mapping[str, Tensor],
-        inputs: Mapping[fx.Node, Tensor],
-        keeper: Keeper,
-        outputs: Keeper | None,
-    ) -> None:
+    def __init__(self, settings: ExecutionSettings) -> None:
+        program, inputs = settings.program, settings.inputs
         read = {source for node in program.graph.nodes for source in node.all_input_nodes}
         named = {n: n.meta["tensor"] for n in read if n.op == "get_attr" and n.meta["tensor"]}
-        weights = {name: tensor for name, tensor in tensors.items() if name in named.values()}
+        weights = {n: tensor for n, tensor in settings.tensors.items() if n in named.values()}
         self.names = [name for name, tensor in weights.items() if tensor.requires_grad]
         self.nodes = [node for node, tensor in inputs.items() if tensor.requires_grad]
         self.asked = [*(weights[n] for n in self.names), *(inputs[n] for n in self.nodes)]
-        # without the hooks of tensors, which are run with the sum over all tiles
+        # aliases without hooks of tensors, which autograd runs with the sum over all tiles
         aliases = {name: _alias(tensor) for name, tensor in weights.items()}
-        self.execution = Execution(program, aliases, inputs, keeper, outputs=outputs, retain=True)
+        self.execution = Execution(replace(settings, tensors=aliases, retain=True))
         asked = {node for node, name in named.items() if name in self.names}
         self.reached = _reached(program.graph, asked.union(self.nodes))
         self.done = False
@@ -123,31 +186,31 @@ class _Run:
         self._watched.append((what, tensor, _state(tensor)))
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Return the outputs, of which the execution holds nothing but aliases."""
+        """Return the outputs; the execution keeps aliases of them."""
         program = self.execution.program
-        # the recording has autocast's casts in it
-        with torch.autocast(self.execution.keeper.device.type, enabled=False):
+        # the trace has autocast's casts in it
+        with torch.autocast(self.execution.storage.device.type, enabled=False):
             made = self.execution.run()
         for index, node in enumerate(program.outputs):
             alias = self.execution.hold_alias(node)
-            if node in program.graph.gathered or not self.reached.isdisjoint(node.users):
+            if node in program.graph.reductions or not self.reached.isdisjoint(node.users):
                 self._watch(f"output {index}", alias)
         return tuple(made[node] for node in program.outputs)
 
     def backward(self, of_outputs: Mapping[fx.Node, Tensor]) -> tuple[Tensor | None, ...]:
-        """Return the gradients of what is asked for.
+        """Return the gradients of ``asked``.
 
         Raises:
-            ExecutionError: it has run, or what it computes again was written.
+            ExecutionError: it has run, or what it computes again from was written.
         """
         if self.done:
             raise ExecutionError(
-                "patchwise: the backward pass of this forward by tiles has run, and what it went "
-                "through is gone; say retain_graph=True in the first, or run the forward again"
+                "patchwise: the backward pass of this forward by tiles has run, and its results "
+                "are freed; say retain_graph=True in the first, or run the forward again"
             )
         if not all(_has_memory(gradient) for gradient in of_outputs.values()):
             raise ExecutionError(
-                "patchwise: training by tiles goes back with one gradient at a time, and here are "
+                "patchwise: training by tiles differentiates one gradient at a time, and here are "
                 "several (vmap, is_grads_batched=True, a vectorised Jacobian); take them one by one"
             )
         for what, tensor, before in self._watched:
@@ -160,8 +223,8 @@ class _Run:
         keeps = keeps_graph()
         self.done = not keeps
         execution = self.execution
-        back = Differentiation(execution, execution.keeper, of_inputs=self.nodes, retain=keeps)
-        with torch.autocast(execution.keeper.device.type, enabled=False):
+        back = TiledBackward(execution, execution.storage, of_inputs=self.nodes, retain=keeps)
+        with torch.autocast(execution.storage.device.type, enabled=False):
             weights, inputs = back.gradients(of_outputs)
         found = [weights.get(name) for name in self.names]
         found += [inputs.get(node) for node in self.nodes]
@@ -175,7 +238,7 @@ class _Run:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is one, and does not stand for several as within ``vmap``."""
+    """Whether a tensor has a storage; a batched one within ``vmap`` has none."""
     try:
         tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):
@@ -184,7 +247,7 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _reached(graph: TiledGraph, asked: set[fx.Node]) -> set[fx.Node]:
-    """Return the nodes that have gradients by what they are asked for."""
+    """Return the nodes that gradients flow through."""
     reached = set(asked)
     for node in graph.nodes:
         name = operator_name(node.target).rpartition(".")[2]
@@ -205,9 +268,9 @@ def _alias(tensor: Tensor) -> Tensor:
     return alias.requires_grad_() if tensor.requires_grad else alias
 
 
-class _ByTiles(torch.autograd.Function):
+class _TiledFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: _Run, *asked: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, run: _TrainingRun, *asked: Tensor) -> tuple[Tensor, ...]:
         ctx.run = run
         results = run.forward()
         rows = zip(run.execution.program.outputs, results, strict=True)
@@ -216,7 +279,7 @@ class _ByTiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        run: _Run = ctx.run
+        run: _TrainingRun = ctx.run
         outputs = run.execution.program.outputs
         of_outputs = {
             node: gradient

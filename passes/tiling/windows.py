@@ -7,12 +7,12 @@ place and weigh the windows where it is installed; ours do where it is not.
 
 from __future__ import annotations
 
-__all__ = ["Layout", "WindowForward", "importance", "window_starts"]
+__all__ = ["WindowForward", "WindowLayout", "importance", "window_starts"]
 
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,107 +20,60 @@ from torch import Tensor
 
 from pocketize._torch import without_dispatch_modes
 from pocketize.errors import InputError
-from pocketize.graph.inputs import Inputs, as_plain
-from pocketize.passes.tiling.cutting import PatchForward, is_recorded, plain
-from pocketize.passes.tiling.keeping import Keeper
-from pocketize.passes.tiling.peers import Peers
-from pocketize.passes.tiling.reduce import ProgressBar, reduction
-from pocketize.passes.tiling.resuming import Journal, journal_for
-from pocketize.passes.tiling.stretches import Stretch, output_keeper, peers_for
-from pocketize.passes.tiling.volumes import Parts, Volume, maps_of, nest_of
+from pocketize.passes.tiling.slabs import Assembly, OutputParts, PartForward, Volume
 
 #: Standard deviation of the Gaussian, as a part of the window.
 _SIGMA = 0.125
 
 
-class WindowForward(PatchForward):
-    """A model's forward that runs in overlapping windows, in inference and in training.
+class WindowForward(PartForward):
+    """A model's forward that runs in overlapping windows.
 
-    Windows are taken row by row along the axis that is cut most often. What no later row reaches is
-    divided by its weights, reduced and put away, so that no more than a row of the outputs is
-    there before.
+    Windows are run row by row along the axis that is cut most often. What no later row reaches is
+    divided by its weights, reduced and stored, so that no more than one row of the outputs is in
+    memory before.
     """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run every window through the network and average the outputs."""
-        if is_recorded():
-            return self.original(*args, **kwargs)
-        inputs = Inputs(args, kwargs)
-        peers = peers_for(self, plain(inputs))
-        with journal_for(self, plain(inputs)) as journal:
-            return self._average(inputs, peers, journal)
+    own_options: ClassVar[frozenset[str]] = frozenset({"batch", "overlap", "weights"})
 
-    def _average(self, inputs: Inputs, peers: Peers | None, journal: Journal | None) -> Any:
-        volume = Volume(inputs, self.device(inputs))
-        plan = self.layout(volume)
-        keeper = output_keeper(self, volume.device, journal)
-        finish = reduction(self.tiling.reduce) if self.reduces() else None
-        weights = _importance(plan.window, self.tiling.weights)
-        stretch = Stretch(len(plan.rows), peers, journal)
-        numbers = range(plan.reaching(stretch.first), stretch.stop)
-        total = sum(len(plan.rows[number]) for number in numbers)
-        rows: list[_Rows] = []
-        bar = ProgressBar(self.tiling.progress)
-        output: Any = None
-        tensors: list[Tensor] = []
-        done = 0
-        try:
-            for number in numbers:
-                row = plan.rows[number]
-                for first in range(0, len(row), self.tiling.batch):
-                    some = row[first : first + self.tiling.batch]
-                    del output, tensors
-                    output = self._run(volume, plan, some)
-                    tensors = maps_of(output, volume.batch * len(some), volume.rank)
-                    weighed = weights
-                    for index, tensor in enumerate(map(as_plain, tensors)):
-                        weighed = _fitted(weighed, weights, tensor.shape[-volume.rank :])
-                        if len(rows) == index:
-                            rows.append(
-                                _Rows(
-                                    plan,
-                                    tensor,
-                                    keeper,
-                                    finish,
-                                    name=f"output{index}",
-                                    at=number,
-                                    first=stretch.first,
-                                )
-                            )
-                        for start, part in zip(
-                            some, torch.split(tensor, volume.batch), strict=True
-                        ):
-                            rows[index].add(start, part, weighed)
-                    done += len(some)
-                    bar(done, total)
-                for each in rows:
-                    each.end_row(number)
-                stretch.note(number)
-        finally:
-            bar.close()
-        for each in rows if peers is not None else ():
-            assert peers is not None
-            ends = [stretch.bounds(rank) for rank in range(peers.size)]
-            each.parts.publish(peers, [(each.begin(low), each.begin(high)) for low, high in ends])
-        return nest_of(output, tensors, [each.parts.result() for each in rows])
-
-    def _run(self, volume: Volume, plan: Layout, starts: Sequence[tuple[int, ...]]) -> Any:
-        moved = [
-            tuple(at - pad for at, pad in zip(start, plan.pads, strict=True)) for start in starts
-        ]
-        tiles = volume.read(moved, plan.window)
-        return self.original(*tiles.args, **tiles.kwargs)
-
-    def layout(self, volume: Volume) -> Layout:
+    def layout(self, volume: Volume) -> WindowLayout:
         """Return where the windows of a volume lie.
 
         Raises:
             InputError: it has another number of axes.
         """
-        size = self.tiling.size
-        assert size is not None
-        window = _per_axis("size", size, volume.rank)
-        return Layout(volume, window, _per_axis("overlap", self.tiling.overlap, volume.rank))
+        window = _per_axis("size", self.tiling.sizes, volume.rank)
+        return WindowLayout(volume, window, _per_axis("overlap", self.tiling.overlaps, volume.rank))
+
+    def rows(self, volume: Volume) -> tuple[list[list[tuple[int, ...]]], tuple[int, ...]]:
+        """Return rows of windows, with starts in the volume, before its padding."""
+        layout = self.layout(volume)
+        moved = [
+            [tuple(at - pad for at, pad in zip(start, layout.pads, strict=True)) for start in row]
+            for row in layout.rows
+        ]
+        return moved, layout.window
+
+    def first_row(self, volume: Volume, row: int) -> int:
+        """Return the first row whose windows overlap those of another."""
+        layout = self.layout(volume)
+        begins = [each[0][layout.axis] for each in layout.rows]
+        size = layout.window[layout.axis]
+        return next(each for each, begin in enumerate(begins) if begin + size > begins[row])
+
+    def assembly(
+        self, volume: Volume, sample: Tensor, before: Sequence[Any], first: int, **more: Any
+    ) -> Assembly:
+        """Average the outputs, with weights of their resolution."""
+        layout = self.layout(volume)
+        full = _importance(layout.window, self.tiling.weights)
+        weights = before[-1].weights if before else full
+        sizes = tuple(sample.shape[-volume.rank :])
+        if tuple(full.shape) == sizes:
+            weights = full
+        elif tuple(weights.shape) != sizes:  # each coarser one is made of the one before
+            weights = F.interpolate(weights[None, None], sizes, mode="nearest-exact")[0, 0]
+        return _RowMean(layout, sample, weights, self.first_row(volume, first), first, **more)
 
 
 def _per_axis(name: str, given: tuple[Any, ...], rank: int) -> tuple[Any, ...]:
@@ -132,7 +85,7 @@ def _per_axis(name: str, given: tuple[Any, ...], rank: int) -> tuple[Any, ...]:
     return given * rank if len(given) == 1 else given
 
 
-class Layout:
+class WindowLayout:
     """Where the windows lie, in a volume that is padded to at least one window.
 
     Attributes:
@@ -159,64 +112,52 @@ class Layout:
         self.rows = [[s for s in starts if s[self.axis] == begin] for begin in begins]
         self.count = len(starts)
 
-    def reaching(self, number: int) -> int:
-        """Return the first row whose windows reach into another."""
-        begins = [row[0][self.axis] for row in self.rows]
-        size = self.window[self.axis]
-        return next(row for row, begin in enumerate(begins) if begin + size > begins[number])
 
-
-class _Rows:
+class _RowMean(Assembly):
     """One output of the network, averaged row by row.
 
     Args:
-        plan: where the windows lie.
+        layout: where the windows lie.
         sample: what the network returned for a window.
-        keeper: makes room for what is finished.
-        finish: what is stored of it.
-        name: of the output.
+        weights: of the entries of a window's output.
         at: the row that comes first.
-        first: the first row of which something is put away; what is before, is there already.
+        first: the first row that is stored.
+        more: storage, finish and name for :class:`OutputParts`.
     """
 
     def __init__(
         self,
-        plan: Layout,
+        layout: WindowLayout,
         sample: Tensor,
-        keeper: Keeper,
-        finish: Any,
-        *,
-        name: str,
+        weights: Tensor,
         at: int,
         first: int,
+        **more: Any,
     ) -> None:
         if not sample.is_floating_point():
             raise InputError(
                 f"patchwise: windows that overlap are averaged, and an output of {sample.dtype} "
                 "cannot be; return logits, and say reduce='argmax' for labels"
             )
-        self.plan, self.dtype = plan, sample.dtype
-        self.wide = torch.promote_types(sample.dtype, torch.float32)
-        self.tile = tuple(sample.shape[-plan.rank :])
-        sizes = zip(plan.image, self.tile, plan.window, strict=True)
+        self.layout, self.weights, self.first = layout, weights, first
+        self.dtype, self.wide = sample.dtype, torch.promote_types(sample.dtype, torch.float32)
+        self.tile = tuple(sample.shape[-layout.rank :])
+        sizes = zip(layout.image, self.tile, layout.window, strict=True)
         self.whole = tuple(size * out // window for size, out, window in sizes)
-        self.lead = list(sample.shape[: -plan.rank])
-        self.crops = [self._crop(axis) for axis in range(plan.rank)]
-        self.begins = [self._place(row[0][plan.axis], plan.axis) for row in plan.rows[at:]]
-        low, high = self.crops[plan.axis]
-        self.first = first
-        self.parts = Parts(
-            plan.axis - plan.rank, high - low, keeper, finish, name=name, done=self.begin(first)
-        )
+        self.lead = list(sample.shape[: -layout.rank])
+        self.crops = [self._crop(axis) for axis in range(layout.rank)]
+        self.begins = [self._scaled(row[0][layout.axis], layout.axis) for row in layout.rows[at:]]
+        low, high = self.crops[layout.axis]
+        axis = layout.axis - layout.rank
+        self.parts = OutputParts(axis, high - low, done=self.begin(first), **more)
         self.sums: Tensor | None = None
         self.counts: Tensor | None = None
 
-    def add(self, start: tuple[int, ...], part: Tensor, weights: Tensor) -> None:
-        """Add the output of a window."""
-        plan, begin = self.plan, self.begins[0]
+    def add(self, start: Sequence[int], part: Tensor) -> None:
+        layout, begin = self.layout, self.begins[0]
         if self.sums is None:
             shape = list(self.whole)
-            shape[plan.axis] = self.tile[plan.axis]
+            shape[layout.axis] = self.tile[layout.axis]
             # one sample's leading axes, however many windows ran at once
             lead = [part.shape[0], *self.lead[1:]]
             self.sums = torch.zeros(lead + shape, dtype=self.wide, device=part.device)
@@ -224,49 +165,47 @@ class _Rows:
         assert self.counts is not None
         where: list[Any] = [...]
         for axis, at in enumerate(start):
-            place = self._place(at, axis) - (begin if axis == plan.axis else 0)
+            place = self._scaled(at + layout.pads[axis], axis)
+            place -= begin if axis == layout.axis else 0
             where.append(slice(place, place + self.tile[axis]))
-        weights = weights.to(part.device, self.wide)
+        weights = self.weights.to(part.device, self.wide)
         self.sums[tuple(where)] += part.to(self.wide) * weights
         self.counts[tuple(where)] += weights
 
-    def begin(self, number: int) -> int:
-        """Return where in the output what a row puts away begins; of the row after the last, the
-        end.
-        """
-        plan, (low, high) = self.plan, self.crops[self.plan.axis]
-        if number == len(plan.rows):
+    def begin(self, row: int) -> int:
+        layout, (low, high) = self.layout, self.crops[self.layout.axis]
+        if row == len(layout.rows):
             return high - low
-        place = self._place(plan.rows[number][0][plan.axis], plan.axis)
+        place = self._scaled(layout.rows[row][0][layout.axis], layout.axis)
         return min(max(place, low), high) - low
 
-    def end_row(self, number: int) -> None:
-        """Put away what no later row reaches."""
-        plan = self.plan
+    def end_row(self, row: int) -> None:
+        """Store what no later row reaches."""
+        layout = self.layout
         assert self.sums is not None
         assert self.counts is not None
         begin = self.begins[0]
-        last = number == len(plan.rows) - 1
-        axis, size = plan.axis - plan.rank, self.tile[plan.axis]
+        last = row == len(layout.rows) - 1
+        axis, size = layout.axis - layout.rank, self.tile[layout.axis]
         end = begin + size if last else self.begins[1]
         done = min(end - begin, size)
-        if number >= self.first:
-            self._put(begin, done)
+        if row >= self.first:
+            self._store(begin, done)
         if last:
             return
         del self.begins[0]
-        graph = self.sums.requires_grad  # which needs what was divided, and by what
-        self.sums = _moved(self.sums, axis, done, copy=graph)
-        self.counts = _moved(self.counts, axis, done, copy=graph)
+        graph = self.sums.requires_grad  # it needs the present sums and counts
+        self.sums = _shifted(self.sums, axis, done, copy=graph)
+        self.counts = _shifted(self.counts, axis, done, copy=graph)
 
-    def _put(self, begin: int, done: int) -> None:
+    def _store(self, begin: int, done: int) -> None:
         assert self.sums is not None
         assert self.counts is not None
-        axis = self.plan.axis - self.plan.rank
+        axis = self.layout.axis - self.layout.rank
         sums, counts = self.sums.narrow(axis, 0, done), self.counts.narrow(axis, 0, done)
         mean = sums / counts if sums.requires_grad else sums.div_(counts)
         for each, (low, high) in enumerate(self.crops):
-            where = each - self.plan.rank
+            where = each - self.layout.rank
             if where == axis:
                 first = max(low - begin, 0)
                 last = max(first, min(high - begin, done))
@@ -276,41 +215,32 @@ class _Rows:
         if mean.shape[axis]:
             self.parts.add(mean.to(self.dtype))
 
-    def _place(self, at: int, axis: int) -> int:
-        return at * self.tile[axis] // self.plan.window[axis]
+    def _scaled(self, at: int, axis: int) -> int:
+        return at * self.tile[axis] // self.layout.window[axis]
 
     def _crop(self, axis: int) -> tuple[int, int]:
         """Return the part of an axis that is no padding of the volume."""
-        plan = self.plan
-        if plan.sizes[axis] == plan.image[axis]:
+        layout = self.layout
+        if layout.sizes[axis] == layout.image[axis]:
             return 0, self.whole[axis]
-        zoom = self.whole[axis] / plan.window[axis]
-        pad = plan.pads[axis]
-        return round(pad * zoom), round((pad + plan.sizes[axis]) * zoom)
+        zoom = self.whole[axis] / layout.window[axis]
+        pad = layout.pads[axis]
+        return round(pad * zoom), round((pad + layout.sizes[axis]) * zoom)
 
 
-def _moved(tensor: Tensor, axis: int, by: int, *, copy: bool) -> Tensor:
-    """Return what comes behind, and zeros for what is not there yet."""
+def _shifted(tensor: Tensor, axis: int, by: int, *, copy: bool) -> Tensor:
+    """Shift along an axis, and fill with zeros."""
     size = tensor.shape[axis]
     if copy:
         shape = list(tensor.shape)
         shape[axis] = by
         return torch.cat([tensor.narrow(axis, by, size - by), tensor.new_zeros(shape)], axis)
-    # a row is large: no second one for it, but pieces that do not overlap where they go to
+    # a row is large: move it without a copy, in pieces that do not overlap their targets
     for at in range(0, size - by, by):
         length = min(by, size - by - at)
         tensor.narrow(axis, at, length).copy_(tensor.narrow(axis, at + by, length))
     tensor.narrow(axis, size - by, by).zero_()
     return tensor
-
-
-def _fitted(weights: Tensor, full: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return weights at the resolution of an output; each coarser one is made of the one before."""
-    if tuple(full.shape) == tuple(sizes):
-        return full
-    if tuple(weights.shape) == tuple(sizes):
-        return weights
-    return F.interpolate(weights[None, None], tuple(sizes), mode="nearest-exact")[0, 0]
 
 
 def window_starts(

@@ -18,10 +18,9 @@ from pocketize.errors import InputError, OptionError
 from pocketize.graph.inputs import Inputs, as_inputs
 from pocketize.memory.tracker import LiveTracker
 from pocketize.passes import Patchwise
-from pocketize.passes.tiling.cutting import Tiling
-from pocketize.passes.tiling.peers import group_name
-from pocketize.passes.tiling.preparing import prepare
-from pocketize.passes.tiling.sharing import Shares
+from pocketize.passes.tiling.exact import prepare
+from pocketize.passes.tiling.forward import Tiling
+from pocketize.passes.tiling.processes import ShardLayout, group_name
 from tests.distributed.group import PROCESSES, result_of
 from tests.passes.tiling.nets import DeepSupervision, SmallUNet, TwoInputs, double
 
@@ -241,7 +240,7 @@ def test_without_a_process_group_the_error_says_what_to_call(tmp_path: Path) -> 
             model(x)
 
 
-def test_groups_are_for_inference_without_a_journal(tmp_path: Path) -> None:
+def test_groups_are_for_inference_without_resume(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="DistributedDataParallel"):
         Patchwise(size=7, group="world", train=True)
     with pytest.raises(OptionError, match="one process"):
@@ -250,22 +249,22 @@ def test_groups_are_for_inference_without_a_journal(tmp_path: Path) -> None:
         )
 
 
-def test_what_is_read_beyond_a_share_is_held_and_no_more() -> None:
+def test_what_is_read_beyond_a_shard_is_stored_and_no_more() -> None:
     torch.manual_seed(0)
     net = SmallUNet(2).eval()
     program = prepare(net, as_inputs(torch.randn(1, 1, 8, 64), net), Tiling(size=(8, 8))).program
-    shares = Shares(program, 4)
-    assert shares.axis == 1
-    for node, owned in shares.owned.items():
+    layout = ShardLayout(program, 4)
+    assert layout.axis == 1
+    for node, owned in layout.owned.items():
         width = node.meta["val"].shape[-1]
-        assert [region[1] for region in owned] == [
+        assert [box[1] for box in owned] == [
             (width * rank // 4, width * (rank + 1) // 4) for rank in range(4)
         ]
         if node in program.outputs:
             continue
         for (low, high), (first, last) in zip(
-            [region[1] for region in owned],
-            [region[1] for region in shares.reach[node]],
+            [box[1] for box in owned],
+            [box[1] for box in layout.held[node]],
             strict=True,
         ):
             assert first <= low

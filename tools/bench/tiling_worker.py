@@ -25,9 +25,9 @@ from pocketize.memory.meter import measure_on
 from pocketize.memory.request import Request
 from pocketize.memory.stage import real_stage
 from pocketize.memory.step import fixed_surroundings
-from pocketize.passes.tiling.cutting import Tiling
-from pocketize.passes.tiling.figures import foretold_peak, kept_bytes
-from pocketize.passes.tiling.preparing import prepare
+from pocketize.passes.tiling.exact import prepare
+from pocketize.passes.tiling.figures import estimated_peak, kept_bytes
+from pocketize.passes.tiling.forward import Tiling
 from tools.bench.fresh import MARK, Resident
 from tools.bench.tiling_rows import SUBJECTS, WAYS, Size, Subject, Way
 
@@ -114,7 +114,7 @@ def estimate(task: Task) -> dict[str, Any]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(1, 1, *task.size)
     prepared = prepare(net, as_inputs(x, net), tiling)
-    peak = foretold_peak(prepared.recording, prepared.program, tiling)
+    peak = estimated_peak(prepared.trace, prepared.program, tiling)
     return {"peak": peak, "kept": kept_bytes(prepared.program, tiling.held)}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pocketize.errors import CropWarning, InputError
 from pocketize.passes import Cascade
-from pocketize.passes.cascade.crops import Box, box_around, paste, touched
+from pocketize.passes.cascade.crops import Crop, box_around, paste, touched
 from tests.examples import examples
 from tests.passes.cascade.nets import Small, Threshold, quiet
 
@@ -176,13 +176,13 @@ def test_a_box_holds_the_foreground_and_lies_in_the_volume(
 def test_the_axes_that_are_touched_are_told(place: tuple[int, int], axes: tuple[int, ...]) -> None:
     logits = torch.zeros(1, 2, 5, 5)
     logits[(0, 1, *place)] = 1.0
-    assert touched(logits, Box((1, 1), (6, 6), (9, 9)), 0) == axes
-    assert touched(logits[:, 1:], Box((1, 1), (6, 6), (9, 9)), 0) == axes
-    assert touched(logits, Box((0, 0), (5, 5), (5, 5)), 0) == ()
+    assert touched(logits, Crop((1, 1), (6, 6), (9, 9)), 0) == axes
+    assert touched(logits[:, 1:], Crop((1, 1), (6, 6), (9, 9)), 0) == axes
+    assert touched(logits, Crop((0, 0), (5, 5), (5, 5)), 0) == ()
 
 
 def test_a_single_class_has_its_value_outside() -> None:
     part = torch.ones(1, 1, 2, 2, dtype=torch.float16)
-    found = paste(part, Box((1, 1), (3, 3), (4, 4)), 0, -100.0)
+    found = paste(part, Crop((1, 1), (3, 3), (4, 4)), 0, -100.0)
     assert found.dtype == torch.float16
     assert found.sum() == 4 - 100 * 12

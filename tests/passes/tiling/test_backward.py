@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from pocketize.graph.capture import capture, find_tensors
 from pocketize.graph.inputs import as_inputs
 from pocketize.memory.tracker import LiveTracker
-from pocketize.passes.tiling.backward import Differentiation
-from pocketize.passes.tiling.execution import Execution
-from pocketize.passes.tiling.keeping import Keeper
-from pocketize.passes.tiling.network import TiledGraph
+from pocketize.passes.tiling.backward import TiledBackward
+from pocketize.passes.tiling.execution import Execution, ExecutionSettings
 from pocketize.passes.tiling.program import Program, build_program
+from pocketize.passes.tiling.storage import Storage
+from pocketize.passes.tiling.tiled_graph import TiledGraph
 from tests.foreign import foreign_nets
 from tests.passes.tiling.test_execution import LARGE, _Odd
 
@@ -52,14 +52,18 @@ def _tiled(
     captured = program.graph.captured
     (node,) = [n for n in captured.graph.nodes if n.op == "placeholder"]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    keeper = Keeper(place, x.device)
-    execution = Execution(program, tensors, {node: x}, keeper, retain=True)
+    keeper = Storage(place, x.device)
+    execution = Execution(
+        ExecutionSettings(
+            program=program, tensors=tensors, inputs={node: x}, storage=keeper, retain=True
+        )
+    )
     with torch.no_grad():
         made = execution.run()
     leaves = {n: made[n].detach().requires_grad_() for n in program.outputs}
     _loss([leaves[n] for n in captured.outputs()]).backward()
     gradients = {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
-    weights, inputs = Differentiation(execution, keeper).gradients(gradients)
+    weights, inputs = TiledBackward(execution, keeper).gradients(gradients)
     return weights, inputs[node]
 
 

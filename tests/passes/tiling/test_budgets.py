@@ -15,9 +15,8 @@ from pocketize.errors import OptionError
 from pocketize.graph.inputs import as_inputs
 from pocketize.passes import Patchwise
 from pocketize.passes.shared.forwards import wrapping
-from pocketize.passes.tiling.figures import foretold_peak, measured_peak
-from pocketize.passes.tiling.patched import ExactForward
-from pocketize.passes.tiling.preparing import prepare
+from pocketize.passes.tiling.exact import ExactForward, prepare
+from pocketize.passes.tiling.figures import estimated_peak, measured_peak
 from tests.passes.tiling.nets import unet
 
 MIB = 1 << 20
@@ -78,8 +77,8 @@ def test_some_tiles_have_the_peak_of_all(net: str, tile: tuple[int, int], keep: 
     assert some == pytest.approx(measure(made, size, estimate=True).peak, rel=SLACK)
     prepared = prepare(made, inputs, tiling)
     sampled = replace(prepared.program, sampled=True)
-    every = foretold_peak(prepared.recording, prepared.program, tiling)
-    assert foretold_peak(prepared.recording, sampled, tiling) == pytest.approx(every, rel=SLACK)
+    every = estimated_peak(prepared.trace, prepared.program, tiling)
+    assert estimated_peak(prepared.trace, sampled, tiling) == pytest.approx(every, rel=SLACK)
 
 
 @pytest.mark.slow

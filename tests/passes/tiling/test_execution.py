@@ -18,22 +18,27 @@ from torch import Tensor, nn
 from pocketize.graph.capture import capture, find_tensors
 from pocketize.graph.inputs import as_inputs
 from pocketize.memory.tracker import LiveTracker
-from pocketize.passes.tiling.execution import Execution
-from pocketize.passes.tiling.keeping import Keeper
-from pocketize.passes.tiling.network import TiledGraph, TilingError
-from pocketize.passes.tiling.program import Program, Sweep, build_program
+from pocketize.passes.tiling.execution import Execution, ExecutionSettings
+from pocketize.passes.tiling.program import Program, TileLoop, build_program
+from pocketize.passes.tiling.storage import Storage
+from pocketize.passes.tiling.tiled_graph import TiledGraph, TilingError
 from tests.examples import examples
 from tests.foreign import foreign_nets
 
 
 def tiled(
-    model: nn.Module, x: Tensor, tile: Sequence[int], *, keeper: Keeper | None = None, **more: Any
+    model: nn.Module, x: Tensor, tile: Sequence[int], *, keeper: Storage | None = None, **more: Any
 ) -> tuple[list[Tensor], Program]:
     captured = capture(model, x)
     program = build_program(TiledGraph(captured), tile)
     (node,) = [n for n in captured.graph.nodes if n.op == "placeholder"]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    execution = Execution(program, tensors, {node: x}, keeper or Keeper("device", x.device), **more)
+    storage = keeper or Storage("device", x.device)
+    execution = Execution(
+        ExecutionSettings(
+            program=program, tensors=tensors, inputs={node: x}, storage=storage, **more
+        )
+    )
     with torch.no_grad():
         made = execution.run()
     return [made[n] for n in captured.outputs()], program
@@ -64,7 +69,7 @@ def test_other_peoples_networks_give_the_whole_volumes_answer(name: str) -> None
     for tile in ((*sizes[:-1], -(-sizes[-1] // 4)), tuple(-(-size // 3) for size in sizes)):
         found, program = tiled(model, x, tile)
         agree(found, outputs(model, x))
-        assert any(isinstance(step, Sweep) for step in program.steps)
+        assert any(isinstance(step, TileLoop) for step in program.steps)
 
 
 def _peak(run: Any, model: nn.Module, x: Tensor) -> int:
@@ -120,10 +125,14 @@ def _tiled_peak(model: nn.Module, x: Tensor, length: int) -> int:
     program = build_program(TiledGraph(captured), (*x.shape[2:-1], length))
     (node,) = [n for n in captured.graph.nodes if n.op == "placeholder"]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    disk = Keeper("disk", x.device)
+    disk = Storage("disk", x.device)
 
     def run() -> None:
-        Execution(program, tensors, {node: x}, disk, outputs=disk, finish=labels).run()
+        Execution(
+            ExecutionSettings(
+                program=program, tensors=tensors, inputs={node: x}, storage=disk, finish=labels
+            )
+        ).run()
 
     return _peak(run, model, x)
 
@@ -152,7 +161,7 @@ def test_it_does_not_matter_where_maps_are_kept(place: str, tmp_path: Path) -> N
     torch.manual_seed(0)
     model = LARGE["DynUNet"]().double().eval()
     x = torch.randn(2, 1, 8, 12, 20, dtype=torch.float64)
-    keeper = Keeper(place, x.device, folder=str(tmp_path))
+    keeper = Storage(place, x.device, folder=str(tmp_path))
     found, _ = tiled(model, x, (8, 12, 5), keeper=keeper)
     agree(found, outputs(model, x))
     assert list(tmp_path.iterdir()) == []
@@ -162,8 +171,8 @@ def test_maps_may_be_kept_in_half_precision() -> None:
     torch.manual_seed(0)
     model = LARGE["DynUNet"]().eval()
     x = torch.randn(1, 1, 8, 12, 20)
-    keeper = Keeper("host", x.device, dtype=torch.float16)
-    (found,), _ = tiled(model, x, (8, 12, 5), keeper=keeper, outputs=Keeper("host", x.device))
+    keeper = Storage("host", x.device, dtype=torch.float16)
+    (found,), _ = tiled(model, x, (8, 12, 5), keeper=keeper, outputs=Storage("host", x.device))
     (expected,) = outputs(model, x)
     assert 0 < (found - expected).abs().max() < 0.05 * expected.abs().max()
 
@@ -214,7 +223,7 @@ def test_every_place_is_computed_once_but_for_halos() -> None:
     found, program = tiled(model.double().eval(), x, (8, 32))
     agree(found, outputs(model, x))
     (sweep,) = program.steps
-    assert isinstance(sweep, Sweep)
+    assert isinstance(sweep, TileLoop)
     assert sweep.counts == (4, 1)
     assert len(sweep.targets) == 1
 

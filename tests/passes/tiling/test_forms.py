@@ -13,16 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from pocketize.passes.tiling.arguments import NotLocal
 from pocketize.passes.tiling.forms import Form
-from pocketize.passes.tiling.intervals import Region, is_contested
-from pocketize.passes.tiling.table import local_form
+from pocketize.passes.tiling.intervals import Box, is_contested
+from pocketize.passes.tiling.operators import NotLocal, local_form
 from tests.examples import examples
 from tests.foreign import foreign_nets
 from tests.passes.tiling.whole import Whole, crop, is_map, run_whole
 
 
-def _regions(sizes: tuple[int, ...], count: int, seed: int) -> Iterator[Region]:
+def _regions(sizes: tuple[int, ...], count: int, seed: int) -> Iterator[Box]:
     """The whole, each end of each axis, and some in between."""
     yield tuple((0, size) for size in sizes)
     draw = random.Random(seed)
@@ -37,7 +36,7 @@ def _regions(sizes: tuple[int, ...], count: int, seed: int) -> Iterator[Region]:
 def _check(form: Form, whole: Whole, count: int = 12, seed: int = 0) -> None:
     expected = whole.values[form.node]
     for region in _regions(tuple(expected.shape[2:]), count, seed):
-        for source, needed in form.needs(region).items():
+        for source, needed in form.input_boxes(region).items():
             sizes = tuple(whole.values[source].shape[2:])
             for (low, high), size in zip(needed, sizes, strict=True):
                 assert 0 <= low <= high <= size, (form.node, region, needed, sizes)
@@ -229,14 +228,14 @@ NOT_LOCAL: list[tuple[nn.Module, str]] = [
     (nn.AdaptiveAvgPool2d((5, 3)), r"its windows differ: \(13, 10\) to \(5, 3\)"),
     (nn.Softmax(2), "it runs along the spatial axis 2"),
     (Call(lambda x: x.mean((2, 3), keepdim=True)), "it reduces over space"),
-    (Call(lambda x: torch.cat([x, x], 2)), "it joins maps along a spatial axis"),
+    (Call(lambda x: torch.cat([x, x], 2)), "it concatenates maps along a spatial axis"),
     (Call(lambda x: x.flip(2)), "aten.flip is not known to be local"),
     (Call(lambda x: x.transpose(2, 3)), "aten.transpose is not known to be local"),
     (Call(lambda x: x + torch.ones(13, 10, dtype=x.dtype)), "a tensor of shape"),
     (Call(lambda x: F.pad(x, (0, 0, 0, 0, 1, 1))), "it pads channels"),
     (
         Call(lambda x: F.pad(x, (5, -6, 0, 0), mode="circular")),
-        "around the 4 entries that it leaves",
+        "around the 4 remaining entries",
     ),
     (nn.Upsample(scale_factor=(1.05, 1.0)), "torch picks other entries of 13 for 13"),
     (nn.Upsample(scale_factor=(1.0, 2.05)), "torch picks other entries of 10 for 20"),
@@ -267,7 +266,7 @@ def test_every_local_operator_of_other_peoples_networks(name: str) -> None:
     for form in _forms(whole, x.ndim - 2):
         _check(form, whole, count=2)
         kinds.add(type(form).__name__)
-    assert {"Convolution", "Pointwise"} <= kinds or "Redirected" in kinds
+    assert {"Convolution", "Pointwise"} <= kinds or "OutOfPlace" in kinds
 
 
 def test_nodes_that_do_not_make_a_map_of_a_map_are_refused() -> None:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pocketize.graph.clone import clone
-from pocketize.passes.tiling.cutting import Tiling
-from pocketize.passes.tiling.patched import ExactForward
+from pocketize.passes.tiling.exact import ExactForward
+from pocketize.passes.tiling.forward import Tiling
 from tests.passes.tiling.nets import double
 
 

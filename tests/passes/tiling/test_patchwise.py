@@ -19,8 +19,8 @@ from pocketize.errors import NoEffectWarning
 from pocketize.graph.capture import capture, find_tensors, structure_of
 from pocketize.passes import Amp, InPlaceNorm, Patchwise, Recompute
 from pocketize.passes.shared.forwards import wrapping
-from pocketize.passes.tiling.cutting import Tiling
-from pocketize.passes.tiling.patched import ExactForward
+from pocketize.passes.tiling.exact import ExactForward
+from pocketize.passes.tiling.forward import Tiling
 from pocketize.plugin.base import Guarantee
 from tests.examples import examples
 from tests.foreign import foreign_nets
@@ -120,14 +120,14 @@ def test_the_plan_is_exact_and_tells_what_is_to_be_known() -> None:
     # v + 1, whose grid point reads v + 3
     assert "axis 1: 4 before and 3 behind" in text
     assert "axis 0: the whole axis" in text
-    assert "statistics of 1 operators are gathered" in text
+    assert "statistics of 1 operators are reduced" in text
     assert "instance_norm" in text
     assert "times the voxels of the network are computed" in text
-    assert "wait on the device between sweeps" in text
+    assert "are kept on the device between tile loops" in text
     assert "both estimated" in text
     assert "gave the whole volume's outputs to" in text
     assert [change.what for change in told.changes] == [
-        "runs by tiles of 16x40, to the same answer"
+        "runs by tiles of 16x40, with the same outputs"
     ]
 
 

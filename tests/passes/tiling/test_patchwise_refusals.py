@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pocketize import plan, rewrite
 from pocketize.errors import InputError, NoEffectWarning, OptionError, OrderError
 from pocketize.passes import Amp, Patchwise
-from pocketize.passes.tiling import reduce as placing
+from pocketize.passes.tiling import forward as tiled_forward
 from pocketize.passes.tiling.forms import Convolution
 from tests.passes.tiling.nets import double, unet
 
@@ -212,18 +212,18 @@ class _Terminal:
 
 
 def test_a_bar_appears_on_terminals_for_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placing, "PATIENCE", 0.0)
+    monkeypatch.setattr(tiled_forward, "PATIENCE", 0.0)
     for wanted, terminal in ((True, True), (False, True), (True, False)):
         screen = _Terminal()
         if not terminal:
             monkeypatch.setattr(screen, "isatty", lambda: False)
         monkeypatch.setattr(sys, "stderr", screen)
-        bar = placing.ProgressBar(wanted)
+        bar = tiled_forward.ProgressBar(wanted)
         bar(1, 4)
         bar(4, 4)
         assert ("1/4" in screen.text) == (wanted and terminal)
         monkeypatch.undo()
-        monkeypatch.setattr(placing, "PATIENCE", 0.0)
+        monkeypatch.setattr(tiled_forward, "PATIENCE", 0.0)
 
 
 def test_an_axis_that_would_be_ignored_is_refused() -> None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pocketize.graph.clone import clone
-from pocketize.passes.tiling.cutting import Tiling
-from pocketize.passes.tiling.patched import ExactForward
+from pocketize.passes.tiling.exact import ExactForward
+from pocketize.passes.tiling.forward import Tiling
 from tests.examples import examples
 from tests.passes.tiling.random_nets import RandomNet
 

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from pocketize import plan, rewrite
 from pocketize.errors import InputError, OptionError, PocketizeWarning
 from pocketize.passes import Patchwise
-from pocketize.passes.tiling import resuming
-from pocketize.passes.tiling.resumed import ResumableExecution
-from pocketize.passes.tiling.resuming import Journal, _read, digest
-from pocketize.passes.tiling.stretches import Stretch
+from pocketize.passes.tiling import resume
+from pocketize.passes.tiling.processes import Shard
+from pocketize.passes.tiling.resume import ResumableExecution, ResumeState, _read, digest
 from tests.passes.tiling.nets import SmallUNet, double
 
 
@@ -32,7 +31,7 @@ class Interrupted(Exception):
 @pytest.fixture(autouse=True)
 def always_due(monkeypatch: pytest.MonkeyPatch) -> None:
     """Note how far a forward is after every tile."""
-    monkeypatch.setattr(resuming, "INTERVAL", 0.0)
+    monkeypatch.setattr(resume, "INTERVAL", 0.0)
 
 
 class Gated(nn.Module):
@@ -112,7 +111,7 @@ def test_an_interrupted_volume_goes_on_to_the_same_result(
         expected = _leaves(made(x))
         steps = calls[0]
         monkeypatch.undo()
-        monkeypatch.setattr(resuming, "INTERVAL", 0.0)
+        monkeypatch.setattr(resume, "INTERVAL", 0.0)
         calls = _stop_after(monkeypatch, ResumableExecution, "_tell", each)
         runs, work = 1, 0
         while True:
@@ -174,7 +173,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
         made(x)
         total = calls[0]
         monkeypatch.undo()
-        monkeypatch.setattr(resuming, "INTERVAL", 0.0)
+        monkeypatch.setattr(resume, "INTERVAL", 0.0)
         calls = _stop_after(monkeypatch, ResumableExecution, "_tell", total - 2)
         with pytest.raises(Interrupted):
             made(x)
@@ -209,7 +208,7 @@ def test_another_volume_and_other_weights_begin_anew(
 
 def _run(folder: Path, slow: float, queue: Any) -> None:
     torch.set_num_threads(1)
-    resuming.INTERVAL = 0.0
+    resume.INTERVAL = 0.0
     model, x = _dynunet()
     tell = ResumableExecution._tell
     told = 0
@@ -260,12 +259,12 @@ def test_a_process_that_was_killed_is_continued_by_another(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_two_processes_cannot_write_the_same_journal(tmp_path: Path) -> None:
-    journal = Journal(str(tmp_path), "a" * 40)
+def test_two_processes_cannot_use_the_same_resume_state(tmp_path: Path) -> None:
+    state = ResumeState(str(tmp_path), "a" * 40)
     with pytest.raises(InputError, match="another process"):
-        Journal(str(tmp_path), "a" * 40)
-    journal.close()
-    Journal(str(tmp_path), "a" * 40).finish()
+        ResumeState(str(tmp_path), "a" * 40)
+    state.close()
+    ResumeState(str(tmp_path), "a" * 40).finish()
     assert not list(tmp_path.iterdir())
 
 
@@ -277,7 +276,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         made(x)
 
 
-def test_options_that_resuming_needs_are_named() -> None:
+def test_options_that_resume_needs_are_named() -> None:
     with pytest.raises(OptionError, match=r"keep='disk', folder='...'"):
         Patchwise(size=8, output="disk", resume=True)
     with pytest.raises(OptionError, match=r"output='disk'"):
@@ -287,7 +286,7 @@ def test_options_that_resuming_needs_are_named() -> None:
 @pytest.mark.parametrize("mode", ["exact", "slab", "window"])
 def test_the_plan_says_where_progress_is_kept(mode: str, tmp_path: Path) -> None:
     model, x = _dynunet()
-    assert f"waits in {tmp_path}" in str(plan(model, _options(tmp_path, mode=mode), inputs=x))
+    assert f"are kept in {tmp_path}" in str(plan(model, _options(tmp_path, mode=mode), inputs=x))
 
 
 def test_digests_tell_values_shapes_and_texts_apart() -> None:
@@ -305,16 +304,16 @@ def test_digests_tell_values_shapes_and_texts_apart() -> None:
     assert digest([torch.empty(0)]) == digest([torch.empty(0)])
 
 
-def test_a_stretch_has_at_least_one_part() -> None:
+def test_a_shard_has_at_least_one_part() -> None:
     class Two:
         size = 2
 
         def __init__(self, rank: int) -> None:
             self.rank = rank
 
-    assert list(Stretch(5, None, None)) == [0, 1, 2, 3, 4]
-    assert [list(Stretch(5, Two(rank), None)) for rank in range(2)] == [[0, 1], [2, 3, 4]]  # type: ignore[arg-type]
-    assert [list(Stretch(1, Two(rank), None)) for rank in range(2)] == [[0], [0]]  # type: ignore[arg-type]
+    assert list(Shard(5, None, None)) == [0, 1, 2, 3, 4]
+    assert [list(Shard(5, Two(rank), None)) for rank in range(2)] == [[0, 1], [2, 3, 4]]  # type: ignore[arg-type]
+    assert [list(Shard(1, Two(rank), None)) for rank in range(2)] == [[0], [0]]  # type: ignore[arg-type]
 
 
 def _delete(path: Path) -> None:
@@ -352,10 +351,10 @@ def test_damaged_files_are_never_trusted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    owner = ResumableExecution if "mode" not in more else Stretch
+    owner = ResumableExecution if "mode" not in more else Shard
     name, number = ("_tell", 9) if owner is ResumableExecution else ("note", 2)
     model, x = NETS["gated"]()
-    if owner is Stretch:
+    if owner is Shard:
         model = nn.Sequential(model.unet)
     made = rewrite(model, _options(tmp_path, **more), inputs=x)
     tried = 0
@@ -366,10 +365,10 @@ def test_damaged_files_are_never_trusted(
                 _stop_after(patched, owner, name, number)
                 with pytest.raises(Interrupted):
                     made(x)
-            (journal,) = tmp_path.iterdir()
-            held = _read(journal / "progress.pt")
-            files = [f"{each}.map" for each in held["rooms"]] + [f"{s}.pt" for s in held["small"]]
-            paths = [journal / each for each in [*sorted(files), "progress.pt"]]
+            (state,) = tmp_path.iterdir()
+            held = _read(state / "progress.pt")
+            files = [f"{each}.map" for each in held["rows"]] + [f"{s}.pt" for s in held["small"]]
+            paths = [state / each for each in [*sorted(files), "progress.pt"]]
             if turn >= len(paths):
                 break
             whole = paths[turn].read_bytes()
@@ -377,7 +376,7 @@ def test_damaged_files_are_never_trusted(
             written = not paths[turn].exists() or paths[turn].read_bytes() != whole
             if written and not (harm is _delete and paths[turn].name == "progress.pt"):
                 tried += 1
-                with pytest.warns(PocketizeWarning, match=f"in {journal} is damaged .* beginning"):
+                with pytest.warns(PocketizeWarning, match=f"in {state} is damaged .* beginning"):
                     found = _leaves(made(x))
             else:
                 found = _leaves(made(x))
@@ -396,10 +395,10 @@ def test_what_was_not_noted_yet_may_be_anything(
         _stop_after(monkeypatch, ResumableExecution, "_tell", 4)
         with pytest.raises(Interrupted):
             made(x)
-        (journal,) = tmp_path.iterdir()
-        torch.save("half written", journal / "later.pt")
-        (journal / "later.map").write_bytes(b"half")
-        (journal / "progress.new").write_bytes(b"half")
+        (state,) = tmp_path.iterdir()
+        torch.save("half written", state / "later.pt")
+        (state / "later.map").write_bytes(b"half")
+        (state / "progress.new").write_bytes(b"half")
         for ours, theirs in zip(_leaves(made(x)), expected, strict=True):
             assert torch.equal(ours, theirs)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What waits between sweeps may be rounded, which the pass declares and the plan tells."""
+"""Results between tile loops may be rounded; the guarantee and the plan say so."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_the_pass_declares_it_and_the_plan_says_by_how_much() -> None:
     assert Patchwise(size=8).guarantee is Guarantee.EXACT
     assert kept.guarantee is Guarantee.APPROXIMATE
     text = str(plan(net, kept, inputs="1x1x16x16x32"))
-    assert "runs by tiles of 16x16x8, with what waits in bfloat16" in text
-    assert "with what waits in bfloat16, to 0.0" in text
+    assert "runs by tiles of 16x16x8, with bfloat16 results between tile loops" in text
+    assert "with bfloat16 between tile loops, to 0.0" in text
     half, whole = (
         next(
             line
             for line in str(plan(net, each, inputs="1x1x16x16x32")).splitlines()
-            if "wait on the device" in line
+            if "are kept on the device" in line
         )
         for each in (kept, Patchwise(size=8))
     )

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pocketize.errors import ExecutionError
 from pocketize.graph.capture import find_tensors
 from pocketize.graph.clone import clone
-from pocketize.passes.tiling.cutting import Tiling
-from pocketize.passes.tiling.patched import ExactForward
+from pocketize.passes.tiling.exact import ExactForward
+from pocketize.passes.tiling.forward import Tiling
 from tests.passes.tiling.nets import double
 
 Between = Callable[[Tensor], Any]

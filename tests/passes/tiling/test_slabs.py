@@ -18,7 +18,7 @@ from pocketize import load, plan, rewrite, save
 from pocketize.errors import InputError, RewriteError
 from pocketize.graph.capture import capture
 from pocketize.passes import Patchwise
-from pocketize.passes.tiling.cutting import Tiling
+from pocketize.passes.tiling.forward import Tiling
 from pocketize.passes.tiling.slabs import SlabForward, slab_backward
 from pocketize.plugin.base import Guarantee
 from tests.examples import examples

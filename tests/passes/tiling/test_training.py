@@ -13,9 +13,10 @@ from pocketize import rewrite
 from pocketize.errors import ExecutionError
 from pocketize.graph.capture import capture
 from pocketize.passes import Patchwise
-from pocketize.passes.tiling.keeping import Keeper
-from pocketize.passes.tiling.network import TiledGraph
+from pocketize.passes.tiling.execution import ExecutionSettings
 from pocketize.passes.tiling.program import build_program
+from pocketize.passes.tiling.storage import Storage
+from pocketize.passes.tiling.tiled_graph import TiledGraph
 from pocketize.passes.tiling.training import differentiable_forward
 from tests.passes.tiling.test_execution import LARGE
 
@@ -25,7 +26,14 @@ def _by_tiles(model: nn.Module, x: Tensor, tile: tuple[int, ...], train: bool = 
     program = build_program(TiledGraph(captured), tile)
     (node,) = [n for n in captured.graph.nodes if n.op == "placeholder"]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    (made,) = differentiable_forward(program, tensors, {node: x}, Keeper("host", x.device)).values()
+    (made,) = differentiable_forward(
+        ExecutionSettings(
+            program=program,
+            tensors=tensors,
+            inputs={node: x},
+            storage=Storage("host", x.device),
+        )
+    ).values()
     return made
 
 
@@ -119,9 +127,9 @@ def test_without_the_option_the_volume_trains_whole() -> None:
     x = torch.randn(1, 1, 8, 8, 16)
     tiled = rewrite(model, Patchwise(size=8), inputs=x)
     y = tiled(x)
-    assert "ByTiles" not in type(y.grad_fn).__name__
+    assert "_TiledFunction" not in type(y.grad_fn).__name__
     assert (
-        "ByTiles"
+        "_TiledFunction"
         in type(rewrite(model, Patchwise(size=8, train=True), inputs=x)(x).grad_fn).__name__
     )
 

@@ -18,8 +18,8 @@ from pocketize import measure, plan, rewrite
 from pocketize.errors import InputError
 from pocketize.graph.capture import find_tensors
 from pocketize.passes import Patchwise
-from pocketize.passes.tiling import windows as sliding
-from pocketize.passes.tiling.cutting import Tiling
+from pocketize.passes.tiling import windows as windows_module
+from pocketize.passes.tiling.forward import Tiling
 from pocketize.passes.tiling.windows import WindowForward, importance, window_starts
 from tests.examples import examples
 from tests.foreign import foreign_nets
@@ -28,10 +28,10 @@ from tests.passes.tiling.nets import DeepSupervision, double, unet
 
 @pytest.fixture
 def without_monai(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sliding, "_monai", lambda: None)
-    sliding._importance.cache_clear()
+    monkeypatch.setattr(windows_module, "_monai", lambda: None)
+    windows_module._importance.cache_clear()
     yield
-    sliding._importance.cache_clear()
+    windows_module._importance.cache_clear()
 
 
 def windowed(model: nn.Module, **options: Any) -> nn.Module:
@@ -94,7 +94,7 @@ def test_without_monai_the_windows_lie_at_the_same_places(size: int, window: int
         tuple(int(s.start) for s in one) for one in dense_patch_slices(image, windows, steps)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sliding, "_monai", lambda: None)
+        patch.setattr(windows_module, "_monai", lambda: None)
         assert window_starts(image, windows, steps) == expected
 
 

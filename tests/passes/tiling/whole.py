@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from pocketize.graph.capture import Captured, capture
-from pocketize.passes.tiling.intervals import Region
+from pocketize.passes.tiling.intervals import Box
 
 __all__ = ["Whole", "crop", "is_map", "run_whole"]
 
 
-def crop(x: Tensor, region: Region) -> Tensor:
+def crop(x: Tensor, region: Box) -> Tensor:
     return x[(slice(None), slice(None), *(slice(low, high) for low, high in region))]
 
 
@@ -29,7 +29,7 @@ class Whole:
     def __init__(self, captured: Captured, values: dict[fx.Node, Any]) -> None:
         self.captured, self.values = captured, values
 
-    def part(self, node: fx.Node, region: Region) -> Tensor:
+    def part(self, node: fx.Node, region: Box) -> Tensor:
         return crop(self.values[node], region)
 
     def value(self, node: fx.Node) -> Any:

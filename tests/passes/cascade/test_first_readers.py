@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pocketize.engine.surgery import apply_edits
 from pocketize.errors import RewriteError
 from pocketize.graph.capture import capture
-from pocketize.passes.cascade.extension import extend_inputs
-from pocketize.passes.cascade.first_readers import find_inlets
+from pocketize.passes.cascade.extend_inputs import extend_inputs
+from pocketize.passes.cascade.first_readers import find_first_readers
 from pocketize.plugin.edits import Extend
 
 
@@ -187,11 +187,11 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "groups": (nn.Conv2d(3, 6, 3, groups=3), "is a grouped convolution"),
     "a sum with features": (
         Reads(lambda m, x: m.b(x + m.a(x)), a=conv(3, 3), b=conv(3)),
-        "aten.add at test_inlets.py:.* joins the input's channels with others one by one",
+        "aten.add at test_first_readers.py:.* joins the input's channels with others one by one",
     ),
     "a sum over channels": (
         Reads(lambda m, x: m.a(x + x.mean(1, keepdim=True)), a=conv(3)),
-        "aten.mean at test_inlets.py",
+        "aten.mean at test_first_readers.py",
     ),
     "the output": (
         Reads(lambda m, x: torch.cat([m.a(x), x], 1), a=conv(3)),
@@ -227,5 +227,5 @@ def test_large_inputs_cost_no_memory() -> None:
     with FakeTensorMode():
         volume = torch.empty(1, 4, 2048, 2048, 2048)
     captured = capture(model, volume[:, :4])
-    (inlet,) = find_inlets(captured).values()
+    (inlet,) = find_first_readers(captured).values()
     assert inlet.channels == (1, 2, 3, 4)

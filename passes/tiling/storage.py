@@ -1,8 +1,8 @@
-"""Where results are kept between sweeps: on the device, in host memory, or in a file."""
+"""Buffers for results between tile loops: on the device, in host memory, or in a file."""
 
 from __future__ import annotations
 
-__all__ = ["Keeper", "Kept", "arranged", "is_channels_last", "mapped_file"]
+__all__ = ["Buffer", "Storage", "is_channels_last", "mapped_file"]
 
 import contextlib
 import errno
@@ -18,19 +18,19 @@ from torch import Tensor
 from pocketize._torch import FakeTensor, without_dispatch_modes
 from pocketize.errors import InputError
 from pocketize.memory.tracker import stand_for_file
-from pocketize.passes.tiling.intervals import Region, cut
+from pocketize.passes.tiling.intervals import Box, cut
 from pocketize.units import bytes_text
 
 
-class Kept:
-    """A map, or a region of one, that is written and read region by region.
+class Buffer:
+    """The memory of a map, or of a box of one, that is written and read box by box.
 
     Args:
-        tensor: its memory, (N, C, *spatial), wherever that is.
-        device: where regions are read to.
+        tensor: the memory, (N, C, *spatial), on any device.
+        device: where boxes are read to.
         dtype: in which they are read.
         file: the file behind the memory, removed with it.
-        origin: of the map, where the memory begins; None for the map's own.
+        origin: where in the map the memory begins; None for the map's own origin.
     """
 
     def __init__(
@@ -45,45 +45,44 @@ class Kept:
         self.tensor, self.device, self.dtype, self.file = tensor, device, dtype, file
         self.origin = origin
 
-    def write(self, region: Region, part: Tensor) -> None:
-        """Write a region."""
-        self.view(region).copy_(part, non_blocking=False)
+    def write(self, box: Box, part: Tensor) -> None:
+        """Write a box."""
+        self.view(box).copy_(part, non_blocking=False)
 
-    def add(self, region: Region | None, part: Tensor) -> None:
-        """Add to a region, or to all of it."""
-        view = self.tensor if region is None else self.view(region)
+    def add(self, box: Box | None, part: Tensor) -> None:
+        """Add to a box, or to the whole buffer."""
+        view = self.tensor if box is None else self.view(box)
         view += part.to(view.device, view.dtype)
 
-    def read(self, region: Region) -> Tensor:
-        """Return a region on the device; a view where it lies there already."""
-        part = self.view(region)
-        return part.to(self.device, self.dtype)
+    def read(self, box: Box) -> Tensor:
+        """Return a box on the device; a view where it is there already."""
+        return self.view(box).to(self.device, self.dtype)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         del self.tensor
         if self.file is not None:
             with contextlib.suppress(PermissionError):  # somebody holds the result, and the file
                 self.file.unlink(missing_ok=True)
 
-    def view(self, region: Region) -> Tensor:
-        """Return a region where it lies, to be read or written."""
+    def view(self, box: Box) -> Tensor:
+        """Return a view of a box, to be read or written."""
         if self.origin is not None:
-            region = tuple(
+            box = tuple(
                 (low - start, high - start)
-                for (low, high), start in zip(region, self.origin, strict=True)
+                for (low, high), start in zip(box, self.origin, strict=True)
             )
-        return cut(self.tensor, region)
+        return cut(self.tensor, box)
 
 
-class Keeper:
-    """Makes room for maps.
+class Storage:
+    """Allocates buffers.
 
     Args:
         place: "device", "host" (pinned where there is a GPU) or "disk".
-        device: where they are computed.
-        folder: for files; None for where the system keeps temporary ones.
-        dtype: in which floating maps are kept; None for their own.
+        device: where maps are computed.
+        folder: for files; None for the system's folder of temporary files.
+        dtype: in which floating-point maps are stored; None for their own.
     """
 
     def __init__(
@@ -96,11 +95,7 @@ class Keeper:
     ) -> None:
         self.place, self.device, self.folder, self.dtype = place, device, folder, dtype
 
-    def held(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype in which maps of another are kept."""
-        return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
-
-    def room(
+    def allocate(
         self,
         shape: Sequence[int],
         dtype: torch.dtype,
@@ -108,38 +103,40 @@ class Keeper:
         small: bool = False,
         name: str = "",
         channels_last: bool = False,
-    ) -> Kept:
-        """Return room for a map; small ones are on the device wherever the others are.
+    ) -> Buffer:
+        """Return an uninitialised buffer.
 
         Args:
             shape: of the map.
             dtype: in which it is read.
-            small: whether it is to be on the device in any case.
-            name: of the map, for keepers that find it again.
-            channels_last: whether the channels of a voxel lie side by side.
+            small: allocate on the device in any case, in the dtype itself.
+            name: of the map, for a storage that finds it again.
+            channels_last: the channels of a voxel are contiguous.
 
         Raises:
             InputError: there can be no file in the folder.
         """
-        held = dtype if small else self.held(dtype)
-        memory, file = self.memory(math.prod(shape), held, small=small, name=name)
-        return Kept(arranged(memory, shape, channels_last), self.device, dtype, file)
+        stored = self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+        row, file = self.allocate_row(
+            math.prod(shape), dtype if small else stored, small=small, name=name
+        )
+        return Buffer(_as_map(row, shape, channels_last), self.device, dtype, file)
 
-    def wrote(self, name: str, part: Tensor) -> None:
-        """Say that a part of a map has been written, for keepers that find it again."""
+    def note_written(self, name: str, part: Tensor) -> None:
+        """Called after a part of a map has been written, for a storage that finds it again."""
 
-    def memory(
-        self, size: int, held: torch.dtype, *, small: bool, name: str
+    def allocate_row(
+        self, size: int, dtype: torch.dtype, *, small: bool, name: str
     ) -> tuple[Tensor, Path | None]:
-        """Return a row of entries, and the file behind it that goes with it; None for none."""
+        """Return a row of entries, and the file behind it that is to be removed with it."""
         if small or self.place == "device":
-            return torch.empty(size, dtype=held, device=self.device), None
+            return torch.empty(size, dtype=dtype, device=self.device), None
         if self.place == "host":
-            return torch.empty(size, dtype=held, pin_memory=self.device.type == "cuda"), None
+            return torch.empty(size, dtype=dtype, pin_memory=self.device.type == "cuda"), None
         fake = torch.empty(0)
         if isinstance(fake, FakeTensor):  # an estimate has no files
             with without_dispatch_modes(), fake.fake_mode:
-                mapped = torch.empty(size, dtype=held)
+                mapped = torch.empty(size, dtype=dtype)
             stand_for_file(mapped)
             return mapped, None
         try:
@@ -152,7 +149,7 @@ class Keeper:
                 f"patchwise: no file can be made in folder={self.folder!r}: {error}; make the "
                 "folder, or name another"
             ) from error
-        mapped = mapped_file(path, size, held)
+        mapped = mapped_file(path, size, dtype)
         # where the system allows it, the file is gone with the mapping, whatever happens
         with contextlib.suppress(PermissionError):
             path.unlink()
@@ -160,11 +157,11 @@ class Keeper:
 
 
 def mapped_file(path: Path, size: int, dtype: torch.dtype) -> Tensor:
-    """Return a row of entries in a file, which is made as long as that where it is shorter.
+    """Return a row of entries in a file, which is extended to that size where it is shorter.
 
     Raises:
-        InputError: there is no room for it; the file is gone then. Without asking first, writing
-            into the mapping would end the process.
+        InputError: the disk is full; the file is removed then. Without asking first, writing into
+            the mapping would end the process.
     """
     nbytes = size * dtype.itemsize
     try:
@@ -190,21 +187,21 @@ def _reserve(file: int, nbytes: int) -> None:
             raise
 
 
-def arranged(memory: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    """Give a row of entries the shape of a map (N, C, *spatial), and return it.
+def _as_map(row: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    """Give a row of entries the shape of a map (N, C, *spatial), in place.
 
-    In place: an output that were a view, made without gradients, could not be written in place
-    where gradients are enabled.
+    An output that were a view, made without gradients, could not be written in place where
+    gradients are enabled.
     """
     axes = list(range(len(shape)))
     strides, step = [0] * len(shape), 1
     for axis in reversed([0, *axes[2:], 1] if channels_last else axes):
         strides[axis], step = step, step * max(1, shape[axis])
-    return memory.as_strided_(tuple(shape), strides)
+    return row.as_strided_(tuple(shape), strides)
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether the channels of a voxel lie side by side, and would not by chance."""
+    """Whether a tensor is in channels-last format, and not contiguous at the same time."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     wanted = formats.get(tensor.ndim)
     if wanted is None or tensor.is_contiguous():
