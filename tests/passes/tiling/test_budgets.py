@@ -17,6 +17,7 @@ from pocketize.passes import Patchwise
 from pocketize.passes.shared.forwards import wrapping
 from pocketize.passes.tiling.exact import ExactForward, prepare
 from pocketize.passes.tiling.figures import estimated_peak, measured_peak
+from pocketize.passes.tiling.forward import SampledTiling
 from tests.passes.tiling.nets import unet
 
 MIB = 1 << 20
@@ -73,7 +74,7 @@ def test_some_tiles_have_the_peak_of_all(net: str, tile: tuple[int, int], keep: 
     given = Patchwise(size=tile, train=True, keep=keep, progress=False)  # type: ignore[arg-type]
     made, inputs = rewrite(make(), given, inputs=size), as_inputs(size)
     tiling = forward_of(made).tiling
-    some = measured_peak(made, inputs, replace(tiling, sampled=True))
+    some = measured_peak(made, inputs, SampledTiling(**vars(tiling)))
     assert some == pytest.approx(measure(made, size, estimate=True).peak, rel=SLACK)
     prepared = prepare(made, inputs, tiling)
     sampled = replace(prepared.program, sampled=True)
