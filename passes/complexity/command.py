@@ -19,7 +19,7 @@ _ALL = "all"
 class ComplexityCommand:
     """Measure the images of a folder and print a table; see :mod:`pocketize.cli.commands`."""
 
-    summary = "tell how complex the images of a folder are"
+    summary = "measure how complex the images of a folder are"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""

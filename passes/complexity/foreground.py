@@ -133,7 +133,7 @@ def fit_jb_weight(
             continue
         slope, intercept = np.polyfit(x, y, 1)
         r_squared = 1 - np.sum((y - slope * x - intercept) ** 2) / np.sum((y - y.mean()) ** 2)
-        # a hair's breadth of rounding must not decide between equals
+        # rounding must not decide between equals
         if best is None or r_squared > best.r_squared + 1e-12:
             best = JBFit(float(w), float(r_squared), float(slope), float(intercept))
     if best is None:

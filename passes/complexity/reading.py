@@ -51,7 +51,7 @@ class Picture:
 def list_images(folder: str | os.PathLike[str], pattern: str = "*") -> list[Path]:
     """Return the image files of a folder, sorted by path; or the one file that is named.
 
-    Files that are not images, by their endings, and hidden ones are passed over.
+    Hidden files, and those whose ending is not that of an image, are skipped.
 
     Args:
         folder: a folder, or a file.

@@ -8,10 +8,10 @@ what is taken away, and the more complex the images, the faster::
 The accuracy is *relative*: that of the compressed network over that of the uncompressed one. The
 logarithm has base 10; weights are those of convolutions, without biases and norms.
 
-The equations for multipliers take a layer's weights to go with the width squared. Input and output
-layers keep one side, and widths are whole numbers, so the planner searches on the real count by
-default; the equations give the start, the comparison, and the plan where ``method="closed-form"``
-asks for them.
+The equations for multipliers assume that a layer's weights are proportional to the width squared.
+Input and output layers keep one side, and widths are whole numbers, so the planner searches on the
+real count by default. The equations give the family of multipliers, and with
+``method="closed-form"`` the plan.
 
 Source: Mishra, Chen, Hu, "Image Complexity Guided Network Compression for Biomedical Image
 Segmentation", ACM JETC 2021, equations 6, 7, 11, 13, 14, 16 and 17.

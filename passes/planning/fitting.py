@@ -106,7 +106,7 @@ class DegradationFit:
     __repr__ = __str__
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fit as what ``json.dumps`` takes: the points, and what came of them."""
+        """Return the fit as what ``json.dumps`` takes: the points and the results."""
         return {
             "degradation": self.degradation.to_json(),
             "r_squared": self.r_squared,
@@ -175,7 +175,7 @@ def fit_degradation(
     if len(by_dataset) < 2:
         raise PlanningError(
             f"a degradation takes at least two data sets, got {len(by_dataset)} "
-            f"({', '.join(by_dataset) or 'no points'}): one slope does not tell how slopes grow "
+            f"({', '.join(by_dataset) or 'no points'}): one slope does not show how slopes grow "
             "with complexity"
         )
     fits = [_fit_dataset(name, group) for name, group in by_dataset.items()]
@@ -208,7 +208,7 @@ def _fit_dataset(name: str, points: Sequence[Point]) -> DatasetFit:
     if base == 0:
         raise PlanningError(
             f"the uncompressed network of data set {name!r} ({largest:,} weights) has accuracy 0, "
-            "so nothing can be told relative to it; did its training fail?"
+            "so accuracies cannot be divided by it; did its training fail?"
         )
     slope, intercept, r_squared = _line(
         [math.log10(point.weights) for point in points], [point.accuracy / base for point in points]

@@ -121,7 +121,7 @@ class Network:
         levels: its resolution levels, finest first.
         free: for each level, the groups that can be resized; a group made at several levels is at
             the finest.
-        stuck: layers that turned out immovable when a plan was rehearsed.
+        stuck: layers that a dry run of a plan found immovable.
     """
 
     def __init__(self, model: nn.Module, inputs: Any, keep: Sequence[str]) -> None:
@@ -138,7 +138,7 @@ class Network:
         if not any(self.free):
             raise PlanningError(
                 f"{type(model).__name__} has no width that can change: all its channels are frozen "
-                "or kept; `pocketize explain` tells why"
+                "or kept; `pocketize explain` shows why"
             )
         self.stuck: list[str] = []
         self._counter = WeightCounter(self.channels, self.levels)
@@ -195,7 +195,7 @@ class Network:
         return found
 
     def immovable(self, wanted: Mapping[ChannelGroup, int]) -> list[ChannelGroup]:
-        """Rehearse a plan, and return the groups that the engine's check would not let shrink.
+        """Run a plan dry, and return the groups that the engine's check would not let shrink.
 
         Args:
             wanted: units of every free group, with at least one that changes.

@@ -207,12 +207,12 @@ def _notes(
     if budgets.weights is not None and counted > budgets.weights:
         over = counted - budgets.weights
         yield (
-            f"the closed form misses the budget by {count_text(over)} weights: it takes them to go "
-            "with the square of the multiplier. method='search' counts them"
+            f"the closed form misses the budget by {count_text(over)} weights: it assumes "
+            "that they are proportional to the squared multiplier. method='search' counts them"
         )
     if budgets.max_peak is not None and peaks.of(solution.wanted) > budgets.max_peak:
         yield (
-            "the closed form misses the budget: the peak does not go with the multiplier alone. "
+            "the closed form misses the budget: the peak is not proportional to the multiplier. "
             "method='search' estimates it"
         )
     if budgets.max_bytes is not None and budgets.count == "conv":

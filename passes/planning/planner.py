@@ -2,8 +2,8 @@
 
 Source: Mishra, Chen, Hu, "Image Complexity Guided Network Compression for Biomedical Image
 Segmentation", ACM JETC 2021; the docstrings say which equation. Sizes are counted on the network as
-it would be, through its channel groups; the equations take weights to go with the square of the
-multiplier, which input and output layers do not.
+it would be, through its channel groups; the equations assume that weights are proportional to the
+square of the multiplier, which is wrong for input and output layers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from pocketize.units import bytes_text, count_text
 
 Method: TypeAlias = Literal["search", "closed-form"]
 
-_REHEARSALS = 20
+_DRY_RUNS = 20
 
 
 def plan_widths(
@@ -106,20 +106,20 @@ def plan_widths(
             (convolution weights only: the paper's theta) or ``"stored"`` (buffers too).
         method: ``"search"`` counts each candidate; ``"closed-form"`` solves the paper's equations,
             which may miss the budget (the plan says by how much), and which for ``max_peak`` is the
-            paper's guess that memory goes with the multiplier.
+            paper's assumption that memory is proportional to the multiplier.
         rounding: a rule of :data:`~pocketize.passes.planning.equations.ROUNDING`; by default
             ``"nearest"`` for uniform budgets and ``"up"`` otherwise. The paper's plans for an
             accuracy floor are ``"doubling"`` (uniform) and ``"shared"`` (layer-wise).
         round_to: widths become multiples of this.
         minimum: no width is made narrower than this.
         keep: patterns of module paths (fnmatch) whose channels stay.
-        progress: is told what is tried, one line each; for plans that take long.
+        progress: called with a line of text for each candidate; for plans that take long.
 
     Returns:
         The plan; ``print()`` it, or hand it to ``Width.from_plan``.
 
     Raises:
-        BudgetError: no widths meet the budget; the text tells the smallest that some do.
+        BudgetError: no widths meet the budget; the message names the smallest that can be met.
         OptionError: an option is out of range, or two exclude each other.
         PlanningError: there are not as many complexities as levels, a slope is not positive, or no
             width can change.
@@ -161,7 +161,7 @@ def plan_widths(
         rule=rule,
     )
     peaks = Peaks(network, mode, optimizer, progress)
-    for _ in range(_REHEARSALS):
+    for _ in range(_DRY_RUNS):
         solution = _solve(network, setting, peaks)
         if not solution.changes:
             break

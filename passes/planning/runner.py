@@ -230,7 +230,7 @@ class PointCache:
         self._points = self._read()
 
     def get(self, key: TrainedKey) -> Trained | None:
-        """Return what came of a point, if it is finished."""
+        """Return the result of a point, if it is finished."""
         return self._points.get(key)
 
     def add(self, key: TrainedKey, trained: Trained) -> None:

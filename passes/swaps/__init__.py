@@ -1,4 +1,4 @@
-"""Swaps: convolutions make place for blocks with fewer parameters, which start from their weights.
+"""Swaps: blocks with fewer parameters replace convolutions, and start from their weights.
 
 Low to high: ``decompositions`` of a weight, ``blocks`` (modules), ``conversions`` (a convolution
 becomes a block), ``sites`` (which convolutions could, and what that saves), ``intermediate`` (norms

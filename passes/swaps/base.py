@@ -43,10 +43,9 @@ class Swapped:
         site: the convolution.
         ranks: of the block.
         cost: what it costs and saves.
-        error: relative error of the weight that the block stands for; None where none is carried
-            over.
-        inner: what stands inside.
-        options: what the conversion is told.
+        error: relative error of the block's weight; None where the block gets new weights.
+        inner: norm and activation inside the block.
+        options: of the conversion.
     """
 
     site: ConvSite
@@ -109,7 +108,7 @@ class Swap(Pass):
 
     @abc.abstractmethod
     def approximation(self, weight: Tensor, ranks: Sequence[int]) -> Tensor:
-        """Return the weight (o, i, k) that a block of these ranks stands for at first."""
+        """Return the weight (o, i, k) that a block of these ranks has before training."""
 
     @abc.abstractmethod
     def describe(self, ranks: Sequence[int]) -> str:
@@ -224,12 +223,12 @@ class Swap(Pass):
             )
             if str(one.inner):
                 what += f", {one.inner} inside"
-            told = [] if one.error is None else [f"relative error {one.error:.3g}"]
-            told.append(
+            reasons = [] if one.error is None else [f"relative error {one.error:.3g}"]
+            reasons.append(
                 f"activations +{bytes_text(cost.added)}, weights, gradients and Adam's moments "
                 f"{'-' if cost.saved >= 0 else '+'}{bytes_text(abs(cost.saved))}"
             )
-            yield Change(path, what, "; ".join(told))
+            yield Change(path, what, "; ".join(reasons))
             for other, module in model.named_modules(remove_duplicate=False):
                 if module is modules[path] and other != path:
                     yield Change(other, "the same layer", f"it is {path}")

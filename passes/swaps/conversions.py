@@ -1,4 +1,4 @@
-"""The conversions that the swaps propose: a convolution makes place for a block of cheaper layers.
+"""The conversions that the swaps propose: a block of cheaper layers replaces a convolution.
 
 Where the convolution has values and they are to be carried over, the conversion computes the
 decomposition itself, so that an edit needs to name the ranks only. Layers get their tensors from

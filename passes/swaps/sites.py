@@ -226,7 +226,7 @@ STATES = 4
 
 @dataclass(frozen=True)
 class SwapCost:
-    """A convolution against the block that would stand there.
+    """What a convolution has, and what the block that replaces it would have.
 
     Attributes:
         before: parameters of the convolution.
@@ -255,7 +255,7 @@ def swap_cost(
         conv: the convolution; untouched.
         calls: its uses in one forward.
         conversion: the name of the conversion.
-        options: what it is told.
+        options: its options.
     """
     norm = {**(options.get("norm") or {})}
     if norm.get("momentum", 0.1) is None:

@@ -30,7 +30,7 @@ from pocketize.channels.rules import sums_or_maps
 from pocketize.errors import RewriteError
 from pocketize.ops import NORMS, Kind, bind, is_convolution, operator_of
 
-#: How many layers a plan says it has passed over.
+#: How many skipped layers a plan names.
 _SHOWN = 3
 _PASSES_INPUT = "passes the input's channels on"
 #: Operators that may bring channels to a finer resolution by moving them.

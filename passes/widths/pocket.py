@@ -65,7 +65,7 @@ class Pocket(Pass):
         again = False
         for group in channels.groups:
             if not group.layers and (group.frozen or group.channels <= width):
-                continue  # an axis of a raw parameter, of which there is nothing to tell
+                continue  # an axis of a raw parameter: no row in the plan
             reason = group.frozen or kept.get(group)
             if reason is not None:
                 refused.append(Refusal(group.name, f"{group.channels} channels: {reason}"))

@@ -86,7 +86,7 @@ class TensorStatistics:
         reach: their largest distance from that mean.
         error: relative sampling error of the standard deviation.
         one_sided: whether they look uniform between 0 and some bound.
-        elements: some of them, to tell the distribution.
+        elements: some of them, to recognise the distribution by.
         uneven: how many standard errors the channels' variances differ by more than those of
             independent, identically distributed elements would. Training makes channels differ.
     """
@@ -296,13 +296,13 @@ def fit(
         geometries: what their fans are read from.
         found_elsewhere: schemes of other populations of the same net, with their prices.
         free: whether schemes with an unusual gain may be found, and tensors that nearly match or
-            are too small to tell go with the others.
+            are too small to judge take the commonest scheme.
 
     Returns:
         One scheme per tensor, or None where nothing explains it.
     """
     population = _Population(tensors, geometries)
-    # a mean that does not go with the standard deviation leaves no fan but the constant one
+    # a mean that is not proportional to the standard deviation leaves no fan but the constant one
     scaled = all(not t.mean or t.one_sided for t in tensors)
     fans = [fan for fan in population.roots if fan == "constant" or scaled]
     usual = [

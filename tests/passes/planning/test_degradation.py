@@ -147,7 +147,7 @@ BAD = [
     ([*GOOD[:2], GOOD[2]], "all points of data set 'b' have 1,000 weights"),
     ([*GOOD[:2], ("b", 0.1, 1000, 0.9), ("b", 0.1, 10, 0.5)], "all data sets have the complexity"),
     ([*GOOD, ("a", 0.2, 100, 0.8)], r"'a' has points of different complexities: \[0.1, 0.2\]"),
-    ([*GOOD[1:], ("a", 0.1, 1000, 0.0)], "accuracy 0, so nothing can be told relative to it"),
+    ([*GOOD[1:], ("a", 0.1, 1000, 0.0)], "accuracy 0, so accuracies cannot be divided by it"),
     ([*GOOD, ("a", 0.1, 0, 0.8)], "weights must be positive, not 0"),
     ([*GOOD, ("a", 0.1, 100, math.nan)], "accuracy must be finite, not nan"),
     ([*GOOD, ("a", 0.1, 100, "0.9")], "accuracy must be a number, not '0.9'"),
