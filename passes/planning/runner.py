@@ -50,7 +50,7 @@ def train_points(
 ) -> tuple[Point, ...]:
     """Train a network at some multipliers on some data sets.
 
-    Every point starts from new weights: a model is drawn anew from the distribution it was
+    Every point starts from new weights: a model is reinitialised by the schemes it was first
     initialised with, at every multiplier also 1; a factory is called. Data sets and seeds are the
     outer loops, so an interrupted run has whole data sets first.
 

@@ -249,7 +249,7 @@ class Swap(Pass):
         if inside is not None and not any(str(one.inner) for one in swapped):
             yield "the network has no norm and no activation that could be copied into the blocks"
         if self.weights == "reset":
-            yield "the blocks are drawn as the convolutions were; all other weights stay"
+            yield "the blocks are initialised as the convolutions were; all other weights stay"
         elif any(one.error is None for one in swapped):
             yield "weights without values cannot be decomposed: only shapes are planned"
 

@@ -31,7 +31,7 @@ class Pocket(Pass):
         width: the most channels a group may keep; none takes the width of the features at the
             finest resolution (:mod:`pocketize.passes.widths.features`).
         keep: patterns of module paths (fnmatch) whose channels stay.
-        weights: "slice" keeps the channels with the largest weights, "reset" draws all anew.
+        weights: "slice" keeps the channels with the largest weights, "reset" reinitialises all.
     """
 
     name: ClassVar[str] = "pocket"

@@ -41,7 +41,7 @@ class Width(Pass):
         minimum: no width that follows from a multiplier is below this.
         rounding: of widths that follow from multipliers: "nearest", "up" or "down".
         keep: patterns of module paths (fnmatch) whose channels stay.
-        weights: "slice" keeps the channels with the largest weights, "reset" draws all anew.
+        weights: "slice" keeps the channels with the largest weights, "reset" reinitialises all.
     """
 
     name: ClassVar[str] = "width"

@@ -58,15 +58,15 @@ UNEVEN = 6.0
 _GAIN = 12.5
 _RELU, _TANH = math.sqrt(2.0), 5 / 3
 _LEAKY = dict.fromkeys((math.sqrt(2 / (1 + slope**2)) for slope in (0.1, 0.2, 0.25)), 2.5)
-_KAIMING = {1 / SQRT3: 0.0, _RELU: 0.5, 1.0: 0.5, _TANH: 2.5} | _LEAKY
+_KAIMING = {_RELU: 0.5, 1.0: 0.5, _TANH: 2.5} | _LEAKY
 #: Priors: usual gains of a fan with their prices in nats, about minus the logarithm of how often
-#: they are met, then the price of the fan itself.
+#: they are met, then the price of the fan itself. Each scheme costs 1 in addition.
 _USUAL: dict[str, tuple[dict[float, float], float]] = {
-    "fan_in": (_KAIMING, 0.0),
+    "fan_in": ({1 / SQRT3: -1.0} | _KAIMING, 0.0),  # the first is torch's default
     "constant": ({0.02: 0.0, 0.01: 0.0, 1.0: 0.0, 0.1: 2.0, 0.05: 2.0, 0.001: 2.0}, 0.0),
     "fan_out": (_KAIMING, 0.5),
     "fan_avg": ({1.0: 0.0, _RELU: 1.5, _TANH: 2.5, 0.02: 2.5}, 0.5),
-    "hidden_size": ({1 / SQRT3: 0.0}, 0.0),
+    "hidden_size": ({1 / SQRT3: -1.0}, 0.0),
     "fan_out / groups": (_KAIMING, 1.5),
     "fan_in * groups": (_KAIMING, 1.5),
     "last axis": ({1.0: 0.0}, 2.5),
@@ -306,7 +306,7 @@ def fit(
     scaled = all(not t.mean or t.one_sided for t in tensors)
     fans = [fan for fan in population.roots if fan == "constant" or scaled]
     usual = [
-        _Candidate(fan, gain, price + prior)
+        _Candidate(fan, gain, 1.0 + price + prior)
         for fan, (gains, prior) in _USUAL.items()
         for gain, price in gains.items()
     ]
@@ -350,7 +350,7 @@ def _describe(population: _Population, candidate: _Candidate, members: Flags) ->
         distribution = "uniform"
         # the bounds are known better than the standard deviation
         gain *= reach / SQRT3 if candidate.guessed else 1.0
-    elif abs(kurtosis - 3) < min(slack, 0.4):
+    elif abs(kurtosis - 3) < (0.4 if len(pooled) > 4096 else slack):
         distribution = "normal"
     else:
         distribution, quantiles = "resampled", _quantiles(pooled)

@@ -20,8 +20,8 @@ from pocketize.initial.schemes import Constant, IfResized, Keep, Reset, Scheme
 _log = logging.getLogger(__name__)
 
 _RUNNING = {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0.0}
-#: Power iterations that torch spends on a new spectral norm.
-_POWER_ITERATIONS = 15
+#: Power iterations after which the largest singular value is known to a percent or so.
+_POWER_ITERATIONS = 40
 
 
 def redraw(
