@@ -106,7 +106,7 @@ def _print_traceback() -> None:
     print(printable(traceback.format_exc()), end="", file=sys.stderr)
 
 
-class _Printable(logging.Formatter):
+class _PrintableFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
@@ -115,7 +115,7 @@ class _Printable(logging.Formatter):
 def _logging(verbose: bool) -> Iterator[None]:
     logger = logging.getLogger("pocketize")
     handler = logging.StreamHandler()
-    handler.setFormatter(_Printable("pocketize: %(message)s"))
+    handler.setFormatter(_PrintableFormatter("pocketize: %(message)s"))
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
