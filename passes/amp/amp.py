@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from pocketize.engine.dry_run import Rehearsal
+from pocketize.engine.dry_run import DryRun
 from pocketize.errors import OptionError, RewriteError
 from pocketize.ops import NORMS, Kind, bind, operator_of
 from pocketize.passes.amp.autocasting import (
@@ -84,7 +84,7 @@ class Amp(Pass):
                 edits.append(Convert(path, "amp-norm", {}))
                 why = f"it has no weight, so torch would keep them in {name} on the CPU"
                 changes.append(Change(path, "statistics in float32", why))
-        failure = Rehearsal(target.model, target.inputs).failure(edits)
+        failure = DryRun(target.model, target.inputs).error(edits)
         if failure:  # an operator that torch's lists forgot
             return Proposal(refused=(Refusal("", f"under {name} autocast, {failure}"),))
         return Proposal(tuple(edits), tuple(changes), notes=tuple(_notes(target, self)))

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from pocketize.engine.dry_run import Rehearsal
+from pocketize.engine.dry_run import DryRun
 from pocketize.engine.pipeline import history
 from pocketize.engine.surgery import apply_edits
 from pocketize.errors import MeasureError, OptionError, PatternError, RewriteError, nearest
@@ -92,7 +92,7 @@ class Checkpoint(Pass):
         except RewriteError as error:
             return Proposal(refused=(Refusal("", str(error)),))
         possible, refused = _candidates(target.model, surveyed, kept, wanted)
-        rehearsal = Rehearsal(target.model, target.inputs)
+        dry_run = DryRun(target.model, target.inputs)
         while True:
             notes: list[str] = []
             if wanted:
@@ -103,7 +103,7 @@ class Checkpoint(Pass):
                 except MeasureError as error:
                     refusal = Refusal("", f"its training step cannot be estimated: {error}")
                     return Proposal(refused=(refusal,))
-            broken = list(_broken(rehearsal, chosen))
+            broken = list(_broken(dry_run, chosen))
             if not broken:
                 break
             refused += broken
@@ -182,11 +182,11 @@ def _outermost(regions: Sequence[Region]) -> list[Region]:
     return [r for r in regions if not any(other.contains(r) for other in regions)]
 
 
-def _broken(rehearsal: Rehearsal, chosen: Sequence[Region]) -> Iterator[Refusal]:
+def _broken(dry_run: DryRun, chosen: Sequence[Region]) -> Iterator[Refusal]:
     """Find the regions that do not train once they are checkpointed."""
 
     def failure(regions: Sequence[Region]) -> str:
-        return rehearsal.failure([Convert(region.path, "checkpoint", {}) for region in regions])
+        return dry_run.error([Convert(region.path, "checkpoint", {}) for region in regions])
 
     if not chosen or not failure(chosen):
         return

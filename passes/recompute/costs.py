@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pocketize._torch import FakeTensorMode, storage_key
+from pocketize._torch import FakeTensorMode
 from pocketize.graph.capture import find_tensors, quiet_recording
 from pocketize.graph.clone import fake_clone
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
+from pocketize.memory.saved import SavedTensors
+from pocketize.memory.tracker import storage_bytes
 from pocketize.passes.recompute.around import Recording
 from pocketize.passes.recompute.values import Meter
 
@@ -48,19 +50,15 @@ class Costs:
 
     def plain(self) -> Cost | None:
         """The bill of the model as it is; ``None`` if it does not run on fake tensors."""
-        saved: list[Tensor] = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            saved.append(tensor.detach())  # without its graph, which would refer to itself
-            return saved[-1]
+        saved = SavedTensors()
 
         def prepare(copy: nn.Module) -> None:
             """Nothing."""
 
         counter = FlopCounterMode(display=False)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), counter:
+        with saved.hooks(), counter:
             fixed = self._run(prepare, backward=False)
-        return None if fixed is None else Cost(_bytes(saved, fixed), counter.get_total_flops())
+        return None if fixed is None else Cost(saved.bytes(fixed), counter.get_total_flops())
 
     def recomputed(
         self, rebuilt: frozenset[str], min_bytes: int, frees: dict[str, tuple[int, ...]]
@@ -74,10 +72,10 @@ class Costs:
         fixed = self._run(prepare, backward=True)
         if fixed is None or meter.stored is None:
             return None
-        return Cost(_bytes(meter.stored, fixed), meter.flops)
+        return Cost(sum(storage_bytes(meter.stored, fixed).values()), meter.flops)
 
-    def _run(self, prepare: Callable[[nn.Module], None], *, backward: bool) -> set[int] | None:
-        """Run a step; return the storages that are there whether or not anything is stored."""
+    def _run(self, prepare: Callable[[nn.Module], None], *, backward: bool) -> list[Tensor] | None:
+        """Run a step; return the tensors that are there whether or not anything is stored."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         copy = fake_clone(self._model, mode)
         prepare(copy)
@@ -91,10 +89,4 @@ class Costs:
                     torch.autograd.backward(losses)
             except Exception:  # a user's forward may raise anything; then there is no bill
                 return None
-        known = [*copy.parameters(), *copy.buffers(), *inputs.tensors()]
-        return {storage_key(t) for t in known}
-
-
-def _bytes(tensors: list[Tensor], fixed: set[int]) -> int:
-    sizes = {storage_key(t): t.untyped_storage().nbytes() for t in tensors}
-    return sum(size for key, size in sizes.items() if key not in fixed)
+        return [*copy.parameters(), *copy.buffers(), *inputs.tensors()]

@@ -29,6 +29,7 @@ from pocketize._torch import (
     transforms_active,
     version_of,
 )
+from pocketize.memory.flops import flops_of
 from pocketize.ops import Kind, operator_of
 from pocketize.ops.effects import Effect
 from pocketize.passes.recompute.ledger import (
@@ -41,7 +42,7 @@ from pocketize.passes.recompute.ledger import (
 )
 from pocketize.passes.recompute.operators import Replay, describe
 from pocketize.passes.recompute.statistics import Statistics, normalise, statistics_of
-from pocketize.passes.recompute.values import Handle, Meter, Step, Value, flops_of
+from pocketize.passes.recompute.values import Handle, Meter, Step, Value
 
 aten = torch.ops.aten
 #: Operations for each number of a result from which on building it again is costly: those of a
@@ -186,7 +187,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not kept and results and max(map(bytes_of, results)) >= self.min_bytes:
                 step = self._step(func, operator, recorded, kwargs, state)
                 if operator.heavy:
-                    flops = flops_of(func, args, kwargs, made)
+                    flops = flops_of(func, args, kwargs, made) or 0
                     step.costly = flops >= _COSTLY * sum(t.numel() for t in results)
                 self._note(step, made, self.stage)
         if operator.resamples and results:

@@ -12,7 +12,7 @@ later that building anew costs less than holding.
 
 from __future__ import annotations
 
-__all__ = ["Handle", "Meter", "Step", "Value", "flops_of"]
+__all__ = ["Handle", "Meter", "Step", "Value"]
 
 import contextlib
 import weakref
@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
 from pocketize._torch import pytree, version_of, watching_alias
 from pocketize.errors import ExecutionError
+from pocketize.memory.flops import flops_of
 from pocketize.ops.effects import Effect
 from pocketize.passes.recompute.operators import Replay, in_place_variant
 from pocketize.passes.shared.forwards import refuse_exchanged
@@ -109,14 +109,8 @@ class Step:
         with _random_state(self.random_state):
             made = func(*args, **kwargs)
         if meter is not None and self.operator.heavy:
-            meter.flops += flops_of(func, args, kwargs, made)
+            meter.flops += flops_of(func, args, kwargs, made) or 0
         return made
-
-
-def flops_of(func: Any, args: Any, kwargs: Any, made: Any) -> int:
-    """Return the floating-point operations of a convolution or product; 0 for other operators."""
-    formula = flop_registry.get(func.overloadpacket)
-    return 0 if formula is None else int(formula(*args, **kwargs, out_val=made))
 
 
 class Value:

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry
 
 from pocketize._torch import TorchDispatchMode, schema_of, storage_key
 from pocketize.errors import RewriteError
 from pocketize.graph.capture import find_tensors, quiet_recording
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
+from pocketize.memory.flops import flops_of
+from pocketize.memory.saved import SavedTensors
 from pocketize.memory.stage import fake_stage
 from pocketize.passes.shared.forwards import hooked, obstacle
 from pocketize.passes.shared.second_run import tensors_of
@@ -75,18 +76,23 @@ class Survey:
         work: floating-point operations of the whole forward.
     """
 
-    def __init__(self, regions: dict[str, Region], kept: Sequence[_Kept], work: int) -> None:
+    def __init__(
+        self,
+        regions: dict[str, Region],
+        kept: dict[int, int],
+        paths: dict[int, frozenset[str]],
+        work: int,
+    ) -> None:
         self.regions, self.work = regions, work
-        self.kept = tuple(item.nbytes for item in kept)
+        self.kept = tuple(kept.values())
         self._bytes = np.array(self.kept, dtype=np.int64)
         self._owned: dict[str, Any] = {}
-        known = {item.key for item in kept}
         self._extra: dict[str, int] = {}
         for path, region in regions.items():
-            inside = [path in item.paths and item.key not in region._arguments for item in kept]
+            inside = [path in paths[key] and key not in region._arguments for key in kept]
             self._owned[path] = np.array(inside, dtype=bool)
             region.frees = int(self._bytes[self._owned[path]].sum())
-            self._extra[path] = sum(n for k, n in region._arguments.items() if k not in known)
+            self._extra[path] = sum(n for k, n in region._arguments.items() if k not in kept)
 
     def predicted(self, chosen: Collection[Region]) -> int:
         """Predict the most bytes of activations alive at once if regions are run again.
@@ -106,15 +112,6 @@ class Survey:
         return max([int(alive[-1]), *again]) + extra
 
 
-@dataclass(eq=False)
-class _Kept:
-    """A storage that autograd keeps: its size, and the modules that ran whenever it was kept."""
-
-    key: int
-    nbytes: int
-    paths: frozenset[str]
-
-
 def survey(model: nn.Module, inputs: Inputs) -> Survey:
     """Run a copy without memory once, in training mode.
 
@@ -131,10 +128,9 @@ def survey(model: nn.Module, inputs: Inputs) -> Survey:
         set_mode(copy, True)
         surveyor = _Surveyor(copy)
         surveyor.born(given.tensors())
-        hooks = torch.autograd.graph.saved_tensors_hooks(surveyor.keep, lambda tensor: tensor)
         with stage.active, quiet_recording(copy), torch.enable_grad(), surveyor.watching():
             try:
-                with hooks, surveyor:
+                with surveyor.saved.hooks(), surveyor:
                     given.call(copy)
             except Exception as error:  # a user's forward may raise anything
                 text = " ".join(str(error).split())
@@ -156,11 +152,12 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.regions: dict[str, Region] = {}
         self.work = 0
         self._stack: list[str] = []
-        self._kept: dict[int, _Kept] = {}
+        #: Of what autograd saves, the modules that ran whenever it was saved.
+        self._paths: dict[int, frozenset[str]] = {}
         self._birth: dict[int, frozenset[str]] = {}
         self._alive: list[Tensor] = []  # a storage's key is its own only while it lives
-        self._weights = {_key(p) for p in model.parameters()}
         self._buffers = {_key(b) for b in model.buffers()}
+        self.saved = SavedTensors([*model.parameters(), *model.buffers()], self._saw)
 
     def finish(self) -> Survey:
         """Take stock."""
@@ -172,7 +169,7 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
             region.obstacle = region.obstacle or _standing(modules[path], inner)
             if region.calls > 1:
                 region.obstacle = f"it runs {region.calls} times in one forward"
-        return Survey(self.regions, list(self._kept.values()), self.work)
+        return Survey(self.regions, self.saved.sizes, self._paths, self.work)
 
     def release(self) -> None:
         """Let go of all tensors, whose graphs refer to the surveyor."""
@@ -184,20 +181,9 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._birth.setdefault(_key(tensor), frozenset(self._stack))
             self._alive.append(tensor)
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Note that autograd keeps a tensor; without its graph, which would refer to itself."""
-        tensor = tensor.detach()
-        key = _key(tensor)
-        if key in self._weights or key in self._buffers:
-            return tensor
-        self._alive.append(tensor)
-        held = self._kept.get(key)
-        if held is None:
-            nbytes = tensor.untyped_storage().nbytes()
-            self._kept[key] = _Kept(key, nbytes, frozenset(self._stack))
-        else:
-            held.paths &= frozenset(self._stack)
-        return tensor
+    def _saw(self, key: int) -> None:
+        running = frozenset(self._stack)
+        self._paths[key] = self._paths.get(key, running) & running
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -223,7 +209,7 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 parent.composite = True
             region = self.regions.setdefault(path, Region(path))
             region.calls += 1
-            region.begin = len(self._kept)
+            region.begin = len(self.saved.sizes)
             region.inside = frozenset(self._stack)
             for tensor in find_tensors((args, kwargs)):
                 region._arguments[_key(tensor)] = tensor.untyped_storage().nbytes()
@@ -236,7 +222,7 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         region = self.regions[self._stack.pop()]
-        region.end = len(self._kept)
+        region.end = len(self.saved.sizes)
         python, (keys, position) = region._random
         now = _numpy_state()
         if python != random.getstate() or position != now[1] or (keys != now[0]).any():
@@ -254,8 +240,8 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.detach.default:
             return out  # another name, also in keep()
         made = find_tensors(out)
-        count = flop_registry.get(getattr(func, "overloadpacket", None))
-        work = count(*args, **kwargs, out_val=out) if count else sum(t.numel() for t in made)
+        flops = flops_of(func, args, kwargs, out)
+        work = sum(t.numel() for t in made) if flops is None else flops
         self.work += work
         written = {_key(tensor) for tensor in _written(func, args, kwargs)}
         literal = func.__name__.startswith("lift")  # torch.tensor(...), whose numbers stand there

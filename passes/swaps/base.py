@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketize._torch import ConvNd
-from pocketize.engine.dry_run import Rehearsal
+from pocketize.engine.dry_run import DryRun
 from pocketize.errors import OptionError
 from pocketize.initial.parameters import has_values
 from pocketize.passes.shared.order import RESIZING
@@ -143,7 +143,7 @@ class Swap(Pass):
                 swapped.append(why)
             else:
                 refused.append(Refusal(site.path, why))
-        broken = self._broken(Rehearsal(model, target.inputs), swapped)
+        broken = self._broken(DryRun(model, target.inputs), swapped)
         refused += [
             Refusal(path, f"with a block in its place the model does not run as before: {why}")
             for path, why in broken.items()
@@ -195,9 +195,9 @@ class Swap(Pass):
             for one in swapped:
                 yield Redraw(one.site.path)
 
-    def _broken(self, rehearsal: Rehearsal, swapped: Sequence[Swapped]) -> dict[str, str]:
+    def _broken(self, dry_run: DryRun, swapped: Sequence[Swapped]) -> dict[str, str]:
         """Return why swaps break the model, by path; they are found by halving."""
-        failure = rehearsal.failure(list(self._edits(swapped))) if swapped else ""
+        failure = dry_run.error(list(self._edits(swapped))) if swapped else ""
         if not failure:
             return {}
         if len(swapped) == 1:
@@ -205,9 +205,9 @@ class Swap(Pass):
         half = len(swapped) // 2
         found: dict[str, str] = {}
         for part in (swapped[:half], swapped[half:]):
-            found |= self._broken(rehearsal, part)
+            found |= self._broken(dry_run, part)
         rest = [one for one in swapped if one.site.path not in found]
-        if rest and (not found or rehearsal.failure(list(self._edits(rest)))):
+        if rest and (not found or dry_run.error(list(self._edits(rest)))):
             found |= {one.site.path: f"together with others, {failure}" for one in rest}
         return found
 

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from pocketize._torch import ConvNd, ConvTransposeNd, FakeTensorMode, same_convolution, storage_key
+from pocketize._torch import ConvNd, ConvTransposeNd, FakeTensorMode, same_convolution
 from pocketize.channels.levels import find_sides
 from pocketize.errors import PatternError, nearest
 from pocketize.graph.capture import Captured
 from pocketize.initial.parameters import has_values
+from pocketize.memory.saved import SavedTensors
 from pocketize.ops import is_convolution
 from pocketize.passes.shared.forwards import obstacle
 from pocketize.passes.swaps.blocks import ConvBlock
@@ -273,21 +274,10 @@ def swap_cost(
 
 def _kept(module: nn.Module, call: ConvCall) -> int:
     """Return the bytes of what autograd keeps of one forward, parameters aside."""
-    parameters = {storage_key(p) for p in module.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage_key(storage) not in parameters:
-            kept[storage_key(storage)] = storage.nbytes()
-        return tensor.detach()  # without its graph, which would refer to itself
-
     weight = next(module.parameters())
     given = torch.empty(call.shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
     module.train()
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with torch.enable_grad(), hooks:
-        output = module(given)  # alive until the count is read, so that identities stay unique
-    total = sum(kept.values()) * call.dtype.itemsize // weight.dtype.itemsize
-    del output
-    return total
+    saved = SavedTensors(module.parameters())
+    with torch.enable_grad(), saved.hooks():
+        module(given)
+    return saved.bytes() * call.dtype.itemsize // weight.dtype.itemsize

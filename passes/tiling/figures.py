@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 __all__ = [
-    "PeakCounter",
     "estimated_peak",
     "halo",
     "kept_bytes",
@@ -13,9 +12,7 @@ __all__ = [
     "whole_peak",
 ]
 
-import functools
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,17 +23,13 @@ from torch import Tensor, fx, nn
 from pocketize._torch import (
     FakeTensor,
     FakeTensorMode,
-    TorchDispatchMode,
-    pytree,
-    run_parts,
-    storage_key,
     without_dispatch_modes,
 )
 from pocketize.errors import OptionError
 from pocketize.graph.clone import clone_modules
 from pocketize.graph.inputs import Inputs
 from pocketize.memory import measure
-from pocketize.memory.tracker import is_composite, storages_of
+from pocketize.memory.tracker import LiveTracker, do_not_count
 from pocketize.passes.shared.forwards import wrapping
 from pocketize.passes.tiling.execution import Execution, ExecutionSettings
 from pocketize.passes.tiling.forward import PatchForward, Tiling, output_reduction
@@ -217,57 +210,6 @@ def _halved_tiles(volume: Sequence[int]) -> Iterator[tuple[int, ...]]:
         yield tile
 
 
-class PeakCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the bytes of live tensors on one device.
-
-    Args:
-        device: only tensors on devices of this type count.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.device = device.type
-        self.now = self.peak = 0
-        self._live: dict[int, int] = {}
-        self._watches: dict[int, Any] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operator and look at what it made."""
-        kwargs = kwargs or {}
-        if is_composite(func, self.device):
-            with self:
-                return run_parts(func, args, kwargs)
-        out = func(*args, **kwargs)
-        self.see(out)
-        return out
-
-    def see(self, values: Any) -> None:
-        """Count tensors that are there."""
-        for value in pytree.tree_leaves(values):
-            if not isinstance(value, FakeTensor) or value.device.type != self.device:
-                continue
-            for storage in storages_of(value):
-                key, nbytes = storage_key(storage), storage.nbytes()
-                if key not in self._live:
-                    self._live[key] = nbytes
-                    gone = functools.partial(self._release, key)
-                    self._watches[key] = weakref.ref(storage, gone)
-                    self.now += nbytes
-                    self.peak = max(self.peak, self.now)
-
-    def forget(self, tensor: Tensor) -> None:
-        """Count a tensor no longer: it stands for one that is elsewhere."""
-        for storage in storages_of(tensor):
-            self.now -= self._live.get(storage_key(storage), 0)
-            self._live[storage_key(storage)] = 0
-
-    def _release(self, key: int, _: object) -> None:
-        self.now -= self._live.pop(key, 0)
-        self._watches.pop(key, None)
-
-
 class _EstimatedStorage(Storage):
     """Allocates fake tensors, which do not count where they would not be on the device."""
 
@@ -275,22 +217,22 @@ class _EstimatedStorage(Storage):
         self,
         place: str,
         device: torch.device,
-        counter: PeakCounter,
+        mode: FakeTensorMode,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__("device", device, dtype=dtype)
         # host memory counts for a model that is on the CPU
         self.counts = place == "device" or (place == "host" and device.type == "cpu")
-        self.counter = counter
+        self.mode = mode
 
     def allocate_row(
         self, size: int, dtype: torch.dtype, *, small: bool, name: str
     ) -> tuple[Tensor, Path | None]:
-        peak = self.counter.peak
-        made = super().allocate_row(size, dtype, small=small, name=name)
-        if not self.counts and not small:
-            self.counter.forget(made[0])
-            self.counter.peak = max(peak, self.counter.now)
+        if self.counts or small:
+            return super().allocate_row(size, dtype, small=small, name=name)
+        with without_dispatch_modes(), self.mode:
+            made = super().allocate_row(size, dtype, small=small, name=name)
+        do_not_count(made[0])
         return made
 
 
@@ -307,15 +249,14 @@ def estimated_peak(trace: ForwardTrace, program: Program, tiling: Tiling) -> int
     inputs = trace.captured.inputs
     mode, device = _mode_of(trace), _device_of(trace)
     with without_dispatch_modes(), torch.no_grad(), mode:
-        counter = PeakCounter(device)
-        counter.see((list(trace.tensors.values()), inputs.tensors()))
+        counter = _counter(trace, device)
         execution = Execution(
             ExecutionSettings(
                 program=program,
                 tensors=trace.tensors,
                 inputs=trace.placeholders(inputs),
-                storage=_EstimatedStorage(tiling.keep, device, counter, tiling.stored_dtype),
-                outputs=_EstimatedStorage(tiling.output, device, counter),
+                storage=_EstimatedStorage(tiling.keep, device, mode, tiling.stored_dtype),
+                outputs=_EstimatedStorage(tiling.output, device, mode),
                 finish=output_reduction(tiling.reduce),
             )
         )
@@ -329,8 +270,7 @@ def whole_peak(trace: ForwardTrace) -> int:
     inputs, graph = trace.captured.inputs, trace.captured.graph
     mode, device = _mode_of(trace), _device_of(trace)
     with without_dispatch_modes(), torch.no_grad(), mode:
-        counter = PeakCounter(device)
-        counter.see((list(trace.tensors.values()), inputs.tensors()))
+        counter = _counter(trace, device)
         with counter:
             _run_whole(graph, trace, trace.placeholders(inputs))
     return counter.peak
@@ -350,6 +290,14 @@ def _run_whole(graph: fx.Graph, trace: ForwardTrace, inputs: dict[fx.Node, Tenso
         for source in node.all_input_nodes:
             if last[source] is node and node.op != "output":
                 del held[source]
+
+
+def _counter(trace: ForwardTrace, device: torch.device) -> LiveTracker:
+    """Return a counter of live bytes that has seen the weights and the inputs."""
+    counter = LiveTracker(device, fake=True)
+    counter.assign("inputs", [*trace.tensors.values(), *trace.captured.inputs.tensors()])
+    counter.enter("forward")
+    return counter
 
 
 def _mode_of(trace: ForwardTrace) -> FakeTensorMode:

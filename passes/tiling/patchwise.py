@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from pocketize.engine.dry_run import Rehearsal
+from pocketize.engine.dry_run import DryRun
 from pocketize.errors import (
     ExecutionError,
     InputError,
@@ -234,7 +234,7 @@ class Patchwise(Tiling, Pass):
         else:
             assert isinstance(forward, WindowForward)
             what, notes = window_notes(forward, target.inputs)
-        failure = Rehearsal(target.model, target.inputs).failure((edit,))
+        failure = DryRun(target.model, target.inputs).error((edit,))
         if failure:
             raise InputError(f"in {self.mode}s, {failure}")
         return what, notes

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pocketize._torch import FakeTensor, without_dispatch_modes
 from pocketize.errors import InputError
-from pocketize.memory.tracker import stand_for_file
+from pocketize.memory.tracker import do_not_count
 from pocketize.passes.tiling.intervals import Box, cut
 from pocketize.units import bytes_text
 
@@ -137,7 +137,7 @@ class Storage:
         if isinstance(fake, FakeTensor):  # an estimate has no files
             with without_dispatch_modes(), fake.fake_mode:
                 mapped = torch.empty(size, dtype=dtype)
-            stand_for_file(mapped)
+            do_not_count(mapped)
             return mapped, None
         try:
             with tempfile.NamedTemporaryFile(

@@ -1,14 +1,14 @@
-"""Run a converted model on a copy without memory, beside the original, and compare.
+"""Run a converted model and the original on fake tensors, and compare.
 
-Conversions change which operators run, so there is no recording to compare with. What must stay is
-what the caller sees: nesting, shapes and dtypes of the outputs in both modes, and which parameters
-get gradients. Where a conversion puts other parameters into a module, those that are new have to
-get gradients if the old ones did.
+Conversions change which operators run, so the check cannot compare operators. It compares what the
+caller sees: nesting, shapes and dtypes of the outputs in both modes, and which parameters get
+gradients. Where a conversion gives a module new parameters, they must get gradients if the old ones
+did.
 """
 
 from __future__ import annotations
 
-__all__ = ["Rehearsal"]
+__all__ = ["DryRun"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ class _Outcome:
     parameters: dict[str, bool]
 
 
-class Rehearsal:
-    """Tries edits on copies of one model.
+class DryRun:
+    """Tries edits on fake copies of one model.
 
     Args:
         model: the model; never changed.
@@ -53,8 +53,8 @@ class Rehearsal:
         self.model, self.inputs = model, inputs
         self._originals: dict[bool, _Outcome | Exception] = {}
 
-    def failure(self, edits: Sequence[Edit]) -> str:
-        """Say what is not as before once the edits are carried out; ``""`` if all is.
+    def error(self, edits: Sequence[Edit]) -> str:
+        """Return what differs once the edits are applied; ``""`` if nothing does.
 
         A model that itself does not run on fake tensors (a branch depends on values, a backward
         that torch does not support) is not compared in that mode.

@@ -1,8 +1,8 @@
-"""What was done to a model, told by the model; and the same done again."""
+"""The rewrites that a model records, and how to repeat them."""
 
 from __future__ import annotations
 
-__all__ = ["history", "rehearse", "remember", "replay"]
+__all__ = ["dry_run", "history", "record_history", "replay"]
 
 from collections.abc import Callable, Sequence
 
@@ -21,7 +21,7 @@ _HISTORY = "_pocketize_history"
 
 
 def history(model: nn.Module) -> tuple[PassRecord, ...]:
-    """Return what was done to a model, oldest first; empty for one that was never rewritten."""
+    """Return the rewrites of a model, oldest first; empty for one that was never rewritten."""
     held = vars(model)
     if isinstance(model, fx.GraphModule):
         held = {**model.meta, **held}
@@ -42,8 +42,8 @@ def replay(
 
     Args:
         model: a model as the factory of the rewritten one made it.
-        records: what :func:`history` said.
-        check: is given the rewritten model without memory, before the model itself is changed.
+        records: what :func:`history` returned.
+        check: called with a fake copy that was rewritten, before the model itself is changed.
 
     Raises:
         ArtifactError: a record holds an edit that this version does not know, or contradicts its
@@ -54,17 +54,17 @@ def replay(
     for record, edits in zip(records, steps, strict=True):
         _check_record(record, [edit for edit in edits if isinstance(edit, Convert)])
     shapes = [[edit for edit in edits if not isinstance(edit, Redraw)] for edits in steps]
-    rehearsed = rehearse(model, shapes)
+    tried = dry_run(model, shapes)
     if check is not None:
-        check(rehearsed)
+        check(tried)
     for edits in shapes:
         apply_edits(model, edits)
     if records:
-        remember(model, history(model) + tuple(records))
+        record_history(model, history(model) + tuple(records))
 
 
 def _check_record(record: PassRecord, converted: Sequence[Convert]) -> None:
-    """Check that a record says what its edits do; a file may hold any.
+    """Check that a record agrees with its edits, as a file may hold anything.
 
     The pass is imported, and with it the conversions that it registers: only an installed pass, by
     the name it is registered under.
@@ -73,9 +73,9 @@ def _check_record(record: PassRecord, converted: Sequence[Convert]) -> None:
         made = get_pass(record.name).from_options(record.options)
     except RegistryError as error:
         if not converted:
-            return  # widths can be repeated without the pass that chose them
+            return  # resizing needs no code of the pass that chose the widths
         raise ArtifactError(
-            f"the model was rewritten by the pass {record.name!r}, which is not to be had here: "
+            f"the model was rewritten by the pass {record.name!r}, which is not installed here: "
             f"{error}"
         ) from None
     except OptionError as error:
@@ -92,23 +92,23 @@ def _check_record(record: PassRecord, converted: Sequence[Convert]) -> None:
                 f"the record of the pass {record.name!r} has a conversion of another, "
                 f"{edit.conversion!r:.100}"
             )
-        told = {name: edit.options.get(name) for name in follows}
-        if edit.conversion == record.name and told != follows:
+        stated = {name: edit.options.get(name) for name in follows}
+        if edit.conversion == record.name and stated != follows:
             raise ArtifactError(
                 f"the record of the pass {record.name!r} contradicts itself: its options say "
-                f"{follows}, its edit says {told}"
+                f"{follows}, its edit says {stated}"
             )
 
 
-def remember(model: nn.Module, records: tuple[PassRecord, ...]) -> None:
-    """Let a model know what was done to it."""
+def record_history(model: nn.Module, records: tuple[PassRecord, ...]) -> None:
+    """Store with a model what :func:`history` returns."""
     vars(model)[_HISTORY] = records  # whatever the class makes of __setattr__
     if isinstance(model, fx.GraphModule):  # whose copies keep nothing else
         model.meta[_HISTORY] = records
 
 
-def rehearse(model: nn.Module, steps: Sequence[Sequence[Edit]]) -> nn.Module:
-    """Carry edits out on a copy without memory, so that an error leaves the model whole."""
+def dry_run(model: nn.Module, steps: Sequence[Sequence[Edit]]) -> nn.Module:
+    """Apply edits to a fake copy, so that an error leaves the model unchanged; return the copy."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     copy = fake_clone(model, mode)
     for edits in steps:

@@ -1,9 +1,9 @@
 """Plan, check, apply: how passes become a rewritten model.
 
-A pass looks at the model and answers with edits. The planner carries them out on a copy without
-memory, compares what runs with what was predicted, and where a group of channels turns out to be
-immovable (a size in somebody's ``forward``) freezes it and asks the pass again. Only a plan that
-has been checked is applied, to a copy of the caller's model.
+A pass looks at the model and returns edits. The planner applies them to a copy on fake tensors and
+compares what runs with the prediction. Where a channel group cannot be resized (because of a size
+in a ``forward``, for instance), the planner freezes it and asks the pass again. Only a checked plan
+is applied, to a copy of the caller's model.
 """
 
 from __future__ import annotations
@@ -21,15 +21,10 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from pocketize.engine.history import history, rehearse, remember, replay
+from pocketize.engine.history import dry_run, history, record_history, replay
 from pocketize.engine.planner import settle_proposal
 from pocketize.engine.surgery import apply_edits
-from pocketize.errors import (
-    NoEffectWarning,
-    OptionError,
-    OrderError,
-    RewriteError,
-)
+from pocketize.errors import NoEffectWarning, OptionError, OrderError, RewriteError
 from pocketize.graph.capture import settle_inputs
 from pocketize.graph.clone import clone
 from pocketize.plugin.base import Change, Guarantee, Pass, PassRecord, Proposal, Refusal
@@ -82,7 +77,7 @@ class PassPlan:
         return self.proposal.notes
 
     def record(self) -> PassRecord:
-        """Return what :func:`history` will say of it."""
+        """Return the record that :func:`history` will return."""
         return PassRecord(
             name=self.name,
             options=self.rewrite.options(),
@@ -143,11 +138,10 @@ class Plan:
         return "\n\n".join(p._render("github") for p in self.passes)
 
     def apply(self, *, inplace: bool = False) -> nn.Module:
-        """Carry the plan out.
+        """Apply the plan.
 
         Args:
-            inplace: change the caller's model instead of a copy, after a rehearsal on a copy
-                without memory has gone through.
+            inplace: change the caller's model instead of a copy, after a dry run on a fake copy.
 
         Returns:
             The rewritten model: the copy, or the caller's.
@@ -157,14 +151,14 @@ class Plan:
         """
         steps = [p.edits for p in self.passes]
         if inplace:
-            rehearse(self.model, steps)
+            dry_run(self.model, steps)
         model = self.model if inplace else clone(self.model)
         generator = _generator(model, self.seed)
         for edits in steps:
             apply_edits(model, edits, generator=generator, init=self.init)
         records = tuple(p.record() for p in self.passes if p.edits)
         if records:
-            remember(model, history(self.model) + records)
+            record_history(model, history(self.model) + records)
         return model
 
 

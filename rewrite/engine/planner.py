@@ -1,4 +1,4 @@
-"""Ask a pass, check its answer on a copy without memory, freeze what does not move, ask again."""
+"""Ask a pass, check its edits on a fake copy, freeze what cannot be resized, ask again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from pocketize.channels.analysis import Analysis
 from pocketize.channels.groups import ChannelGroup, ChannelGroups
-from pocketize.engine.dry_run import Rehearsal
+from pocketize.engine.dry_run import DryRun
 from pocketize.engine.repairs import Derived, candidates, derived
 from pocketize.engine.verify import Mismatch, backward_failure, check_edits, split_channel
 from pocketize.errors import VerifyError
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 100
 #: How many numbers that were not changed a plan names.
-_TOLD = 5
+_NAMED = 5
 
 
 def settle_proposal(
@@ -44,27 +44,27 @@ def settle_proposal(
     Raises:
         VerifyError: no variant of the proposal does what it predicts.
     """
-    return _told(_Planner(model, given, inputs, generator).solve())
+    return _with_all_rows(_Planner(model, given, inputs, generator).solve())
 
 
-def _told(proposal: Proposal) -> Proposal:
-    """Add rows for edits of which the pass tells nothing, one a module.
+def _with_all_rows(proposal: Proposal) -> Proposal:
+    """Add a row for each module with edits and without a row of the pass.
 
-    A row of a pass tells all edits in its module. Where a pass has rows, they tell all sizes too: a
-    layer's row stands for what moves with it.
+    A pass's row for a module covers all edits there. Where a pass has rows, they cover all resized
+    tensors too: a layer's row stands for what is resized with it.
     """
     paths = {change.path for change in proposal.changes}
-    untold: dict[str, list[str]] = {}
+    missing: dict[str, list[str]] = {}
     for edit in proposal.edits:
         sized = not isinstance(edit, Convert | Redraw)
         if edit.path not in paths and not (paths and sized):
-            untold.setdefault(edit.path, []).append(edit.what)
-    rows = (Change(path, "; ".join(dict.fromkeys(what))) for path, what in untold.items())
+            missing.setdefault(edit.path, []).append(edit.what)
+    rows = (Change(path, "; ".join(dict.fromkeys(what))) for path, what in missing.items())
     return replace(proposal, changes=(*proposal.changes, *rows))
 
 
 class _Planner:
-    """One pass on one model; the recordings are made once."""
+    """One pass on one model; the graphs are traced once."""
 
     def __init__(
         self, model: nn.Module, given: Pass, inputs: Inputs, generator: torch.Generator | None
@@ -82,7 +82,7 @@ class _Planner:
         for _ in range(_ATTEMPTS):
             proposal = self.given.propose(self._target())
             if any(isinstance(edit, Convert) for edit in proposal.edits):
-                return self._rehearsed(proposal)
+                return self._dry_run(proposal)
             resizes = any(isinstance(edit, Resize | SetAttribute) for edit in proposal.edits)
             channels = self._channels() if self.analysis or resizes else None
             if channels is None or not proposal.edits:
@@ -108,13 +108,13 @@ class _Planner:
             f"out; last at {last}"
         )
 
-    def _rehearsed(self, proposal: Proposal) -> Proposal:
+    def _dry_run(self, proposal: Proposal) -> Proposal:
         """Check a proposal that converts modules by running it."""
-        failure = Rehearsal(self.model, self.inputs).failure(proposal.edits)
-        if failure:
+        error = DryRun(self.model, self.inputs).error(proposal.edits)
+        if error:
             raise VerifyError(
                 f"{self.given.name}: the converted model does not run as the original does: "
-                f"{failure}. The model is as it was"
+                f"{error}. The model is as it was"
             )
         return proposal
 
@@ -138,7 +138,7 @@ class _Planner:
         return (*proposal.edits, *self.repairs)
 
     def _repair(self, channels: ChannelGroups, proposal: Proposal, at: Mismatch) -> bool:
-        """Let a size in the module's code follow, if that carries the recording further."""
+        """Change a size in the module's code too, if the forward then gets further."""
         captured = channels.recordings[at.position[0]]
         done = {_place(edit) for edit in self.repairs}
         for candidate in candidates(self.model, captured, at):
@@ -151,7 +151,7 @@ class _Planner:
         return False
 
     def _freeze(self, channels: ChannelGroups, at: Mismatch) -> None:
-        """Take back what was assumed of the operator where the prediction failed."""
+        """Freeze the channels of the operator where the prediction failed."""
         self.repairs = []
         self.settled = None
         split = f"#{at.node.name}"
@@ -162,7 +162,7 @@ class _Planner:
         units = at.units
         reason = f"the check found that it cannot change: {at.text}"
         if not units or all(unit in self.frozen for unit in units):
-            # The culprit is not among the operator's own tensors: widen the circle.
+            # The cause is not among the operator's own tensors: look further around it.
             tried = self.seen[at.node.name] = self.seen.get(at.node.name, 0) + 1
             units = _around(channels, at.node, tried)
         hit = set(units)
@@ -205,9 +205,9 @@ class _Planner:
         return self._scaled(proposal) if Redraw() in proposal.edits else proposal
 
     def _scaled(self, proposal: Proposal) -> Proposal:
-        """Let follow what was derived from widths: weights that are drawn anew count on it.
+        """Change numbers derived from widths, on which weights that are drawn anew rely.
 
-        Sliced weights do not: they go on with the numbers that they were trained with.
+        Sliced weights keep the numbers that they were trained with.
         """
         channels = self._channels()
         found = derived(self.model, channels, proposal.edits)
@@ -223,10 +223,10 @@ class _Planner:
         left = [str(item) for item in found if item not in follow]
         notes = proposal.notes
         if left:
-            more = f"; and {len(left) - _TOLD} more" if len(left) > _TOLD else ""
+            more = f"; and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
             notes += (
                 f"numbers that may derive from a width, and are not changed: "
-                f"{'; '.join(left[:_TOLD])}{more}",
+                f"{'; '.join(left[:_NAMED])}{more}",
             )
         edits = tuple(item.edit for item in follow if item.edit is not None)
         rows = tuple(

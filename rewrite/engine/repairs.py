@@ -1,11 +1,10 @@
-"""What may have to follow when an operator departs from the prediction.
+"""Find sizes that must change together with a resized tensor.
 
-A size that the code of a module holds, as a Python attribute or, in an exported program, as a
-literal in its graph. Nothing here decides: the planner tries each candidate and keeps those with
-which the recording gets further.
+A module may hold a size as a Python attribute, or an exported program as a literal in its graph.
+The planner tries each candidate and keeps those with which the forward gets further.
 
-And what a constructor has derived from a size, such as ``dim ** -0.5``: no operator departs for
-that, but weights that are drawn anew were drawn for another scale.
+A constructor may also derive a number from a size, such as ``dim ** -0.5``. Then no operator
+differs from the prediction, but weights that are drawn anew were meant for another scale.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch import Tensor, fx, nn
 from pocketize._torch import OpOverload
 from pocketize.channels.groups import ChannelGroups
 from pocketize.channels.labels import Value
-from pocketize.engine.literals import numbers_in
+from pocketize.engine.surgery import numbers_in
 from pocketize.engine.verify import Mismatch, predicted_shape
 from pocketize.graph.capture import Captured
 from pocketize.ops import Kind, bind, operator_of

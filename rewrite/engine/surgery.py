@@ -1,4 +1,4 @@
-"""Carry out edits: the only file that changes a module.
+"""Apply edits: the only file that changes a module.
 
 Tensors are resized through ``.data``, so that a parameter stays the object it was: ties, hooks and
 attributes of parameters survive, and an optimiser that was given it still holds it.
@@ -6,21 +6,22 @@ attributes of parameters survive, and an optimiser that was given it still holds
 
 from __future__ import annotations
 
-__all__ = ["apply_edits"]
+__all__ = ["apply_edits", "numbers_in"]
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from pocketize._torch import ConvNd, ConvTransposeNd, NormBase
-from pocketize.engine.literals import find_literal, set_argument
+from pocketize._torch import ConvNd, ConvTransposeNd, NormBase, schema_of
 from pocketize.errors import RewriteError, nearest
 from pocketize.initial import infer_schemes
+from pocketize.ops.schema import bind
 from pocketize.plugin.conversions import convert, find_conversion
 from pocketize.plugin.edits import (
     Convert,
@@ -72,7 +73,7 @@ def apply_edits(
         elif isinstance(edit, SetAttribute):
             _check_attribute(edit, model)
         elif isinstance(edit, SetArgument):
-            find_literal(_module(model, edit), edit)
+            _find_literal(_module(model, edit), edit)
         elif isinstance(edit, Convert):
             _module(model, edit)
             find_conversion(edit.conversion)
@@ -176,10 +177,44 @@ def _set_arguments(model: nn.Module, edits: Sequence[SetArgument]) -> None:
     for edit in edits:
         module = _module(model, edit)
         assert isinstance(module, fx.GraphModule)  # checked before anything was changed
-        set_argument(module, edit)
+        _set_argument(module, edit)
         graphs[edit.module] = module
     for module in graphs.values():
         module.recompile()
+
+
+def numbers_in(value: Any) -> tuple[int, ...] | None:
+    """Return the numbers of an argument that is one or a list of them, ``None`` for any other."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if values and all(isinstance(x, int) and not isinstance(x, bool) for x in values):
+        return tuple(values)
+    return None
+
+
+def _find_literal(module: nn.Module, edit: SetArgument) -> fx.Node:
+    """Return the node that an edit names, with the argument that it expects."""
+    where = f"cannot set {edit.argument} of node {edit.node} in {edit.module or 'the model'}"
+    if not isinstance(module, fx.GraphModule):
+        raise RewriteError(f"{where}: it is a {type(module).__name__}, not a GraphModule")
+    node: fx.Node | None = next((n for n in module.graph.nodes if n.name == edit.node), None)
+    if node is None:
+        raise RewriteError(f"{where}: the graph has no such node")
+    value = bind(node.target, node.args, node.kwargs).get(edit.argument)
+    if numbers_in(value) != edit.old:
+        raise RewriteError(f"{where}: expected {edit.old}, found {value!r}")
+    return node
+
+
+def _set_argument(module: fx.GraphModule, edit: SetArgument) -> None:
+    """Change an argument; the caller recompiles the graph when all are changed."""
+    node = _find_literal(module, edit)
+    value = bind(node.target, node.args, node.kwargs)[edit.argument]
+    new: Any = list(edit.new) if isinstance(value, list | tuple) else edit.new[0]
+    if edit.argument in node.kwargs:
+        node.update_kwarg(edit.argument, new)
+    else:
+        schema = schema_of(node.target)
+        node.update_arg([a.name for a in schema.arguments].index(edit.argument), new)
 
 
 def _check_attribute(edit: SetAttribute, model: nn.Module) -> None:
@@ -193,7 +228,7 @@ def _check_attribute(edit: SetAttribute, model: nn.Module) -> None:
 
 
 def _reshape(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-    """Give a tensor, and its gradient, another shape; it stays the object it is."""
+    """Give a tensor, and its gradient, another shape; it stays the same object."""
     gradient = tensor.grad if tensor.is_leaf else None
     with torch.inference_mode(False), torch.no_grad():
         kept = change(tensor.detach())

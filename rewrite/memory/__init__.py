@@ -1,4 +1,4 @@
-"""Memory of a model: measured on real tensors, estimated on fake ones, told apart in the result.
+"""Memory of a model: measured on real tensors, or estimated on fake ones.
 
 ::
 
@@ -11,6 +11,6 @@ from __future__ import annotations
 
 __all__ = ["MemoryProfile", "count_macs", "measure", "top_modules"]
 
-from pocketize.memory.macs import count_macs
+from pocketize.memory.flops import count_macs
 from pocketize.memory.meter import measure
 from pocketize.memory.profile import MemoryProfile, top_modules

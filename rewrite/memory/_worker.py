@@ -15,8 +15,7 @@ from pocketize.errors import PocketizeError
 from pocketize.graph.inputs import Inputs
 from pocketize.memory.isolate import Settings
 from pocketize.memory.meter import measure_here
-from pocketize.memory.request import Request
-from pocketize.memory.step import make_step
+from pocketize.memory.step import Request, make_step
 
 
 def main(settings: str, payload: str, answer: str) -> None:
@@ -24,7 +23,7 @@ def main(settings: str, payload: str, answer: str) -> None:
 
     Args:
         settings: JSON of :class:`~pocketize.memory.isolate.Settings`.
-        payload: pickle of the fields of a :class:`~pocketize.memory.request.Request`.
+        payload: pickle of the fields of a :class:`~pocketize.memory.step.Request`.
         answer: where to write JSON: ``profile``, or ``unreadable``, or ``error`` and ``text``.
     """
     Settings(**json.loads(Path(settings).read_text())).apply()

@@ -24,7 +24,7 @@ import torch
 from pocketize import errors
 from pocketize.errors import MeasureError, PocketizeError
 from pocketize.memory.profile import MemoryProfile
-from pocketize.memory.request import Request
+from pocketize.memory.step import Request
 from pocketize.plugin.entries import is_installed
 
 #: Large blocks go back to the system when they are freed, so that resident memory follows use.

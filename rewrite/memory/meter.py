@@ -14,19 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pocketize._torch import is_compiled, storage_key
+from pocketize._torch import is_compiled
 from pocketize.errors import MeasureError, PocketizeWarning
 from pocketize.graph.methods import check_methods
-from pocketize.memory.cuda import CudaCounters
+from pocketize.memory.counters import CudaCounters, ProcessMemory
+from pocketize.memory.flops import Macs, count_macs, count_on_fakes
 from pocketize.memory.isolate import measure_isolated
-from pocketize.memory.macs import count_macs, count_on_fakes
 from pocketize.memory.modules import ModulePaths, held_tensors
-from pocketize.memory.process import ProcessMemory
 from pocketize.memory.profile import MemoryProfile, thin_out
-from pocketize.memory.request import Request
 from pocketize.memory.stage import Stage, device_of, explained, fake_stage, real_stage
-from pocketize.memory.step import Step, fixed_surroundings, make_step
-from pocketize.memory.tracker import LiveTracker, Trace, storages_of
+from pocketize.memory.step import MeasuredStep, Request, fixed_surroundings, make_step
+from pocketize.memory.tracker import LiveTracker, Trace, storage_bytes
 
 
 def measure(
@@ -138,13 +136,13 @@ def measure_here(request: Request, *, own: bool = False) -> MemoryProfile:
         count = count_on_fakes if request.estimate else count_macs
         described = stage.inputs.describe()
         with explained(request.model, described, train=request.train, estimate=request.estimate):
-            macs = count(request.model, stage.inputs).weights
+            macs = count(request.model, stage.inputs)
             with stage.active:
                 return measure_on(stage, request, macs, counters, own=own)
 
 
 def measure_on(
-    stage: Stage, request: Request, macs: int, counters: CudaCounters | None, *, own: bool
+    stage: Stage, request: Request, macs: Macs, counters: CudaCounters | None, *, own: bool
 ) -> MemoryProfile:
     """Take every figure of a model and inputs that are ready to run.
 
@@ -205,12 +203,13 @@ def measure_on(
         rss=rss,
         parameters=sum(p.numel() for p in parameters),
         weight_bytes=sum(t.numel() * t.element_size() for t in weights),
-        macs=macs,
+        macs=macs.weights,
+        not_counted=macs.not_counted,
         step_seconds=_median_and_spread(seconds[:steps]),
     )
 
 
-def _track(stage: Stage, step: Step) -> Trace:
+def _track(stage: Stage, step: MeasuredStep) -> Trace:
     paths = ModulePaths(stage.model)
     tracker = LiveTracker(stage.device, paths.current, fake=stage.fake)
     step.clear()
@@ -239,7 +238,7 @@ def _track(stage: Stage, step: Step) -> Trace:
     return tracker.finish()
 
 
-def _timed(stage: Stage, step: Step) -> float:
+def _timed(stage: Stage, step: MeasuredStep) -> float:
     """Do a step and return its seconds, from the forward to the end of the update."""
     moments: list[float] = []
 
@@ -270,10 +269,7 @@ def _synchronize(device: torch.device) -> None:
 def _loaded_bytes(stage: Stage) -> int:
     """Bytes of the model and its inputs, which are there before the first step."""
     tensors = [t for module in stage.model.modules() for t in held_tensors(module)]
-    storages = {
-        storage_key(s): s for t in [*tensors, *stage.inputs.tensors()] for s in storages_of(t)
-    }
-    return sum(storage.nbytes() for storage in storages.values())
+    return sum(storage_bytes([*tensors, *stage.inputs.tensors()]).values())
 
 
 def _dtypes(tensors: list[Tensor]) -> str:

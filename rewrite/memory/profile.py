@@ -61,6 +61,7 @@ class MemoryProfile:
         step_seconds: median and interquartile range of the time of a step; ``None`` if not taken.
         isolated: measured in a process of its own.
         why_not_isolated: why not, where that was asked for.
+        not_counted: operators that multiply and are not in ``macs``, as no formula is known.
     """
 
     mode: str
@@ -82,11 +83,13 @@ class MemoryProfile:
     step_seconds: tuple[float, float] | None
     isolated: bool = False
     why_not_isolated: str | None = None
+    not_counted: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the profile as what ``json.dumps`` takes; sizes are integers, in bytes."""
         data = dataclasses.asdict(self)
         data["timeline"] = [list(point) for point in self.timeline]
+        data["not_counted"] = list(self.not_counted)
         data["step_seconds"] = None if self.step_seconds is None else list(self.step_seconds)
         return data
 
@@ -98,6 +101,7 @@ class MemoryProfile:
             MeasureError: fields are missing or unknown.
         """
         names = {field.name for field in dataclasses.fields(cls)}
+        data = {"not_counted": (), **data}  # which older versions do not write
         if names != set(data):
             raise MeasureError(
                 "not a memory profile: "
@@ -108,6 +112,7 @@ class MemoryProfile:
             **{
                 **data,
                 "timeline": tuple((label, live) for label, live in data["timeline"]),
+                "not_counted": tuple(data["not_counted"]),
                 "step_seconds": None if times is None else (times[0], times[1]),
             }
         )
@@ -129,6 +134,8 @@ class MemoryProfile:
             f"parameters {count_text(self.parameters)} ({bytes_text(self.weight_bytes)} with "
             f"buffers), {count_text(self.macs)} MACs"
         )
+        if self.not_counted:
+            lines.append(f"not counted in the MACs: {', '.join(self.not_counted)}")
         if self.reserved is not None:
             lines.append(f"reserved by the allocator {bytes_text(self.reserved)}")
         if self.rss is not None:

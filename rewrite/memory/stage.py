@@ -33,7 +33,7 @@ from pocketize.errors import MeasureError, PocketizeError
 from pocketize.graph.capture import settle_inputs
 from pocketize.graph.clone import clone, fake_clone
 from pocketize.graph.inputs import Inputs, as_inputs, to_model
-from pocketize.memory.inplace import is_dense
+from pocketize.memory.in_place import is_dense
 
 _VALUES_WANTED = (DataDependentOutputException, DynamicOutputShapeException)
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")

@@ -1,4 +1,4 @@
-"""The step that is measured: one forward, and when training the loss, the backward and the update.
+"""What is to be measured, and the step: one forward; in training also loss, backward and update.
 
 It is the loop that everybody writes::
 
@@ -13,7 +13,14 @@ It is the loop that everybody writes::
 
 from __future__ import annotations
 
-__all__ = ["OPTIMIZERS", "Step", "fixed_surroundings", "make_step", "mean_square"]
+__all__ = [
+    "OPTIMIZERS",
+    "MeasuredStep",
+    "Request",
+    "fixed_surroundings",
+    "make_step",
+    "mean_square",
+]
 
 import contextlib
 import gc
@@ -27,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pocketize.errors import MeasureError
+from pocketize.errors import MeasureError, nearest
 from pocketize.graph.capture import find_tensors
 from pocketize.graph.clone import quiet_hooks
 from pocketize.graph.inputs import Inputs
@@ -38,7 +45,40 @@ OPTIMIZERS = ("adam", "sgd")
 
 
 @dataclass(frozen=True)
-class Step:
+class Request:
+    """What is to be measured; see :func:`pocketize.memory.measure`."""
+
+    model: nn.Module
+    inputs: Any
+    mode: str = "train"
+    optimizer: str | None = "adam"
+    loss: Callable[[Any], Tensor] | None = None
+    estimate: bool = False
+    device: torch.device | None = None
+    time_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise MeasureError(f"model must be an nn.Module, not {type(self.model).__name__}")
+        if self.mode not in ("train", "infer"):
+            hint = nearest(str(self.mode), ("train", "infer"))
+            raise MeasureError(f"mode must be 'train' or 'infer', not {self.mode!r}.{hint}")
+        if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
+            hint = nearest(str(self.optimizer), OPTIMIZERS)
+            raise MeasureError(
+                f"optimizer must be 'adam', 'sgd' or None, not {self.optimizer!r}.{hint}"
+            )
+        if self.time_steps < 0:
+            raise MeasureError(f"time_steps must be 0 or more, not {self.time_steps}")
+
+    @property
+    def train(self) -> bool:
+        """Whether a training step is measured."""
+        return self.mode == "train"
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
     """One step of a model that belongs to the measurement.
 
     Attributes:
@@ -117,7 +157,7 @@ def make_step(
     optimizer: str | None,
     loss: Callable[[Any], Tensor] | None,
     like_cuda: bool = False,
-) -> Step:
+) -> MeasuredStep:
     """Put a copy of a model into the mode to be measured and give it its optimizer.
 
     Args:
@@ -127,7 +167,7 @@ def make_step(
         inputs: its inputs.
         train: whether to train.
         optimizer: ``"adam"``, ``"sgd"`` or ``None``.
-        loss: see :class:`Step`; :func:`mean_square` by default.
+        loss: see :class:`MeasuredStep`; :func:`mean_square` by default.
         like_cuda: update all parameters at once, as torch does on a GPU, also where the tensors
             that stand for the GPU's are on the CPU.
     """
@@ -143,7 +183,7 @@ def make_step(
             made = torch.optim.Adam(trainable, foreach=together)
         else:
             made = torch.optim.SGD(trainable, lr=1e-3, foreach=together)
-    step = Step(model, inputs, train, made, loss or mean_square)
+    step = MeasuredStep(model, inputs, train, made, loss or mean_square)
     step.clear()
     return step
 

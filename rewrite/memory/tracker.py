@@ -1,13 +1,13 @@
-"""The live-tensor tracker: which storages exist, since when, and who made them.
+"""Count the bytes of live tensors: which storages exist, since when, and which module made them.
 
-A dispatch mode sees every operator below autograd, in the forward as in the backward pass. Of each
-tensor that passes it watches the *storage*, so that views and aliases count once, through a weak
-reference whose callback tells when the storage is freed: in Python or in C++, at that very moment.
-Peaks are therefore those of the untracked run, to the byte; what an operator allocates and frees
-inside itself (im2col buffers, oneDNN or cuDNN workspaces) is not seen.
+A dispatch mode sees every operator below autograd, in the forward as in the backward pass. For
+each tensor it watches the *storage*, so that views and aliases count once. A weak reference to the
+storage calls back at the moment when it is freed, in Python or in C++. Peaks are therefore those
+of the untracked run, to the byte. What an operator allocates and frees inside itself (im2col
+buffers, oneDNN or cuDNN workspaces) is not seen.
 
-The tracker writes down only what happens. What a storage *was* is decided afterwards, when it is
-known what became of it: see :meth:`LiveTracker.finish`.
+The tracker records events only. :meth:`LiveTracker.finish` sorts the storages into categories,
+when it is known what became of each.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ __all__ = [
     "CATEGORIES",
     "LiveTracker",
     "Trace",
+    "do_not_count",
     "is_composite",
-    "stand_for_file",
+    "storage_bytes",
     "storages_of",
 ]
 
@@ -42,7 +43,7 @@ from pocketize._torch import (
     sparse_parts,
     storage_key,
 )
-from pocketize.memory.inplace import in_place_twin, sole_holders
+from pocketize.memory.in_place import counts_in_autograd, in_place_overload
 
 aten = torch.ops.aten
 
@@ -95,15 +96,18 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         device: only tensors on devices of this type count.
-        where: tells the path of the module at work when a tensor is made.
-        fake: the tensors are fake, save those that a model hides from ``state_dict`` and brings in.
+        where: returns the path of the module that runs.
+        fake: the tensors are fake, but for those that a model hides from ``state_dict``.
+
+    Attributes:
+        peak: most bytes alive at once since the first phase began.
     """
 
     def __init__(
-        self, device: torch.device, where: Callable[[], str], *, fake: bool = False
+        self, device: torch.device, where: Callable[[], str] = str, *, fake: bool = False
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._sole = sole_holders()
+        self._sole = counts_in_autograd()
         self._device = device.type
         self._fake = fake
         self._where = where
@@ -113,13 +117,13 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._events: list[tuple[str, int]] = []
         self._bytes = 0
-        self._peak = 0
+        self.peak = 0
         self._peak_at = 0
 
     def assign(self, role: str, tensors: Iterable[Tensor], module: str = "") -> None:
-        """Say what the storages of some tensors are, from their first moment on.
+        """Give the storages of some tensors their category, from their first moment on.
 
-        Storages not seen before are counted from now. A role once given stays.
+        Storages not seen before are counted from now on. A category once given stays.
         """
         for tensor in tensors:
             for storage in self._storages(tensor):
@@ -137,12 +141,12 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._log(phase)
 
     def finish(self) -> Trace:
-        """Stop following storages and take stock of the moment of the peak.
+        """Stop following storages and return the figures at the moment of the peak.
 
         A storage with a role (parameters, gradients, optimizer state, inputs) had it from birth:
         the result of a convolution's backward that became a ``.grad`` was a gradient all along. Of
-        the others, activations are those made in the forward phase and alive when it ended; what
-        the forward freed again, and what backward or the optimizer made, is temporary.
+        the others, activations were made in the forward phase and were alive when it ended; what
+        the forward freed, and what backward or the optimizer made, is temporary.
         """
         self._watches.clear()  # the callbacks go with the references
         self._live.clear()
@@ -152,12 +156,11 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if record.born <= self._peak_at < record.died:
                 categories[_category(record)] += record.nbytes
                 modules[record.module] = modules.get(record.module, 0) + record.nbytes
-        return Trace(self._peak, categories, modules, self._events)
+        return Trace(self.peak, categories, modules, self._events)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operator and look at the storages it took and gave."""
         kwargs = kwargs or {}
         if is_composite(func, self._device):
             # Only without autograd do composite operators arrive whole: what they allocate inside
@@ -167,7 +170,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is not aten.lift_fresh.default or not self._fake:
             self._look((args, kwargs))  # but not at the real data of a fake constant
         if self._phase == "backward":
-            func = in_place_twin(func, args, self._sole) or func
+            func = in_place_overload(func, args, self._sole) or func
         out = func(*args, **kwargs)
         # An operator that writes in place returns what it was given; it may have resized it.
         self._look((args, kwargs) if _writes(func) else out)
@@ -187,8 +190,8 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return storages_of(tensor)
 
     def _see(self, storage: torch.UntypedStorage) -> None:
-        if storage.filename is not None or _FILES.get(storage_key(storage)) is storage:
-            return  # a file that is mapped, not memory
+        if storage.filename is not None or _NOT_COUNTED.get(storage_key(storage)) is storage:
+            return  # not in this device's memory, such as a mapped file
         key, nbytes = storage_key(storage), storage.nbytes()
         record = self._live.get(key)
         if record is None:
@@ -236,25 +239,37 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _log(self, label: str) -> None:
         if not self._phase:  # what is there before the step begins: one event stands for all of it
             return
-        if self._bytes > self._peak:
+        if self._bytes > self.peak:
             self._see_resized()
-        if self._bytes > self._peak:
-            self._peak, self._peak_at = self._bytes, len(self._events)
+        if self._bytes > self.peak:
+            self.peak, self._peak_at = self._bytes, len(self._events)
         self._events.append((label, self._bytes))
 
 
-#: Storages without memory that stand for mapped files, by their address.
-_FILES: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+#: Fake storages of what is not in the device's memory, by their address.
+_NOT_COUNTED: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
 
 
-def stand_for_file(tensor: Tensor) -> None:
-    """Say that a fake tensor stands for a mapped file, so that it is not counted as memory.
+def do_not_count(tensor: Tensor) -> None:
+    """Let trackers leave out a fake tensor that stands for a mapped file, or for host memory.
 
     Args:
-        tensor: fake, and made where no tracker saw it.
+        tensor: fake, and made while no tracker was active.
     """
     for storage in storages_of(tensor):
-        _FILES[storage_key(storage)] = storage
+        _NOT_COUNTED[storage_key(storage)] = storage
+
+
+def storage_bytes(tensors: Iterable[Tensor], apart: Iterable[Tensor] = ()) -> dict[int, int]:
+    """Return the bytes of the storages behind tensors by the key of each, in their order.
+
+    Args:
+        tensors: alive, so that the keys are distinct.
+        apart: tensors whose storages are left out.
+    """
+    out = {storage_key(storage) for tensor in apart for storage in storages_of(tensor)}
+    found = {storage_key(s): s.nbytes() for tensor in tensors for s in storages_of(tensor)}
+    return {key: nbytes for key, nbytes in found.items() if key not in out}
 
 
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:

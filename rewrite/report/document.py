@@ -73,6 +73,8 @@ class Side:
         macs: Multiply-accumulates of the convolutions and linear layers of one forward.
         training: Peak of a training step.
         inference: Peak of a forward without gradients.
+        not_counted: Operators that multiply and are not in ``macs``; only in the JSON where there
+            are any.
     """
 
     model: str
@@ -81,6 +83,7 @@ class Side:
     macs: int
     training: Peak
     inference: Peak
+    not_counted: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +182,11 @@ def scrub(text: str) -> str:
 
 def dump(document: Document) -> str:
     """Write a document as JSON: sorted keys, two spaces, a final newline."""
-    return json.dumps(dataclasses.asdict(document), indent=2, sort_keys=True) + "\n"
+    data = dataclasses.asdict(document)
+    for side in (data["before"], data["after"]):
+        if not side["not_counted"]:
+            del side["not_counted"]  # so that older versions read the document
+    return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
 
 def load(text: str) -> Document:
@@ -240,11 +247,13 @@ def _read_tuple(parts: tuple[Any, ...], data: list[Any], where: str) -> tuple[An
 
 def _read_record(kind: Any, data: dict[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(kind)
-    if missing := hints.keys() - data.keys():
+    needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    if missing := needed - data.keys():
         raise ReportError(f"{where}: lacks {', '.join(sorted(missing))}.")
     if unknown := data.keys() - hints.keys():
         raise ReportError(f"{where}: unknown {', '.join(sorted(unknown))}.")
-    return kind(**{name: _read(hints[name], data[name], f"{where}.{name}") for name in hints})
+    given = [name for name in hints if name in data]
+    return kind(**{name: _read(hints[name], data[name], f"{where}.{name}") for name in given})
 
 
 def _checked(kind: type[T], data: Any, where: str) -> T:

@@ -1,7 +1,7 @@
-"""Where the second network does worse than the first, said in words so that nobody reads past it.
+"""Sentences on where the second network is worse than the first, and on what was not counted.
 
 A rewrite that saves memory may cost time, and lower precision may cost both: a machine without fast
-arithmetic for it converts back and forth, in scratch memory that no tensor stands for.
+arithmetic for it converts back and forth, in scratch memory outside of any tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NOTICEABLE = 1.05
 
 
 def remarks(document: Document) -> tuple[str, ...]:
-    """Say what became slower or bigger; empty where nothing did.
+    """Say what became slower or bigger, and what the figures leave out; empty where nothing did.
 
     Times count where they differ by more than 5 % and by more than the quartiles of either side
     are apart.
@@ -29,7 +29,11 @@ def remarks(document: Document) -> tuple[str, ...]:
         ("training step", document.before.training, document.after.training),
         ("forward pass", document.before.inference, document.after.inference),
     )
-    return tuple(f"{text} ({where})." for mode in modes for text in _worse(*mode))
+    worse = (f"{text} ({where})." for mode in modes for text in _worse(*mode))
+    uncounted = sorted({*document.before.not_counted, *document.after.not_counted})
+    if not uncounted:
+        return tuple(worse)
+    return (*worse, f"Not counted in the MACs, as no formula is known: {', '.join(uncounted)}.")
 
 
 def _worse(mode: str, before: Peak, after: Peak) -> Iterator[str]:

@@ -161,6 +161,7 @@ def _side(name: str, training: MemoryProfile, inference: MemoryProfile) -> Side:
         macs=inference.macs,
         training=_peak(training),
         inference=_peak(inference),
+        not_counted=inference.not_counted,
     )
 
 

@@ -121,7 +121,7 @@ def in_edit(name: str, value: Any) -> Callable[[Any], None]:
         (option("colour", "red"), "unknown option 'colour'"),
         (in_record("guarantee", "retrain"), "says 'retrain'"),
         (in_record("name", "pocket"), "unknown option"),
-        (in_record("name", "nobody"), "the pass 'nobody', which is not to be had here"),
+        (in_record("name", "nobody"), "the pass 'nobody', which is not installed here"),
     ],
 )
 def test_a_record_that_says_other_than_its_edits_is_refused(

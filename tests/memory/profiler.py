@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pocketize.memory.modules import held_tensors
 from pocketize.memory.stage import real_stage
-from pocketize.memory.step import Step, fixed_surroundings, make_step
+from pocketize.memory.step import MeasuredStep, fixed_surroundings, make_step
 from pocketize.memory.tracker import is_composite, storages_of
 
 
@@ -60,7 +60,7 @@ def profiled_peak(
     )
 
 
-def _held(step: Step) -> list[tuple[StorageWeakRef, int]]:
+def _held(step: MeasuredStep) -> list[tuple[StorageWeakRef, int]]:
     """The storages of the model, its inputs and the optimizer's state, with their bytes."""
     tensors = [t for module in step.model.modules() for t in held_tensors(module)]
     tensors += step.inputs.tensors()

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from pocketize.memory import measure, meter
-from pocketize.memory.cuda import CudaCounters
+from pocketize.memory.counters import CudaCounters
+from pocketize.memory.flops import Macs
 
 
 class FakeAllocator:
@@ -80,7 +81,7 @@ def test_the_allocators_peak_is_reported_and_workspaces_are_temporaries() -> Non
     request = meter.Request(net, "1x1x16x16")
     stage = meter.real_stage(net, "1x1x16x16", None)
     with meter.fixed_surroundings():
-        profile = meter.measure_on(stage, request, 0, counters, own=False)
+        profile = meter.measure_on(stage, request, Macs(0, 0, 0), counters, own=False)
     assert counters.resets == 1
     assert profile.peak == tracked.peak + Counted.surplus
     assert profile.reserved == 2**20

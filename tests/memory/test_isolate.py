@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pocketize.errors import MeasureError
 from pocketize.memory import measure
 from pocketize.memory.isolate import Settings
-from pocketize.memory.request import Request
+from pocketize.memory.step import Request
 
 
 def small() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Conversions: named in edits, registered in code, rehearsed before they are carried out."""
+"""Conversions: named in edits, registered in code, tried in a dry run before they are applied."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_module_under_two_paths_is_replaced_under_both():
     assert model["a"] is model["b"]
 
 
-def test_what_the_rehearsal_finds_stops_the_plan_and_names_the_mode():
+def test_what_the_dry_run_finds_stops_the_plan_and_names_the_mode():
     with pytest.raises(VerifyError, match="in evaluation mode the outputs have other shapes"):
         plan(net(), Converting(which="test-halved"), inputs="1x1x8x8")
 

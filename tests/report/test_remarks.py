@@ -54,3 +54,15 @@ def test_a_bigger_peak_is_told_in_either_mode() -> None:
 def test_scratch_memory_that_no_tensor_stands_for_is_told() -> None:
     (remark,) = after(rss=3000 * MIB).remarks
     assert "during a training step the process grows by 2.93 GiB instead of 1.95 GiB" in remark
+
+
+def test_operators_without_a_formula_are_named_and_survive_json() -> None:
+    comparison = Comparison(
+        dataclasses.replace(
+            DOCUMENT, after=dataclasses.replace(DOCUMENT.after, not_counted=("aten.lstm",))
+        )
+    )
+    (remark,) = comparison.remarks
+    assert remark == "Not counted in the MACs, as no formula is known: aten.lstm."
+    assert Comparison.from_json(comparison.to_json()) == comparison
+    assert "not_counted" not in Comparison(DOCUMENT).to_json()

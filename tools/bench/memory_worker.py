@@ -16,11 +16,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pocketize.memory import measure
+from pocketize.memory.counters import ProcessMemory
+from pocketize.memory.flops import Macs
 from pocketize.memory.meter import measure_on
-from pocketize.memory.process import ProcessMemory
-from pocketize.memory.request import Request
 from pocketize.memory.stage import Stage, real_stage
-from pocketize.memory.step import Step, fixed_surroundings, make_step
+from pocketize.memory.step import MeasuredStep, Request, fixed_surroundings, make_step
 from tools.bench.fresh import MARK, trim
 from tools.bench.memory_nets import NETS
 from tools.bench.memory_rows import ROWS, NotApplicableError, Row
@@ -111,11 +111,11 @@ def _untracked(stage: Stage, task: Task) -> dict[str, Any]:
 
 def _tracked(stage: Stage, row: Row) -> dict[str, Any]:
     request = Request(model=stage.model, inputs=stage.inputs)
-    profile = measure_on(stage, request, 0, None, own=False)
+    profile = measure_on(stage, request, Macs(0, 0, 0), None, own=False)
     return {"peak": profile.peak, "categories": profile.categories}
 
 
-def _timed(step: Step, device: str) -> float:
+def _timed(step: MeasuredStep, device: str) -> float:
     step.clear()
     _synchronize(device)
     started = time.perf_counter()
@@ -133,7 +133,7 @@ def _times(seconds: list[float]) -> dict[str, Any]:
     return {"seconds": statistics.median(seconds), "all_seconds": seconds}
 
 
-def _standing(step: Step) -> int:
+def _standing(step: MeasuredStep) -> int:
     """Bytes that live between steps, which were there when the counting began."""
     held = [*step.model.parameters(), *step.model.buffers(), *step.inputs.tensors()]
     if step.optimizer is not None:

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pocketize import measure
 from pocketize.graph.inputs import as_inputs
+from pocketize.memory.flops import Macs
 from pocketize.memory.meter import measure_on
-from pocketize.memory.request import Request
 from pocketize.memory.stage import real_stage
-from pocketize.memory.step import fixed_surroundings
+from pocketize.memory.step import Request, fixed_surroundings
 from pocketize.passes.tiling.exact import prepare
 from pocketize.passes.tiling.figures import estimated_peak, kept_bytes
 from pocketize.passes.tiling.forward import Tiling
@@ -87,7 +87,7 @@ def weigh(task: Task) -> dict[str, Any]:
     with fixed_surroundings():
         stage = real_stage(runs, x, None, own=True)
         request = Request(model=stage.model, inputs=stage.inputs, mode="infer")
-        answer["peak"] = measure_on(stage, request, 0, None, own=False).peak
+        answer["peak"] = measure_on(stage, request, Macs(0, 0, 0), None, own=False).peak
     return answer | {"estimated": estimate(task)["peak"]}
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pocketize.memory import process
-from pocketize.memory.process import ProcessMemory
+from pocketize.memory import counters
+from pocketize.memory.counters import ProcessMemory
 
 LINUX = Path("/proc/self/status").exists()
 
@@ -45,8 +45,8 @@ def test_the_peak_can_be_reset() -> None:
 def test_elsewhere_the_peak_of_the_whole_life_stands_in(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(process, "_STATUS", tmp_path / "missing")
-    monkeypatch.setattr(process, "_CLEAR", tmp_path / "missing" / "too")
+    monkeypatch.setattr(counters, "_STATUS", tmp_path / "missing")
+    monkeypatch.setattr(counters, "_CLEAR", tmp_path / "missing" / "too")
     memory = ProcessMemory()
     assert not memory.reset_peak()
     peak = memory.peak()

@@ -1,20 +1,20 @@
-"""What autograd does in place, and how to let it do so under a dispatch mode.
+"""Run in place under a dispatch mode what autograd runs in place without one.
 
 Where a tensor has several readers, such as the start of a skip connection, autograd adds their
-gradients. It adds into the first one if nobody else holds that tensor, which spares a whole tensor
-at just the places where a U-Net's peak is. Likewise it scatters the gradient of a selection into
-fresh zeros. Under *any* dispatch mode it does neither, since it cannot tell what a mode makes of
-its tensors (``isTensorSubclassLike`` in PyTorch's ``InputBuffer.cpp`` and ``FunctionsManual.cpp``).
-A tracker that is a mode would see more memory than there is without it; so it must recognise these
-operators and run them in place itself, under the conditions that autograd has for it.
+gradients. It adds in place into the first one if nothing else refers to that tensor. This saves a
+whole tensor, just where a U-Net has its peak. Likewise autograd scatters the gradient of a
+selection into fresh zeros. Under *any* dispatch mode it does neither (``isTensorSubclassLike`` in
+PyTorch's ``InputBuffer.cpp`` and ``FunctionsManual.cpp``), so a tracker that is a mode would
+measure more memory than the step takes. The tracker therefore recognises these operators and runs
+them in place itself, under autograd's own conditions.
 
-Left as they are, being rare and small: the backward of products over an axis and of cumulative
+Not covered, being rare and small: the backward of products over an axis and of cumulative
 products, and the bias of a linear layer on non-contiguous data of three or more axes.
 """
 
 from __future__ import annotations
 
-__all__ = ["Holders", "in_place_twin", "is_dense", "sole_holders"]
+__all__ = ["ReferenceCounts", "counts_in_autograd", "in_place_overload", "is_dense"]
 
 import functools
 import sys
@@ -40,15 +40,15 @@ _IN_PLACE = {
 }
 
 
-class Holders(NamedTuple):
-    """How many hold a tensor: its handle in C++, its memory, its Python object."""
+class ReferenceCounts(NamedTuple):
+    """References to a tensor in C++, to its storage, and to its Python object."""
 
     handle: int
     memory: int
     python: int
 
 
-def in_place_twin(func: Any, args: Sequence[Any], sole: Holders) -> Any:
+def in_place_overload(func: Any, args: Sequence[Any], sole: ReferenceCounts) -> Any:
     """Return the operator that autograd would run instead if no dispatch mode were active.
 
     To be called from ``__torch_dispatch__`` itself, whose own references are known.
@@ -56,24 +56,24 @@ def in_place_twin(func: Any, args: Sequence[Any], sole: Holders) -> Any:
     Args:
         func: the operator that arrived.
         args: its arguments, as ``__torch_dispatch__`` got them.
-        sole: how many hold a tensor that only autograd holds; see :func:`sole_holders`.
+        sole: references to a tensor that only autograd holds; see :func:`counts_in_autograd`.
 
     Returns:
         An operator that takes the same arguments and writes to the first, or ``None``.
     """
-    twin = _IN_PLACE.get(func)
-    if twin is None or torch.is_grad_enabled() or not backward_runs(2):
+    overload = _IN_PLACE.get(func)
+    if overload is None or torch.is_grad_enabled() or not backward_runs(2):
         return None
     written = args[0]
     if not isinstance(written, Tensor) or written.layout is not torch.strided:
         return None
     if not is_dense(written.shape, written.stride()):
         return None
-    held = _holders(written)
-    if twin is not aten.add_.Tensor:
-        # Zeros that a formula made a moment ago; how many names it has for them is its business.
-        held = held._replace(handle=sole.handle)
-    return twin if held == sole else None
+    counts = _counts(written)
+    if overload is not aten.add_.Tensor:
+        # Fresh zeros of a backward formula: its references in C++ differ between formulas.
+        counts = counts._replace(handle=sole.handle)
+    return overload if counts == sole else None
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -87,16 +87,16 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-def _holders(tensor: Tensor) -> Holders:
-    return Holders(*holders(tensor), sys.getrefcount(tensor))
+def _counts(tensor: Tensor) -> ReferenceCounts:
+    return ReferenceCounts(*holders(tensor), sys.getrefcount(tensor))
 
 
 @functools.cache
-def sole_holders() -> Holders:
-    """Count the holders of a tensor that autograd alone holds; the figures depend on torch."""
-    found: list[Holders] = []
+def counts_in_autograd() -> ReferenceCounts:
+    """Return the counts of a tensor that autograd alone refers to; they depend on torch."""
+    found: list[ReferenceCounts] = []
 
-    class Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    class ReferenceProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
         ) -> Any:
@@ -111,11 +111,11 @@ def sole_holders() -> Holders:
         start = torch.ones(2, requires_grad=True)
         twice = start * 2
         loss = (twice.relu() * twice.sigmoid()).sum()
-        with Probe():  # type: ignore[no-untyped-call]
+        with ReferenceProbe():  # type: ignore[no-untyped-call]
             loss.backward()  # type: ignore[no-untyped-call]
     return found[0]
 
 
-def _note(found: list[Holders], args: tuple[Any, ...]) -> None:
-    written = args[0]  # the same number of names for it as in in_place_twin
-    found.append(_holders(written))
+def _note(found: list[ReferenceCounts], args: tuple[Any, ...]) -> None:
+    written = args[0]  # as many Python names as in in_place_overload
+    found.append(_counts(written))

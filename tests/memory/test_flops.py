@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pocketize.errors import InputError, MeasureError
 from pocketize.memory import count_macs, measure
@@ -27,7 +28,7 @@ from pocketize.memory import count_macs, measure
     ],
 )
 def test_convolutions(layer: nn.Module, inputs: str, expected: int) -> None:
-    assert count_macs(layer, inputs) == (expected, 0, 0)
+    assert count_macs(layer, inputs) == (expected, 0, 0, ())
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,49 @@ def test_convolutions(layer: nn.Module, inputs: str, expected: int) -> None:
     ],
 )
 def test_linear_layers(layer: nn.Module, inputs: str, expected: int) -> None:
-    assert count_macs(layer, inputs) == (0, expected, 0)
+    assert count_macs(layer, inputs) == (0, expected, 0, ())
+
+
+@pytest.mark.parametrize(
+    ("net", "inputs", "operator"),
+    [
+        (nn.LSTM(4, 5), "3x2x4", "rnn"),
+        (nn.Bilinear(4, 5, 6), "2x4,2x5", "trilinear"),
+    ],
+)
+def test_an_operator_without_a_formula_is_named(net: nn.Module, inputs: str, operator: str) -> None:
+    counted = count_macs(net, inputs)
+    assert counted[:3] == (0, 0, 0)
+    (named,) = counted.not_counted
+    assert operator in named
+    profile = measure(net, inputs, estimate=True)
+    assert profile.not_counted == (named,)
+    assert f"not counted in the MACs: {named}" in str(profile)
+
+
+def test_upsampling_and_gamma_are_no_products() -> None:
+    class Smooth(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.interpolate(x, scale_factor=2.0, mode="trilinear")
+            return torch.lgamma(x.cummax(0).values)
+
+    assert count_macs(Smooth(), "1x1x4x4x4") == (0, 0, 0, ())
+
+
+def test_an_operator_from_elsewhere_is_named() -> None:
+    library = torch.library.Library("pocketize_tests_macs", "DEF")
+    library.define("blend(Tensor x) -> Tensor")
+    library.impl("blend", lambda x: x.clone(), "CompositeExplicitAutograd")
+
+    class Blends(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = torch.ops.pocketize_tests_macs.blend(x)
+            return out
+
+    try:
+        assert count_macs(Blends(), "1x2").not_counted == ("pocketize_tests_macs.blend",)
+    finally:
+        library._destroy()
 
 
 class Products(nn.Module):
@@ -54,8 +97,23 @@ class Products(nn.Module):
         return (y @ z.t()) @ x  # 3 x 6 by 6 x 3, 3 x 3 by 3 x 4
 
 
+def test_figures_are_half_of_those_of_torch() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(4, 6, 3, groups=2),
+        nn.ConvTranspose2d(6, 4, 2, stride=2),
+        nn.Flatten(2),
+        nn.Linear(12 * 12, 5),
+        nn.GRU(5, 3),
+    ).eval()
+    x = torch.ones(2, 4, 8, 8)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        net(x)
+    macs = count_macs(net, x)
+    assert 2 * (macs.conv + macs.linear + macs.products) == counter.get_total_flops()
+
+
 def test_products_with_a_parameter_are_linear_and_others_are_told_apart() -> None:
-    assert count_macs(Products(), "3x4") == (0, 2 * 3 * 4 * 6, 3 * 6 * 3 + 3 * 3 * 4)
+    assert count_macs(Products(), "3x4") == (0, 2 * 3 * 4 * 6, 3 * 6 * 3 + 3 * 3 * 4, ())
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,14 +1,16 @@
-"""Multiply-accumulates of one forward pass, counted exactly from the operators that run."""
+"""Multiply-accumulates of one forward pass, by the formulas of torch's own counter."""
 
 from __future__ import annotations
 
-__all__ = ["Macs", "count_macs", "count_on_fakes"]
+__all__ = ["Macs", "count_macs", "count_on_fakes", "flops_of"]
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry
 
 from pocketize._torch import FakeTensorMode, TorchDispatchMode, run_parts, storage_key
 from pocketize.errors import PocketizeError
@@ -33,11 +35,13 @@ class Macs(NamedTuple):
             bias does not.
         linear: ``linear``, and matrix products with a parameter.
         products: matrix products of two activations: attention's scores and mixtures.
+        not_counted: operators that ran and multiply, and for which there is no formula.
     """
 
     conv: int
     linear: int
     products: int
+    not_counted: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -48,7 +52,7 @@ class Macs(NamedTuple):
 def count_macs(model: nn.Module, inputs: Any) -> Macs:
     """Count the multiply-accumulates of one forward pass in evaluation mode.
 
-    The model runs on fake tensors; only where it cannot, because it asks for values, on real ones.
+    The model runs on fake tensors, or on real ones if it asks for the values of tensors.
 
     Args:
         model: any module; a copy of it is run.
@@ -79,9 +83,27 @@ def count_on_fakes(model: nn.Module, inputs: Any) -> Macs:
         return _count(copy, fake_inputs(inputs, copy, _CPU))
 
 
+def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
+    """Return the floating-point operations of an operator, by torch's formula.
+
+    They are those of convolutions and matrix products: two for each multiply-accumulate.
+
+    Args:
+        func: the operator.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        out: what it returned.
+
+    Returns:
+        The count; ``None`` for an operator without a formula.
+    """
+    formula = flop_registry.get(getattr(func, "overloadpacket", None))
+    return None if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
 def _count(copy: nn.Module, inputs: Inputs) -> Macs:
     set_mode(copy, False)
-    counter = _MacCounter(copy)
+    counter = _FlopCounter(copy)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator with the linear layers inside
     try:
@@ -90,62 +112,76 @@ def _count(copy: nn.Module, inputs: Inputs) -> Macs:
             inputs.call(copy)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return Macs(counter.counts["conv"], counter.counts["linear"], counter.counts["products"])
+    macs = {kind: count // 2 for kind, count in counter.flops.items()}
+    return Macs(**macs, not_counted=tuple(sorted(counter.not_counted)))
 
 
-class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Dispatch mode that adds up the multiply-accumulates of what runs under it."""
+class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up floating-point operations by kind.
+
+    Torch's ``FlopCounterMode`` has one sum for each operator, whatever is multiplied; it counts
+    matrix-vector products as nothing.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.counts = {"conv": 0, "linear": 0, "products": 0}
+        self.flops = {"conv": 0, "linear": 0, "products": 0}
+        self.not_counted: set[str] = set()
         # By storage, so that a transposed or reshaped parameter is known, too.
         self._weights = {storage_key(s) for p in model.parameters() for s in storages_of(p)}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operator, or its parts if it is made of others, and count it."""
         kwargs = kwargs or {}
         packet = getattr(func, "overloadpacket", None)
-        if packet not in _WHOLE and is_composite(func, "cpu"):
+        if packet not in _FORMULAS and is_composite(func, "cpu"):
             with self:
                 return run_parts(func, args, kwargs)
         out = func(*args, **kwargs)
-        if packet in (aten.convolution, aten._convolution):
-            data, weight = args[0], args[1]
-            transposed = args[6] if len(args) > 6 else kwargs.get("transposed", False)
-            counted = data if transposed else out
-            self.counts["conv"] += counted.numel() * (weight.numel() // weight.shape[0])
-        elif packet is aten.linear:
-            self.counts["linear"] += out.numel() * args[1].shape[-1]
-        elif packet is aten.scaled_dot_product_attention:
-            query, value = args[0], args[2]
-            scores = query.shape[:-1].numel() * value.shape[-2]
-            self.counts["products"] += scores * (query.shape[-1] + value.shape[-1])
-        elif packet in _PRODUCTS:
-            left, right = args[_PRODUCTS[packet]], args[_PRODUCTS[packet] + 1]
-            kind = "linear" if self._has_weight(left) or self._has_weight(right) else "products"
-            # Every element of the left factor meets every column of the right one.
-            columns = right.shape[-1] if right.dim() > 1 else 1
-            self.counts[kind] += left.numel() * columns
+        formula = _FORMULAS.get(packet)
+        flops = flops_of(func, args, kwargs, out) if formula is None else formula(args, out)
+        if flops is not None:
+            self.flops[self._kind(packet, args)] += flops
+        elif packet is not None and _multiplies(func):
+            self.not_counted.add(str(packet))
         return out
 
-    def _has_weight(self, factor: Tensor) -> bool:
+    def _kind(self, packet: Any, args: tuple[Any, ...]) -> str:
+        if packet in _CONVOLUTIONS:
+            return "conv"
+        factors = args[1:3] if packet in _ADDING else args[:2]
+        return "linear" if any(map(self._is_weight, factors)) else "products"
+
+    def _is_weight(self, factor: Tensor) -> bool:
         return any(storage_key(storage) in self._weights for storage in storages_of(factor))
 
 
-#: Composite operators that are counted as they are.
-_WHOLE = frozenset({aten.linear, aten.scaled_dot_product_attention})
+def _attention(args: tuple[Any, ...], out: Tensor) -> int:
+    query, value = args[0], args[2]
+    scores = query.shape[:-1].numel() * value.shape[-2]
+    return int(2 * scores * (query.shape[-1] + value.shape[-1]))
 
-#: Matrix products, with the position of the left factor among their arguments.
-_PRODUCTS: dict[Callable[..., Any], int] = {
-    aten.mm: 0,
-    aten.bmm: 0,
-    aten.mv: 0,
-    aten.dot: 0,
-    aten.addmm: 1,
-    aten.addmv: 1,
-    aten.addbmm: 1,
-    aten.baddbmm: 1,
+
+#: What torch has no formula for, or only for its parts, which depend on the device.
+_FORMULAS: dict[Any, Callable[[tuple[Any, ...], Tensor], int]] = {
+    aten.linear: lambda args, out: 2 * out.numel() * args[1].shape[-1],
+    aten.scaled_dot_product_attention: _attention,
+    aten.mv: lambda args, out: 2 * args[0].numel(),
+    aten.dot: lambda args, out: 2 * args[0].numel(),
+    aten.vdot: lambda args, out: 2 * args[0].numel(),
+    aten.addmv: lambda args, out: 2 * args[1].numel(),
+    aten.addbmm: lambda args, out: 2 * args[1].numel() * args[2].shape[-1],
 }
+_CONVOLUTIONS = frozenset({aten.convolution, aten._convolution})
+#: Products that are added to their first argument.
+_ADDING = frozenset({aten.addmm, aten.addmv, aten.addbmm, aten.baddbmm})
+#: Names of further operators that multiply: no upsampling, no ``gamma``, no ``cummax``.
+_PRODUCT = re.compile(r"rnn|lstm|gru|conv(?!ert)|attention|cdist|_trilinear$|mm(_|$)|matmul")
+
+
+def _multiplies(func: Any) -> bool:
+    """Tell whether an operator without a formula is a product; one that is not torch's may be."""
+    if func.namespace != "aten":
+        return func.namespace not in ("prim", "prims")
+    return _PRODUCT.search(func.overloadpacket.__name__) is not None
