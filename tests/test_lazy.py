@@ -154,7 +154,7 @@ def test_each_pass_is_imported_alone_and_its_saved_models_load_where_none_was(
 
         x = torch.randn(1, 1, 16, 16)
         net()(x).sum().backward()
-        entries = pocketize.plugin.entries.discover("pocketize.passes")
+        entries = pocketize.plugin.registry.discover("pocketize.passes")
         every = {name: entries[name][0] for name in entries}
         assert not {entry.module for entry in every.values()} & sys.modules.keys()
         failed = []

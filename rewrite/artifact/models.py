@@ -34,7 +34,7 @@ from pocketize.artifact import load, load_weights, read_header
 from pocketize.artifact.pt2 import module_of, read_exported
 from pocketize.errors import ArtifactError, ModelError, nearest
 from pocketize.graph.inputs import Inputs
-from pocketize.plugin.entries import is_installed
+from pocketize.plugin.registry import is_installed
 
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 _FORMS = "package.module:factory, zoo:NAME, or FILE.pt2 (with --trust-pickle)"

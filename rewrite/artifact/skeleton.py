@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pocketize.artifact.custom import full_state
+from pocketize.artifact.states import full_state
 from pocketize.errors import ArtifactError
 
 _log = logging.getLogger(__name__)

@@ -1,17 +1,202 @@
-"""What a ``state_dict`` does not tell about a model, as data; and how two states differ, in
-words."""
+"""States of models whatever their classes make of ``state_dict`` and ``load_state_dict``.
+
+A class may leave weights out, rename or nest them, add numbers of its own, take fewer arguments, or
+derive something when it loads. So a saved model holds every parameter and persistent buffer under
+torch's names, these are put in place directly, and then the class loads what its own ``state_dict``
+returns, for what it derives from that.
+
+The rest of this file describes what no ``state_dict`` holds (modes, frozen parameters, memory
+formats), and how two states differ, in words.
+"""
 
 from __future__ import annotations
 
-__all__ = ["MEMORY_FORMATS", "apply_state", "describe_mismatch", "describe_state", "shape_text"]
+__all__ = [
+    "MEMORY_FORMATS",
+    "apply_state",
+    "constants_of",
+    "describe_mismatch",
+    "describe_state",
+    "full_state",
+    "leaves",
+    "let_classes_load",
+    "overrides",
+    "own_tensors",
+    "place_of",
+    "same_values",
+    "shape_text",
+    "told_state",
+]
 
-from collections.abc import Iterable, Mapping
+import logging
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from pocketize.artifact.custom import full_state
+from pocketize._torch import storage_key
+from pocketize.errors import ArtifactError
+
+_log = logging.getLogger(__name__)
+
+
+def overrides(model: nn.Module, method: str) -> bool:
+    """Whether a model, its class or an attribute of it, brings a method of ``nn.Module`` itself."""
+    return getattr(getattr(model, method), "__func__", None) is not getattr(nn.Module, method)
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and persistent buffer by its path, ties under each of their names."""
+    tensors: dict[str, Tensor] = {}
+    for path, module in nn.Module.named_modules(model, remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        passing = getattr(module, "_non_persistent_buffers_set", ())
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and name not in passing:
+                    tensors[f"{prefix}{name}"] = tensor
+    return tensors
+
+
+def full_state(model: nn.Module) -> dict[str, Any]:
+    """Return a model's state: ``state_dict(keep_vars=True)`` as ``nn.Module`` makes it, and more.
+
+    What the root makes of it is bypassed; what modules inside, hooks and extra state add is there.
+    Every parameter and persistent buffer is there, as itself, also where modules leave some out or
+    copy them.
+    """
+    own = own_tensors(model)
+    try:
+        state = dict(nn.Module.state_dict(model, keep_vars=True))
+    except Exception:  # of a module inside that takes other arguments, which torch cannot call
+        return own
+    places = {place_of(tensor): tensor for tensor in reversed(own.values())}
+    known = {id(tensor) for tensor in own.values()}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and id(value) not in known:
+            # a detached alias stands for the tensor itself
+            state[key] = own.get(key, places.get(place_of(value), value))
+    held = {id(value) for value in state.values()}
+    return state | {key: tensor for key, tensor in own.items() if id(tensor) not in held}
+
+
+def told_state(model: nn.Module) -> Any:
+    """Return what a model's class makes of ``state_dict``; an empty dict where that raises."""
+    try:
+        return model.state_dict()
+    except Exception as error:  # nothing can be loaded into such a model, by torch neither
+        owner = type(model).__name__
+        _log.info("%s.state_dict() raises %s: %s", owner, type(error).__name__, error)
+        return {}
+
+
+def leaves(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what a nest of dicts and lists holds, with the keys that lead there."""
+    if isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(state, list | tuple):
+        for index, value in enumerate(state):
+            yield from leaves(value, f"{path}.{index}")
+    else:
+        yield path, state
+
+
+def place_of(tensor: Tensor) -> Any:
+    """Return what tells whether two tensors are the same numbers in the same memory."""
+    if tensor.layout is not torch.strided or is_lazy(tensor) or not tensor.numel():
+        return id(tensor)
+    shape, stride = tuple(tensor.shape), tensor.stride()
+    return storage_key(tensor), tensor.storage_offset(), shape, stride, tensor.dtype
+
+
+def constants_of(model: nn.Module, state: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a class of its own adds to the state_dict: numbers and texts, by their keys.
+
+    :func:`load` cannot give these back, but it can tell whether the factory's model has the same.
+
+    Raises:
+        ArtifactError: it adds anything else.
+    """
+    told = told_state(model) if overrides(model, "state_dict") else {}
+    known = [value for value in state.values() if isinstance(value, Tensor)]
+    places = {place_of(tensor) for tensor in known}
+    constants = {}
+    for key, value in leaves(told):
+        if isinstance(value, Tensor):
+            if place_of(value) in places or any(same_values(value, other) for other in known):
+                continue
+        elif value is None or isinstance(value, bool | int | float | str):
+            constants[key] = repr(value)
+            continue
+        raise ArtifactError(
+            f"state_dict() of {type(model).__name__} holds {key!r}, which is no parameter or "
+            "buffer of it, so it could not be loaded again. Register it as a buffer, or let "
+            "get_extra_state return it as a tensor"
+        )
+    return constants
+
+
+def same_values(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors hold the same values, NaN equal to itself."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    left, right = left.detach().cpu(), right.detach().cpu()
+    return bool(((left == right) | ((left != left) & (right != right))).all())
+
+
+def let_classes_load(
+    model: nn.Module, values: Mapping[str, Tensor], constants: Mapping[str, Any], origin: str
+) -> None:
+    """Let a model load its own state, by what its classes and hooks make of ``load_state_dict``.
+
+    All weights are in place. What classes derive from them when they load is made again by that,
+    and extra state goes where it belongs.
+    """
+    owner, own = type(model).__name__, own_tensors(model)
+    before = {key: _fingerprint(tensor) for key, tensor in own.items()}
+    told = told_state(model)
+    found = dict(leaves(told))
+    for key, value in constants.items():
+        if repr(found.get(key)) != value:
+            raise ArtifactError(
+                f"state_dict() of {owner} says {found.get(key)!r} of {key!r}, and the file says "
+                f"{value}, which is no tensor and cannot be loaded. {origin}. Let the factory "
+                "build the model with it, or register it as a buffer"
+            )
+    if isinstance(told, dict):
+        held = {id(tensor) for tensor in own.values()}
+        told |= {k: v for k, v in values.items() if id(v) not in held and k in told}
+        if told and not overrides(model, "load_state_dict"):
+            # what hooks take out is in place, and strict loading must not miss it
+            told = {**values, **told}
+    try:
+        if told:
+            model.load_state_dict(told)
+    except Exception as error:  # a class's own code may raise anything
+        raise ArtifactError(
+            f"load_state_dict() of {owner} does not take what its state_dict() returns: "
+            f"{type(error).__name__}: {error}. {origin}. load() puts the weights in place, then "
+            "lets the class load its own state, for what it derives from that: let "
+            "model.load_state_dict(model.state_dict()) work"
+        ) from error
+    after = own_tensors(model)
+    changed = [k for k, v in before.items() if k not in after or _fingerprint(after[k]) != v]
+    if changed:
+        raise ArtifactError(
+            f"load_state_dict() of {owner} changes {changed[0]!r} when it loads what its "
+            f"state_dict() returns, so the model would not be the one that was saved. {origin}. "
+            "Let it load values as they are"
+        )
+
+
+def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return tuple(tensor.shape), tensor.dtype, zlib.crc32(flat.view(torch.uint8).numpy().data)
+
 
 _FLOATS = {
     str(dtype).removeprefix("torch."): dtype

@@ -28,11 +28,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pocketize.artifact.custom import constants_of, full_state, let_classes_load, own_tensors
 from pocketize.artifact.files import atomic_write
 from pocketize.artifact.safefile import Header, SafeFile, open_safe
 from pocketize.artifact.skeleton import build
-from pocketize.artifact.states import MEMORY_FORMATS, apply_state, describe_mismatch, describe_state
+from pocketize.artifact.states import (
+    MEMORY_FORMATS,
+    apply_state,
+    constants_of,
+    describe_mismatch,
+    describe_state,
+    full_state,
+    let_classes_load,
+    own_tensors,
+)
 from pocketize.engine.pipeline import history, replay
 from pocketize.errors import ArtifactError, PocketizeError
 from pocketize.plugin.base import PassRecord

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocketize.artifact.custom import (
+from pocketize.artifact.safefile import open_safe
+from pocketize.artifact.states import (
+    describe_mismatch,
     full_state,
     leaves,
     overrides,
@@ -22,8 +24,6 @@ from pocketize.artifact.custom import (
     same_values,
     told_state,
 )
-from pocketize.artifact.safefile import open_safe
-from pocketize.artifact.states import describe_mismatch
 from pocketize.errors import ArtifactError
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")

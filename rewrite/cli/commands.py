@@ -35,7 +35,7 @@ from collections.abc import Collection
 from typing import Protocol, runtime_checkable
 
 from pocketize.errors import RegistryError
-from pocketize.plugin.entries import discover, distribution_of, load_entry, only_entry
+from pocketize.plugin.registry import discover, distribution_of, load_entry, only_entry
 
 GROUP = "pocketize.commands"
 """The entry point group in which distributions declare their commands."""

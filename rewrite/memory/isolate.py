@@ -25,7 +25,7 @@ from pocketize import errors
 from pocketize.errors import MeasureError, PocketizeError
 from pocketize.memory.profile import MemoryProfile
 from pocketize.memory.step import Request
-from pocketize.plugin.entries import is_installed
+from pocketize.plugin.registry import is_installed
 
 #: Large blocks go back to the system when they are freed, so that resident memory follows use.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}

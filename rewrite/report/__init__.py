@@ -8,6 +8,5 @@ from __future__ import annotations
 
 __all__ = ["METRICS", "Comparison", "Threshold", "Violation", "build", "compare"]
 
-from pocketize.report.comparison import Comparison
+from pocketize.report.comparison import Comparison, build, compare
 from pocketize.report.gate import METRICS, Threshold, Violation
-from pocketize.report.sides import build, compare
