@@ -1,15 +1,20 @@
-"""Text from files and strangers: read within limits, shown without control characters."""
+"""Text that others wrote: read within limits, shown without control characters."""
 
 from __future__ import annotations
 
-__all__ = ["check_nesting", "markdown", "one_line", "printable", "read_json"]
+__all__ = ["check_nesting", "markdown", "one_line", "printable", "read_as", "read_json"]
 
+import dataclasses
 import json
 import re
+import types
+import typing
 from typing import Any
 
 #: Levels of lists and mappings within each other; what is ours has fewer than ten.
 DEEPEST = 64
+#: Above all counts of bytes and operations; it can be a float.
+_LARGEST = 1 << 100
 
 
 def read_json(text: str | bytes) -> Any:
@@ -59,6 +64,64 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(text: str) -> Any:
     raise ValueError(f"{text} is no number of JSON")
+
+
+def read_as(kind: Any, data: Any, where: str) -> Any:
+    """Turn JSON data into ``kind``, and check every level.
+
+    Args:
+        kind: a dataclass, or the annotation of a field: a dataclass, a tuple, a dict, ``bool``,
+            ``int``, ``float``, ``str``, ``Any``, or a union of these with ``None``.
+        data: what :func:`read_json` returned.
+        where: what ``data`` is, for the error.
+
+    Raises:
+        ValueError: the data is no ``kind``; the text says where, what was expected and what came.
+    """
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return data
+    if origin in (typing.Union, types.UnionType):
+        if data is None and types.NoneType in parts:
+            return None
+        parts = tuple(part for part in parts if part is not types.NoneType)
+        return read_as(next((p for p in parts if type(data) is p), parts[-1]), data, where)
+    if origin is tuple:
+        items = _checked(list, data, where)
+        kinds = (parts[0],) * len(items) if parts[-1] is Ellipsis else parts
+        if len(kinds) != len(items):
+            raise ValueError(f"{where}: expected {len(kinds)} values, got {len(items)}.")
+        pairs = enumerate(zip(kinds, items, strict=True))
+        return tuple(read_as(part, value, f"{where}[{i}]") for i, (part, value) in pairs)
+    if origin is dict:
+        items = _checked(dict, data, where).items()
+        return {key: read_as(parts[1], value, f"{where}.{key}") for key, value in items}
+    if dataclasses.is_dataclass(kind):
+        return _read_record(kind, _checked(dict, data, where), where)
+    return _checked(kind, data, where)
+
+
+def _read_record(kind: Any, data: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    fields = dataclasses.fields(kind)
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    if missing := needed - data.keys():
+        raise ValueError(f"{where}: lacks {', '.join(sorted(missing))}.")
+    if unknown := data.keys() - {field.name for field in fields}:
+        raise ValueError(f"{where}: unknown {', '.join(sorted(unknown))}.")
+    given = [field.name for field in fields if field.name in data]
+    return kind(**{name: read_as(hints[name], data[name], f"{where}.{name}") for name in given})
+
+
+def _checked(kind: Any, data: Any, where: str) -> Any:
+    # bool is an int to isinstance, but not to a reader of the data
+    number = kind is float and type(data) is int
+    fits = number or (isinstance(data, kind) and (kind is bool or not isinstance(data, bool)))
+    if not fits:
+        raise ValueError(f"{where}: expected {kind.__name__}, got {data!r:.100}.")
+    if isinstance(data, int | float) and not abs(data) < _LARGEST:  # nor is NaN
+        raise ValueError(f"{where}: expected a smaller number, got {data!r:.100}.")
+    return float(data) if number else data
 
 
 def printable(text: str) -> str:

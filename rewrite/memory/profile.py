@@ -13,7 +13,9 @@ from typing import Any
 from tabulate import tabulate
 
 from pocketize.errors import MeasureError
+from pocketize.plugin.options import to_jsonable
 from pocketize.units import bytes_text, count_text, seconds_text
+from pocketize.untrusted import read_as
 
 _MODULES_SHOWN = 5
 _TIMELINE_POINTS = 300
@@ -87,10 +89,7 @@ class MemoryProfile:
 
     def to_json(self) -> dict[str, Any]:
         """Return the profile as what ``json.dumps`` takes; sizes are integers, in bytes."""
-        data = dataclasses.asdict(self)
-        data["timeline"] = [list(point) for point in self.timeline]
-        data["not_counted"] = list(self.not_counted)
-        data["step_seconds"] = None if self.step_seconds is None else list(self.step_seconds)
+        data: dict[str, Any] = to_jsonable(dataclasses.asdict(self))
         return data
 
     @classmethod
@@ -98,24 +97,13 @@ class MemoryProfile:
         """Return the profile that :meth:`to_json` was called on.
 
         Raises:
-            MeasureError: fields are missing or unknown.
+            MeasureError: fields are missing, unknown or of the wrong type.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        data = {"not_counted": (), **data}  # which older versions do not write
-        if names != set(data):
-            raise MeasureError(
-                "not a memory profile: "
-                f"missing fields {sorted(names - set(data))}, unknown {sorted(set(data) - names)}"
-            )
-        times = data["step_seconds"]
-        return cls(
-            **{
-                **data,
-                "timeline": tuple((label, live) for label, live in data["timeline"]),
-                "not_counted": tuple(data["not_counted"]),
-                "step_seconds": None if times is None else (times[0], times[1]),
-            }
-        )
+        try:
+            profile: MemoryProfile = read_as(cls, data, "memory profile")
+        except ValueError as error:
+            raise MeasureError(str(error)) from None
+        return profile
 
     def __str__(self) -> str:
         """Return the peak by category and the largest modules as a table."""

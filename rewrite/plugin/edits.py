@@ -1,7 +1,7 @@
 """Changes to a model, as data.
 
-A pass answers with edits; :mod:`pocketize.engine.surgery` is the only place that carries them
-out. An edit can be written to JSON and read again, so that a saved model can be rebuilt by shape.
+A pass returns edits; :mod:`pocketize.engine.surgery` alone applies them. An edit can be written to
+JSON and read again, so that a saved model can be rebuilt by shape.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pocketize.errors import ArtifactError
+from pocketize.untrusted import read_as
 
 _KINDS: dict[str, type[Edit]] = {}
 
@@ -40,11 +41,12 @@ class Edit:
     @property
     def path(self) -> str:
         """Path of the module that changes."""
-        return ""
+        path: str = getattr(self, "module", "")
+        return path
 
     @property
     def what(self) -> str:
-        """What changes there, short, for a plan's reader."""
+        """What changes there, in a few words for the plan."""
         return self.kind
 
     def to_json(self) -> dict[str, Any]:
@@ -135,11 +137,6 @@ class SetAttribute(Edit):
     new: int | float
 
     @property
-    def path(self) -> str:
-        """Path of the module."""
-        return self.module
-
-    @property
     def what(self) -> str:
         """The attribute before and after."""
         old, new = (f"{n:.6g}" if isinstance(n, float) else str(n) for n in (self.old, self.new))
@@ -168,11 +165,6 @@ class SetArgument(Edit):
     new: tuple[int, ...]
 
     @property
-    def path(self) -> str:
-        """Path of the ``GraphModule``."""
-        return self.module
-
-    @property
     def what(self) -> str:
         """The argument before and after."""
         before, after = (", ".join(map(str, numbers)) for numbers in (self.old, self.new))
@@ -192,11 +184,6 @@ class Redraw(Edit):
     module: str = ""
 
     @property
-    def path(self) -> str:
-        """Path of the module, ``""`` for all weights."""
-        return self.module
-
-    @property
     def what(self) -> str:
         """Which weights are drawn."""
         return "its weights drawn anew" if self.module else "all weights drawn anew"
@@ -209,7 +196,7 @@ class Convert(Edit):
     Attributes:
         module: path of the module, ``""`` for the model itself.
         conversion: name of the conversion, see :mod:`pocketize.plugin.conversions`.
-        options: what the conversion is told: text, numbers, lists and dicts, as JSON has them.
+        options: arguments of the conversion: text, numbers, lists and dicts, as JSON has them.
     """
 
     kind: ClassVar[str] = "convert"
@@ -218,13 +205,8 @@ class Convert(Edit):
     options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
-    def path(self) -> str:
-        """Path of the module."""
-        return self.module
-
-    @property
     def what(self) -> str:
-        """The conversion, and what it is told."""
+        """The conversion and its options."""
         options = ", ".join(f"{name}={value!r:.60}" for name, value in self.options.items())
         return f"converted by {self.conversion}" + (f" ({options})" if options else "")
 
@@ -245,27 +227,12 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
         raise ArtifactError(
             f"unknown kind of edit {data.get('edit')!r}; this version knows {sorted(_KINDS)}"
         )
-    fields = {f.name: data.get(f.name, _default(f)) for f in dataclasses.fields(kind)}
-    for name, value in fields.items():
-        if isinstance(value, list) and all(type(item) is int for item in value):
-            fields[name] = tuple(value)
-    expected: dict[str, Any] = {
-        "str": str,
-        "int": int,
-        "int | float": (int, float),
-        "tuple[int, ...]": tuple,
-        "dict[str, Any]": dict,
-    }
-    for f in dataclasses.fields(kind):
-        value = fields[f.name]
-        if not isinstance(value, expected[str(f.type)]) or isinstance(value, bool):
-            raise ArtifactError(f"edit {data!r:.200}: {f.name} must be {f.type}")
-    return kind(**fields)
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    """What stands for a field that an older file does not have; ``None`` if it must have it."""
-    return None if field.default is dataclasses.MISSING else field.default
+    names = {field.name for field in dataclasses.fields(kind)}
+    try:
+        edit: Edit = read_as(kind, {k: v for k, v in data.items() if k in names}, kind.kind)
+    except ValueError as error:
+        raise ArtifactError(f"edit {data!r:.200}: {error}") from None
+    return edit
 
 
 def read_attribute(module: Any, name: str) -> Any:

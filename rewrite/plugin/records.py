@@ -1,4 +1,4 @@
-"""What is told of a rewrite: the rows of its plan, and the record that stays with the model."""
+"""The rows of a plan, and the record of a rewrite that stays with the model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ __all__ = ["Change", "PassRecord", "Refusal"]
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from pocketize.errors import ArtifactError
 from pocketize.plugin.options import to_jsonable
+from pocketize.untrusted import read_as
 
 
 @dataclass(frozen=True)
@@ -89,40 +90,13 @@ class PassRecord:
         Raises:
             ArtifactError: the mapping is none of ours.
         """
-        kinds = {"name": str, "options": dict, "guarantee": str, "version": str}
-        kinds |= dict.fromkeys(("edits", "changes", "refused", "notes"), list)
-        if not isinstance(data, dict) or data.keys() != kinds.keys():
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(data, dict) or data.keys() != set(names):
             raise ArtifactError(
-                f"a record of a pass needs exactly the keys {', '.join(kinds)}; got {data!r:.200}"
+                f"a record of a pass needs exactly the keys {', '.join(names)}; got {data!r:.200}"
             )
-        for key, kind in kinds.items():
-            if not isinstance(data[key], kind):
-                raise ArtifactError(
-                    f"{key!r} in the record of a pass: expected {kind.__name__}, "
-                    f"got {type(data[key]).__name__}"
-                )
-        if not all(isinstance(edit, dict) for edit in data["edits"]):
-            raise ArtifactError("'edits' in the record of a pass: expected a list of mappings")
-        if not all(isinstance(note, str) for note in data["notes"]):
-            raise ArtifactError("'notes' in the record of a pass: expected a list of texts")
-        rows = {
-            "edits": tuple(data["edits"]),
-            "changes": _rows(Change, data["changes"]),
-            "refused": _rows(Refusal, data["refused"]),
-            "notes": tuple(data["notes"]),
-        }
-        return cls(**{**data, **rows})
-
-
-_R = TypeVar("_R", Change, Refusal)
-
-
-def _rows(kind: type[_R], data: list[Any]) -> tuple[_R, ...]:
-    names = {f.name for f in dataclasses.fields(kind)}
-    for row in data:
-        texts = isinstance(row, dict) and all(isinstance(value, str) for value in row.values())
-        if not texts or row.keys() != names:
-            raise ArtifactError(
-                f"a row of a plan needs the texts {', '.join(sorted(names))}; got {row!r:.200}"
-            )
-    return tuple(kind(**row) for row in data)
+        try:
+            record: PassRecord = read_as(cls, data, "record of a pass")
+        except ValueError as error:
+            raise ArtifactError(str(error)) from None
+        return record

@@ -23,20 +23,13 @@ __all__ = [
 import dataclasses
 import json
 import re
-import types
-import typing
-from typing import Any, TypeVar, Union
+from typing import Any
 
 from pocketize.errors import ReportError
-from pocketize.untrusted import read_json
+from pocketize.untrusted import read_as, read_json
 
 #: Raised by one whenever a reader of the older documents would misread a newer one.
 SCHEMA = 1
-
-#: Above all counts of bytes and operations; it can be a float.
-_LARGEST = 1 << 100
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,56 +203,8 @@ def load(text: str) -> Document:
             f"report: expected a comparison of schema {SCHEMA}, got {schema!r}. "
             "Make the report again, or read it with the version of pocketize that wrote it."
         )
-    document: Document = _read(Document, data, "report")
+    try:
+        document: Document = read_as(Document, data, "report")
+    except ValueError as error:
+        raise ReportError(str(error)) from None
     return document
-
-
-def _read(kind: Any, data: Any, where: str) -> Any:
-    """Turn JSON data into ``kind``, checking every level on the way down."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return data
-    if origin in (Union, types.UnionType):
-        if data is None:
-            return None
-        (kind,) = (part for part in parts if part is not type(None))
-        return _read(kind, data, where)
-    if origin is tuple:
-        return _read_tuple(parts, _checked(list, data, where), where)
-    if origin is dict:
-        pairs = _checked(dict, data, where).items()
-        return {key: _read(parts[1], value, f"{where}.{key}") for key, value in pairs}
-    if dataclasses.is_dataclass(kind):
-        return _read_record(kind, _checked(dict, data, where), where)
-    if kind is float and type(data) is int:
-        data = float(_checked(int, data, where))
-    return _checked(kind, data, where)
-
-
-def _read_tuple(parts: tuple[Any, ...], data: list[Any], where: str) -> tuple[Any, ...]:
-    if parts[-1] is Ellipsis:
-        parts = (parts[0],) * len(data)
-    if len(parts) != len(data):
-        raise ReportError(f"{where}: expected {len(parts)} values, got {len(data)}.")
-    pairs = enumerate(zip(parts, data, strict=True))
-    return tuple(_read(part, value, f"{where}[{i}]") for i, (part, value) in pairs)
-
-
-def _read_record(kind: Any, data: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
-    if missing := needed - data.keys():
-        raise ReportError(f"{where}: lacks {', '.join(sorted(missing))}.")
-    if unknown := data.keys() - hints.keys():
-        raise ReportError(f"{where}: unknown {', '.join(sorted(unknown))}.")
-    given = [name for name in hints if name in data]
-    return kind(**{name: _read(hints[name], data[name], f"{where}.{name}") for name in given})
-
-
-def _checked(kind: type[T], data: Any, where: str) -> T:
-    # bool is an int to isinstance, but not to a reader of the report.
-    if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
-        raise ReportError(f"{where}: expected {kind.__name__}, got {data!r:.100}.")
-    if isinstance(data, (int, float)) and not abs(data) < _LARGEST:  # nor is NaN
-        raise ReportError(f"{where}: expected a smaller number, got {data!r:.100}.")
-    return data

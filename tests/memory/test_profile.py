@@ -99,7 +99,7 @@ def test_json_round_trip_is_exact_and_sizes_are_integers() -> None:
 def test_json_of_something_else_is_refused() -> None:
     data = PROFILE.to_json()
     data["peek"] = data.pop("peak")
-    with pytest.raises(MeasureError, match=r"missing fields \['peak'\], unknown \['peek'\]"):
+    with pytest.raises(MeasureError, match="memory profile: lacks peak"):
         MemoryProfile.from_json(data)
 
 

@@ -219,9 +219,9 @@ def test_a_record_goes_through_json() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": 3}, "'name' in the record of a pass: expected str, got int"),
-        ({"edits": {}}, "'edits' in the record of a pass: expected list, got dict"),
-        ({"edits": ["x"]}, "'edits' in the record of a pass: expected a list of mappings"),
+        ({"name": 3}, "record of a pass.name: expected str, got 3"),
+        ({"edits": {}}, "record of a pass.edits: expected list, got {}"),
+        ({"edits": ["x"]}, r"record of a pass.edits\[0\]: expected dict, got 'x'"),
         ({"extra": 1}, "a record of a pass needs exactly the keys name, options, guarantee"),
     ],
 )

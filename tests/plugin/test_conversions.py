@@ -115,7 +115,7 @@ def test_a_conversion_is_carried_out_on_a_copy_and_remembered():
 def test_a_conversion_goes_through_json():
     edit = Convert("a.b", "test-doubled", {"times": 3, "list": [1, 2]})
     assert edit_from_json(json.loads(json.dumps(edit.to_json()))) == edit
-    with pytest.raises(ArtifactError, match="options must be dict"):
+    with pytest.raises(ArtifactError, match="options: expected dict"):
         edit_from_json({"edit": "convert", "module": "", "conversion": "x", "options": [1]})
 
 

@@ -63,16 +63,28 @@ def test_an_edit_knows_the_module_it_changes() -> None:
         ({}, r"unknown kind of edit None; this version knows \['convert', 'extend', 'redraw'"),
         ({"edit": "explode"}, "unknown kind of edit 'explode'"),
         ({"edit": ["resize"]}, r"unknown kind of edit \['resize'\]"),
-        ({"edit": "resize"}, "tensor must be str"),
+        ({"edit": "resize"}, "resize: lacks axis, keep, size, tensor"),
         (
             {"edit": "resize", "tensor": "w", "axis": "0", "keep": [0], "size": 2},
-            "axis must be int",
+            "resize.axis: expected int",
         ),
-        ({"edit": "resize", "tensor": "w", "axis": 0, "keep": 1, "size": 2}, "keep must be tuple"),
-        ({"edit": "resize", "tensor": "w", "axis": 0, "keep": ["a"], "size": 2}, "keep must be"),
-        ({"edit": "resize", "tensor": "w", "axis": 0, "keep": [0]}, "size must be int"),
-        ({"edit": "set-attribute", "module": "", "name": "n", "old": 1, "new": "2"}, "new must be"),
-        ({"edit": "set-attribute", "module": None, "name": "n", "old": 1, "new": 2}, "module must"),
+        (
+            {"edit": "resize", "tensor": "w", "axis": 0, "keep": 1, "size": 2},
+            "resize.keep: expected list, got 1",
+        ),
+        (
+            {"edit": "resize", "tensor": "w", "axis": 0, "keep": ["a"], "size": 2},
+            r"resize.keep\[0\]: expected int",
+        ),
+        ({"edit": "resize", "tensor": "w", "axis": 0, "keep": [0]}, "resize: lacks size"),
+        (
+            {"edit": "set-attribute", "module": "", "name": "n", "old": 1, "new": "2"},
+            "new: expected float",
+        ),
+        (
+            {"edit": "set-attribute", "module": None, "name": "n", "old": 1, "new": 2},
+            "module: expected str",
+        ),
     ],
 )
 def test_what_is_no_edit_of_ours_is_an_error(data: dict[str, Any], says: str) -> None:
