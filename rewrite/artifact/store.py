@@ -19,7 +19,8 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import safetensors
@@ -44,24 +45,36 @@ from pocketize.artifact.states import (
 from pocketize.engine.pipeline import history, replay
 from pocketize.errors import ArtifactError, PocketizeError
 from pocketize.plugin.base import PassRecord
-from pocketize.untrusted import read_json
+from pocketize.untrusted import read_as, read_json
 from pocketize.version import VERSION
 
 FORMAT = 1
 """Version of the metadata. A reader refuses what is newer than itself and reads what is older."""
 
-_ENTRIES = {
-    "format": int,
-    "pocketize": str,
-    "model": str,
-    "records": list,
-    "ties": dict,
-    "state": dict,
-    "constants": dict,
-}
-_STATE = {"modes": dict, "frozen": list, "channels_last": list, "buffers": dict}
-
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What :func:`~pocketize.artifact.states.describe_state` returns."""
+
+    modes: dict[str, bool]
+    frozen: tuple[str, ...]
+    channels_last: tuple[str, ...]
+    buffers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What a file's metadata hold; ``model`` is for error messages only."""
+
+    format: int
+    pocketize: str
+    model: str
+    records: tuple[Any, ...]
+    ties: dict[str, str]
+    state: _State
+    constants: dict[str, Any]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -143,10 +156,10 @@ def _load(
     factory: Callable[[], nn.Module],
     folder: str | os.PathLike[str] | None,
 ) -> nn.Module:
-    data, shapes = _read_data(path, file.header), dict(file.header.shapes)
+    recipe, shapes = _read_recipe(path, file.header), dict(file.header.shapes)
     try:
         place = None if folder is None else os.fspath(folder)
-        records = [_in_folder(PassRecord.from_json(record), place) for record in data["records"]]
+        records = [_in_folder(PassRecord.from_json(record), place) for record in recipe.records]
     except ArtifactError as error:
         raise ArtifactError(f"the recipe in {path} is damaged: {error}") from error
     resumes = any(record.options.get("resume") is True for record in records)
@@ -161,8 +174,8 @@ def _load(
         raise ArtifactError(
             f"the factory must run its model once: {lazy[0]} is not initialised yet (a lazy module)"
         )
-    written_by = f"pocketize {data['pocketize']}"
-    if data["pocketize"] != VERSION:
+    written_by = f"pocketize {recipe.pocketize}"
+    if recipe.pocketize != VERSION:
         _log.info("%s was written by %s, in a format that this version reads", path, written_by)
     if history(model):
         raise ArtifactError(
@@ -170,8 +183,8 @@ def _load(
             f"({', '.join(record.name for record in history(model))}). Build the model as it was "
             f"before: {path} tells what to do with it"
         )
-    origin = f"{path} was saved from a {data['model']}, the factory builds a {type(model).__name__}"
-    ties: dict[str, str] = data["ties"]
+    origin = f"{path} was saved from a {recipe.model}, the factory builds a {type(model).__name__}"
+    ties = recipe.ties
     shapes |= {alias: shapes[key] for alias, key in ties.items() if key in shapes}
 
     def check(made: nn.Module) -> None:
@@ -203,13 +216,13 @@ def _load(
 
     state = full_state(model)
     _check_ties(path, state, ties)
-    tensors = _read_tensors(file, data["state"])
+    tensors = _read_tensors(file, recipe.state)
     tensors |= {alias: tensors[key] for alias, key in ties.items() if key in tensors}
     try:
         values = _fill(model, state, tensors, hollow=built.hollow)
         _tie(model, ties)
-        let_classes_load(model, values, data["constants"], origin)
-        apply_state(model, data["state"])
+        let_classes_load(model, values, recipe.constants, origin)
+        apply_state(model, dataclasses.asdict(recipe.state))
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise ArtifactError(
             f"{path} does not fit the factory's model: {error}. {origin}"
@@ -279,8 +292,7 @@ def _check_tensor(model: nn.Module, key: str, value: Any) -> None:
         )
 
 
-def _read_data(path: str | os.PathLike[str], header: Header) -> dict[str, Any]:
-    """Return our metadata, checked."""
+def _read_recipe(path: str | os.PathLike[str], header: Header) -> _Recipe:
     text = header.metadata.get("pocketize")
     if text is None:
         raise ArtifactError(
@@ -296,36 +308,17 @@ def _read_data(path: str | os.PathLike[str], header: Header) -> dict[str, Any]:
                 f"this is pocketize {VERSION}, which reads formats up to {FORMAT}. "
                 "Install a newer pocketize"
             )
-        data.setdefault("constants", {})  # older files have none
-        wrong = _wrong_entries(data, _ENTRIES) or _wrong_entries(data["state"], _STATE)
-        wrong = wrong or list(_wrong_items(data))
+        names = {field.name for field in dataclasses.fields(_Recipe)}
+        given = {key: value for key, value in data.items() if key in names}
+        # older files have no constants
+        recipe: _Recipe = read_as(_Recipe, {"constants": {}, **given}, "recipe")
     except (ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"the recipe in {path} is damaged: {error!r}") from error
-    if wrong:
-        raise ArtifactError(f"the recipe in {path} is damaged: {', '.join(wrong)}")
-    result: dict[str, Any] = data
-    return result
+        raise ArtifactError(f"the recipe in {path} is damaged: {error}") from error
+    return recipe
 
 
-def _wrong_entries(data: Mapping[str, Any], kinds: Mapping[str, type]) -> list[str]:
-    return [key for key, kind in kinds.items() if not isinstance(data[key], kind)]
-
-
-def _wrong_items(data: Mapping[str, Any]) -> Iterator[str]:
-    state = data["state"]
-    for name, values, kind in (
-        ("ties", data["ties"].values(), str),
-        ("modes", state["modes"].values(), bool),
-        ("frozen", state["frozen"], str),
-        ("channels_last", state["channels_last"], str),
-        ("buffers", state["buffers"].values(), str),
-    ):
-        if not all(isinstance(value, kind) for value in values):
-            yield name
-
-
-def _read_tensors(file: SafeFile, described: Mapping[str, Any]) -> dict[str, Tensor]:
-    channels_last = set(described["channels_last"])
+def _read_tensors(file: SafeFile, described: _State) -> dict[str, Tensor]:
+    channels_last = set(described.channels_last)
     return {
         key: file.read(key, MEMORY_FORMATS.get(len(shape)) if key in channels_last else None)
         for key, shape in file.header.shapes.items()

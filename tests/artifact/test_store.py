@@ -483,11 +483,11 @@ def test_another_version_with_the_same_format_works_and_is_logged(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": None}, "is damaged: KeyError"),
-        ({"format": "1"}, "is damaged: format"),
-        ({"state": []}, "is damaged: state"),
-        ({"state": {}}, "is damaged: KeyError"),
-        ({"ties": "none"}, "is damaged: ties"),
+        ({"format": None}, "is damaged: 'format'"),
+        ({"format": "1"}, "is damaged: recipe.format: expected int, got '1'"),
+        ({"state": []}, "is damaged: recipe.state: expected dict"),
+        ({"state": {}}, "is damaged: recipe.state: lacks buffers, channels_last"),
+        ({"ties": "none"}, "is damaged: recipe.ties: expected dict"),
         ({"records": [{"name": "pocket"}]}, "a record of a pass needs exactly the keys"),
         (
             {"records": [PassRecord("x", {}, "exact", "1", ({"edit": "explode"},)).to_json()]},
