@@ -19,7 +19,7 @@
     ├── ModelError                 a model named on the command line: not found, or it did not build
     ├── MeasureError               a measurement that could not be made
     ├── PlanningError              widths that cannot be planned: points, complexities, a cache
-    │   └── BudgetError            a budget that no widths meet; it tells the smallest that some do
+    │   └── BudgetError            a budget that no widths meet; it names the smallest possible
     └── ReportError                a comparison's JSON, or a threshold on it, that cannot be read
 
     PocketizeWarning (UserWarning)
@@ -91,7 +91,7 @@ class RewriteError(PocketizeError):
 
 
 class OrderError(RewriteError):
-    """Passes were given in an order, or in a company, that one of them excludes."""
+    """Passes were given in an order or combination that one of them excludes."""
 
 
 class VerifyError(RewriteError):
@@ -131,7 +131,7 @@ class PlanningError(PocketizeError, ValueError):
 
 
 class BudgetError(PlanningError):
-    """No widths meet a budget. The text tells the smallest budget that some widths meet."""
+    """No widths meet a budget. The text names the smallest budget that some widths meet."""
 
 
 class ReportError(PocketizeError):

@@ -1,7 +1,7 @@
-"""Import the names of a package when they are asked for.
+"""Import the names of a package on first use.
 
-A part that cannot be imported then costs what needs it and nothing else, and the command line
-answers ``--help`` without importing torch.
+A part that cannot be imported then breaks nothing else, and ``pocketize --help`` does not import
+torch.
 """
 
 from __future__ import annotations

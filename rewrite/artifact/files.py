@@ -1,4 +1,4 @@
-"""Writing a file so that it is there in full or not at all."""
+"""Write a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from pocketize.errors import ArtifactError
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary path in the folder of ``path``, and rename it to ``path`` at the end.
+    """Yield a temporary path in the folder of ``path``, and rename it to ``path`` at the end.
 
-    The data is on the disk before the name is. Where the block raises, nothing remains; what a
-    process that was killed left there is removed by the next that writes the same file. A symbolic
-    link is followed, so it stays a link.
+    The data is on the disk before the rename. If the block raises, nothing remains. The next writer
+    of the same file removes what a killed process left. A symbolic link is followed.
 
     Raises:
         ArtifactError: the file exists and ``overwrite`` is false, also where another process was
@@ -32,7 +31,7 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
     """
     target = Path(os.path.realpath(path))
     _check(target, path, overwrite)
-    # of the target's name only a digest, as names may not be longer than the target's may be
+    # a digest of the target's name, as a longer name might be too long
     ours = f".pocketize-{_digest(target.name)}-{_digest(platform.node())}"
     _remove_left(target.parent, ours)
     temporary = target.with_name(f"{ours}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -55,11 +54,7 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
 
 
 def _place(temporary: Path, target: Path, *, overwrite: bool) -> None:
-    """Give a file its name; of several that may not overwrite, one does.
-
-    Raises:
-        FileExistsError: another process was faster.
-    """
+    """Rename a file; without ``overwrite``, FileExistsError if another process was faster."""
     if overwrite:
         os.replace(temporary, target)
         return
@@ -74,7 +69,7 @@ def _place(temporary: Path, target: Path, *, overwrite: bool) -> None:
 
 def _remove_left(folder: Path, ours: str) -> None:
     """Remove the files that processes of this machine left behind when they were killed."""
-    if os.name != "posix":  # where asking for a process would end it
+    if os.name != "posix":  # where os.kill(process, 0) ends the process
         return
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
@@ -98,7 +93,7 @@ def _digest(text: str) -> str:
 
 
 class _ForTorch(io.FileIO):
-    """Keeps the first error and goes on, since torch's writers end the process at one."""
+    """Keeps the first error and continues, as torch's writers end the process on an error."""
 
     error: OSError | None = None
 

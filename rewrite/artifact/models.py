@@ -70,7 +70,7 @@ def resolve(
     """Find or build the model of a MODEL argument.
 
     Args:
-        name: see above.
+        name: a form of the table above.
         kwargs: keyword arguments of the factory.
         weights: a state_dict to load into the model, or a model that :func:`pocketize.save` wrote,
             which is then rewritten as the file says.
@@ -134,10 +134,10 @@ def _from_import(name: str, kwargs: Mapping[str, Any]) -> ResolvedModel:
 
 @contextlib.contextmanager
 def _current_folder(module_name: str) -> Iterator[None]:
-    """Search the current folder too, for a module that is not installed, and after all others.
+    """Also search the current folder, last, for a module that is not installed.
 
-    So no file that lies there stands for an installed package, and where the network is an
-    installed one, none is found at all; nor is any under ``python -P``.
+    So no file there replaces an installed package. If the module is installed, or under
+    ``python -P``, the folder is not searched.
     """
     # Python 3.10 has no -P
     if is_installed(module_name) or getattr(sys.flags, "safe_path", False):

@@ -1,8 +1,8 @@
 """Exported programs (``.pt2``): read where the caller trusts the file, and written.
 
 Opening one can run code: ``torch.export.load`` unpickles, evaluates the text of shapes and compiles
-names that stand in the file, as its documentation says. So it is opened only on request, as pickles
-are. Nothing in front of it helps: what torch reads changes with every release.
+names in the file, as its documentation says. So it is opened only on request, as pickles are. A
+check before opening would not help: what torch reads changes with every release.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def write_exported(model: nn.Module, inputs: Inputs, path: Path) -> None:
 
 def module_of(program: ExportedProgram) -> fx.GraphModule:
     """Return the program as a module that takes any inputs its operators take."""
-    # newer versions refuse other sizes than the recorded ones before an operator even ran
+    # newer versions check the recorded sizes before any operator runs
     free = "check_guards" in inspect.signature(program.module).parameters
     with _quiet():
         module = program.module(check_guards=False) if free else program.module()

@@ -1,11 +1,11 @@
-"""Safetensors files, read once: a header that is checked in full, and then its tensors.
+"""Read safetensors files: the whole header is checked first, then tensors are read.
 
 Format (https://github.com/huggingface/safetensors#format): 8 bytes, little endian, the size N of
 the header; N bytes of JSON, ``{"name": {"dtype", "shape", "data_offsets"}, "__metadata__":
 {...}}``; the data, to which the offsets are relative. Tensors follow each other without holes.
 
-The file is opened once, so that what was checked is what is read; and it is read rather than
-mapped, so that a file that is cut short meanwhile is an error and not the end of the process.
+The file is opened once, so that what is read is what was checked. It is read, not mapped, so that
+a file that is truncated meanwhile raises an error and does not kill the process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _DTYPES = {
     "I64": "int64",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",  # of newer versions of torch only
+    "F8_E8M0": "float8_e8m0fnu",  # in newer versions of torch only
     "F16": "float16",
     "BF16": "bfloat16",
     "F32": "float32",
@@ -136,7 +136,7 @@ class SafeFile:
         """Read a tensor, which owns its memory.
 
         Raises:
-            ArtifactError: the file is not what it was any more.
+            ArtifactError: the file has changed.
         """
         entry = self._entries[key]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)

@@ -1,10 +1,10 @@
-"""Building a model without its weights, to be filled from a file.
+"""Build a model without its weights, to be filled from a file.
 
-``torch.device("meta")`` is not enough: it also takes the data of what the file does not hold, that
-is non-persistent buffers and tensors kept as plain attributes, and it breaks factories that
-compute with tensors (``torch.linspace(0, rate, n).tolist()`` for stochastic depth). So only
-parameters lose their data, and they do so when they are registered: torch allocates them without
-touching the memory, and the initialisation that follows already works on the stand-in.
+``torch.device("meta")`` is not enough: it also removes data that the file does not have (of
+non-persistent buffers and of tensors in plain attributes), and it breaks factories that compute
+with tensors (``torch.linspace(0, rate, n).tolist()`` for stochastic depth). So only parameters move
+to the meta device, when they are registered: torch has allocated them without touching the memory,
+and the initialisation that follows works on the meta tensor.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def _build_hollow(factory: Callable[[], nn.Module]) -> nn.Module | None:
     except ArtifactError:
         raise
     except Exception as error:
-        # A factory may do anything with its parameters, such as print their norm; whether it was
-        # their missing data or the factory's own fault, building for real will show.
+        # A factory may do anything with its parameters, such as print their norm. Building with
+        # real ones shows whether the missing data or the factory is the cause.
         _log.info("the factory needs real parameters (%s); building the model for real", error)
         return None
     if len(originals) or _has_strays(model):
@@ -84,8 +84,8 @@ def _build_hollow(factory: Callable[[], nn.Module]) -> nn.Module | None:
 def _hollow_parameters() -> Iterator[WeakIdKeyDictionary]:
     """Move every parameter to the meta device as it is registered.
 
-    Gives the originals that are still alive, by their stand-ins. One that is alive after the
-    factory returned is held by somebody, who would not see the weights of the file.
+    Yields the originals that are still alive, with their meta tensors. An original that is alive
+    after the factory returned is referenced elsewhere, where the file's weights would be missing.
     """
     stand_ins = WeakIdKeyDictionary()
 

@@ -1,12 +1,12 @@
-"""States of models whatever their classes make of ``state_dict`` and ``load_state_dict``.
+"""The state of a model, also if its class overrides ``state_dict`` or ``load_state_dict``.
 
 A class may leave weights out, rename or nest them, add numbers of its own, take fewer arguments, or
-derive something when it loads. So a saved model holds every parameter and persistent buffer under
-torch's names, these are put in place directly, and then the class loads what its own ``state_dict``
-returns, for what it derives from that.
+derive something when it loads. So a saved model has every parameter and persistent buffer under
+torch's names. Loading puts these in place directly; then the class loads what its own
+``state_dict`` returns, so that it derives what it needs.
 
-The rest of this file describes what no ``state_dict`` holds (modes, frozen parameters, memory
-formats), and how two states differ, in words.
+The rest of this file describes what no ``state_dict`` has (modes, frozen parameters, memory
+formats), and the differences between two states, in words.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 __all__ = [
     "MEMORY_FORMATS",
     "apply_state",
+    "class_state",
     "constants_of",
     "describe_mismatch",
     "describe_state",
@@ -25,7 +26,6 @@ __all__ = [
     "place_of",
     "same_values",
     "shape_text",
-    "told_state",
 ]
 
 import logging
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 def overrides(model: nn.Module, method: str) -> bool:
-    """Whether a model, its class or an attribute of it, brings a method of ``nn.Module`` itself."""
+    """Whether a model, by its class or an attribute, overrides a method of ``nn.Module``."""
     return getattr(getattr(model, method), "__func__", None) is not getattr(nn.Module, method)
 
 
@@ -64,9 +64,8 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 def full_state(model: nn.Module) -> dict[str, Any]:
     """Return a model's state: ``state_dict(keep_vars=True)`` as ``nn.Module`` makes it, and more.
 
-    What the root makes of it is bypassed; what modules inside, hooks and extra state add is there.
-    Every parameter and persistent buffer is there, as itself, also where modules leave some out or
-    copy them.
+    An override in the root is bypassed; what inner modules, hooks and extra state add is included.
+    So is every parameter and persistent buffer itself, even if modules leave some out or copy them.
     """
     own = own_tensors(model)
     try:
@@ -83,8 +82,8 @@ def full_state(model: nn.Module) -> dict[str, Any]:
     return state | {key: tensor for key, tensor in own.items() if id(tensor) not in held}
 
 
-def told_state(model: nn.Module) -> Any:
-    """Return what a model's class makes of ``state_dict``; an empty dict where that raises."""
+def class_state(model: nn.Module) -> Any:
+    """Return what ``state_dict()`` of the model's class returns; an empty dict if it raises."""
     try:
         return model.state_dict()
     except Exception as error:  # nothing can be loaded into such a model, by torch neither
@@ -106,7 +105,7 @@ def leaves(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def place_of(tensor: Tensor) -> Any:
-    """Return what tells whether two tensors are the same numbers in the same memory."""
+    """Return a key that is equal for tensors with the same numbers in the same memory."""
     if tensor.layout is not torch.strided or is_lazy(tensor) or not tensor.numel():
         return id(tensor)
     shape, stride = tuple(tensor.shape), tensor.stride()
@@ -121,11 +120,11 @@ def constants_of(model: nn.Module, state: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         ArtifactError: it adds anything else.
     """
-    told = told_state(model) if overrides(model, "state_dict") else {}
+    returned = class_state(model) if overrides(model, "state_dict") else {}
     known = [value for value in state.values() if isinstance(value, Tensor)]
     places = {place_of(tensor) for tensor in known}
     constants = {}
-    for key, value in leaves(told):
+    for key, value in leaves(returned):
         if isinstance(value, Tensor):
             if place_of(value) in places or any(same_values(value, other) for other in known):
                 continue
@@ -151,15 +150,14 @@ def same_values(left: Tensor, right: Tensor) -> bool:
 def let_classes_load(
     model: nn.Module, values: Mapping[str, Tensor], constants: Mapping[str, Any], origin: str
 ) -> None:
-    """Let a model load its own state, by what its classes and hooks make of ``load_state_dict``.
+    """Call ``load_state_dict`` of a model with its own state, once all weights are in place.
 
-    All weights are in place. What classes derive from them when they load is made again by that,
-    and extra state goes where it belongs.
+    Classes and hooks then derive what they derive when they load, and get their extra state.
     """
     owner, own = type(model).__name__, own_tensors(model)
     before = {key: _fingerprint(tensor) for key, tensor in own.items()}
-    told = told_state(model)
-    found = dict(leaves(told))
+    returned = class_state(model)
+    found = dict(leaves(returned))
     for key, value in constants.items():
         if repr(found.get(key)) != value:
             raise ArtifactError(
@@ -167,15 +165,15 @@ def let_classes_load(
                 f"{value}, which is no tensor and cannot be loaded. {origin}. Let the factory "
                 "build the model with it, or register it as a buffer"
             )
-    if isinstance(told, dict):
+    if isinstance(returned, dict):
         held = {id(tensor) for tensor in own.values()}
-        told |= {k: v for k, v in values.items() if id(v) not in held and k in told}
-        if told and not overrides(model, "load_state_dict"):
+        returned |= {k: v for k, v in values.items() if id(v) not in held and k in returned}
+        if returned and not overrides(model, "load_state_dict"):
             # what hooks take out is in place, and strict loading must not miss it
-            told = {**values, **told}
+            returned = {**values, **returned}
     try:
-        if told:
-            model.load_state_dict(told)
+        if returned:
+            model.load_state_dict(returned)
     except Exception as error:  # a class's own code may raise anything
         raise ArtifactError(
             f"load_state_dict() of {owner} does not take what its state_dict() returns: "

@@ -137,7 +137,7 @@ def load(
             the saved model had: a file does not decide where something is written.
 
     Returns:
-        The rewritten model; ``history(model)`` tells what was done to it.
+        The rewritten model; ``history(model)`` lists its rewrites.
 
     Raises:
         ArtifactError: the file cannot be read, is truncated, is not one of :func:`save`'s or was
@@ -181,7 +181,7 @@ def _load(
         raise ArtifactError(
             f"the factory gives a model that was rewritten already "
             f"({', '.join(record.name for record in history(model))}). Build the model as it was "
-            f"before: {path} tells what to do with it"
+            f"before: {path} says what to do with it"
         )
     origin = f"{path} was saved from a {recipe.model}, the factory builds a {type(model).__name__}"
     ties = recipe.ties
@@ -191,7 +191,7 @@ def _load(
         """Compare shapes before memory is taken: the file's are those of tensors that are in it."""
         state = full_state(made)
         expected = {
-            # extra state is the owner's affair, which may give it another shape at any time
+            # extra state belongs to its module, which may change its shape at any time
             key: shapes.get(key, ()) if key.endswith("_extra_state") else tuple(value.shape)
             for key, value in state.items()
         }
@@ -235,7 +235,7 @@ class _MisfitError(Exception):
 
 
 def _in_folder(record: PassRecord, folder: str | None) -> PassRecord:
-    """Return a record whose passes have their files in a folder of the caller's, or in none."""
+    """Return a record with the caller's folder, or none, in place of the one that it names."""
     named = {key: value for key, value in record.options.items() if key != "folder"}
     edits = []
     for edit in record.edits:
@@ -343,8 +343,8 @@ def _fill(
 ) -> dict[str, Tensor]:
     """Give every parameter and persistent buffer the tensor of its key; return all by their keys.
 
-    In a hollow model a new parameter takes the place of each: one for all names of it. In a real
-    one, which may hold its parameters elsewhere too, each gets the data.
+    In a hollow model a new parameter replaces each, under all its names. In a real model, which may
+    refer to its parameters elsewhere too, each gets the data.
     """
     made: dict[int, Tensor] = {}
     own = {id(tensor) for tensor in own_tensors(model).values()}
@@ -374,7 +374,7 @@ def _like(old: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _tie(model: nn.Module, ties: Mapping[str, str]) -> None:
-    """Tie what was tied when the model was saved and is not by the factory."""
+    """Tie what was tied in the saved model and is not tied by the factory."""
     for alias, key in ties.items():
         with contextlib.suppress(AttributeError):  # a key that a state_dict hook made up
             owner, _, name = key.rpartition(".")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pocketize.artifact.safefile import open_safe
 from pocketize.artifact.states import (
+    class_state,
     describe_mismatch,
     full_state,
     leaves,
@@ -22,7 +23,6 @@ from pocketize.artifact.states import (
     own_tensors,
     place_of,
     same_values,
-    told_state,
 )
 from pocketize.errors import ArtifactError
 
@@ -58,10 +58,10 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, trust: bool 
     for key, value in leaves(state):
         if isinstance(value, Tensor) and (value.is_meta or value.layout is not torch.strided):
             raise ArtifactError(f"{path}: {key!r} is no dense tensor with data")
-    told = told_state(model)
+    returned = class_state(model)
     own = own_tensors(model)
-    flat = bool(told) and isinstance(told, dict) and _is_state(told)
-    expected, found = _shapes(told if flat else full_state(model)), _shapes(dict(leaves(state)))
+    flat = bool(returned) and isinstance(returned, dict) and _is_state(returned)
+    expected, found = _shapes(returned if flat else full_state(model)), _shapes(dict(leaves(state)))
     mismatch = describe_mismatch(expected, found)
     if mismatch and not by_class:
         hint = ""
@@ -69,7 +69,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, trust: bool 
             hint = "\nEvery key begins with 'module.': save model.module of a DataParallel model"
         raise ArtifactError(f"{path} does not fit {type(model).__name__}:\n{mismatch}{hint}")
     # what a class leaves out of its state_dict it has from elsewhere
-    places = {place_of(value) for _, value in leaves(told) if isinstance(value, Tensor)}
+    places = {place_of(value) for _, value in leaves(returned) if isinstance(value, Tensor)}
     missing = {
         key: tensor.detach().clone()
         for key, tensor in own.items()

@@ -1,7 +1,6 @@
-"""Commands from outside the engine, found through the entry point group ``pocketize.commands``.
+"""Commands of other packages, found through the entry point group ``pocketize.commands``.
 
-The commands that come with the passes register in just the way a stranger's do, in
-``pyproject.toml``::
+The commands of pocketize's own passes register in the same way, in ``pyproject.toml``::
 
     [project.entry-points."pocketize.commands"]
     count = "counting.command:Count"
@@ -18,11 +17,10 @@ where ``counting/command.py`` has::
             show(...)  # of pocketize.cli.common: data on stdout, note() and progress() on stderr
             return 0  # the exit code; errors are raised, as PocketizeError or UsageError
 
-Every command has ``-v/--verbose`` and ``--debug`` already. A command is imported when it is asked
-for, or when ``pocketize --help`` lists all; so its module must import quickly, and leave optional
-packages to ``run``. One that cannot be used is told as such by ``pocketize --help``, is an error
-with the reason when it is asked for, and is otherwise in nobody's way. The names of the engine's
-own commands cannot be taken.
+Every command has ``-v/--verbose`` and ``--debug`` already. A command is imported when it is called,
+or when ``pocketize --help`` lists all. So its module must import quickly, and import optional
+packages in ``run``. ``pocketize --help`` lists commands that cannot be used, with the reason;
+calling one is an error. The names of the engine's own commands are reserved.
 """
 
 from __future__ import annotations
@@ -84,7 +82,7 @@ def load_command(name: str, own: Collection[str] = ()) -> Command:
         try:
             loaded = loaded()
         except Exception as error:
-            # a stranger's code, which may raise anything: this command, and only this one, is lost
+            # code of others may raise anything: only this command cannot be used
             raise RegistryError(
                 f"{where} cannot be made: {type(error).__name__}: {error}"
             ) from error

@@ -1,4 +1,4 @@
-"""What the commands share: the arguments that name models and passes, and the way text goes out."""
+"""What the commands share: arguments that name models and passes, and output."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class CheckFailed(PocketizeError):
 
 
 def show(text: str) -> None:
-    """Print data, in which names may be anything."""
+    """Print data, without control characters."""
     text = printable(text)
     if isinstance(sys.stdout.encoding, str):
         # a terminal without the characters of a table gets question marks rather than a traceback
@@ -66,7 +66,7 @@ def note(text: str) -> None:
 
 
 def progress(text: str) -> None:
-    """Say what takes time, to a person; files and other programs do not want to know."""
+    """Print what takes time, if stderr is a terminal."""
     if sys.stderr.isatty():
         print(f"{printable(text)} ...", file=sys.stderr, flush=True)
 
@@ -81,7 +81,7 @@ def write_out(text: str, path: str | None, *, force: bool = False) -> None:
 
 
 def check_output(path: str, *, force: bool) -> None:
-    """Find out before the work that the result cannot be written.
+    """Check before the work that the result can be written.
 
     Raises:
         UsageError: the file exists and ``--force`` was not given, or its folder does not exist.
@@ -94,7 +94,7 @@ def check_output(path: str, *, force: bool) -> None:
     folder, name = os.path.split(os.path.realpath(path))
     if not os.path.isdir(folder):
         raise UsageError(f"there is no folder {Path(path).parent} to write {Path(path).name} to")
-    if len(os.fsencode(name)) > 255:  # of nearly all file systems; found out after the work else
+    if len(os.fsencode(name)) > 255:  # the limit of nearly all file systems
         raise UsageError(f"the name of {path} is too long for a file")
 
 

@@ -56,7 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Arguments may come from strangers, too, such as the names of files."""
+    """Prints arguments safely, such as names of files."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(printable(message), file)
@@ -142,7 +142,7 @@ def _add_commands_from_outside(
     common: _Parser,
     words: Sequence[str],
 ) -> None:
-    """Add what :mod:`pocketize.cli.commands` finds, and tell in the help what cannot be used."""
+    """Add what :mod:`pocketize.cli.commands` finds; list in the help what cannot be used."""
     own = frozenset(commands.choices)
     asked = next((word for word in words if not word.startswith("-")), None)
     listed = asked is None and any(word.startswith(("-h", "--h")) for word in words)
@@ -176,7 +176,7 @@ def _declare(name: str, command: Command, parser: argparse.ArgumentParser) -> No
     try:
         command.add_arguments(parser)
     except Exception as error:
-        # a stranger's code, which may raise anything: a clash of option names, most likely
+        # code of others may raise anything: most likely two options have one name
         raise RegistryError(
             f"command {name!r} cannot declare its arguments: {type(error).__name__}: {error}"
         ) from error

@@ -37,7 +37,7 @@ def replay(
 ) -> None:
     """Repeat recorded rewrites by shape, in place.
 
-    Weights are cut, not drawn anew: they are about to be replaced by loaded ones. Works on models
+    Weights are sliced, not drawn anew, as loaded ones replace them. Works on models
     on the ``meta`` device.
 
     Args:
@@ -102,7 +102,7 @@ def _check_record(record: PassRecord, converted: Sequence[Convert]) -> None:
 
 def record_history(model: nn.Module, records: tuple[PassRecord, ...]) -> None:
     """Store with a model what :func:`history` returns."""
-    vars(model)[_HISTORY] = records  # whatever the class makes of __setattr__
+    vars(model)[_HISTORY] = records  # whatever __setattr__ of the class does
     if isinstance(model, fx.GraphModule):  # whose copies keep nothing else
         model.meta[_HISTORY] = records
 

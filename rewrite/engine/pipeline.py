@@ -40,7 +40,7 @@ class PassPlan:
 
     Attributes:
         rewrite: the pass.
-        proposal: edits, changes, refusals and notes, checked.
+        proposal: checked edits, changes, refusals and notes.
     """
 
     rewrite: Pass
@@ -94,7 +94,7 @@ class PassPlan:
         cell = markdown if github else one_line
 
         def table(headers: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-            # names and reasons are text, also where they look like numbers
+            # names and reasons are text, even if they look like numbers
             cells = [[cell(text) for text in row] for row in rows]
             return tabulate(cells, headers=headers, tablefmt=style, disable_numparse=True)
 
@@ -258,7 +258,7 @@ def plan(
     init: Callable[[nn.Module], object] | None = None,
     seed: int | None = None,
 ) -> Plan:
-    """Find out what passes would do, without doing it.
+    """Find out what passes would do, and change nothing.
 
     Args:
         model: any module; unchanged.
@@ -343,7 +343,7 @@ def _generator(model: nn.Module, seed: int | None) -> torch.Generator | None:
 
 @contextmanager
 def _own_randomness(model: nn.Module, seed: int | None) -> Iterator[torch.Generator | None]:
-    """A generator for planning, which must not advance the caller's."""
+    """Yield a generator for planning; the caller's random state does not advance."""
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):
         yield _generator(model, seed)

@@ -38,7 +38,7 @@ _FACTORS = {"": 1.0, "2 ** 0.5 * ": 2**0.5, "3 ** 0.5 * ": 3**0.5, "6 ** 0.5 * "
 
 
 def candidates(model: nn.Module, captured: Captured, at: Mismatch) -> Iterator[tuple[Edit, ...]]:
-    """Yield edits that may let an operator follow, the likeliest first.
+    """Yield edits that may make an operator run as predicted, the likeliest first.
 
     Args:
         model: the model, unchanged.
@@ -94,7 +94,7 @@ def _literals(model: fx.GraphModule, captured: Captured, at: Mismatch) -> tuple[
 def _followed(
     at: Mismatch, name: str, value: Any, old: tuple[int, ...], bound: dict[str, Any]
 ) -> tuple[int, ...]:
-    """Return what the numbers of an argument should be."""
+    """Return the numbers that an argument should have."""
     if name in at.arguments:
         return (at.arguments[name],)
     if operator_of(at.node.target).kind is Kind.SLICE and "end" in bound:
@@ -131,7 +131,7 @@ class Derived:
         name: the attribute.
         value: what it holds.
         why: what it equals.
-        edit: lets it follow; ``None`` where that would be a guess.
+        edit: changes it accordingly; ``None`` where that would be a guess.
     """
 
     path: str

@@ -46,7 +46,7 @@ def apply_edits(
 ) -> None:
     """Change a model in place.
 
-    Everything is checked before anything is changed, but for what a conversion itself finds.
+    Everything but what a conversion itself checks is checked before anything is changed.
 
     Args:
         model: the model; on any device, ``meta`` and fake tensors included.
@@ -108,9 +108,9 @@ def apply_edits(
 
 
 def _recompute(module: nn.Module) -> None:
-    """Renew the weight that torch's older weight_norm and spectral_norm keep beside its parts.
+    """Recompute the weight that torch's older weight_norm and spectral_norm keep as an attribute.
 
-    Their hooks compute it before every forward; until then it would have its old shape.
+    Their hooks compute it before every forward; until then it has its old shape.
     """
     for hook in module._forward_pre_hooks.values():
         with torch.no_grad():
@@ -158,7 +158,7 @@ def _check_extend(edit: Extend, tensors: dict[str, Tensor]) -> None:
 
 
 def _check_once(extends: Sequence[Extend], resizes: dict[str, dict[int, Resize]]) -> None:
-    """One size a tensor and a call: edits tell the size of an axis before all of them."""
+    """Check that a tensor is extended once and not resized: edits expect the size before all."""
     names = [edit.tensor for edit in extends]
     for name in names:
         if name in resizes or names.count(name) > 1:
@@ -270,7 +270,7 @@ def _laid_out(made: Tensor, tensor: Tensor) -> Tensor:
 
 def _set_attribute(module: nn.Module, name: str, value: float) -> None:
     base, _, index = name.partition(".")
-    held = vars(module)  # where it was found, whatever the class makes of __setattr__
+    held = vars(module)  # where it was found, whatever __setattr__ of the class does
     if not index:
         held[base] = value
         return
@@ -283,7 +283,7 @@ def _set_attribute(module: nn.Module, name: str, value: float) -> None:
 
 
 def _follow(module: nn.Module, changed: set[int]) -> None:
-    """Let the attributes of torch's own layers follow the shapes of their tensors."""
+    """Set the attributes of torch's own layers to the shapes of their tensors."""
     own = [*module._parameters.values(), *module._buffers.values()]
     parametrized = getattr(module, "parametrizations", None)
     if isinstance(parametrized, nn.ModuleDict):

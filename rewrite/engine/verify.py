@@ -160,7 +160,7 @@ def _compare(
         index: which of the recordings is compared.
         graph: the new recording.
         moved: channels keep their weights, so that numbers that meet them must be theirs.
-        finished: the new recording did not break off.
+        finished: the new recording is complete.
     """
     captured = channels.recordings[index]
     values = channels.values[index]
@@ -254,7 +254,7 @@ def _first(tensor: Tensor) -> Tensor:
 
 
 def _reached(captured: Captured, done: Sequence[fx.Node]) -> int:
-    """Return the index of the operator that was about to run when a recording broke off."""
+    """Return the index of the operator that was about to run when a recording ended early."""
     operators = captured.operators()
     numbers = [i for i, node in enumerate(operators) if not _idle(node)]
     count = sum(not _idle(node) for node in done)
@@ -350,7 +350,7 @@ def backward_failure(
     """
     captured = channels.recordings[-1]
     if captured.real:
-        return None  # real memory for a whole step is the user's to spend
+        return None  # a whole step on real tensors may take too much memory
     with torch.inference_mode(False):  # in the caller's there would be nothing to go back through
         failure = _backward(model, captured, edits)
         if failure is None or _backward(model, captured, ()) is not None:

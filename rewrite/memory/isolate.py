@@ -1,9 +1,9 @@
 """Measure in a fresh process, and say why where a model cannot be sent there.
 
-The model travels as a pickle in a temporary folder that only this user can read: a file from this
-process to its own child. Nothing of the caller's script runs again. ``multiprocessing`` would
-import it a second time; the child here does not, so classes of the script (or of a notebook) do not
-exist there, and models made of them stay here.
+The model is pickled into a temporary folder that only this user can read, for this process's own
+child. ``multiprocessing`` would import the caller's script a second time; the child here does not.
+So classes of the script (or of a notebook) do not exist there, and models made of them are measured
+in this process.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ main(*sys.argv[1:])
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What of this process has a part in a measurement, besides the model.
+    """Settings of this process that affect a measurement, besides the model.
 
     Attributes:
         path: ``sys.path``, and after it the folders of the model's classes that are not on it.
@@ -110,7 +110,7 @@ def measure_isolated(request: Request) -> MemoryProfile | str:
         except Exception as error:  # a user's __reduce__ may raise anything
             return f"it cannot be pickled: {_brief(error)}"
         command = [sys.executable, str(boot), str(settings), str(payload), str(answer)]
-        # our end of it closes with this process, whatever ends that
+        # our end of it closes when this process ends, for whatever reason
         watched, held = os.pipe()
         try:
             done = subprocess.run(
@@ -130,7 +130,7 @@ def measure_isolated(request: Request) -> MemoryProfile | str:
         try:
             reply = json.loads(answer.read_text())
         except (OSError, ValueError):
-            raise MeasureError(_epitaph(request, done)) from None
+            raise MeasureError(_death(request, done)) from None
     return _read(reply)
 
 
@@ -153,7 +153,7 @@ def _fields(request: Request) -> dict[str, Any]:
 
 
 def _obstacle(request: Request) -> str | None:
-    """Say what keeps a request in this process, as far as that can be seen without trying."""
+    """Return why a request must be measured in this process, as far as known without trying."""
     for path, module in request.model.named_modules():
         if type(module).__module__ == "__main__":
             name = f"{path} ({type(module).__qualname__})" if path else type(module).__qualname__
@@ -175,7 +175,7 @@ def _read(reply: dict[str, Any]) -> MemoryProfile | str:
     raise kind(reply["text"])
 
 
-def _epitaph(request: Request, done: subprocess.CompletedProcess[str]) -> str:
+def _death(request: Request, done: subprocess.CompletedProcess[str]) -> str:
     name = type(request.model).__name__
     if done.returncode in (-9, 137):
         return (

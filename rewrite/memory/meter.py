@@ -1,4 +1,4 @@
-"""Measure one step of a model: :func:`measure`, and how its figures are taken in this process."""
+"""Measure one step of a model: :func:`measure`, and the measurement in this process."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def measure(
 
     Of a training loop the *second* step is measured: Adam's state exists only from the first update
     on. The model is copied; the caller's keeps its weights, buffers, gradients, mode, hooks and
-    device, and the random states of Python, NumPy and torch are put back.
+    device, and the random states of Python, NumPy and torch are restored.
 
     Args:
         model: any module. If it is in training mode its modules keep their modes during a training
@@ -60,15 +60,15 @@ def measure(
         estimate: count on fake tensors: nothing runs and nothing is allocated, so any size fits.
             Equal, to the byte, to the tracker's figures on real tensors.
         device: where to measure; by default where the model is. For ``estimate=True`` also a device
-            that this machine does not have: tensors on the CPU stand for it then, and the profile
-            says so.
+            that this machine does not have: then the estimate uses tensors on the CPU, and the
+            profile says so.
         time_steps: steps to time, without the tracker; 0 takes no time. An estimate never does.
         isolate: measure in a fresh process, so that nothing in this one has a part in the figures;
             needed for ``rss``. A model that cannot be sent there (its class is defined in a script
-            or a notebook, or it holds a lambda) is measured here, and ``why_not_isolated`` says
+            or a notebook, or it has a lambda) is measured here, and ``why_not_isolated`` says
             why. An estimate is always made here.
 
-    A :class:`~pocketize.errors.PocketizeWarning` tells that ``torch.compile`` was applied to the
+    A :class:`~pocketize.errors.PocketizeWarning` says that ``torch.compile`` was applied to the
     model: tensors can be counted only while it runs without the compiler.
 
     Raises:
@@ -118,8 +118,8 @@ def measure_here(request: Request, *, own: bool = False) -> MemoryProfile:
 
     Args:
         request: what to measure.
-        own: the process was made for this: model and inputs are used without a copy, and the growth
-            of the process is read.
+        own: the process was started for this: model and inputs are used without a copy, and the
+            growth of the process is measured.
 
     Raises:
         InputError, CaptureError, MeasureError: as :func:`measure`.
@@ -182,7 +182,7 @@ def measure_on(
 
     trace = _track(stage, step)
     categories = dict(trace.categories)
-    if allocated is not None:  # workspaces and rounding, which no tensor stands for
+    if allocated is not None:  # workspaces and rounding, which are in no tensor
         surplus = allocated - trace.peak
         categories["temporaries"] = max(0, categories["temporaries"] + surplus)
     parameters = list(stage.model.parameters())

@@ -1,8 +1,8 @@
-"""Which module is at work: in the forward pass by hooks, in the backward pass by sequence numbers.
+"""Which module runs: in the forward pass by hooks, in the backward pass by sequence numbers.
 
-Every autograd node carries the sequence number under which the forward made it. Numbers only grow,
-so it is enough to note which module ran from which number on; in the backward pass the number of
-the node at work then leads back to the module whose forward made it.
+Every autograd node has the sequence number that it got in the forward pass. Numbers only grow, so
+it is enough to note which module ran from which number on. In the backward pass, the number of the
+running node gives the module whose forward made it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ModulePaths:
         return self._owners.get(id(tensor), "")
 
     def current(self) -> str:
-        """Return the path of the module at work, ``""`` for the root and outside any module."""
+        """Return the path of the module that runs, ``""`` for the root and outside any module."""
         if self._stack:  # also in backward, where a checkpointed module runs again
             return self._stack[-1]
         running = running_node()

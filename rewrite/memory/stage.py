@@ -1,4 +1,4 @@
-"""Where a measurement plays: a copy of the model and its inputs, real or fake, on a device."""
+"""What a measurement runs: a copy of the model and its inputs, real or fake, on a device."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from pocketize.graph.clone import clone, fake_clone
 from pocketize.graph.inputs import Inputs, as_inputs, to_model
 from pocketize.memory.in_place import is_dense
 
-_VALUES_WANTED = (DataDependentOutputException, DynamicOutputShapeException)
+_DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -49,7 +49,7 @@ class Stage:
         device: where its tensors are.
         description: the device as the report names it.
         fake: the tensors are fake.
-        like_cuda: tensors on the CPU stand for a GPU's.
+        like_cuda: tensors on the CPU represent those of a GPU.
         active: context to run in: the fake mode, or nothing.
     """
 
@@ -71,7 +71,7 @@ def real_stage(
         model: the model; untouched unless ``own``.
         inputs: anything that ``as_inputs`` takes, or ``None`` to guess.
         device: where to; ``None`` leaves the model where it is.
-        own: model and inputs may be used as they are, without a copy.
+        own: use model and inputs themselves, without a copy.
 
     Raises:
         MeasureError: the device is not there, or the model's tensors hold no values.
@@ -184,7 +184,7 @@ def explained(model: nn.Module, inputs: str, *, train: bool, estimate: bool) -> 
         yield
     except PocketizeError:
         raise
-    except _VALUES_WANTED as error:
+    except _DATA_DEPENDENT as error:
         raise MeasureError(
             f"{what}: it asks for the values of tensors ({error}), and an estimate has only "
             "shapes; use estimate=False"
@@ -192,9 +192,9 @@ def explained(model: nn.Module, inputs: str, *, train: bool, estimate: bool) -> 
     except Exception as error:  # a user's forward, loss or hooks may raise anything
         text = " ".join(str(error).split())
         text = text if len(text) <= 300 else text[:297] + "..."
-        told = f"{what}: {type(error).__name__}: {text}"
         advice = _advice(text, estimate)
-        raise MeasureError(f"{told.rstrip('.')}. {advice}" if advice else told) from error
+        text = f"{what}: {type(error).__name__}: {text}"
+        raise MeasureError(f"{text.rstrip('.')}. {advice}" if advice else text) from error
 
 
 def _advice(text: str, estimate: bool) -> str:
@@ -208,10 +208,10 @@ def _advice(text: str, estimate: bool) -> str:
 
 
 def _keep_scalars(model: nn.Module, copy: nn.Module) -> None:
-    """Let the fakes of buffers with one element know its value, as some modules ask for it.
+    """Give fake buffers of one element their value, as some modules read it.
 
     Norms with a cumulative average read how many batches they have seen, others whether they were
-    initialised. To be called under the fake mode, in which such constants stay fake tensors.
+    initialised. Call it under the fake mode, in which such constants stay fake tensors.
     """
     known: dict[int, Tensor] = {}
     for path, module in model.named_modules():
@@ -250,7 +250,8 @@ def _describe(device: torch.device) -> str:
 
 def _once(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Apply ``fn`` once to a tensor that is given several times."""
-    results: dict[int, tuple[Tensor, Tensor]] = {}  # with the key tensor, so that its id stays its
+    # with the tensor itself, so that no other tensor gets its id
+    results: dict[int, tuple[Tensor, Tensor]] = {}
 
     def remembered(tensor: Tensor) -> Tensor:
         if id(tensor) not in results:

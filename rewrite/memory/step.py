@@ -1,8 +1,8 @@
 """What is to be measured, and the step: one forward; in training also loss, backward and update.
 
-It is the loop that everybody writes::
+It is the usual loop::
 
-    optimizer.zero_grad(set_to_none=True)     # before the step: gradients are born in the backward
+    optimizer.zero_grad(set_to_none=True)     # before the step: the backward makes gradients
     outputs = model(inputs)
     loss = criterion(outputs)
     loss.backward()
@@ -83,7 +83,7 @@ class MeasuredStep:
 
     Attributes:
         model: a copy made for the purpose; it is trained.
-        inputs: its inputs, in its place.
+        inputs: its inputs, on its device.
         train: a training step, otherwise a forward under ``torch.inference_mode()``.
         optimizer: updates the trainable parameters; ``None`` for inference, for a step that stops
             after the backward, and for a model without trainable parameters.
@@ -107,7 +107,7 @@ class MeasuredStep:
         """Do the step, from the same random state every time.
 
         Args:
-            enter: told as the phases begin: ``"forward"``, ``"backward"``, ``"optimizer"``,
+            enter: called as a phase begins, with ``"forward"``, ``"backward"``, ``"optimizer"``,
                 ``"end"``.
 
         Raises:
@@ -123,7 +123,7 @@ class MeasuredStep:
             else:
                 with torch.inference_mode():
                     enter("forward")
-                    # Bound to a name: a caller would hold the outputs, too.
+                    # Bound to a name: a caller would keep the outputs, too.
                     outputs = self.inputs.call(self.model)
                     enter("end")
                     del outputs
@@ -207,15 +207,14 @@ def mean_square(outputs: Any) -> Tensor:
 
 @contextlib.contextmanager
 def fixed_surroundings() -> Iterator[None]:
-    """Keep the caller's random states and grad modes, warnings and garbage collection out of it.
+    """Restore random states afterwards; fix grad modes, warnings and garbage collection meanwhile.
 
-    Reference cycles are collected whenever Python's counters say so: off, the same step has the
-    same peak every time.
+    Python collects reference cycles at any time. Without that, a step has the same peak every time.
     """
     python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if _uses_cuda() else None
     collecting = gc.isenabled()
-    if collecting:  # otherwise an outer context has just done it, and it takes its time
+    if collecting:  # otherwise an outer context has just done it, and it is slow
         gc.collect()
         gc.disable()
     try:

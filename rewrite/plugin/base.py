@@ -1,9 +1,9 @@
-"""What a pass is: it looks at a model and answers with edits, and says what they keep.
+"""What a pass is: it looks at a model, returns edits, and says what they keep.
 
-A pass is a frozen, keyword-only dataclass whose fields are its options, in Python, on the command
-line and in a recipe alike. It is given a :class:`Target` and answers with a :class:`Proposal`; it
-never changes the model, because only the engine applies edits. So a dry run, a readable plan and
-"an error leaves the model as it was" hold for every pass, also a stranger's::
+A pass is a frozen, keyword-only dataclass. Its fields are its options in Python, on the command
+line and in a recipe. It gets a :class:`Target` and returns a :class:`Proposal`. It never changes
+the model, because only the engine applies edits. So every pass, including those of other packages,
+has a dry run and a readable plan, and leaves the model unchanged on an error::
 
     @dataclass(frozen=True, kw_only=True)
     class Halve(Pass):
@@ -88,16 +88,16 @@ class Guarantee(enum.Enum):
 
 @dataclass(frozen=True)
 class Proposal:
-    """A pass's answer: what to do, and how to tell it to a reader.
+    """What a pass returns: what to do, and rows and notes for the plan.
 
     Attributes:
         edits: the changes as data, in the order in which they are to be applied.
-        changes: the same for the plan's reader, a row per module.
+        changes: the same as rows of the plan, one a module.
         refused: what was left alone, with reasons.
         notes: sentences about the whole, such as which width was chosen and why.
-        again: the pass wants to look at its own result, which may allow what the model did not:
-            a grouped convolution with one channel left in each group can lose whole groups. A pass
-            whose options speak of the model as it was names the pass that goes on instead.
+        again: run the pass again on its own result, which may allow more: a grouped convolution
+            with one channel left in each group can lose whole groups. If the options of the pass
+            refer to the model before, this is the pass to run instead.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -109,10 +109,10 @@ class Proposal:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a pass looks at. Nothing reachable from here may be changed by a pass.
+    """What a pass looks at. A pass changes nothing that it reaches from here.
 
-    The graph and the channel groups cost time, and several passes need neither, so both are made
-    when first asked for and kept.
+    The graph and the channel groups take time, and several passes need neither, so both are made
+    on first use and kept.
 
     Attributes:
         model: the module to be rewritten; the output of the pass before, where there was one.
@@ -188,7 +188,7 @@ class Pass(abc.ABC):
     positional: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Check what the author of a pass declares, so that mistakes show when it is imported."""
+        """Check the declarations of a pass when it is imported."""
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__ and not (isinstance(cls.name, str) and _NAME.fullmatch(cls.name)):
             raise TypeError(
@@ -204,7 +204,7 @@ class Pass(abc.ABC):
                 )
 
     def __post_init__(self) -> None:
-        """Bring every option into its canonical form, or say what is wrong with it."""
+        """Check every option and bring it into its canonical form."""
         check_declaration(type(self))
         for name, annotation in _annotations(type(self)).items():
             try:
@@ -224,7 +224,7 @@ class Pass(abc.ABC):
 
     @abc.abstractmethod
     def propose(self, target: Target) -> Proposal:
-        """Look at the target and answer with edits; change nothing.
+        """Look at the target and return edits; change nothing.
 
         Raises:
             PatternError: an option names paths that the model does not have.
@@ -232,9 +232,9 @@ class Pass(abc.ABC):
         """
 
     def conversion_options(self) -> dict[str, Any]:
-        """Those options of the pass's conversion that follow from the pass's own.
+        """Return the options of the conversion that follow from those of the pass.
 
-        A saved model is refused where its edits say otherwise than its record.
+        A saved model is refused if its edits contradict these.
         """
         return {}
 

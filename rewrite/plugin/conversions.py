@@ -1,18 +1,17 @@
-"""Conversions: other ways for a module to run, registered in code under a name.
+"""Conversions: functions that change how a module runs, registered under a name.
 
 An edit is data, and a file must never decide what code runs. So a
-:class:`~pocketize.plugin.edits.Convert` edit only names a conversion; what it does
-stands beside the pass that proposes it::
+:class:`~pocketize.plugin.edits.Convert` edit only names a conversion. The function is in the code
+of the pass that proposes it::
 
     @conversion("in-place-norm")
     def convert(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
         ...
 
-A conversion returns the module that stands at the path from then on: the same object, changed (its
-class swapped, hooks registered on it), or a new one, which then has to carry over what the old one
-had: parameters under their names, hooks, the training flag. It runs on models whose tensors have no
-memory too (a dry run, a saved model before its weights are loaded), so it reads no values. What it
-puts into a model must survive ``copy.deepcopy`` and pickling.
+A conversion returns the module for the path: the same object, changed (another class, hooks), or a
+new one, which must take over what the old one had: parameters under their names, hooks, the
+training flag. It also runs on fake tensors (in a dry run, or before weights are loaded), so it
+reads no values. What it puts into a model must survive ``copy.deepcopy`` and pickling.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch import nn
 from pocketize.errors import RewriteError, nearest
 
 Conversion = Callable[[nn.Module, Mapping[str, Any], nn.Module], nn.Module]
-"""Takes the module, the options of the edit and the whole model; returns what stands there now."""
+"""Takes the module, the options of the edit and the whole model; returns the converted module."""
 
 _CONVERSIONS: dict[str, Conversion] = {}
 
@@ -36,8 +35,7 @@ def conversion(name: str) -> Callable[[Conversion], Conversion]:
     """Register a conversion.
 
     Args:
-        name: what edits call it; by custom the name of the pass, with a suffix where a pass has
-            several.
+        name: its name in edits: the name of the pass, or that with a suffix if a pass has several.
 
     Raises:
         ValueError: another conversion has the name.
@@ -78,7 +76,7 @@ def convert(root: nn.Module, path: str, name: str, options: Mapping[str, Any]) -
         root: the model.
         path: path of the module.
         name: name of the conversion.
-        options: what it is told.
+        options: its options.
 
     Raises:
         RewriteError: there is no such module or conversion, or it does not fit the module.

@@ -7,9 +7,8 @@
     width = 16
     keep = ["encoder.*", "decoder.0"]
 
-Passes are applied from top to bottom. Keys are the options of the pass; an unknown key is an error
-and not a shrug, because a misspelt option that is ignored in silence costs a training run. TOML has
-no null: ``width = "none"`` is None where the option is not text.
+Passes are applied from top to bottom. Keys are the options of the pass; an unknown key is an error.
+TOML has no null: ``width = "none"`` is None where the option is not text.
 """
 
 from __future__ import annotations
@@ -100,8 +99,7 @@ def dump_recipe(passes: Iterable[Pass]) -> str:
 
 def _table(each: Pass) -> str:
     options = "".join(f"{name} = {_toml(value)}\n" for name, value in each.options().items())
-    # "none" is text for one option and no value for another, and a value may hold what TOML cannot;
-    # reading it back tells, whatever the options are
+    # "none" may be text or None, and TOML cannot represent every value: compare after reading back
     if type(each).from_options(tomllib.loads(options)) != each:
         raise RecipeError(
             f"{each} cannot be written as a recipe: read back, it would be another pass. TOML has "

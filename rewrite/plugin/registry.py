@@ -56,8 +56,8 @@ def only_entry(kind: str, name: str, entries: list[EntryPoint]) -> EntryPoint:
     Raises:
         RegistryError: two distributions register the name.
     """
-    # One distribution may be found twice, for instance installed and editable; the first one on
-    # sys.path is the one that Python would import, and is no quarrel.
+    # One distribution may be found twice, for instance installed and editable: Python imports the
+    # first one on sys.path.
     owners = {re.sub(r"[-_.]+", "-", _owner(entry).lower()): entry for entry in reversed(entries)}
     if len(owners) > 1:
         both = " and ".join(sorted(distribution_of(entry) for entry in owners.values()))
@@ -80,8 +80,7 @@ def load_entry(kind: str, entry: EntryPoint) -> tuple[object, str]:
     try:
         return entry.load(), where
     except (Exception, SystemExit) as error:
-        # Importing a stranger's module may raise anything at all; what matters to the caller is
-        # that this one, and only this one, cannot be used.
+        # importing code of others may raise anything; only this entry point cannot be used
         raise RegistryError(
             f"{where} cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -209,7 +208,7 @@ def _describe(entry: EntryPoint) -> PassInfo:
     except OptionError:  # it needs one of several options, as Width does
         return PassInfo(entry.name, cls.summary, None, distribution, options)
     except Exception as error:
-        # a stranger's code again: one pass that cannot be made must not hide the others
+        # code of others: one broken pass must not hide the rest
         why = f"pass {entry.name!r} cannot be made with its defaults: {error}"
         return PassInfo(entry.name, "", None, distribution, (), error=why)
     return PassInfo(entry.name, cls.summary, guarantee, distribution, options)

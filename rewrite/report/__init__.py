@@ -1,8 +1,4 @@
-"""Before and after, side by side: :func:`compare`, and what its result can do.
-
-``compare`` measures, :class:`Comparison` renders (terminal, Markdown, JSON, HTML) and guards
-(:class:`Threshold`).
-"""
+"""Compare two networks: :func:`compare` measures, :class:`Comparison` renders and checks limits."""
 
 from __future__ import annotations
 

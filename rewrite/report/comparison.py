@@ -59,11 +59,11 @@ class Comparison:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What became slower or bigger on the machine that was measured, a sentence each."""
+        """What became slower or bigger on the measured machine, a sentence each."""
         return remarks(self.document)
 
     def check(self, thresholds: str | Iterable[Threshold | str]) -> list[Violation]:
-        """Find the thresholds that the second network is over.
+        """Find the thresholds that the second network exceeds.
 
         Args:
             thresholds: each a :class:`~pocketize.report.Threshold` or its text, as in
@@ -78,7 +78,6 @@ class Comparison:
         return check(self.document, [thresholds] if isinstance(thresholds, str) else thresholds)
 
     def __str__(self) -> str:
-        """Draw the report for a terminal."""
         return text(layout(self.document)).rstrip("\n")
 
     def to_markdown(self) -> str:
@@ -103,7 +102,6 @@ class Comparison:
         return cls(load(source))
 
     def _repr_markdown_(self) -> str:
-        """Draw the report in a notebook."""
         return self.to_markdown()
 
 
@@ -129,9 +127,8 @@ def compare(
 ) -> Comparison:
     """Compare the memory, size and time of two networks.
 
-    Each side is measured twice, over a training step and over a forward without gradients, and each
-    time in a fresh process, so that nothing the first leaves behind counts against the second.
-    Neither network is changed.
+    Each side is measured over a training step and over a forward without gradients, each time in a
+    fresh process, so that measurements do not affect each other. Neither network is changed.
 
     Args:
         before: The original.
@@ -257,7 +254,7 @@ def _peak(profile: MemoryProfile) -> Peak:
 
 
 def _modules(before: dict[str, int], after: dict[str, int]) -> tuple[ModuleMemory, ...]:
-    """The largest of either side, by what they held before; ties by name, so that reports diff."""
+    """The largest of either side, by their bytes before; ties by name, so that reports diff."""
 
     def largest(held: dict[str, int]) -> list[str]:
         return sorted((path for path in held if held[path] > 0), key=lambda p: (-held[p], p))

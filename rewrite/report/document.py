@@ -1,7 +1,7 @@
-"""The comparison as data: what is kept in JSON, and nothing that can be computed from it.
+"""The comparison as data, as in JSON; figures that follow from others are not in it.
 
-Every rendering reads these dataclasses and these only, so a report that was written to JSON months
-ago renders to the same text, Markdown and HTML as the day it was made.
+Text, Markdown and HTML are made from these dataclasses only, so a report renders in the same way
+after it was written to JSON and read again.
 """
 
 from __future__ import annotations
@@ -164,10 +164,7 @@ class Document:
 
 
 def scrub(text: str) -> str:
-    """Take out of a text what would differ on the next run or the next machine.
-
-    Memory addresses go; of a file's absolute path only its name stays.
-    """
+    """Remove from a text what differs between runs and machines: memory addresses and folders."""
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)
     absolute = r"(?<![\w.)\]])(?:~|[A-Za-z]:)?[/\\](?:[\w.+-]+[/\\])+([\w.+-]+)"
     return re.sub(absolute, r"\1", text)

@@ -1,4 +1,4 @@
-"""Thresholds on a comparison, so that it can stand guard over a repository."""
+"""Thresholds on a comparison, for checks in continuous integration."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Violation:
-    """A threshold that a comparison is over. ``str()`` tells it in one line.
+    """A threshold that a comparison exceeds; ``str()`` is one line.
 
     Attributes:
         threshold: Which.
@@ -132,7 +132,6 @@ class Violation:
     limit: float
 
     def __str__(self) -> str:
-        """Tell what is over what."""
         kind = METRICS[self.threshold.metric].kind
         before, after, limit = (
             _write(kind, value) for value in (self.before, self.after, self.limit)
@@ -141,7 +140,7 @@ class Violation:
 
 
 def check(document: Document, thresholds: Iterable[Threshold | str]) -> list[Violation]:
-    """Find the thresholds that a comparison is over; see ``Comparison.check``."""
+    """Find the thresholds that a comparison exceeds; see ``Comparison.check``."""
     violations = []
     for given in thresholds:
         threshold = Threshold.parse(given) if isinstance(given, str) else given
