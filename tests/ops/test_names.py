@@ -25,8 +25,8 @@ STILL = {
     "rewrite/channels/rules/layers.py",
     "rewrite/channels/rules/movement.py",
     "rewrite/graph/constants.py",
-    "rewrite/memory/inplace.py",
-    "rewrite/memory/macs.py",
+    "rewrite/memory/in_place.py",
+    "rewrite/memory/flops.py",
     "rewrite/memory/tracker.py",
 }
 
