@@ -72,7 +72,7 @@ def read_as(kind: Any, data: Any, where: str) -> Any:
     Args:
         kind: a dataclass, or the annotation of a field: a dataclass, a tuple, a dict, ``bool``,
             ``int``, ``float``, ``str``, ``Any``, or a union of these with ``None``.
-        data: what :func:`read_json` returned.
+        data: what :func:`read_json` returned, or the same with tuples for lists.
         where: what ``data`` is, for the error.
 
     Raises:
@@ -87,7 +87,7 @@ def read_as(kind: Any, data: Any, where: str) -> Any:
         parts = tuple(part for part in parts if part is not types.NoneType)
         return read_as(next((p for p in parts if type(data) is p), parts[-1]), data, where)
     if origin is tuple:
-        items = _checked(list, data, where)
+        items = data if isinstance(data, tuple) else _checked(list, data, where)
         kinds = (parts[0],) * len(items) if parts[-1] is Ellipsis else parts
         if len(kinds) != len(items):
             raise ValueError(f"{where}: expected {len(kinds)} values, got {len(items)}.")
