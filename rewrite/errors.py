@@ -50,6 +50,7 @@ __all__ = [
     "ReportError",
     "RewriteError",
     "VerifyError",
+    "brief",
     "nearest",
 ]
 
@@ -148,6 +149,12 @@ class NoEffectWarning(PocketizeWarning):
 
 class CropWarning(PocketizeWarning):
     """A prediction's foreground reaches the border of the crop that it was made on."""
+
+
+def brief(error: Exception, length: int = 300) -> str:
+    """Return the class and the text of an error in one line, of at most ``length`` characters."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

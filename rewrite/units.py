@@ -16,25 +16,14 @@ __all__ = [
 import re
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
-_BYTES = {
-    "B": 1,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-    "kB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-}
-_COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-
 #: The units that a quantity of each kind may be written in.
 UNITS: dict[str, dict[str, float]] = {
-    "bytes": dict(_BYTES),
-    "count": dict(_COUNTS),
-    "seconds": dict(_SECONDS),
+    "bytes": {
+        **{unit: 1 << 10 * power for power, unit in enumerate(_BINARY)},
+        **{"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
+    },
+    "count": {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12},
+    "seconds": {"s": 1.0, "ms": 1e-3, "us": 1e-6},
 }
 
 

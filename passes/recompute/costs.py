@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pocketize._torch import FakeTensorMode
-from pocketize.graph.capture import find_tensors, quiet_recording
+from pocketize.engine.verify import run_backward
+from pocketize.graph.capture import quiet_recording
 from pocketize.graph.clone import fake_clone
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
@@ -84,9 +85,8 @@ class Costs:
             inputs = self._inputs.map(lambda t: mode.from_tensor(t.detach().clone()))
             try:
                 output = inputs.call(copy)
-                losses = [t.sum() for t in find_tensors(output) if t.requires_grad and t.numel()]
-                if losses and backward:
-                    torch.autograd.backward(losses)
+                if backward:
+                    run_backward(output)
             except Exception:  # a user's forward may raise anything; then there is no bill
                 return None
         return [*copy.parameters(), *copy.buffers(), *inputs.tensors()]

@@ -19,7 +19,9 @@ from torch import nn
 
 from pocketize._torch import FakeTensorMode
 from pocketize.engine.surgery import apply_edits
-from pocketize.graph.capture import find_tensors, quiet_recording, structure_of
+from pocketize.engine.verify import run_backward
+from pocketize.errors import brief
+from pocketize.graph.capture import quiet_recording, structure_of
 from pocketize.graph.clone import fake_clone
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
@@ -68,8 +70,7 @@ class DryRun:
                 continue
             after = self._run(edits, train)
             if isinstance(after, Exception):
-                text = " ".join(str(after).split())
-                return f"in {mode} mode it raises {type(after).__name__}: {text:.300}"
+                return f"in {mode} mode it raises {brief(after)}"
             if after.outputs != before.outputs:
                 return f"in {mode} mode the outputs have other shapes, dtypes or nesting"
             if names := _other_gradients(before, after, edits):
@@ -108,9 +109,8 @@ def _other_gradients(before: _Outcome, after: _Outcome, edits: Sequence[Edit]) -
 
 def _step(model: nn.Module, inputs: Inputs, train: bool) -> _Outcome:
     output = inputs.map(lambda t: t.detach().clone()).call(model)
-    losses = [t.sum() for t in find_tensors(output) if t.requires_grad and t.numel()]
-    if losses and train:
-        torch.autograd.backward(losses)
+    if train:
+        run_backward(output)
     parameters = dict(model.named_parameters())
     gradients = {n: tuple(p.grad.shape) for n, p in parameters.items() if p.grad is not None}
     wanted = {n: p.requires_grad for n, p in parameters.items()}

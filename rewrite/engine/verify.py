@@ -9,7 +9,14 @@ a forward makes itself (``arange(c)``) must be, for the channels that stay, thos
 
 from __future__ import annotations
 
-__all__ = ["Mismatch", "backward_failure", "check_edits", "predicted_shape", "split_channel"]
+__all__ = [
+    "Mismatch",
+    "backward_failure",
+    "check_edits",
+    "predicted_shape",
+    "run_backward",
+    "split_channel",
+]
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -363,13 +370,17 @@ def _backward(model: nn.Module, captured: Captured, edits: Sequence[Edit]) -> Ex
     set_mode(copy, True)
     try:
         with _mode_of(captured), quiet_recording(copy), torch.enable_grad():
-            output = captured.inputs.map(_detached).call(copy)
-            losses = [t.sum() for t in find_tensors(output) if t.requires_grad and t.numel()]
-            if losses:
-                torch.autograd.backward(losses)
+            run_backward(captured.inputs.map(_detached).call(copy))
     except Exception as error:  # a user's forward or backward may raise anything
         return error
     return None
+
+
+def run_backward(output: Any) -> None:
+    """Run the backward of the sum of every output that has one."""
+    losses = [t.sum() for t in find_tensors(output) if t.requires_grad and t.numel()]
+    if losses:
+        torch.autograd.backward(losses)
 
 
 def _detached(tensor: Tensor) -> Tensor:

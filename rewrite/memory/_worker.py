@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pocketize.errors import PocketizeError
+from pocketize.errors import PocketizeError, brief
 from pocketize.graph.inputs import Inputs
 from pocketize.memory.isolate import Settings
 from pocketize.memory.meter import measure_here
@@ -36,7 +36,7 @@ def _answer(payload: str) -> dict[str, Any]:
         # Our own parent wrote this file a moment ago.
         request = Request(**torch.load(payload, weights_only=False))
     except Exception as error:  # a user's __setstate__ may raise anything; so may their imports
-        return {"unreadable": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        return {"unreadable": brief(error)}
     try:
         return {"profile": measure_here(request, own=True).to_json()}
     except PocketizeError as error:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from pocketize import errors
-from pocketize.errors import MeasureError, PocketizeError
+from pocketize.errors import MeasureError, PocketizeError, brief
 from pocketize.memory.profile import MemoryProfile
 from pocketize.memory.step import Request
 from pocketize.plugin.registry import is_installed
@@ -108,7 +108,7 @@ def measure_isolated(request: Request) -> MemoryProfile | str:
         try:
             torch.save(_fields(request), payload)
         except Exception as error:  # a user's __reduce__ may raise anything
-            return f"it cannot be pickled: {_brief(error)}"
+            return f"it cannot be pickled: {brief(error, 200)}"
         command = [sys.executable, str(boot), str(settings), str(payload), str(answer)]
         # our end of it closes when this process ends, for whatever reason
         watched, held = os.pipe()
@@ -123,7 +123,7 @@ def measure_isolated(request: Request) -> MemoryProfile | str:
                 check=False,
             )
         except OSError as error:
-            return f"no other process could be started: {_brief(error)}"
+            return f"no other process could be started: {brief(error, 200)}"
         finally:
             os.close(watched)
             os.close(held)
@@ -187,8 +187,3 @@ def _death(request: Request, done: subprocess.CompletedProcess[str]) -> str:
         f"the process that measured {name} ended with status {done.returncode}: {last}. "
         "Try isolate=False to measure in this process"
     )
-
-
-def _brief(error: Exception) -> str:
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -29,7 +29,7 @@ from pocketize._torch import (
     storage_key,
     without_dispatch_modes,
 )
-from pocketize.errors import MeasureError, PocketizeError
+from pocketize.errors import MeasureError, PocketizeError, brief
 from pocketize.graph.capture import settle_inputs
 from pocketize.graph.clone import clone, fake_clone
 from pocketize.graph.inputs import Inputs, as_inputs, to_model
@@ -190,10 +190,8 @@ def explained(model: nn.Module, inputs: str, *, train: bool, estimate: bool) -> 
             "shapes; use estimate=False"
         ) from error
     except Exception as error:  # a user's forward, loss or hooks may raise anything
-        text = " ".join(str(error).split())
-        text = text if len(text) <= 300 else text[:297] + "..."
+        text = f"{what}: {brief(error)}"
         advice = _advice(text, estimate)
-        text = f"{what}: {type(error).__name__}: {text}"
         raise MeasureError(f"{text.rstrip('.')}. {advice}" if advice else text) from error
 
 

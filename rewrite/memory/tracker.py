@@ -22,6 +22,7 @@ __all__ = [
     "storages_of",
 ]
 
+import dataclasses
 import functools
 import math
 import weakref
@@ -201,8 +202,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif record.nbytes != nbytes:
             self._release(key)
             self._watches[key] = weakref.ref(storage, functools.partial(self._release, key))
-            resized = _Record(nbytes, 0, record.phase, record.module, record.role, record.kept)
-            self._begin(key, resized)
+            self._begin(key, dataclasses.replace(record, nbytes=nbytes, died=math.inf))
 
     def _see_resized(self) -> None:
         """Look for storages whose memory was taken away without an operator."""
@@ -211,9 +211,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if storage is not None and record is not None and storage.nbytes() < record.nbytes:
                 record.died = len(self._events)
                 self._bytes -= record.nbytes - storage.nbytes()
-                left = _Record(
-                    storage.nbytes(), 0, record.phase, record.module, record.role, record.kept
-                )
+                left = dataclasses.replace(record, nbytes=storage.nbytes(), died=math.inf)
                 left.born = len(self._events)
                 self._live[key] = left
                 self._records.append(left)
