@@ -142,14 +142,14 @@ def watching_alias(tensor: Tensor) -> Tensor:
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether a tensor stands for many, in ``vmap`` or ``autograd.grad(is_grads_batched=True)``."""
+    """Whether a tensor is a batch of tensors, in ``vmap`` or ``autograd.grad(is_grads_batched=True)``."""
     functorch = getattr(torch._C, "_functorch", None)
     asked = ("is_batchedtensor", "is_legacy_batchedtensor")
     return any(bool(ask(tensor)) for n in asked if (ask := getattr(functorch, n, None)) is not None)
 
 
 def release(storage: torch.UntypedStorage) -> None:
-    """Give the memory of a storage back while tensors still stand on it."""
+    """Free the memory of a storage that tensors still use."""
     storage.resize_(0)
 
 
@@ -382,7 +382,7 @@ def _saving_hooks(*, ignore_tracing: bool) -> tuple[bool, tuple[Any, Any] | None
 
 
 def _on_stack(until: CodeType | None) -> bool:
-    """Look for a checkpoint among the callers: before torch 2.8 nobody can ask for the hooks."""
+    """Look for a checkpoint among the callers: before torch 2.8 the hooks cannot be read."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code is not until:
         if frame.f_globals.get("__name__") == _CHECKPOINT:

@@ -61,7 +61,7 @@ from pocketize.untrusted import printable
 
 
 class _Printable(Exception):
-    """Text may hold names of files and modules, and goes to terminals."""
+    """Its text may contain names of files and modules, and is printed to terminals."""
 
     def __str__(self) -> str:
         return printable(super().__str__())

@@ -76,7 +76,7 @@ def full_state(model: nn.Module) -> dict[str, Any]:
     known = {id(tensor) for tensor in own.values()}
     for key, value in state.items():
         if isinstance(value, Tensor) and id(value) not in known:
-            # a detached alias stands for the tensor itself
+            # a detached alias: take the tensor itself
             state[key] = own.get(key, places.get(place_of(value), value))
     held = {id(value) for value in state.values()}
     return state | {key: tensor for key, tensor in own.items() if id(tensor) not in held}

@@ -263,7 +263,7 @@ def _distinct_tensors(
             continue
         names[id(value)] = key
         tensor = value.detach().cpu().contiguous()
-        # Two parameters may be views of one memory; safetensors wants each tensor to own its bytes.
+        # Two parameters may be views of one memory; in safetensors each tensor owns its bytes.
         if tensor.untyped_storage().data_ptr() in storages:
             tensor = tensor.clone()
         storages.add(tensor.untyped_storage().data_ptr())

@@ -51,7 +51,7 @@ def _with_all_rows(proposal: Proposal) -> Proposal:
     """Add a row for each module with edits and without a row of the pass.
 
     A pass's row for a module covers all edits there. Where a pass has rows, they cover all resized
-    tensors too: a layer's row stands for what is resized with it.
+    tensors too: a layer's row includes what is resized with it.
     """
     paths = {change.path for change in proposal.changes}
     missing: dict[str, list[str]] = {}

@@ -257,7 +257,7 @@ def _extended(tensor: Tensor, edit: Extend) -> Tensor:
 
 
 def _laid_out(made: Tensor, tensor: Tensor) -> Tensor:
-    """Return a tensor in the memory format of the one it was made of."""
+    """Return a tensor in the memory format of another one."""
     for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if (
             tensor.ndim == rank

@@ -166,7 +166,7 @@ def _compare(
         stays: for every index whether it stays.
         index: which of the recordings is compared.
         graph: the new recording.
-        moved: channels keep their weights, so that numbers that meet them must be theirs.
+        moved: channels keep their weights, so constants must be those of the kept channels.
         finished: the new recording is complete.
     """
     captured = channels.recordings[index]

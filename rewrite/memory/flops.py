@@ -119,8 +119,8 @@ def _count(copy: nn.Module, inputs: Inputs) -> Macs:
 class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up floating-point operations by kind.
 
-    Torch's ``FlopCounterMode`` has one sum for each operator, whatever is multiplied; it counts
-    matrix-vector products as nothing.
+    Torch's ``FlopCounterMode`` does not tell products with a parameter from others, and counts no
+    matrix-vector products.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -77,7 +77,7 @@ def in_place_overload(func: Any, args: Sequence[Any], sole: ReferenceCounts) -> 
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Tell whether a tensor fills its memory without gaps, in whatever order of the axes."""
+    """Tell whether a tensor fills its memory without gaps, in any order of the axes."""
     expected = 1
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1:

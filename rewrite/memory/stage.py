@@ -100,7 +100,7 @@ def real_stage(
 
 
 def fake_stage(model: nn.Module, inputs: Any, device: torch.device | None) -> Stage:
-    """Prepare an estimate: nothing of it takes memory, whatever the sizes.
+    """Prepare an estimate, which takes no memory at any size.
 
     The tensors are on the device asked for where the machine has it, and otherwise on the CPU.
 
@@ -134,7 +134,7 @@ def fake_stage(model: nn.Module, inputs: Any, device: torch.device | None) -> St
 
 
 def real_inputs(given: Inputs, model: nn.Module, place: torch.device) -> Inputs:
-    """Return copies of inputs as a model wants them: on its device, floating ones in its dtype."""
+    """Return copies of inputs on the device of a model, floating ones in its dtype."""
     taken = {storage_key(t) for t in given.tensors()}
     moved = to_model(given, model)
 

@@ -235,7 +235,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return f"{self._phase} {self._where()}".strip()
 
     def _log(self, label: str) -> None:
-        if not self._phase:  # what is there before the step begins: one event stands for all of it
+        if not self._phase:  # before the step: one event in all
             return
         if self._bytes > self.peak:
             self._see_resized()
@@ -249,7 +249,7 @@ _NOT_COUNTED: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.W
 
 
 def do_not_count(tensor: Tensor) -> None:
-    """Let trackers leave out a fake tensor that stands for a mapped file, or for host memory.
+    """Leave out a fake tensor that represents a mapped file, or host memory.
 
     Args:
         tensor: fake, and made while no tracker was active.
@@ -288,7 +288,7 @@ def _category(record: _Record) -> str:
 
 @functools.cache
 def is_composite(func: Any, device: str) -> bool:
-    """Tell whether an operator is made of others and has no kernel of its own on the device."""
+    """Tell whether an operator is composed of others and has no kernel on the device."""
     if not isinstance(func, OpOverload):
         return False
     own = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}.get(device, "CPU")

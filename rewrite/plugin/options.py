@@ -78,10 +78,10 @@ def check_value(value: Any, annotation: Any, *, from_file: bool = False) -> Any:
 
 
 def read_text(text: str, annotation: Any) -> Any:
-    """Return the value that ``text`` stands for, for a field annotated with ``annotation``.
+    """Return the value of a text, for a field annotated with ``annotation``.
 
     Raises:
-        OptionError: the text stands for no value of that type.
+        OptionError: the text is no value of that type.
         UnsupportedAnnotation: the annotation is none that an option can have.
     """
     try:
@@ -336,7 +336,7 @@ def write_text(value: Any) -> str:
 def attribute_sentences(cls: type) -> dict[str, str]:
     """Return the explanation of every attribute from the docstring's ``Attributes:`` section.
 
-    Classes that ``cls`` derives from are read too; its own words come before theirs. Empty where
+    Base classes are read too; ``cls`` overrides them. Empty where
     Python runs without docstrings.
     """
     sentences: dict[str, str] = {}

@@ -246,7 +246,7 @@ def _peak(profile: MemoryProfile) -> Peak:
         categories=dict(profile.categories),
         reserved=profile.reserved,
         rss=profile.rss,
-        # Microseconds are the last digits that a wall clock can stand for.
+        # Digits below microseconds have no meaning.
         step_seconds=None if times is None else (round(times[0], 6), round(times[1], 6)),
         isolated=profile.isolated,
         why_not_isolated=scrub(profile.why_not_isolated) if profile.why_not_isolated else None,

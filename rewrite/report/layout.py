@@ -297,7 +297,7 @@ def _rewrites(rewrites: tuple[Rewrite, ...]) -> Iterator[Block]:
 
 
 def _rows(title: str, rows: tuple[RewriteRow, ...]) -> Table:
-    """A table of what was changed or refused; columns in which nothing stands are left out."""
+    """A table of what was changed or refused, without empty columns."""
     columns: list[tuple[str, list[Cell]]] = [(title, [_place(row.path) for row in rows])]
     for name in ("what", "why"):
         cells: list[Cell] = [getattr(row, name) for row in rows]
