@@ -142,7 +142,7 @@ def watching_alias(tensor: Tensor) -> Tensor:
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether a tensor is a batch of tensors, in ``vmap`` or ``autograd.grad(is_grads_batched=True)``."""
+    """Whether a tensor is a batch, in ``vmap`` or ``autograd.grad(is_grads_batched=True)``."""
     functorch = getattr(torch._C, "_functorch", None)
     asked = ("is_batchedtensor", "is_legacy_batchedtensor")
     return any(bool(ask(tensor)) for n in asked if (ask := getattr(functorch, n, None)) is not None)
