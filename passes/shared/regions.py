@@ -10,7 +10,7 @@ from __future__ import annotations
 __all__ = ["Region", "Survey", "survey"]
 
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -157,7 +157,9 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._birth: dict[int, frozenset[str]] = {}
         self._alive: list[Tensor] = []  # a storage's key is its own only while it lives
         self._buffers = {_key(b) for b in model.buffers()}
-        self.saved = SavedTensors([*model.parameters(), *model.buffers()], self._saw)
+        self.saved = SavedTensors(
+            [*model.parameters(), *model.buffers()], _noting(self._paths, self._stack)
+        )
 
     def finish(self) -> Survey:
         """Take stock."""
@@ -180,10 +182,6 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors:
             self._birth.setdefault(_key(tensor), frozenset(self._stack))
             self._alive.append(tensor)
-
-    def _saw(self, key: int) -> None:
-        running = frozenset(self._stack)
-        self._paths[key] = self._paths.get(key, running) & running
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -269,6 +267,16 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _bar(self, region: Region, why: str) -> None:
         region.obstacle = region.obstacle or why
+
+
+def _noting(paths: dict[int, frozenset[str]], stack: list[str]) -> Callable[[int], None]:
+    """Return a function that notes what runs; it does not refer to the surveyor."""
+
+    def saw(key: int) -> None:
+        running = frozenset(stack)
+        paths[key] = paths.get(key, running) & running
+
+    return saw
 
 
 def _numpy_state() -> tuple[Any, int]:
