@@ -100,8 +100,8 @@ class Threshold:
             amount = read
         if percent is None and amount is None:
             raise ReportError(
-                f"threshold {text!r}: says no allowance. For example: {metric} 2%, to let it grow "
-                f"by 2 percent, or {metric} 0%, to let it not grow."
+                f"threshold {text!r}: no allowance given. For example: {metric} 2% allows "
+                f"it to grow by 2 percent, {metric} 0% not at all."
             )
         return cls(metric, percent, amount)
 

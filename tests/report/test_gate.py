@@ -22,7 +22,7 @@ def test_a_threshold_reads_percent_and_amount_in_either_order() -> None:
     [
         ("", "expected one of peak"),
         ("peek 2%", "Did you mean 'peak'?"),
-        ("peak", "says no allowance"),
+        ("peak", "no allowance given"),
         ("peak 2% 3%", "two percentages"),
         ("peak 2MiB 3MiB", "got '3MiB'"),
         ("peak 2", "got '2'"),
