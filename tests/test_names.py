@@ -14,10 +14,8 @@ ROOT = Path(__file__).parent.parent
 DOUBLE: set[str] = {
     "Convolution",
     "Kept",
-    "Kind",
     "Memory",
     "Normalised",
-    "Operator",
     "Recording",
     "Run",
     "Site",
