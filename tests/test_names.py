@@ -13,11 +13,7 @@ ROOT = Path(__file__).parent.parent
 #: Names that several classes still have. It only gets shorter: rename the classes of one room.
 DOUBLE: set[str] = {
     "Convolution",
-    "Kept",
-    "Memory",
     "Normalised",
-    "Recording",
-    "Run",
     "Site",
     "Survey",
     "Surveyor",
