@@ -195,7 +195,7 @@ def _correlate(
     return result
 
 
-class _Window:
+class _PoolingWindow:
     """Means over a Gaussian window of two standard deviations; over what lies within the image."""
 
     def __init__(self, size: tuple[int, ...], sigma: float) -> None:
@@ -219,7 +219,7 @@ class _Window:
 
 def _colour_clutter(lab: Plane) -> Plane:
     """Return ``det(cov(L, a, b))^(1/6)``: the size of the cloud of colours around each pixel."""
-    cov = _Window(lab.shape[:2], _POOL).covariance([*np.moveaxis(lab, 2, 0)])
+    cov = _PoolingWindow(lab.shape[:2], _POOL).covariance([*np.moveaxis(lab, 2, 0)])
     l, a, b = (cov[i, i] + _COLOUR_NOISE[i] for i in range(3))  # noqa: E741, as in CIELab
     la, lb, ab = cov[1, 0], cov[2, 0], cov[2, 1]
     determinant = l * (a * b - ab**2) - la * (la * b - ab * lb) + lb * (la * ab - a * lb)
@@ -236,7 +236,7 @@ def _contrast_clutter(lab: Plane) -> Plane:
         _correlate(_correlate(lightness, inner, 0), inner, 1)
         - _correlate(_correlate(lightness, outer, 0), outer, 1)
     )
-    variance = _Window(lightness.shape, _POOL).covariance([contrast])[0, 0]
+    variance = _PoolingWindow(lightness.shape, _POOL).covariance([contrast])[0, 0]
     deviation: Plane = np.sqrt(variance.clip(0))
     return deviation
 
@@ -246,7 +246,7 @@ def _orientation_clutter(lab: Plane) -> Plane:
     lightness, middle = lab[..., 0], _blurred(lab[..., 0], 0, 0)
     diagonal = _ORIENTED / 2**0.5
     shifts = ((_ORIENTED, 0), (0, _ORIENTED), (diagonal, diagonal), (diagonal, -diagonal))
-    window = _Window(lightness.shape, _ENERGY_POOL)
+    window = _PoolingWindow(lightness.shape, _ENERGY_POOL)
     energies = []
     for down, right in shifts:
         # a second derivative as three Gaussians in a row: less, twice more, less
@@ -254,7 +254,7 @@ def _orientation_clutter(lab: Plane) -> Plane:
         energies.append(window.mean((2 * middle - sides) ** 2))
     total = np.sum(energies, axis=0) + _ENERGY_NOISE
     opponents = [(energies[0] - energies[1]) / total, (energies[3] - energies[2]) / total]
-    cov = _Window(lightness.shape, _ORIENTATION_POOL).covariance(opponents)
+    cov = _PoolingWindow(lightness.shape, _ORIENTATION_POOL).covariance(opponents)
     c, s = cov[0, 0] + _ORIENTATION_NOISE, cov[1, 1] + _ORIENTATION_NOISE
     root: Plane = (c * s - cov[1, 0] ** 2).clip(0) ** (1 / 4)
     return root

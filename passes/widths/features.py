@@ -70,7 +70,7 @@ def finest_width(channels: ChannelGroups) -> tuple[int, str]:
     Raises:
         RewriteError: the model runs no convolution and no linear layer.
     """
-    layers = list(_Survey(channels).layers())
+    layers = list(_FeatureLayers(channels).layers())
     if not layers:
         raise RewriteError(
             "pocket: the model runs no convolution and no linear layer, so there is no width to "
@@ -104,7 +104,7 @@ def _name(layer: _Layer) -> str:
     return layer.path or "the model"
 
 
-class _Survey:
+class _FeatureLayers:
     """Goes through the recorded operators in the order in which they ran."""
 
     def __init__(self, channels: ChannelGroups) -> None:

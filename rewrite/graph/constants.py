@@ -27,7 +27,7 @@ _AFTER_ANOTHER = ("to", "_to_copy", "type_as", "expand_as", "view_as", "reshape_
 _MOST = 2**26
 
 
-class _Unknown(Exception):
+class _UnknownValueError(Exception):
     """What a constant holds cannot be told."""
 
 
@@ -142,7 +142,7 @@ class Constants:
         filled = [node for node in family if _fill(node) is not None]
         dense = family if writes else [node for node in family if node not in filled]
         if sum(_elements(node) for node in dense if not _is_view(node)) > _MOST:
-            raise _Unknown
+            raise _UnknownValueError
         values: dict[fx.Node, Any] = {}
         for node in family:
             number = _fill(node)
@@ -206,7 +206,7 @@ def _compute(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     """Run an operator on real tensors.
 
     Raises:
-        _Unknown: it draws random numbers whose positions matter.
+        _UnknownValueError: it draws random numbers whose positions matter.
     """
     if node.op == "get_attr":
         return node.meta["val"].detach().cpu().clone()
@@ -228,7 +228,7 @@ def _draw(node: fx.Node, operands: list[Tensor]) -> Tensor:
     """Return what stands for random numbers: those drawn alike are equal."""
     name, out = _name(node), node.meta["val"]
     if _seeded(node) or name == "randperm":
-        raise _Unknown
+        raise _UnknownValueError
     if "dropout" in name:
         return operands[0]
     if written_arguments(node.target):
