@@ -15,12 +15,9 @@ DOUBLE: set[str] = {
     "Convolution",
     "Normalised",
     "Site",
-    "Survey",
     "Surveyor",
-    "Unknown",
     "Value",
     "Watch",
-    "Window",
 }
 
 
