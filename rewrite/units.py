@@ -16,6 +16,7 @@ __all__ = [
 import re
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
+
 #: The units that a quantity of each kind may be written in.
 UNITS: dict[str, dict[str, float]] = {
     "bytes": {
