@@ -387,12 +387,12 @@ FAULTS = [
     Fault(
         "a halo is one voxel too small",
         "passes/tiling/intervals.py",
-        """        low = window[0] * self.stride - self.padding
-        return low, (window[1] - 1) * self.stride - self.padding + self._span
+        """        low = interval[0] * self.stride - self.padding
+        return low, (interval[1] - 1) * self.stride - self.padding + self._span
 
     def inside""",
-        """        low = window[0] * self.stride - self.padding
-        return low, (window[1] - 1) * self.stride - self.padding + self._span - 1
+        """        low = interval[0] * self.stride - self.padding
+        return low, (interval[1] - 1) * self.stride - self.padding + self._span - 1
 
     def inside""",
         "tests/passes/tiling/test_forms.py tests/passes/tiling",
@@ -400,8 +400,8 @@ FAULTS = [
     Fault(
         "a transposed convolution's tiles miss their first input",
         "passes/tiling/intervals.py",
-        "low = -((-(window[0] + self.padding - self._span + 1)) // self.stride)",
-        "low = -((-(window[0] + self.padding - self._span + 1)) // self.stride) + 1",
+        "low = -((-(interval[0] + self.padding - self._span + 1)) // self.stride)",
+        "low = -((-(interval[0] + self.padding - self._span + 1)) // self.stride) + 1",
         "tests/passes/tiling/test_forms.py tests/passes/tiling",
     ),
     Fault(
@@ -427,7 +427,7 @@ FAULTS = [
     ),
     Fault(
         "outputs are reduced in training",
-        "passes/tiling/cutting.py",
+        "passes/tiling/forward.py",
         "return wanted and not self.module.training and not torch.is_grad_enabled()",
         "return wanted",
         "tests/passes/tiling/test_patchwise.py tests/passes/tiling",
@@ -442,7 +442,7 @@ FAULTS = [
     Fault(
         "a foreground cut off behind is not noticed",
         "passes/cascade/crops.py",
-        "        if box.high[axis] < box.sizes[axis]:\n",
+        "        if crop.high[axis] < crop.sizes[axis]:\n",
         "        if False:\n",
         "tests/passes/cascade/test_crop.py tests/passes/cascade",
     ),

@@ -21,7 +21,7 @@ from pocketize.engine.pipeline import rewrite
 from pocketize.errors import CaptureError, CropWarning, InputError, OptionError
 from pocketize.graph.capture import capture, find_tensors, settle_inputs
 from pocketize.graph.inputs import Inputs, to_model
-from pocketize.passes.cascade.crops import Crop, box_around, foreground, paste, touched
+from pocketize.passes.cascade.crops import Crop, crop_around, foreground, paste, touched
 from pocketize.passes.cascade.extend_inputs import ExtendInputs
 from pocketize.passes.cascade.guidance import (
     class_maps,
@@ -171,7 +171,7 @@ class Cascade(nn.Module):
         if self.crop is None:
             return self.stage2(self._joined(volume, logits, None))
         mask = foreground(logits, self.background)
-        box = box_around(mask, volume.shape[2:], self.crop, self.multiple)
+        box = crop_around(mask, volume.shape[2:], self.crop, self.multiple)
         output = self.stage2(self._joined(volume, logits, box))
         if box.whole:
             return output

@@ -1,8 +1,8 @@
-"""Boxes around a foreground: finding them, cutting to them, and putting results back."""
+"""Crops around a foreground: finding them, cutting to them, and putting results back."""
 
 from __future__ import annotations
 
-__all__ = ["Crop", "box_around", "foreground", "paste", "touched"]
+__all__ = ["Crop", "crop_around", "foreground", "paste", "touched"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,19 +59,19 @@ def foreground(maps: Tensor, background: int) -> Tensor:
     return maps.argmax(1) != background
 
 
-def box_around(
+def crop_around(
     mask: Tensor, sizes: Sequence[int], margin: Sequence[int], multiple: Sequence[int]
 ) -> Crop:
-    """Return the box around a foreground that was found at a lower resolution.
+    """Return the crop around a foreground that was found at a lower resolution.
 
     Args:
-        mask: (N, *spatial), bool; the box holds the foreground of every sample.
+        mask: (N, *spatial), bool; the crop holds the foreground of every sample.
         sizes: spatial sizes of the volume.
         margin: voxels of the volume to add on both sides of each axis.
-        multiple: the sizes of the box are multiples of these where the volume allows it.
+        multiple: the sizes of the crop are multiples of these where the volume allows it.
 
     Returns:
-        The box, within the volume; all of it where there is no foreground.
+        The crop, within the volume; all of it where there is no foreground.
     """
     seen = mask.any(0)
     low, high = [], []
@@ -92,48 +92,48 @@ def box_around(
     return Crop(tuple(low), tuple(high), tuple(sizes))
 
 
-def touched(part: Tensor, box: Crop, background: int) -> tuple[int, ...]:
-    """Return the axes along which a prediction's foreground reaches a border of its box.
+def touched(part: Tensor, crop: Crop, background: int) -> tuple[int, ...]:
+    """Return the axes along which a prediction's foreground reaches a border of its crop.
 
     Args:
-        part: (N, K, *spatial), a prediction of the box's size.
-        box: the box; where it ends with the volume, nothing can have been cut off.
+        part: (N, K, *spatial), a prediction of the crop's size.
+        crop: the crop; where it ends with the volume, nothing can have been cut off.
         background: its class.
     """
     axes = []
-    for axis in range(len(box.sizes)):
+    for axis in range(len(crop.sizes)):
         faces = []
-        if box.low[axis] > 0:
+        if crop.low[axis] > 0:
             faces.append(part.narrow(axis + 2, 0, 1))
-        if box.high[axis] < box.sizes[axis]:
-            faces.append(part.narrow(axis + 2, box.extent[axis] - 1, 1))
+        if crop.high[axis] < crop.sizes[axis]:
+            faces.append(part.narrow(axis + 2, crop.extent[axis] - 1, 1))
         if any(bool(foreground(face, background).any()) for face in faces):
             axes.append(axis)
     return tuple(axes)
 
 
-def paste(part: Tensor, box: Crop, background: int, outside: Sequence[float] | float) -> Tensor:
-    """Put a result of a box into a volume that is background elsewhere.
+def paste(part: Tensor, crop: Crop, background: int, outside: Sequence[float] | float) -> Tensor:
+    """Put a result of a crop into a volume that is background elsewhere.
 
     Args:
-        part: (..., C, *spatial), of the box's sizes or smaller by a whole number.
-        box: the box.
+        part: (..., C, *spatial), of the crop's sizes or smaller by a whole number.
+        crop: the crop.
         background: its class, which labels (whole numbers) get outside.
         outside: what classes get outside: a value for each, or the value of all but the
             background's, which then is 0.
 
     Raises:
-        InputError: the box does not begin and end with voxels of a lower resolution, or there are
+        InputError: the crop does not begin and end with voxels of a lower resolution, or there are
             more or fewer classes than values.
     """
-    axes = len(box.sizes)
+    axes = len(crop.sizes)
     found = part.shape[-axes:]
     corner, sizes = [], []
-    for have, a, extent, size in zip(found, box.low, box.extent, box.sizes, strict=True):
+    for have, a, extent, size in zip(found, crop.low, crop.extent, crop.sizes, strict=True):
         if a * have % extent or size * have % extent:
             raise InputError(
-                f"cascade: an output of sizes {tuple(found)} for a crop of {box.extent} at "
-                f"{box.low} does not fit into the volume's voxels at that resolution; let stage 2 "
+                f"cascade: an output of sizes {tuple(found)} for a crop of {crop.extent} at "
+                f"{crop.low} does not fit into the volume's voxels at that resolution; let stage 2 "
                 "return full resolution only (no deep supervision), or do not crop"
             )
         corner.append(a * have // extent)

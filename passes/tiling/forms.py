@@ -342,15 +342,15 @@ def _mixed(x: Tensor, axis: int, source: Resampling, constant: float) -> Tensor:
     return total
 
 
-def _native_padding(field: ReceptiveField, window: Interval) -> int:
+def _native_padding(field: ReceptiveField, interval: Interval) -> int:
     """Return the padding along one axis that the convolution operator itself adds.
 
     It adds as much in front as behind, and the surplus is cut from the result. Otherwise the input
     is padded, which copies it. With a graph nothing is cut, as its gradient of 0 would make NaN of
     an Inf in the input.
     """
-    start, stop = field.inside(window)
-    front, behind = field.outside(window)
+    start, stop = field.inside(interval)
+    front, behind = field.outside(interval)
     if start == stop or (front != behind and torch.is_grad_enabled()):
         return 0
     most = max(front, behind)
@@ -360,7 +360,9 @@ def _native_padding(field: ReceptiveField, window: Interval) -> int:
 
 def _broadcast(box: Box, sizes: Sequence[int]) -> Box:
     """Return a box in a map that may have size 1 on some axes."""
-    return tuple(window if size != 1 else (0, 1) for window, size in zip(box, sizes, strict=True))
+    return tuple(
+        interval if size != 1 else (0, 1) for interval, size in zip(box, sizes, strict=True)
+    )
 
 
 class OutOfPlace(Pointwise):

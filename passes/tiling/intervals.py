@@ -21,7 +21,6 @@ __all__ = [
     "linear_resampling",
     "nearest_resampling",
     "pad_resampling",
-    "whole",
 ]
 
 from collections.abc import Sequence
@@ -56,11 +55,6 @@ def hull(a: Box | None, b: Box) -> Box:
     )
 
 
-def whole(box: Box, shape: Sequence[int]) -> bool:
-    """Whether a region covers a tensor (N, C, *spatial)."""
-    return box == box_of(shape)
-
-
 @dataclass(frozen=True)
 class ReceptiveField:
     """The receptive field of a convolution or a pooling along one axis.
@@ -81,42 +75,42 @@ class ReceptiveField:
     padding: int = 0
     dilation: int = 1
 
-    def reads(self, window: Interval) -> Interval:
+    def reads(self, interval: Interval) -> Interval:
         """Return the inputs that an interval of the result reads, not yet cut at the borders."""
-        low = window[0] * self.stride - self.padding
-        return low, (window[1] - 1) * self.stride - self.padding + self._span
+        low = interval[0] * self.stride - self.padding
+        return low, (interval[1] - 1) * self.stride - self.padding + self._span
 
-    def inside(self, window: Interval) -> Interval:
+    def inside(self, interval: Interval) -> Interval:
         """Return the same within the input; an empty interval is at the nearer border."""
-        low, high = self.reads(window)
+        low, high = self.reads(interval)
         low = min(max(low, 0), self.size)
         return low, max(low, min(high, self.size))
 
-    def needed(self, window: Interval) -> Interval:
+    def needed(self, interval: Interval) -> Interval:
         """Return the same, and where all is padding one entry, as tensors must not be empty."""
-        low, high = self.inside(window)
+        low, high = self.inside(interval)
         low = min(low, self.size - 1)
         return low, max(low + 1, high)
 
-    def outside(self, window: Interval) -> tuple[int, int]:
+    def outside(self, interval: Interval) -> tuple[int, int]:
         """Return the number of padding entries before and behind the inputs that are read."""
-        (low, high), (start, stop) = self.reads(window), self.inside(window)
+        (low, high), (start, stop) = self.reads(interval), self.inside(interval)
         return (high - low, 0) if start == stop else (start - low, high - stop)
 
-    def writers(self, window: Interval) -> Interval:
+    def writers(self, interval: Interval) -> Interval:
         """Return the inputs of a transposed convolution that write to an interval of its result.
 
         Input ``i`` writes to ``i * stride - padding + t * dilation``.
         """
-        low = -((-(window[0] + self.padding - self._span + 1)) // self.stride)
-        high = (window[1] - 1 + self.padding) // self.stride + 1
+        low = -((-(interval[0] + self.padding - self._span + 1)) // self.stride)
+        high = (interval[1] - 1 + self.padding) // self.stride + 1
         low = min(max(low, 0), self.size)
         return low, max(low, min(high, self.size))
 
-    def written(self, window: Interval) -> Interval:
+    def written(self, interval: Interval) -> Interval:
         """Return the entries of the result that an interval of inputs writes to, not cut."""
-        low = window[0] * self.stride - self.padding
-        return low, (window[1] - 1) * self.stride - self.padding + self._span
+        low = interval[0] * self.stride - self.padding
+        return low, (interval[1] - 1) * self.stride - self.padding + self._span
 
     @property
     def _span(self) -> int:
@@ -142,16 +136,16 @@ class Resampling:
         one = self.weights is None and len(self.indices) == 1
         return one and bool((self.indices[0] == np.arange(self.indices.shape[1])).all())
 
-    def reads(self, window: Interval) -> Interval:
+    def reads(self, interval: Interval) -> Interval:
         """Return the smallest interval of inputs that an interval of the result reads."""
-        used = self.indices[:, window[0] : window[1]]
+        used = self.indices[:, interval[0] : interval[1]]
         used = used[used >= 0]
         return (int(used.min()), int(used.max()) + 1) if used.size else (0, 0)
 
-    def local(self, window: Interval, read: Interval) -> Resampling:
+    def local(self, interval: Interval, read: Interval) -> Resampling:
         """Return the resampling of an interval, with indices into an interval of inputs."""
-        part = self.indices[:, window[0] : window[1]]
-        weights = None if self.weights is None else self.weights[:, window[0] : window[1]]
+        part = self.indices[:, interval[0] : interval[1]]
+        weights = None if self.weights is None else self.weights[:, interval[0] : interval[1]]
         return Resampling(np.where(part < 0, -1, part - read[0]), weights)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pocketize.errors import CropWarning, InputError
 from pocketize.passes import Cascade
-from pocketize.passes.cascade.crops import Crop, box_around, paste, touched
+from pocketize.passes.cascade.crops import Crop, crop_around, paste, touched
 from tests.examples import examples
 from tests.passes.cascade.nets import Small, Threshold, quiet
 
@@ -42,7 +42,7 @@ def cropping(stage2: nn.Module, **options: Any) -> Cascade:
     return Cascade(quiet(Threshold()), stage2, **options).eval()
 
 
-def test_stage_2_sees_the_box_around_stage_1s_foreground_with_its_margin() -> None:
+def test_stage_2_sees_the_crop_around_stage_1s_foreground_with_its_margin() -> None:
     stage2 = Seen(quiet(Small(1, 2)))
     cascade = cropping(stage2)
     x = square()
@@ -165,7 +165,7 @@ def test_a_box_holds_the_foreground_and_lies_in_the_volume(
     place = [data.draw(st.integers(0, n - 1)) for n in small]
     mask = torch.zeros(1, *small, dtype=torch.bool)
     mask[(0, *place)] = True
-    box = box_around(mask, sizes, [margin] * axes, [multiple] * axes)
+    box = crop_around(mask, sizes, [margin] * axes, [multiple] * axes)
     for axis, (size, n, at) in enumerate(zip(sizes, small, place, strict=True)):
         assert 0 <= box.low[axis] <= max(0, at * size / n - margin)
         assert min(size, (at + 1) * size / n + margin) <= box.high[axis] <= size
