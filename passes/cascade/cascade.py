@@ -1,7 +1,8 @@
-"""Two networks, one after the other: a look at the whole, then the details.
+"""A network on the downscaled volume guides a network on the volume.
 
-The first segments the shrunken volume. Its class maps, resized back, join the image as further
-input channels of the second, which may run patch-wise and still knows what is elsewhere.
+The first segments the downscaled volume. Its class maps, resized back, are concatenated to the
+volume as further input channels of the second network, which may run patch-wise and still sees what
+is elsewhere.
 
 Source: Wehen, "Patch-wise U-Net and cascade", bachelor's thesis, HPI 2023.
 """
@@ -38,7 +39,7 @@ _Self = TypeVar("_Self", bound="Cascade")
 
 
 class Cascade(nn.Module):
-    """A network on the shrunken volume that guides a network on the volume.
+    """A network on the downscaled volume that guides a network on the volume.
 
     ::
 
@@ -81,17 +82,17 @@ class Cascade(nn.Module):
         passes: Sequence[Pass | str] = (),
         inputs: Any = None,
     ) -> None:
-        """Put two networks together.
+        """Combine two networks.
 
         Args:
-            stage1: segments the shrunken volume. Returns logits: one tensor, or several of which
+            stage1: segments the downscaled volume. Returns logits: one tensor, or several of which
                 the first at full resolution counts (deep supervision). A single class is the
                 foreground, from a sigmoid.
             stage2: segments the volume; unchanged.
             scale: of stage 1's volume, in (0, 1]; one number for all spatial axes or one for each.
             guidance: "argmax" gives stage 2 the likeliest class as ones and zeros, "softmax"
                 probabilities; both made at the small size and then resized linearly.
-            classes: how many class maps stage 1 returns; None finds out by recording it.
+            classes: how many class maps stage 1 returns; None finds out by tracing it.
             multiple: what the sizes that stage 1 sees, and those of crops, are multiples of: 16 for
                 networks with four poolings that pad nothing.
             crop: None runs stage 2 on the volume, a number of voxels (or one for each axis) on the
@@ -159,7 +160,7 @@ class Cascade(nn.Module):
         self.stage1, self.stage2 = stage1, stage2
 
     def forward(self, volume: Tensor) -> Any:
-        """Return what stage 2 says of a volume, guided by stage 1.
+        """Return the output of stage 2 for a volume, guided by stage 1.
 
         Args:
             volume: (N, C, *spatial), what both networks were made for.
@@ -185,7 +186,7 @@ class Cascade(nn.Module):
         )
 
     def shrink(self, volume: Tensor) -> Tensor:
-        """Return what stage 1 sees of a volume: (N, C, *small), linearly resized."""
+        """Return the input of stage 1 for a volume: (N, C, *small), linearly resized."""
         return resize(volume, self._small(volume))
 
     def guide(self, volume: Tensor) -> Tensor:
@@ -199,8 +200,8 @@ class Cascade(nn.Module):
     def guide_by_labels(self, labels: Tensor) -> Tensor:
         """Return the guidance of a perfect stage 1, (N, K, *spatial), to train stage 2 with.
 
-        The ground truth is resized down and up again, as stage 1's prediction would be: what is
-        too small for stage 1 is not in it.
+        The ground truth is resized down and up again, like stage 1's prediction, and loses what is
+        too small for stage 1.
 
         Args:
             labels: classes as whole numbers, (N, *spatial) or (N, 1, *spatial).
@@ -227,7 +228,7 @@ class Cascade(nn.Module):
         return shares.argmax(1)
 
     def refine(self, volume: Tensor, guidance: Tensor) -> Any:
-        """Return what stage 2 says of a volume with any guidance, (N, K, *spatial).
+        """Return the output of stage 2 for a volume and any guidance, (N, K, *spatial).
 
         Raises:
             InputError: the guidance has other classes or sizes than the volume wants.
@@ -268,7 +269,7 @@ class Cascade(nn.Module):
         return logits
 
     def _joined(self, volume: Tensor, logits: Tensor, box: Crop | None) -> Tensor:
-        """Return what stage 2 reads; the maps at full size are gone before it runs."""
+        """Return the input of stage 2; the maps at full size are freed before it runs."""
         maps = resize(class_maps(logits, self.guidance), volume.shape[2:]).to(volume.dtype)
         if box is not None:
             volume, maps = box.cut(volume), box.cut(maps)
@@ -302,14 +303,14 @@ class Cascade(nn.Module):
             )
 
     def _count(self, stage1: nn.Module, volume: Tensor | None) -> tuple[int, Tensor]:
-        """Find out how many classes stage 1 returns, by recording it without memory.
+        """Find out how many classes stage 1 returns, by tracing it without memory.
 
         Args:
             stage1: the network.
             volume: an example; None guesses what stage 1 takes.
 
         Returns:
-            The number, and what was recorded.
+            The number, and the traced input.
         """
         try:
             if volume is not None:
@@ -329,7 +330,7 @@ class Cascade(nn.Module):
 
 
 def _volume(stage2: nn.Module, inputs: Any) -> Tensor:
-    """Return an example of what stage 2 takes."""
+    """Return an example input of stage 2."""
     settled = settle_inputs(stage2, inputs)
     tensors = settled.tensors()
     if len(tensors) != 1 or tensors[0].ndim not in (3, 4, 5):
@@ -341,7 +342,7 @@ def _volume(stage2: nn.Module, inputs: Any) -> Tensor:
 
 
 def _check_channels(seen: Tensor | None, volume: Tensor) -> None:
-    """Check that both stages see the same volume, where it is known what stage 1 sees."""
+    """Check that both stages read the same volume, where the input of stage 1 is known."""
     if not volume.shape[1]:
         raise InputError("cascade: stage 2 reads class maps only, expected a volume before them")
     if seen is not None and (seen.ndim != volume.ndim or seen.shape[1] != volume.shape[1]):

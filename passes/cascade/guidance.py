@@ -1,4 +1,4 @@
-"""From a first network's prediction, or from labels, to class maps that a second one is guided by.
+"""Class maps from a first network's prediction, or from labels, to guide a second network.
 
 Everything is resized linearly (bilinear, trilinear) with ``align_corners=False`` and without
 antialiasing: voxels are cells, and the corners of the first and the last coincide.
@@ -32,7 +32,7 @@ def resize(x: Tensor, sizes: Sequence[int]) -> Tensor:
 def shrunken(
     sizes: Sequence[int], scale: Sequence[float], multiple: Sequence[int]
 ) -> tuple[int, ...]:
-    """Return the sizes that a first stage sees.
+    """Return the sizes of a first stage's input.
 
     Args:
         sizes: spatial sizes of the volume.
@@ -40,7 +40,7 @@ def shrunken(
         multiple: of each axis, what the result is rounded to; at least one of it remains.
 
     Returns:
-        ``floor(size * scale)``, as ``torch.nn.functional.interpolate`` has it, to the nearest
+        ``floor(size * scale)``, as in ``torch.nn.functional.interpolate``, to the nearest
         multiple.
     """
     made = []
@@ -79,7 +79,7 @@ def prediction_of(output: Any, sizes: Sequence[int]) -> Tensor:
 
 
 def class_maps(logits: Tensor, guidance: str) -> Tensor:
-    """Return what a prediction says of each class.
+    """Return class maps of a prediction.
 
     Args:
         logits: (N, K, *spatial). A single class is the foreground, from a sigmoid.
@@ -99,7 +99,7 @@ def class_maps(logits: Tensor, guidance: str) -> Tensor:
 def shrink_labels(
     labels: Tensor, classes: int, sizes: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return the share that each class has in the cells of a smaller volume.
+    """Return the fraction of each class in the cells of a smaller volume.
 
     One class after the other is resized, so that maps of all classes exist at the small size only.
 

@@ -38,6 +38,7 @@ from pocketize.passes.tiling.forward import (
     is_traced,
     output_reduction,
     plain,
+    volume_of,
 )
 from pocketize.passes.tiling.operators import draws
 from pocketize.passes.tiling.processes import (
@@ -123,15 +124,14 @@ def prepare_traced(trace: ForwardTrace, tiling: Tiling) -> Prepared:
                 "numbers, which tiles would draw in another order; set its probability to 0, or "
                 "put it into evaluation mode"
             )
-    volume = graph.volume
     if tiling.size is None:
 
         def peak_of(tile: tuple[int, ...]) -> int:
             return estimated_peak(trace, build_program(graph, tile), tiling)
 
-        tile, peak = largest_tile(volume, tiling.peak_limit, peak_of, "a forward")
+        tile, peak = largest_tile(graph.volume, tiling.peak_limit, peak_of, "a forward")
         return Prepared(trace, build_program(graph, tile), peak)
-    program = build_program(graph, tiling.tile(volume), sampled=tiling.sampled)
+    program = build_program(graph, tiling.tile(graph.volume), sampled=tiling.sampled)
     if not any(isinstance(step, TileLoop) for step in program.steps):
         raise TilingError(
             "none of its operators on maps can be computed part by part: " + _obstacles_text(graph)
@@ -283,14 +283,14 @@ class ExactForward(PatchForward):
         asks = tuple(t.requires_grad for t in [*self.module.parameters(), *inputs.tensors()])
         key = (tiling, asks, _shapes(inputs), autocast_state(), fingerprint(self.module))
         if key not in _SIZES:
-            volume = max(inputs.tensors(), key=lambda t: (t.ndim, t.numel())).shape[2:]
 
             def peak_of(tile: tuple[int, ...]) -> int:
                 sampled = SampledTiling(**{**vars(tiling), "size": tile, "max_peak": None})
                 peak = measured_peak(self.module, inputs, sampled)
                 return peak + peak // _SLACK
 
-            tile, _ = largest_tile(volume, tiling.peak_limit, peak_of, "a training step with Adam")
+            limit, what = tiling.peak_limit, "a training step with Adam"
+            tile, _ = largest_tile(volume_of(inputs), limit, peak_of, what)
             while len(_SIZES) >= _CACHED_SIZES:
                 del _SIZES[next(iter(_SIZES))]
             _SIZES[key] = replace(tiling, size=tile, max_peak=None)

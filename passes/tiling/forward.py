@@ -17,6 +17,7 @@ __all__ = [
     "output_reduction",
     "plain",
     "spatial_axis",
+    "volume_of",
 ]
 
 import contextlib
@@ -153,6 +154,12 @@ class SampledTiling(Tiling):
 
 def _several(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def volume_of(inputs: Inputs) -> tuple[int, ...]:
+    """Return the spatial sizes of the largest input."""
+    largest = max(inputs.tensors(), key=lambda t: (t.ndim, t.numel()))
+    return tuple(largest.shape[2:])
 
 
 def spatial_axis(axis: int, rank: int) -> int:

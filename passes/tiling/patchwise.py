@@ -28,7 +28,7 @@ from pocketize.passes.shared.forwards import first_parameter, obstacle, wrapping
 from pocketize.passes.shared.order import REBUILDING
 from pocketize.passes.tiling.exact import ExactForward, Prepared, check_training, prepare
 from pocketize.passes.tiling.figures import measured_peak
-from pocketize.passes.tiling.forward import PatchForward, SampledTiling, Tiling
+from pocketize.passes.tiling.forward import PatchForward, SampledTiling, Tiling, volume_of
 from pocketize.passes.tiling.plan_text import (
     exact_notes,
     probe,
@@ -212,8 +212,7 @@ class Patchwise(Tiling, Pass):
         forward = ExactForward(copy, tiling)
         forward.install()
         sized = forward.sized(target.inputs)
-        volume = max(target.inputs.tensors(), key=lambda t: (t.ndim, t.numel())).shape[2:]
-        tile = sized.tile(volume)
+        tile = sized.tile(volume_of(target.inputs))
         try:
             by_tiles = measured_peak(copy, target.inputs, SampledTiling(**vars(sized)))
             return tile, by_tiles, measured_peak(target.model, target.inputs)

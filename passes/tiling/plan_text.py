@@ -33,7 +33,7 @@ from pocketize.passes.tiling.figures import (
     overhead,
     whole_peak,
 )
-from pocketize.passes.tiling.forward import PatchForward, Tiling, spatial_axis
+from pocketize.passes.tiling.forward import PatchForward, Tiling, spatial_axis, volume_of
 from pocketize.passes.tiling.program import Program, TileLoop
 from pocketize.passes.tiling.slabs import SlabForward, Volume
 from pocketize.passes.tiling.tiled_graph import TiledGraph, TilingError
@@ -297,7 +297,7 @@ def probe(
     small, rounding = found
     copy = clone(model)
     set_mode(copy, False)
-    sizes = _volume(small)
+    sizes = volume_of(small)
     tile = _tile(tiling, sizes)
     kept = tiling.keep_dtype if rounded else None
     alone = Tiling(size=tile, axis=tiling.axis, progress=False, keep_dtype=kept)
@@ -345,7 +345,7 @@ def _small_inputs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, float] | No
 
 
 def _candidates(inputs: Inputs) -> Iterator[Inputs]:
-    sizes = _volume(inputs)
+    sizes = volume_of(inputs)
     if torch.Size(sizes).numel() <= _SMALL:
         yield inputs
         return
@@ -366,11 +366,6 @@ def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     return torch.randn(tensor.shape, generator=generator).to(tensor)
-
-
-def _volume(inputs: Inputs) -> tuple[int, ...]:
-    largest = max(inputs.tensors(), key=lambda t: (t.ndim, t.numel()))
-    return tuple(largest.shape[2:])
 
 
 def _tile(tiling: Tiling, sizes: Sequence[int]) -> tuple[int, ...]:
