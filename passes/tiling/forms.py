@@ -217,9 +217,6 @@ class Pooling(_Kernel):
     """The largest or the mean entry of pooling windows.
 
     Args:
-        node: the operator.
-        source: the input map.
-        fields: one for each spatial axis.
         kind: "max" or "mean".
         ends: for means, where the padding behind ends on each axis: entries beyond it do not count
             to a window's size, as with ``ceil_mode``.
