@@ -278,7 +278,7 @@ FAULTS = [
         "passes/swaps/conversions.py",
         "(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _RUNNING),",
         "(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _RUNNING[:3]),",
-        "tests/passes/swaps/test_inner.py tests/passes/swaps",
+        "tests/passes/swaps/test_intermediate.py tests/passes/swaps",
     ),
     Fault(
         "float64 weights are taken for autocast",
