@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from pocketize._torch import ConvNd
 from pocketize.channels.groups import ChannelGroup, ChannelGroups, Member
-from pocketize.channels.labels import Indices, UnionFind, Value
+from pocketize.channels.labels import Indices, UnionFind, Value, along
 from pocketize.channels.rules import Call, LayerChannels, apply_rule, sums_or_maps, unlabelled
 from pocketize.errors import CaptureError
 from pocketize.graph.capture import Captured, Studio, settle_inputs
@@ -170,7 +170,7 @@ class Analysis:
         for axis in range(len(shape)):
             indices = self.axes.get((name, axis))
             if indices is not None:
-                labels.append(indices.reshape([-1 if a == axis else 1 for a in range(len(shape))]))
+                labels.append(along(indices, axis, len(shape)))
         return Value(shape, tuple(labels))
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:

@@ -86,6 +86,11 @@ def axes_of(label: Indices) -> list[int]:
     return [axis for axis, size in enumerate(label.shape) if size > 1]
 
 
+def along(indices: Indices, axis: int, rank: int) -> Indices:
+    """Return a vector of channel indices as a label on one axis of a tensor of some rank."""
+    return indices.reshape([-1 if a == axis else 1 for a in range(rank)])
+
+
 class UnionFind:
     """Collects unions of channel indices, and the reasons why some are frozen."""
 
@@ -109,9 +114,7 @@ class UnionFind:
     def fresh(self, shape: Sequence[int], axes: Iterable[int]) -> tuple[Indices, ...]:
         """Return labels of fresh indices for some axes of a tensor."""
         return tuple(
-            self.new(shape[axis]).reshape([-1 if a == axis else 1 for a in range(len(shape))])
-            for axis in axes
-            if shape[axis] > 1
+            along(self.new(shape[axis]), axis, len(shape)) for axis in axes if shape[axis] > 1
         )
 
     def is_fresh(self, label: Indices) -> bool:

@@ -144,9 +144,9 @@ def select_by_value(call: Call) -> Result:
     value: Value = call.values()[0]
     axis = value.axis(call.get("dim", -1))
     kept = call.tie_axes(value, [axis])
-    gone = len(call.shapes[0] if isinstance(call.node.meta["val"], tuple) else call.shape)
+    gone = len(call.shapes[0] if call.several else call.shape)
     labels = tuple(x if gone == value.ndim else x.squeeze(axis) for x in kept.labels)
-    if isinstance(call.node.meta["val"], tuple | list):
+    if call.several:
         return [Value(shape, labels) for shape in call.shapes]
     return Value(call.shape, labels)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pocketize.channels.labels import Indices, Value
+from pocketize.channels.labels import Indices, Value, along
 from pocketize.channels.rules.table import Call, Result, channel_rule
 from pocketize.ops import Kind
 
@@ -28,19 +28,15 @@ def pointwise(call: Call) -> Result:
     if call.operator == "aten.where" and "input" not in call.arguments and len(call.values()) == 1:
         call.freeze(call.values()[0], "tells where it is not zero")
         return [Value(shape) for shape in call.shapes]
-    shape = call.shapes[0] if _is_list(call) else call.shape
+    shape = call.shapes[0] if call.several else call.shape
     out = call.unions.align(call.values(), shape, call.reason)
-    return [out] * len(call.shapes) if _is_list(call) else out
+    return [out] * len(call.shapes) if call.several else out
 
 
 @channel_rule("aten.to", "aten.type_as", replace=True)
 def convert(call: Call) -> Result:
     """Another tensor says the dtype and the device; no channel comes of it."""
     return Value(call.shape, call.values()[0].labels)
-
-
-def _is_list(call: Call) -> bool:
-    return isinstance(call.node.meta["val"], tuple | list)
 
 
 @channel_rule(Kind.CONVOLUTION, Kind.TRANSPOSED_CONVOLUTION)
@@ -73,7 +69,7 @@ def convolution(call: Call) -> Result:
     call.read(indices)
     call.produce(out)
     rest = x.off(channel)
-    return Value(call.shape, (*rest, _along(out, channel, x.ndim)) if out is not None else rest)
+    return Value(call.shape, (*rest, along(out, channel, x.ndim)) if out is not None else rest)
 
 
 def _grouped(
@@ -117,10 +113,6 @@ def _grouped(
     return out
 
 
-def _along(indices: Indices, axis: int, rank: int) -> Indices:
-    return indices.reshape([-1 if a == axis else 1 for a in range(rank)])
-
-
 @channel_rule(Kind.LINEAR)
 def linear(call: Call) -> Result:
     """A linear layer acts on the last axis; the others pass."""
@@ -141,7 +133,7 @@ def linear(call: Call) -> Result:
         call.unite(out, call.vector_on(bias, 0))
     call.produce(out)
     rest = x.off(last)
-    return Value(call.shape, (*rest, _along(out, last, x.ndim)) if out is not None else rest)
+    return Value(call.shape, (*rest, along(out, last, x.ndim)) if out is not None else rest)
 
 
 @channel_rule("aten.embedding")
@@ -153,7 +145,7 @@ def embedding(call: Call) -> Result:
     call.produce(out)
     rank = len(call.shape)
     rows = tuple(label[..., None] for label in call["indices"].labels)
-    return Value(call.shape, (*rows, _along(out, rank - 1, rank)) if out is not None else rows)
+    return Value(call.shape, (*rows, along(out, rank - 1, rank)) if out is not None else rows)
 
 
 @channel_rule(Kind.CHANNEL_NORM)
@@ -167,7 +159,7 @@ def channel_norm(call: Call) -> Result:
             call.unite(indices, call.vector_on(parameter, 0))
     call.read(indices)
     call.count("num_features", indices)
-    if _is_list(call):
+    if call.several:
         return [Value(call.shapes[0], x.labels), *map(Value, call.shapes[1:])]
     return call.like("input")
 
@@ -205,7 +197,7 @@ def layer_norm(call: Call) -> Result:
         axis = x.ndim - len(normalized) + offset
         if x.label_on(axis) is not None:
             call.count(f"normalized_shape.{offset}", call.vector_on(x, axis))
-    if _is_list(call):
+    if call.several:
         return [Value(call.shapes[0], x.labels), *map(Value, call.shapes[1:])]
     return call.like("input")
 
@@ -228,7 +220,7 @@ def weight_norm(call: Call) -> Result:
     """Direction and magnitude share the axis that the magnitude lives on."""
     direction: Value = call["v"]
     out = call.unions.align([direction, call["g"]], direction.shape, call.reason)
-    return [out, call["g"]] if _is_list(call) else out
+    return [out, call["g"]] if call.several else out
 
 
 @channel_rule(Kind.POOLING, Kind.ADAPTIVE_POOLING, Kind.RESIZE)
@@ -242,7 +234,7 @@ def spatial(call: Call) -> Result:
         if x.ndim == rank + 2:
             call.unite(call.vector_on(x, 0), call.vector_on(samples, 0))
     labels = call.tie_axes(x, range(x.ndim - rank, x.ndim)).labels
-    if _is_list(call):
+    if call.several:
         return [Value(shape, labels) for shape in call.shapes]
     return Value(call.shape, labels)
 

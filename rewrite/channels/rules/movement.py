@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pocketize.channels.labels import FROZEN, Indices, Value, axes_of, squeeze_constant
+from pocketize.channels.labels import FROZEN, Indices, Value, along, axes_of, squeeze_constant
 from pocketize.channels.rules.table import Call, Result, channel_rule
 from pocketize.ops import Kind
 
@@ -212,9 +212,10 @@ def pixel_shuffle(call: Call) -> Result:
         groups = indices.reshape(-1, run)
         call.unite(groups, groups[:, :1])
         indices = groups[:, 0]
-    along = indices.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
     rest = value.off(axis)
-    return Value(call.shape, (*rest, along) if along.size > 1 else rest)
+    if indices.size < 2:
+        return Value(call.shape, rest)
+    return Value(call.shape, (*rest, along(indices, axis, value.ndim)))
 
 
 @channel_rule("aten.channel_shuffle", "aten.native_channel_shuffle")
@@ -226,9 +227,7 @@ def channel_shuffle(call: Call) -> Result:
         return call.like("input" if "input" in call.arguments else "self")
     groups = indices.reshape(call["groups"], -1)
     call.unite(groups, groups[:1])
-    along = groups.T.reshape([-1 if a == 1 else 1 for a in range(value.ndim)])
-    rest = value.off(1)
-    return Value(call.shape, (*rest, along))
+    return Value(call.shape, (*value.off(1), along(groups.T.reshape(-1), 1, value.ndim)))
 
 
 @channel_rule("aten.im2col")

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from pocketize.channels.labels import FROZEN, Indices, Value
+from pocketize.channels.labels import FROZEN, Indices, Value, along
 from pocketize.channels.rules.table import Call, Result, channel_rule
 from pocketize.ops import Kind
 
@@ -31,8 +31,7 @@ def cat(call: Call) -> Result:
     joined = np.concatenate(vectors)
     if (joined == FROZEN).all():
         return Value(call.shape, rest.labels)
-    along = joined.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    return Value(call.shape, (*rest.labels, along))
+    return Value(call.shape, (*rest.labels, along(joined, axis, len(shape))))
 
 
 @channel_rule(Kind.STACK)
@@ -69,8 +68,7 @@ def _part(call: Call, value: Value, axis: int, indices: Indices, shape: tuple[in
         call.unions.freeze(indices, f"{call.where} takes it alone")
     if indices.size < 2:
         return Value(shape, rest)
-    along = indices.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
-    return Value(shape, (*rest, along))
+    return Value(shape, (*rest, along(indices, axis, value.ndim)))
 
 
 @channel_rule(Kind.SLICE)
@@ -108,7 +106,7 @@ def select(call: Call) -> Result:
     axis = value.axis(call.get("dim", 0))
     kept = call.tie_axes(value, [axis])
     labels = tuple(x.squeeze(axis) for x in kept.labels)
-    if isinstance(call.node.meta["val"], tuple | list):
+    if call.several:
         return [Value(shape, labels) for shape in call.shapes]
     return Value(call.shape, labels)
 
@@ -173,5 +171,7 @@ def glu(call: Call) -> Result:
         return Value(call.shape, value.labels)
     halves = indices.reshape(2, -1)
     call.unite(halves[0], halves[1])
-    along = halves[0].reshape([-1 if a == axis else 1 for a in range(value.ndim)])
-    return Value(call.shape, (*value.off(axis), along) if along.size > 1 else value.off(axis))
+    rest = value.off(axis)
+    if halves[0].size < 2:
+        return Value(call.shape, rest)
+    return Value(call.shape, (*rest, along(halves[0], axis, value.ndim)))

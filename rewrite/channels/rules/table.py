@@ -144,6 +144,11 @@ class Call:
         return tuple(self.node.meta["val"].shape)
 
     @property
+    def several(self) -> bool:
+        """Whether the operator has several results."""
+        return isinstance(self.node.meta["val"], tuple | list)
+
+    @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the results of an operator that has several."""
         return [tuple(v.shape) if isinstance(v, Tensor) else () for v in self.node.meta["val"]]
