@@ -37,6 +37,7 @@ from pocketize.passes.tiling.intervals import (
     nearest_resampling,
     pad_resampling,
 )
+from pocketize.passes.tiling.shuffles import Shuffled
 
 Bound: TypeAlias = Mapping[str, Any]
 _FACET = "tile form"
@@ -65,8 +66,6 @@ def local_form(node: fx.Node, rank: int) -> Form:
         return _split_part(node, rank)
     record = operator_of(node.target)
     rule = record.facet(_FACET)
-    if rule is UNKNOWN and torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        rule = _pointwise
     if rule is UNKNOWN:
         raise NotLocal(f"{name} is not known to be local")
     check_rank(node, rank)
@@ -119,9 +118,10 @@ def _first_node(bound: Bound) -> fx.Node:
 @register(
     _FACET,
     Kind.ACTIVATION,
+    Kind.ASSIGNMENT,
     Kind.COPY,
-    *("aten.copy", "aten.fill", "aten.floor_divide", "aten.rsub", "aten.__and__"),
-    *("aten.full_like", "aten.ones_like", "aten.zeros_like", "aten.masked_fill", "aten.where"),
+    Kind.POINTWISE,
+    *("aten.full_like", "aten.ones_like", "aten.zeros_like"),
 )
 def _pointwise(node: fx.Node, bound: Bound, rank: int) -> Form:
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
@@ -156,10 +156,7 @@ def _out_of_place(node: fx.Node, maps: list[fx.Node]) -> Form:
     return Pointwise(node, maps)
 
 
-@register(
-    _FACET,
-    *("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"),
-)
+@register(_FACET, Kind.DROPOUT)
 def _dropout(node: fx.Node, bound: Bound, rank: int) -> Form:
     if bound["train"] and bound["p"]:
         raise NotLocal("it draws random numbers for the whole map")
@@ -175,9 +172,9 @@ def _channel_norm(node: fx.Node, bound: Bound, rank: int) -> Form:
     return _out_of_place(node, [bound["input"]])
 
 
-@register(_FACET, "aten.prelu")
-def _prelu(node: fx.Node, bound: Bound, rank: int) -> Form:
-    return _out_of_place(node, [bound["self"]])
+@register(_FACET, Kind.PRELU, "aten.channel_shuffle", "aten.native_channel_shuffle")
+def _mixes_channels(node: fx.Node, bound: Bound, rank: int) -> Form:
+    return _out_of_place(node, [_first_node(bound)])
 
 
 @register(_FACET, Kind.SOFTMAX, "aten.glu", "aten.cumsum", "aten.logcumsumexp")
@@ -232,22 +229,14 @@ def _split_part(node: fx.Node, rank: int) -> Form:
 # -- kernels -------------------------------------------------------------------------------------
 
 
-@register(_FACET, "aten.convolution", *(f"aten.conv{d}d" for d in (1, 2, 3)))
+@register(_FACET, Kind.CONVOLUTION, Kind.TRANSPOSED_CONVOLUTION)
 def _convolution(node: fx.Node, bound: Bound, rank: int) -> Form:
-    cls = Transposed if bound.get("transposed") else Convolution
-    return _weighted(cls, node, bound, rank)
-
-
-@register(_FACET, *(f"aten.conv_transpose{d}d" for d in (1, 2, 3)))
-def _transposed(node: fx.Node, bound: Bound, rank: int) -> Form:
-    return _weighted(Transposed, node, bound, rank)
-
-
-def _weighted(
-    cls: type[Convolution] | type[Transposed], node: fx.Node, bound: Bound, rank: int
-) -> Form:
-    source, fields = bound["input"], _fields(node, bound["input"], bound, rank)
-    return cls(node, source, bound["weight"], bound["bias"], fields, bound["groups"])
+    record = operator_of(node.target)
+    transposed = bound.get("transposed", record.kind is Kind.TRANSPOSED_CONVOLUTION)
+    cls = Transposed if transposed else Convolution
+    source = bound[str(record.data)]
+    fields = _fields(node, source, bound, rank)
+    return cls(node, source, bound["weight"], bound.get("bias"), fields, bound["groups"])
 
 
 @register(_FACET, *(f"aten.max_pool{d}d" for d in (1, 2, 3)))
@@ -377,6 +366,14 @@ def _slice(node: fx.Node, bound: Bound, rank: int) -> Form:
         return Pointwise(node, [source])
     wanted = slice(bound["start"], bound["end"], bound["step"])
     return _cropped(node, source, dim, wanted.indices(_sizes(source)[dim - 2]))
+
+
+@register(_FACET, "aten.pixel_shuffle", "aten.pixel_unshuffle")
+def _pixel_shuffle(node: fx.Node, bound: Bound, rank: int) -> Form:
+    if rank != 2:
+        raise NotLocal(f"it shuffles two spatial axes, and the input has {rank}")
+    up = bound.get("upscale_factor")
+    return Shuffled(node, bound["self"], up or bound["downscale_factor"], up=up is not None)
 
 
 @register(_FACET, "aten.narrow")

@@ -9,7 +9,6 @@ __all__ = [
     "leave_views_out",
     "simplify",
     "viewed",
-    "written_by",
 ]
 
 import math
@@ -23,6 +22,7 @@ from pocketize._torch import OpOverload, schema_of, storage_key
 from pocketize.errors import RewriteError
 from pocketize.graph.capture import Captured
 from pocketize.ops import Kind, bind, operator_name, operator_of
+from pocketize.ops.effects import written_nodes
 from pocketize.passes.tiling.forms import Convolution, Form, Transposed
 from pocketize.passes.tiling.operators import NotLocal, local_form
 from pocketize.passes.tiling.statistics import (
@@ -146,7 +146,7 @@ class TiledGraph:
         """
         aliases = AliasSets(self.captured.graph)
         for node in self.captured.operators():  # also where, by the trace, nothing uses it
-            for written in written_by(node):
+            for written in written_nodes(node):
                 reader = aliases.read_after(node, written)
                 if reader is not None:
                     larger = reader.meta["val"].numel() > written.meta["val"].numel()
@@ -205,23 +205,6 @@ class AliasSets:
             if other < node and any(user > node for user in other.users):
                 return other
         return None
-
-
-def written_by(node: fx.Node) -> list[fx.Node]:
-    """Return the tensors that an operator writes into, by its schema."""
-    target = node.target
-    if not (isinstance(target, OpOverload) and schema_of(target).is_mutable):
-        return []
-    found: list[fx.Node] = []
-    for index, argument in enumerate(schema_of(target).arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        given = node.kwargs.get(argument.name)
-        if index < len(node.args):
-            given = node.args[index]
-        several = given if isinstance(given, list | tuple) else [given]
-        found += [each for each in several if isinstance(each, fx.Node)]
-    return found
 
 
 def viewed(node: fx.Node) -> fx.Node | None:

@@ -35,6 +35,7 @@ from pocketize.graph.capture import Captured, find_tensors, quiet_recording, rec
 from pocketize.graph.clone import fake_clone
 from pocketize.graph.inputs import Inputs
 from pocketize.ops import Kind, bind, operator_of
+from pocketize.ops.effects import written_nodes
 from pocketize.passes.shared.forwards import first_parameter, wrapping
 from pocketize.passes.shared.nests import map_tensors
 from pocketize.passes.tiling.forward import PatchForward, name_and_code
@@ -48,7 +49,7 @@ from pocketize.passes.tiling.side_effects import (
     is_table,
     state_of,
 )
-from pocketize.passes.tiling.tiled_graph import AliasSets, TilingError, simplify, written_by
+from pocketize.passes.tiling.tiled_graph import AliasSets, TilingError, simplify
 from pocketize.passes.tiling.training import stop_tracking
 
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
@@ -294,7 +295,7 @@ def _check_written(node: fx.Node, aliases: AliasSets) -> None:
 def _written(node: fx.Node) -> list[fx.Node]:
     """Return what an operator writes into, also running statistics, which no schema declares."""
     if operator_of(node.target).kind is not Kind.CHANNEL_NORM:
-        return written_by(node)
+        return written_nodes(node)
     bound = bind(node.target, node.args, node.kwargs)
     updates = bound.get("training", bound.get("use_input_stats"))
     running = [bound.get("running_mean"), bound.get("running_var")]

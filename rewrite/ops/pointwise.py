@@ -36,7 +36,8 @@ _define(
     data="self",
     keeps="input",
 )
-_define(Kind.PRELU, "prelu", "_prelu_kernel", data="self", keeps="input")
+_define(Kind.PRELU, "prelu", data="self", keeps="input")
+_define(UNKNOWN, "_prelu_kernel", data="self", keeps="input")
 _define(
     Kind.SOFTMAX,
     "softmax",

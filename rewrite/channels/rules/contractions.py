@@ -19,14 +19,10 @@ def matmul(call: Call) -> Result:
     return contract(call, left, right)
 
 
-@channel_rule("aten.addmm", "aten.baddbmm", "aten.addmv", "aten.addbmm")
+@channel_rule("aten.addmm", "aten.baddbmm", "aten.addmv")
 def add_matmul(call: Call) -> Result:
     """A product of matrices plus a tensor."""
     bias, left, right = call.values()[:3]
-    if call.operator == "aten.addbmm":
-        for value in (bias, left, right):
-            call.freeze(value)
-        return Value(call.shape)
     product = contract(call, left, right)
     return call.unions.align([product, bias], call.shape, call.reason)
 
@@ -158,6 +154,16 @@ def reduce(call: Call) -> Result:
     ``max`` and ``min`` of two tensors are element-wise. Where the position of an extreme is asked
     for, the axes stay whole: it counts from the first channel.
     """
+    return _reduced(call, tells_where=_tells_where(call))
+
+
+@channel_rule("aten.argmax", "aten.argmin", replace=True)
+def argmax(call: Call) -> Result:
+    """The position of an extreme counts from the first channel."""
+    return _reduced(call, tells_where=True)
+
+
+def _reduced(call: Call, *, tells_where: bool) -> Result:
     tensors = call.values()
     value = tensors[0]
     if len(tensors) > 1:
@@ -169,23 +175,20 @@ def reduce(call: Call) -> Result:
         axes = [d % value.ndim for d in ([dims] if isinstance(dims, int) else dims)]
     keep = bool(call.get("keepdim", False))
     reason = f"{call.where} needs the axis whole"
-    if _tells_where(call):
+    if tells_where:
         value = call.tie_axes(value, axes)
     labels = []
     for label in value.labels:
         left = call.unions.reduce(label, axes, reason)
         if axes_of(left):
             labels.append(left if keep else left.squeeze(tuple(axes)))
-    out = call.node.meta["val"]
-    if isinstance(out, tuple | list):
+    if call.several:
         return [Value(shape, tuple(labels)) for shape in call.shapes]
     return Value(call.shape, tuple(labels))
 
 
 def _tells_where(call: Call) -> bool:
     """Whether an index along the axes that vanish is used."""
-    if call.operator in ("aten.argmax", "aten.argmin"):
-        return True
     return isinstance(call.node.meta["val"], tuple) and any(
         part.args[1] == 1 and part.users and not part.meta["val"].is_floating_point()
         for part in call.node.users

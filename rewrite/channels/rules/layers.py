@@ -19,18 +19,25 @@ from pocketize.ops import Kind
     Kind.DROPOUT,
     Kind.LIKE,
     Kind.SOFTMAX,
+    "aten._prelu_kernel",  # whose slopes have the input's axes
     "aten.broadcast_tensors",
     "aten.cumprod",
     "aten.cumsum",
 )
 def pointwise(call: Call) -> Result:
     """Operands that meet element by element share their channels."""
-    if call.operator == "aten.where" and "input" not in call.arguments and len(call.values()) == 1:
-        call.freeze(call.values()[0], "tells where it is not zero")
-        return [Value(shape) for shape in call.shapes]
     shape = call.shapes[0] if call.several else call.shape
     out = call.unions.align(call.values(), shape, call.reason)
     return [out] * len(call.shapes) if call.several else out
+
+
+@channel_rule("aten.where", replace=True)
+def where(call: Call) -> Result:
+    """With one tensor alone, the places where it is not zero."""
+    if not call.several:
+        return pointwise(call)
+    call.freeze(call.values()[0], "tells where it is not zero")
+    return [Value(shape) for shape in call.shapes]
 
 
 @channel_rule("aten.to", "aten.type_as", replace=True)
@@ -208,10 +215,7 @@ def prelu(call: Call) -> Result:
     x: Value = call["self"]
     weight: Value = call["weight"]
     if max(weight.shape, default=1) > 1 and x.ndim > 1:
-        axis = 1 if call.operator == "aten.prelu" else None
-        if axis is None:
-            return call.unions.align([x, weight], x.shape, call.reason)
-        call.unite(call.vector_on(x, axis), call.vector_on(weight, 0))
+        call.unite(call.vector_on(x, 1), call.vector_on(weight, 0))
     return call.like("self")
 
 
@@ -251,8 +255,14 @@ def max_unpool(call: Call) -> Result:
 @channel_rule(Kind.FACTORY)
 def factory(call: Call) -> Result:
     """A tensor made in the forward takes its size from what it meets, until a check says no."""
+    return Value(call.shape, call.unions.fresh(call.shape, range(len(call.shape))))
+
+
+@channel_rule("aten.eye", replace=True)
+def eye(call: Call) -> Result:
+    """A square unit matrix stays square."""
     labels = call.unions.fresh(call.shape, range(len(call.shape)))
-    if call.operator == "aten.eye" and len(labels) == 2 and len(set(call.shape)) == 1:
+    if len(labels) == 2 and len(set(call.shape)) == 1:
         call.unite(labels[0].reshape(-1), labels[1].reshape(-1))
     return Value(call.shape, labels)
 

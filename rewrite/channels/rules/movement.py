@@ -83,6 +83,13 @@ def permute(call: Call) -> Result:
     return Value(call.shape, labels)
 
 
+@channel_rule("aten.mT", "aten.matrix_H", replace=True)
+def transpose_matrices(call: Call) -> Result:
+    """Exchange the last two axes."""
+    value: Value = call.values()[0]
+    return Value(call.shape, tuple(label.swapaxes(-1, -2) for label in value.labels))
+
+
 def _order(call: Call, rank: int) -> list[int]:
     axes = list(range(rank))
     dims = call.get("dims")
@@ -101,8 +108,6 @@ def _order(call: Call, rank: int) -> list[int]:
         for to, axis in moves:
             rest.insert(to, axis)
         return rest
-    if call.operator in ("aten.mT", "aten.matrix_H"):
-        return [*axes[:-2], axes[-1], axes[-2]]
     return axes[::-1]
 
 
@@ -169,7 +174,7 @@ def pad(call: Call) -> Result:
     """Channels that padding adds are frozen; other padding passes channels by."""
     value: Value = call.values()[0]
     amounts = list(call.get("pad") or call.get("padding"))
-    mode = "constant" if call.operator == "aten.constant_pad_nd" else call.get("mode", "")
+    mode = call.get("mode", "constant" if "pad" in call.arguments else "")
     labels: list[Indices] = []
     padded = {a for a in range(value.ndim) if any(_around(amounts, value.ndim, a))}
     for label in value.labels:
