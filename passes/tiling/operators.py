@@ -200,7 +200,7 @@ def _reduction(node: fx.Node, bound: Bound, rank: int) -> Form:
     return _out_of_place(node, [bound["self"]])
 
 
-@register(_FACET, "aten.cat")
+@register(_FACET, Kind.CONCATENATION)
 def _cat(node: fx.Node, bound: Bound, rank: int) -> Form:
     if bound["dim"] % (rank + 2) > 1:
         raise NotLocal("it concatenates maps along a spatial axis")

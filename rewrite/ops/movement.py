@@ -41,7 +41,15 @@ _moves(
 )
 _moves(Kind.EXPANSION, "broadcast_to", "expand", "expand_as")
 _moves(Kind.REPETITION, "repeat", "tile")
-_moves(UNKNOWN, "repeat_interleave")
+_moves(
+    UNKNOWN,
+    "fft_fftshift",
+    "fft_ifftshift",
+    "im2col",
+    "repeat_interleave",
+    "view_as_complex",
+    "view_as_real",
+)
 _moves(Kind.ROTATION, "flip", "roll")
 _moves(
     Kind.SHUFFLE,

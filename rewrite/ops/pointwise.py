@@ -160,6 +160,7 @@ _define(
     Kind.SCALAR,
     "_assert_async",
     "_assert_tensor_metadata",
+    "_has_compatible_shallow_copy_type",
     "is_nonzero",
     "item",
     "_local_scalar_dense",

@@ -279,7 +279,7 @@ def complex_view(call: Call) -> Result:
     return Value(call.shape, tuple(x[..., 0] for x in kept.labels))
 
 
-@channel_rule("aten._has_compatible_shallow_copy_type")
+@channel_rule("aten._has_compatible_shallow_copy_type", replace=True)
 def set_data(call: Call) -> Result:
     """Asked where one tensor becomes the data of another: they have the same channels."""
     one, other = call.values()

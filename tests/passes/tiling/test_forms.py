@@ -126,6 +126,7 @@ LAYERS: list[tuple[nn.Module, Tensor]] = [
     (nn.PixelUnshuffle(2), _C2[:, :, :12]),
     (nn.ChannelShuffle(2), _C2),
     (Call(torch.absolute), _C2),
+    (Call(lambda x: torch.concat([x, x], 1)), _C2),
     (Call(torch.special.expit), _C2),
     (nn.GELU(), _C2),
     (nn.Hardswish(inplace=True), _C2),
