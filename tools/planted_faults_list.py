@@ -129,7 +129,7 @@ FAULTS = [
     Fault(
         "a PReLU's slopes are no part of its channels",
         _LAYERS,
-        "call.unite(call.vector_on(x, axis), call.vector_on(weight, 0))",
+        "call.unite(call.vector_on(x, 1), call.vector_on(weight, 0))",
         "pass",
         _RULES,
     ),
