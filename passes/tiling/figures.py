@@ -283,6 +283,8 @@ def _run_whole(graph: fx.Graph, trace: ForwardTrace, inputs: dict[fx.Node, Tenso
         if node.op == "get_attr":
             name = node.meta["tensor"]
             held[node] = trace.tensors[name] if name else node.meta["val"]
+        elif isinstance(node.meta.get("val"), int | float):  # a number that was read from a tensor
+            held[node] = node.meta["val"]
         elif node.op == "call_function":
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), held.__getitem__)
             held[node] = node.target(*args, **kwargs)
