@@ -126,6 +126,15 @@ def test_attention_counts_its_projections_as_linear_also_on_its_fast_path(traini
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_attention_counts_its_scores_and_their_mixtures() -> None:
+    class Attends(nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(query, key, value)
+
+    given = torch.ones(2, 3, 5, 4), torch.ones(2, 3, 7, 4), torch.ones(2, 3, 7, 6)
+    assert count_macs(Attends(), given).products == 2 * 3 * 5 * 7 * (4 + 6)
+
+
 def test_profile_reports_convolutions_and_linear_layers_of_one_forward() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
     expected = 4 * 6 * 6 * 9 + 4 * 6 * 6 * 5
