@@ -87,6 +87,9 @@ _TINY_VOLUMES = frozenset(
 )
 
 
+# Autocast by hand, which is what this pass is compared with, fails at nn.Bilinear.
+_NO_AUTOCAST = _TINY_VOLUMES | {"bilinear_top"}
+
 # Parts of a volume go through the network one by one, and through hooks inside of it.
 _HOOKED = frozenset({"hook_that_records", "hook_that_changes", "hook_on_backward"})
 
@@ -188,7 +191,7 @@ CASES: dict[str, dict[str, Row]] = {
             as_autocast_by_hand,
             Extent.PART,
             DTYPES,
-            _TINY_VOLUMES,
+            _NO_AUTOCAST,
             turns=True,
         )
     },
