@@ -22,8 +22,8 @@ from pocketize.errors import MeasureError, OptionError, PatternError, RewriteErr
 from pocketize.graph.clone import clone_modules
 from pocketize.memory import measure
 from pocketize.passes.checkpoint.checkpointing import CheckpointedForward
+from pocketize.passes.shared import REBUILDING
 from pocketize.passes.shared.forwards import obstacle, wrapping
-from pocketize.passes.shared.order import REBUILDING
 from pocketize.passes.shared.regions import Region, Survey, survey
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.plugin.conversions import conversion
@@ -150,7 +150,7 @@ def _matching(model: nn.Module, patterns: Sequence[str], option: str) -> set[str
 def _candidates(
     model: nn.Module, surveyed: Survey, kept: set[str], wanted: set[str]
 ) -> tuple[list[Region], list[Refusal]]:
-    """Return the regions that may be chosen, and those that somebody would miss among them."""
+    """Return the regions that may be chosen, and refusals of those that a user would expect."""
     possible: list[Region] = []
     refused: dict[str, str] = {}
     for path in sorted(wanted - surveyed.regions.keys()):

@@ -29,10 +29,10 @@ class CheckpointedForward(Forward):
     Without gradients, and inside function transforms, it is the forward itself; also while modules
     inside have forward hooks, which must not run twice. Under ``torch.compile`` a module without
     buffers is part of the compiled graph, and the compiler recomputes its operators; a module with
-    buffers runs outside of it, because nobody else would keep them from being updated twice.
+    buffers runs outside of it, because the compiler would update them twice.
     """
 
-    #: Whether somebody was told that hooks keep the module from being checkpointed.
+    #: Whether the warning about hooks was given.
     _warned = False
 
     lowers: ClassVar[str] = "checkpoint"

@@ -1,18 +1,17 @@
-"""Activations that can be undone, and how the net's own activation learns that it has been done.
+"""Activations that can be inverted, and the tag on a tensor that a norm has activated.
 
-A norm that works in place returns the *activated* tensor. The net's own activation then has
-nothing left to do, but only then: in evaluation, under ``torch.compile`` or inside a checkpoint the
-norm computes the norm alone. So the tensor carries a mark that tells which activation it has had,
-and the activation, wherever in the net it is called, takes the mark off and passes the tensor on. A
-tensor without a mark is activated as it always was. Nothing depends on who calls whom how often,
-and a norm that somebody replaces later loses no activation. The norm's backward looks whether the
-mark was taken off, so a forward that goes another way than the one that was planned is noticed
-before a weight has moved.
+A norm that works in place returns the *activated* tensor. The network's own activation must then
+be the identity, but only then: in evaluation, under ``torch.compile`` or inside a checkpoint the
+norm computes the norm alone. So the tensor carries a tag that names the activation. The
+activation, wherever in the network it is called, removes the tag and returns the tensor; a tensor
+without a tag is activated as before. A norm that is replaced later therefore loses no activation.
+The norm's backward checks that the tag was removed, so that a forward that differs from the
+recorded one is noticed before a weight has changed.
 """
 
 from __future__ import annotations
 
-__all__ = ["KINDS", "Activation", "Mark", "Skipping", "finite_inverse", "marked", "take_mark"]
+__all__ = ["KINDS", "Activation", "ActivationTag", "IdentityOnTagged", "is_tagged", "remove_tag"]
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +23,15 @@ from torch.overrides import TorchFunctionMode
 
 from pocketize._torch import activations_of_torch
 from pocketize.errors import ExecutionError
+from pocketize.passes.shared.norm_gradients import Elementwise, finite_inverse
 
 _ATEN = torch.ops.aten
-_MARK = "_pocketize_activation"
+_TAG = "_pocketize_activation"
 KINDS = ("identity", "leaky_relu", "elu", "prelu")
 
 
 @dataclass(frozen=True)
-class Activation:
+class Activation(Elementwise):
     """An activation with an inverse.
 
     Attributes:
@@ -48,15 +48,15 @@ class Activation:
         constant = self.kind in ("identity", "prelu")
         return self.kind if constant else f"{self.kind}({self.slope:g})"
 
-    def apply_(self, z: Tensor, slopes: Tensor | None = None) -> Tensor:
+    def apply(self, z: Tensor, slopes: Tensor | None = None) -> Tensor:
         """Activate a tensor, in place where torch can, and return the result.
 
         Args:
             z: (N, C, ...), which the caller must own.
-            slopes: of a PReLU, (1,) or (C,), of the type of ``z``.
+            slopes: of a PReLU, (1,) or (C,).
         """
         if slopes is not None:
-            return torch.prelu(z, slopes)
+            return torch.prelu(z, slopes.to(z.dtype))
         if self.kind == "leaky_relu":
             return F.leaky_relu(z, self.slope, inplace=True)
         if self.kind == "elu":
@@ -81,59 +81,45 @@ class Activation:
         return y
 
     def backward(
-        self, grad: Tensor, value: Tensor, *, activated: bool, slopes: Tensor | None = None
-    ) -> Tensor:
-        """Return the gradient before the activation, a tensor of its own.
+        self, grad: Tensor, z: Tensor, y: Tensor | None, slopes: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the gradient before the activation, and that of a PReLU's slopes.
 
-        Args:
-            grad: the gradient after it.
-            value: the tensor after the activation or before it.
-            activated: it is the one after it. A positive slope keeps the sign, and need not know.
-            slopes: those of a PReLU, so that they broadcast.
+        Args: those of :meth:`FusedCall.backward`.
         """
+        value = z if y is None else y
         if slopes is not None:
-            return torch.where(value > 0, grad, grad * slopes)
-        if self.kind == "leaky_relu":
-            before: Tensor = _ATEN.leaky_relu_backward(grad, value, self.slope, False)
-        elif self.kind == "elu":
-            before = _ATEN.elu_backward(grad, self.slope, 1.0, 1.0, activated, value)
-        else:
-            before = grad.clone()
-        return before
+            dslopes = (grad * z.clamp(max=0)).sum((0, 3))
+            return torch.where(value > 0, grad, grad * slopes), dslopes
+        if self.kind == "leaky_relu":  # a positive slope keeps the sign
+            return _ATEN.leaky_relu_backward(grad, value, self.slope, False), None
+        if self.kind == "elu":
+            return _ATEN.elu_backward(grad, self.slope, 1.0, 1.0, y is not None, value), None
+        return grad.clone(), None
 
 
-def finite_inverse(values: Tensor) -> Tensor:
-    """Return ``1 / values``, and 0 where that is infinite."""
-    inverse = values.reciprocal()
-    return torch.where(inverse.isfinite(), inverse, 0.0)
-
-
-class Mark:
-    """Tells on a tensor what it has been activated with.
+class ActivationTag:
+    """Says which activation a tensor has had.
 
     Args:
-        activation: what with.
-        layer: what an error calls the norm that did it.
+        activation: the activation.
+        layer: what an error calls the norm that applied it.
     """
 
     def __init__(self, activation: Activation, layer: str) -> None:
         self.activation, self.layer = activation, layer
-        #: The net's own activation has seen the tensor, or there is none.
-        self.taken = activation.kind == "identity"
+        #: The network's own activation has seen the tensor, or there is none.
+        self.removed = activation.kind == "identity"
 
-    def put_on(self, tensor: Tensor) -> Tensor:
-        """Put the mark on a tensor, and return that."""
-        if not self.taken:
-            setattr(tensor, _MARK, self)
+    def attach(self, tensor: Tensor) -> Tensor:
+        """Put the tag on a tensor, and return that."""
+        if not self.removed:
+            setattr(tensor, _TAG, self)
         return tensor
 
     def check(self) -> None:
-        """See to it that the activation has been skipped.
-
-        Raises:
-            ExecutionError: it has not.
-        """
-        if not self.taken:
+        """Raise an ExecutionError if the network's activation was not called on the tensor."""
+        if not self.removed:
             raise ExecutionError(
                 f"in-place-norm: {self.layer} returned an activated tensor, but {self.activation} "
                 "was not called on it, as it was when the pass was applied: the forward went "
@@ -142,13 +128,13 @@ class Mark:
             )
 
 
-def marked(tensor: Any) -> bool:
-    """Whether a tensor has been activated and nobody has taken the mark off yet."""
-    return getattr(tensor, _MARK, None) is not None
+def is_tagged(tensor: Any) -> bool:
+    """Whether a tensor has been activated, and its tag was not removed yet."""
+    return getattr(tensor, _TAG, None) is not None
 
 
-def take_mark(tensor: Any, activation: Activation) -> bool:
-    """Whether this activation has been applied to a tensor already; takes the mark off.
+def remove_tag(tensor: Any, activation: Activation) -> bool:
+    """Whether this activation has been applied to a tensor already; removes the tag.
 
     Args:
         tensor: the input of an activation.
@@ -157,7 +143,7 @@ def take_mark(tensor: Any, activation: Activation) -> bool:
     Raises:
         ExecutionError: another activation has been applied, because an attribute was changed since.
     """
-    found: Mark | None = getattr(tensor, _MARK, None)
+    found: ActivationTag | None = getattr(tensor, _TAG, None)
     if found is None:
         return False
     if found.activation != activation:
@@ -165,14 +151,14 @@ def take_mark(tensor: Any, activation: Activation) -> bool:
             f"in-place-norm: the norm before this activation applied {found.activation} in its "
             f"stead, but it is {activation} now; set the activation first, then apply the pass"
         )
-    found.taken = True
+    found.removed = True
     if not torch.compiler.is_compiling():
-        delattr(tensor, _MARK)
+        delattr(tensor, _TAG)
     return True
 
 
-class Skipping(TorchFunctionMode):
-    """While active, calls of activation functions on marked tensors return the tensor.
+class IdentityOnTagged(TorchFunctionMode):
+    """While active, calls of activation functions on tagged tensors return the tensor.
 
     This is for activations that a forward calls as functions, ``F.leaky_relu(self.norm(x))``. All
     other calls go through, and so do these on tensors that no norm has activated.
@@ -181,15 +167,14 @@ class Skipping(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run a function, or return its input if it is an activation that has been applied."""
         kwargs = kwargs or {}
         entry = _FUNCTIONS.get(func)
         if entry is not None:
             tensor = args[0] if args else kwargs.get("input")
-            if marked(tensor):
+            if is_tagged(tensor):
                 kind, name, default = entry
                 slope = args[1] if len(args) > 1 else kwargs.get(name, default)
-                if take_mark(tensor, Activation(kind, float(slope))):
+                if remove_tag(tensor, Activation(kind, float(slope))):
                     return tensor
         return func(*args, **kwargs)
 

@@ -7,10 +7,9 @@ and size, and without writing into any tensor; ``docs/in-place-norm.md`` tells h
 
 from __future__ import annotations
 
-__all__ = ["InPlaceNorm"]
+__all__ = ["ACTIVATION", "CALL", "NORM", "InPlaceNorm"]
 
-import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -19,20 +18,36 @@ from torch import Tensor, nn
 
 from pocketize._torch import FakeTensorMode
 from pocketize.engine.surgery import apply_edits
-from pocketize.errors import OptionError, PatternError, RewriteError, nearest
+from pocketize.errors import OptionError, RewriteError
 from pocketize.graph.capture import quiet_recording
 from pocketize.graph.clone import clone, fake_clone
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
-from pocketize.passes.inplace.activations import Activation, marked
-from pocketize.passes.inplace.conversions import ACTIVATION, CALL, NORM
+from pocketize.passes.inplace.activations import KINDS, Activation, is_tagged
 from pocketize.passes.inplace.inplace_abn import INSTALL, package_installed, package_obstacle
-from pocketize.passes.inplace.modules import plain_reason
-from pocketize.passes.inplace.norm_sites import Site, find_sites
-from pocketize.passes.shared.order import REBUILDING
+from pocketize.passes.inplace.invertibility import InvertibilityCheck
+from pocketize.passes.inplace.modules import (
+    ActivationInPlace,
+    IdentityForward,
+    NormInPlace,
+    activation_of,
+    converted_class,
+    norm_kind,
+    plain_reason,
+)
+from pocketize.passes.inplace.norm_sites import NormSite, find_sites
+from pocketize.passes.shared import REBUILDING
+from pocketize.passes.shared.forwards import obstacle, wrapping
+from pocketize.passes.shared.patterns import matching
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
+from pocketize.plugin.conversions import conversion
 from pocketize.plugin.edits import Convert, Edit
 from pocketize.units import bytes_text
+
+#: Names of the conversions: of norms, of activation layers, of forwards that call activations.
+NORM = "in-place-norm"
+ACTIVATION = "in-place-norm-activation"
+CALL = "in-place-norm-call"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +90,7 @@ class InPlaceNorm(Pass):
                 f"installed; it is built against your torch by: {INSTALL} . backend='native' needs "
                 "no package"
             )
-        kept = self._kept(target.model)
+        kept = matching(target.model, self.keep, "in-place-norm: keep")
         found = find_sites(
             target.model, target.captured(), target.captured(train=True), self._exchange()
         )
@@ -83,7 +98,7 @@ class InPlaceNorm(Pass):
         sites = []
         for site in found:
             if site.norm in kept:
-                site = Site(site.norm, refused=f"kept by keep={kept[site.norm]!r}")
+                site = NormSite(site.norm, refused=f"kept by keep={kept[site.norm]!r}")
             elif self.backend == "inplace_abn" and not site.refused:
                 dtype = _dtype(modules[site.norm])
                 why = site.shared or package_obstacle(modules[site.norm], dtype, site.activation)
@@ -113,40 +128,23 @@ class InPlaceNorm(Pass):
             )
         return Activation(kind, value)
 
-    def _kept(self, model: nn.Module) -> dict[str, str]:
-        """Return the pattern that keeps a path as it is, for every path that one keeps."""
-        paths = [path for path, _ in model.named_modules() if path]
-        kept: dict[str, str] = {}
-        for pattern in self.keep:
-            matched = {path for path in _all_paths(model) if fnmatch.fnmatchcase(path, pattern)}
-            if not matched:
-                raise PatternError(
-                    f"pattern {pattern!r} matches no module of "
-                    f"{type(model).__name__}.{nearest(pattern, paths)}"
-                )
-            inside = {id(m) for path in matched for m in model.get_submodule(path).modules()}
-            for path, module in model.named_modules():
-                if id(module) in inside:
-                    kept.setdefault(path, pattern)
-        return kept
-
-    def _edits(self, sites: Sequence[Site]) -> tuple[Edit, ...]:
+    def _edits(self, sites: Sequence[NormSite]) -> tuple[Edit, ...]:
         backend = "inplace_abn" if self.backend == "inplace_abn" else "native"
         edits: dict[tuple[str, str], Edit] = {}
         for site in sites:
-            told: dict[str, Any] = {"kind": site.activation.kind, "slope": site.activation.slope}
-            told |= {"slopes_of": site.reader} if site.activation.kind == "prelu" else {}
-            edits[NORM, site.norm] = Convert(site.norm, NORM, {**told, "backend": backend})
+            options: dict[str, Any] = {"kind": site.activation.kind, "slope": site.activation.slope}
+            options |= {"slopes_of": site.reader} if site.activation.kind == "prelu" else {}
+            edits[NORM, site.norm] = Convert(site.norm, NORM, {**options, "backend": backend})
         for site in sites:
-            told = {"kind": site.activation.kind, "slope": site.activation.slope}
+            options = {"kind": site.activation.kind, "slope": site.activation.slope}
             if site.call:
                 edits[CALL, site.reader] = Convert(site.reader, CALL, {})
             elif site.activation.kind != "identity":
-                told |= {"exchange": True} if site.exchange else {}
-                edits[ACTIVATION, site.reader] = Convert(site.reader, ACTIVATION, told)
+                options |= {"exchange": True} if site.exchange else {}
+                edits[ACTIVATION, site.reader] = Convert(site.reader, ACTIVATION, options)
         return tuple(edits.values())
 
-    def _tried(self, model: nn.Module, inputs: Inputs, sites: list[Site]) -> list[Site]:
+    def _tried(self, model: nn.Module, inputs: Inputs, sites: list[NormSite]) -> list[NormSite]:
         """Refuse the sites that do not work in place when the converted model is trained."""
         accepted = [site for site in sites if not site.refused]
         if not accepted:
@@ -156,13 +154,13 @@ class InPlaceNorm(Pass):
             replace(site, refused=site.refused or failures.get(site.norm, "")) for site in sites
         ]
 
-    def _rows(self, model: nn.Module, sites: Sequence[Site]) -> Iterator[Change]:
+    def _rows(self, model: nn.Module, sites: Sequence[NormSite]) -> Iterator[Change]:
         modules = dict(model.named_modules())
-        told: dict[str, Change] = {}
+        rows: dict[str, Change] = {}
         for site in sites:
             kind = type(modules[site.norm]).__name__
             followed = "" if site.activation.kind == "identity" else f" + {_title(site.activation)}"
-            told[site.norm] = Change(
+            rows[site.norm] = Change(
                 site.norm,
                 f"{kind}{followed} in place: {bytes_text(site.saved)} less kept",
                 "its output determines its input",
@@ -179,15 +177,15 @@ class InPlaceNorm(Pass):
             else:
                 what = "passes on what a norm has activated"
                 why = f"comes after {site.norm}"
-            told.setdefault(site.reader, Change(site.reader, what, why))
-        for row in told.values():
+            rows.setdefault(site.reader, Change(site.reader, what, why))
+        for row in rows.values():
             yield row
             module = modules[row.path]
             for path, other in model.named_modules(remove_duplicate=False):
                 if other is module and path != row.path:
                     yield Change(path, "the same layer", f"it is {row.path}")
 
-    def _notes(self, target: Target, sites: Sequence[Site]) -> Iterator[str]:
+    def _notes(self, target: Target, sites: Sequence[NormSite]) -> Iterator[str]:
         if not sites:
             return
         total = sum(site.saved for site in sites)
@@ -209,14 +207,14 @@ class InPlaceNorm(Pass):
 
 
 class _Trial:
-    """A training forward of the converted model, on a copy without memory where that works."""
+    """A training forward of the converted model, on fake tensors where that works."""
 
     def __init__(self, model: nn.Module, inputs: Inputs, edits: Sequence[Edit]) -> None:
         self.model, self.inputs, self.edits = model, inputs, edits
         self.outputs: list[tuple[str, Tensor]] = []
         self.why: dict[str, str] = {}
 
-    def failures(self, sites: Sequence[Site]) -> dict[str, str]:
+    def failures(self, sites: Sequence[NormSite]) -> dict[str, str]:
         """Return why sites do not work in place, by the path of the norm."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         try:
@@ -233,22 +231,22 @@ class _Trial:
                 why = f"the model does not run with gradients: {type(error).__name__}: {text:.200}"
                 return {site.norm: why for site in sites}
         for path, output in self.outputs:
-            if marked(output):
+            if is_tagged(output):
                 self.why[path] = "its activation could not be skipped"
         return self.why
 
-    def _run(self, model: nn.Module, inputs: Inputs, sites: Sequence[Site]) -> None:
+    def _run(self, model: nn.Module, inputs: Inputs, sites: Sequence[NormSite]) -> None:
         with torch.inference_mode(False), torch.enable_grad():
             apply_edits(model, self.edits)
             set_mode(model, True)
             for site in sites:
                 layer = model.get_submodule(site.norm)
-                layer.register_forward_hook(_Watch(self, site.norm))
+                layer.register_forward_hook(_TrialHook(self, site.norm))
             with quiet_recording(model):
                 inputs.call(model)
 
 
-class _Watch:
+class _TrialHook:
     """Forward hook of a converted norm in a trial."""
 
     def __init__(self, trial: _Trial, path: str) -> None:
@@ -261,10 +259,6 @@ class _Watch:
         self.trial.outputs.append((self.path, output))
 
 
-def _all_paths(model: nn.Module) -> Iterator[str]:
-    return (path for path, _ in model.named_modules(remove_duplicate=False) if path)
-
-
 def _dtype(module: nn.Module) -> torch.dtype:
     tensors = [*module.parameters(), *module.buffers()]
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
@@ -275,3 +269,86 @@ def _title(activation: Activation) -> str:
         return "PReLU"
     names = {"leaky_relu": "LeakyReLU", "elu": "ELU"}
     return f"{names.get(activation.kind, activation.kind)}({activation.slope:g})"
+
+
+@conversion(NORM)
+def convert_norm(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
+    """Let a norm keep its activated output only.
+
+    Args:
+        module: a norm layer that runs one of torch's forwards.
+        options: ``kind`` and ``slope`` of the activation after it, ``slopes_of``, the path of a
+            PReLU, and the ``backend``.
+        root: the model.
+    """
+    if isinstance(module, NormInPlace) or norm_kind(module) is None:
+        raise RewriteError(
+            f"in-place-norm: expected one of torch's norm layers, got {type(module).__name__}"
+        )
+    activation = _activation(options)
+    slopes_of = None
+    if activation.kind == "prelu":
+        slopes_of = root.get_submodule(str(options.get("slopes_of")))
+        if not isinstance(slopes_of, nn.PReLU):
+            raise RewriteError(f"in-place-norm: expected a PReLU, got {type(slopes_of).__name__}")
+    module.__class__ = converted_class(NormInPlace, type(module))
+    vars(module).update(  # past nn.Module, for which the PReLU would be a child of the norm
+        absorbed=activation,
+        backend=str(options.get("backend", "native")),
+        invertibility=InvertibilityCheck(),
+        slopes_of=slopes_of,
+    )
+    return module
+
+
+@conversion(ACTIVATION)
+def convert_activation(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
+    """Let an activation layer pass on what a norm has activated.
+
+    Args:
+        module: a LeakyReLU or an ELU, or a ReLU that is to become leaky.
+        options: ``kind`` and ``slope``; ``exchange`` is true for a ReLU.
+        root: the model.
+    """
+    activation = _activation(options)
+    exchange = bool(options.get("exchange", False))
+    fits = type(module).forward is nn.ReLU.forward if exchange else activation_of(module)
+    if isinstance(module, ActivationInPlace) or not fits:
+        raise RewriteError(
+            f"in-place-norm: expected an activation layer, got {type(module).__name__}"
+        )
+    if not exchange and activation_of(module) != activation:
+        raise RewriteError(
+            f"in-place-norm: expected {activation}, found {activation_of(module)}; the model was "
+            "built with other settings than the one that was rewritten"
+        )
+    module.__class__ = converted_class(ActivationInPlace, type(module))
+    vars(module)["replaced"] = activation if exchange else None
+    return module
+
+
+@conversion(CALL)
+def convert_call(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
+    """Let the activation functions that a module's forward calls pass on what a norm has activated.
+
+    Args:
+        module: any Python module.
+        options: none.
+        root: the model.
+    """
+    why = obstacle(module)
+    if why:
+        raise RewriteError(f"in-place-norm: {why}")
+    if wrapping(module, IdentityForward) is None:
+        IdentityForward(module).install()
+    return module
+
+
+def _activation(options: Mapping[str, Any]) -> Activation:
+    kind, slope = options.get("kind"), options.get("slope", 1.0)
+    if kind not in KINDS or not isinstance(slope, int | float) or not slope > 0:
+        raise RewriteError(
+            f"in-place-norm: expected a kind out of {', '.join(KINDS)} and a slope above 0, "
+            f"got {dict(options)}"
+        )
+    return Activation(kind, float(slope))

@@ -14,18 +14,16 @@ __all__ = ["INSTALL", "package_installed", "package_obstacle", "run_package"]
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pocketize._torch import BatchNorm, FakeTensor, is_view
 from pocketize.errors import ExecutionError
-from pocketize.passes.inplace.activations import Activation, Mark
-from pocketize.passes.inplace.invertibility import Guard, unsafe_channels
-
-if TYPE_CHECKING:
-    from pocketize.passes.inplace.functions import Norm
+from pocketize.passes.inplace.activations import Activation, ActivationTag
+from pocketize.passes.inplace.invertibility import InvertibilityCheck, unsafe_channels
+from pocketize.passes.shared.norm_gradients import Norm
 
 INSTALL = "pip install --no-build-isolation inplace-abn==1.1.0"
 
@@ -67,8 +65,8 @@ def run_package(
     bias: Tensor | None,
     running: tuple[Tensor | None, Tensor | None],
     norm: Norm,
-    mark: Mark,
-    guard: Guard,
+    tag: ActivationTag,
+    invertibility: InvertibilityCheck,
 ) -> Tensor | None:
     """Run norm and activation in the memory of ``x``.
 
@@ -80,16 +78,16 @@ def run_package(
     if plain or x.dtype != torch.float32 or norm.kind != "batch" or norm.process_group is not None:
         return None
     if (x.is_leaf and x.requires_grad) or is_view(x):
-        return None  # somebody else's memory
+        return None  # memory that others read
     if weight is not None:
         gamma, beta = weight.detach(), None if bias is None else bias.detach()
         unsafe, nearly = (
-            unsafe_channels(gamma, beta, mark.activation, None, x.dtype, margin=margin)
+            unsafe_channels(gamma, beta, tag.activation, None, x.dtype, margin=margin)
             | (gamma <= least)
             for margin, least in ((False, 2 * norm.eps), (True, 0.1))
         )
-        kept = guard.select(unsafe, nearly, (weight, bias), mark.layer)
-        guard.stepped()  # the package's backward does not tell
+        kept = invertibility.select(unsafe, nearly, (weight, bias), tag.layer)
+        invertibility.stepped()  # the package's backward does not tell
         if kept.everything or kept.index is not None:
             return None
     functions: Any = importlib.import_module("inplace_abn.functions")
@@ -101,8 +99,8 @@ def run_package(
         training=norm.from_input,
         momentum=norm.momentum,
         eps=norm.eps,
-        activation=mark.activation.kind,
-        activation_param=mark.activation.slope,
+        activation=tag.activation.kind,
+        activation_param=tag.activation.slope,
     )
     if activated.requires_grad:
         activated.register_hook(_refuse_second)  # type: ignore[no-untyped-call]

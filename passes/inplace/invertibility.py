@@ -26,34 +26,72 @@ step waits for the count.
 
 from __future__ import annotations
 
-__all__ = ["Guard", "Kept", "unsafe_channels"]
+__all__ = ["InPlaceCall", "InvertibilityCheck", "unsafe_channels"]
 
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pocketize._torch import FakeTensor, version_of
-from pocketize.passes.inplace.activations import Activation
+from pocketize.passes.inplace.activations import Activation, ActivationTag
+from pocketize.passes.shared.norm_activation import FusedCall, KeptInput
+from pocketize.passes.shared.norm_gradients import Norm, accumulation
 
 _MARGIN = 8.0
 _SMALL_GAMMA = 0.1
 _SMALL_SLOPE = 0.02
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a layer has to keep of its input.
+class InPlaceCall(FusedCall):
+    """A norm and an activation that keep their output, and of their input what cannot be undone.
 
-    Attributes:
-        everything: the whole input, because most channels are unsafe.
-        index: int64 of shape (K,), the slices that are kept on axis 1 of the cells; None for none.
+    Args:
+        norm: the norm.
+        tag: says which activation; the caller attaches it to the output.
+        invertibility: decides what is kept.
     """
 
-    everything: bool = False
-    index: Tensor | None = None
+    name: ClassVar[str] = "in-place-norm"
+
+    def __init__(
+        self, norm: Norm, tag: ActivationTag, invertibility: InvertibilityCheck, count: Any = None
+    ) -> None:
+        super().__init__(norm, tag.activation, tag.layer)
+        self.tag, self.invertibility, self.count = tag, invertibility, count
+
+    def check(self) -> None:
+        """Check the tag, and take note of the backward pass."""
+        self.tag.check()
+        self.invertibility.stepped()
+
+    def keep(
+        self, y: Tensor, weight: Tensor | None, bias: Tensor | None, slopes: Tensor | None
+    ) -> KeptInput:
+        """Keep the slices of the input that cannot be recovered from the output."""
+        norm, exact = self.norm, accumulation(y.dtype)
+        activation = self.tag.activation
+        parameters = weight, bias, slopes
+        lowest = None
+        if activation.kind == "elu" and y.numel():
+            lowest = norm.cells(y).amin((0, 3), keepdim=True).to(exact)
+        if weight is None:
+            weight = torch.ones(y.shape[1], dtype=exact, device=y.device)
+        gamma = norm.affine(weight, exact)
+        beta = None if bias is None else norm.affine(bias, exact)
+        over = None if slopes is None else norm.slopes(slopes, y.shape[1], y.dtype)
+        unsafe, nearly = (
+            unsafe_channels(gamma, beta, activation, lowest, y.dtype, slopes=over, margin=margin)
+            .any(2)  # a group is kept whole: its channels share the means
+            .flatten()
+            for margin in (False, True)
+        )
+        kept = self.invertibility.select(unsafe, nearly, parameters, self.layer)
+        if kept.index is not None and norm.process_group is not None:
+            # Processes may choose differently, but must exchange the same sums in the same order.
+            return KeptInput(everything=True)
+        return kept
 
 
 def unsafe_channels(
@@ -99,7 +137,7 @@ def unsafe_channels(
     return ~safe  # what is not a number is not safe
 
 
-class Guard:
+class InvertibilityCheck:
     """Decides for one layer, step by step, which slices of the input are kept.
 
     It holds what is known of the layer between steps. That is no part of the model's state: copies
@@ -113,8 +151,8 @@ class Guard:
         self._counts: Tensor | None = None  # two numbers on their way to the host
         self._event: Any = None
 
-    def __reduce__(self) -> tuple[type[Guard], tuple[()]]:
-        return Guard, ()
+    def __reduce__(self) -> tuple[type[InvertibilityCheck], tuple[()]]:
+        return InvertibilityCheck, ()
 
     def stepped(self) -> None:
         """Take note that a backward has run, after which weights may change."""
@@ -122,7 +160,7 @@ class Guard:
 
     def select(
         self, unsafe: Tensor, nearly: Tensor, parameters: tuple[Tensor | None, ...], name: str
-    ) -> Kept:
+    ) -> KeptInput:
         """Return what has to be kept in this step.
 
         Args:
@@ -132,14 +170,14 @@ class Guard:
             name: what a warning calls the layer.
         """
         if isinstance(unsafe, FakeTensor) or unsafe.is_meta:
-            return Kept()  # values are not there, and neither are gradients
+            return KeptInput()  # values are not there, and neither are gradients
         if unsafe.device.type == "cpu":
             return _keep(unsafe, int(unsafe.sum()))
         return self._on_device(unsafe, unsafe | nearly, parameters, name)
 
     def _on_device(
         self, unsafe: Tensor, suspect: Tensor, parameters: tuple[Tensor | None, ...], name: str
-    ) -> Kept:
+    ) -> KeptInput:
         versions = tuple(version_of(p) for p in parameters if p is not None)
         by_hand = versions != self._versions and not self._stepped
         self._versions = versions
@@ -173,25 +211,25 @@ class Guard:
         self._event.record()
 
 
-def _keep(unsafe: Tensor, count: int) -> Kept:
+def _keep(unsafe: Tensor, count: int) -> KeptInput:
     if count == 0:
-        return Kept()
+        return KeptInput()
     if 2 * count > unsafe.numel():
-        return Kept(everything=True)
-    return Kept(index=unsafe.nonzero().flatten())
+        return KeptInput(everything=True)
+    return KeptInput(index=unsafe.nonzero().flatten())
 
 
-def _keep_worst(unsafe: Tensor, suspect: Tensor, capacity: int) -> Kept:
+def _keep_worst(unsafe: Tensor, suspect: Tensor, capacity: int) -> KeptInput:
     """Keep a number of slices that the host knows: unsafe ones first, then nearly unsafe ones."""
     if capacity == 0:
-        return Kept()
+        return KeptInput()
     if 2 * capacity > unsafe.numel():
-        return Kept(everything=True)
+        return KeptInput(everything=True)
     rank = unsafe.to(torch.float32) + suspect.to(torch.float32)
-    return Kept(index=rank.topk(capacity).indices)
+    return KeptInput(index=rank.topk(capacity).indices)
 
 
-def _missed(unsafe: Tensor, kept: Kept) -> Tensor:
+def _missed(unsafe: Tensor, kept: KeptInput) -> Tensor:
     """Count the unsafe slices that are not kept."""
     if kept.everything:
         return unsafe.new_zeros((), dtype=torch.int64)

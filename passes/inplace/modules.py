@@ -9,8 +9,8 @@ from __future__ import annotations
 
 __all__ = [
     "ActivationInPlace",
+    "IdentityForward",
     "NormInPlace",
-    "SkippingForward",
     "activation_of",
     "converted_class",
     "hooks_of",
@@ -37,11 +37,18 @@ from pocketize._torch import (
     transforms_active,
     unbatched_dim,
 )
-from pocketize.passes.inplace.activations import Activation, Mark, Skipping, take_mark
-from pocketize.passes.inplace.functions import Norm, NormActivation
+from pocketize.passes.inplace.activations import (
+    Activation,
+    ActivationTag,
+    IdentityOnTagged,
+    remove_tag,
+)
 from pocketize.passes.inplace.inplace_abn import run_package
-from pocketize.passes.inplace.invertibility import Guard
+from pocketize.passes.inplace.invertibility import InPlaceCall, InvertibilityCheck
+from pocketize.passes.inplace.statistics import normalise
 from pocketize.passes.shared.forwards import Forward, note_compiled
+from pocketize.passes.shared.norm_activation import NormActivation
+from pocketize.passes.shared.norm_gradients import Norm
 
 _KINDS: dict[Any, str] = {
     nn.BatchNorm1d.forward: "batch",
@@ -148,7 +155,7 @@ class NormInPlace(_Converted):
     Attributes:
         absorbed: the activation that it computes as well.
         backend: ``"native"`` or ``"inplace_abn"``.
-        guard: decides what has to be kept.
+        invertibility: decides what has to be kept.
         slopes_of: the PReLU that it computes; it is that layer's child, not this one's.
     """
 
@@ -156,14 +163,14 @@ class NormInPlace(_Converted):
     lowers: ClassVar[str] = "in-place-norm"
     absorbed: Activation
     backend: str
-    guard: Guard
+    invertibility: InvertibilityCheck
     slopes_of: nn.Module | None
     eps: float
     weight: Tensor | None
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise and activate (and mark the tensor), or just normalise, as the class before."""
+        """Normalise and activate (and tag the tensor), or just normalise, as the class before."""
         if torch.compiler.is_compiling():
             note_compiled("in-place-norm")
             return cast(Tensor, super().forward(input))
@@ -177,20 +184,26 @@ class NormInPlace(_Converted):
             _check_shape(self, input)
         elif reason or not _saves(self, input, kind, slopes):
             return self._plain(input)
-        mark = Mark(Activation("identity") if reason else self.absorbed, self._title())
+        tag = ActivationTag(Activation("identity") if reason else self.absorbed, self._title())
         norm, running = _settings(self, kind, group)
         input = _autocast(input, kind)
         if self.backend == "inplace_abn" and not reason and slopes is None:
-            done = run_package(input, self.weight, self.bias, running, norm, mark, self.guard)
+            done = run_package(
+                input, self.weight, self.bias, running, norm, tag, self.invertibility
+            )
             if done is not None:
-                return mark.put_on(done)
+                return tag.attach(done)
 
         new: list[Tensor | None] = []
 
         def run(input: Tensor) -> Tensor:
-            given = input, self.weight, self.bias, None if reason else slopes, *running
-            output, *new[:] = NormActivation.run(*given, norm, mark, self.guard)
-            return output
+            weight, bias = self.weight, self.bias
+            with torch.no_grad():
+                done = normalise(input, weight, bias, *running, norm)
+            new[:] = done.running_mean, done.running_var
+            call = InPlaceCall(norm, tag, self.invertibility, done.count)
+            given = input, weight, bias, None if reason else slopes, done.mean, done.invstd
+            return NormActivation.run(call, done.output, *given)
 
         # A class of tensors gives its results their class and metadata in __torch_function__.
         dressed = has_torch_function_unary(input)
@@ -199,7 +212,7 @@ class NormInPlace(_Converted):
             for old, value in zip(running, new, strict=True):
                 if old is not None and value is not None:
                     old.copy_(value)
-        return mark.put_on(output)
+        return tag.attach(output)
 
     def _plain(self, input: Tensor) -> Tensor:
         """Run the forward of the class from before, in this process alone."""
@@ -228,7 +241,7 @@ class ActivationInPlace(_Converted):
     def forward(self, input: Tensor) -> Tensor:
         """Activate, unless a norm has done it."""
         activation = activation_of(self)
-        if activation is not None and take_mark(input, activation):
+        if activation is not None and remove_tag(input, activation):
             return input
         if self.replaced is not None:
             return F.leaky_relu(input, self.replaced.slope, bool(getattr(self, "inplace", False)))
@@ -242,14 +255,14 @@ class ActivationInPlace(_Converted):
         return f"{own}, replaced_by={self.replaced}" if own else f"replaced_by={self.replaced}"
 
 
-class SkippingForward(Forward):
-    """Runs a forward that calls an activation as a function, and skips that on marked tensors."""
+class IdentityForward(Forward):
+    """Runs a forward whose calls of activation functions are the identity on tagged tensors."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward."""
         if torch.compiler.is_compiling():  # no norm works in place then
             return self.original(*args, **kwargs)
-        with Skipping():  # type: ignore[no-untyped-call, unused-ignore]
+        with IdentityOnTagged():  # type: ignore[no-untyped-call, unused-ignore]
             return self.original(*args, **kwargs)
 
 
@@ -290,10 +303,10 @@ def _slopes_obstacle(slopes: Tensor | None, input: Tensor, kind: str) -> str:
 
 
 def _saves(module: NormInPlace, input: Tensor, kind: str, slopes: Tensor | None) -> bool:
-    """Whether there will be a backward, and the input is one for which it is worth while.
+    """Whether there will be a backward pass, and the input is an ordinary one.
 
-    Everything unusual (no batch axis, one value per mean, a wrong number of channels) is left to
-    torch, which has the right word for it.
+    Unusual inputs (no batch axis, one value per mean, a wrong number of channels) are left to
+    torch's own forward, which raises the right error.
     """
     tensors = (input, module.weight, module.bias, slopes)
     if not any(t is not None and t.requires_grad for t in tensors):

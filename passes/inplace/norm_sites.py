@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Site", "find_sites"]
+__all__ = ["NormSite", "find_sites"]
 
 import math
 from collections import defaultdict
@@ -33,7 +33,7 @@ _IDENTITY = Activation("identity")
 
 
 @dataclass(frozen=True)
-class Site:
+class NormSite:
     """A norm and what reads it.
 
     Attributes:
@@ -60,7 +60,7 @@ class Site:
 
 def find_sites(
     model: nn.Module, evaluated: Captured, trained: Captured, exchange: Activation | None
-) -> list[Site]:
+) -> list[NormSite]:
     """Find every norm layer that a forward calls.
 
     Args:
@@ -79,20 +79,25 @@ def find_sites(
         if site.refused:
             sites.append(site)
         elif other is None:
-            sites.append(Site(path, refused="it runs in training mode only"))
+            sites.append(NormSite(path, refused="it runs in training mode only"))
         elif other.refused:
             sites.append(other)
         elif (site.activation, site.reader) != (other.activation, other.reader):
-            sites.append(Site(path, refused="other code follows it in training than in evaluation"))
+            sites.append(
+                NormSite(path, refused="other code follows it in training than in evaluation")
+            )
         else:
             sites.append(site)
     sites += [
-        Site(path, refused="it runs in evaluation mode only") for path in both[1].keys() - both[0]
+        NormSite(path, refused="it runs in evaluation mode only")
+        for path in both[1].keys() - both[0]
     ]
     return _exchange_whole_modules(sites, (evaluated, trained))
 
 
-def _exchange_whole_modules(sites: list[Site], recordings: tuple[Captured, ...]) -> list[Site]:
+def _exchange_whole_modules(
+    sites: list[NormSite], recordings: tuple[Captured, ...]
+) -> list[NormSite]:
     """Refuse to exchange a ReLU layer that is called in other places as well."""
     wanted = defaultdict(list)
     for site in sites:
@@ -105,7 +110,7 @@ def _exchange_whole_modules(sites: list[Site], recordings: tuple[Captured, ...])
             if len(calls) != len(users):
                 reused.add(path)
     return [
-        Site(
+        NormSite(
             site.norm,
             refused=f"the ReLU {site.reader} after it is called elsewhere too, where it must stay "
             "a ReLU; give each place one of its own",
@@ -124,15 +129,15 @@ class _Reader:
         self.nodes = captured.operators()
         self.exchange = exchange
 
-    def sites(self) -> dict[str, Site]:
-        found: dict[str, Site] = {}
+    def sites(self) -> dict[str, NormSite]:
+        found: dict[str, NormSite] = {}
         calls = defaultdict(list)
         for node in self.nodes:
             if operator_of(node.target).kind in _NORMS:
                 calls[str(node.meta["module"])].append(node)
         for path, nodes in calls.items():
             why = self._layer_obstacle(path, nodes)
-            found[path] = Site(path, refused=why) if why else self._site(path, nodes[0])
+            found[path] = NormSite(path, refused=why) if why else self._site(path, nodes[0])
         return found
 
     def _layer_obstacle(self, path: str, nodes: list[fx.Node]) -> str:
@@ -149,10 +154,10 @@ class _Reader:
         hook = hooks_of(module)
         return f"a {hook} reads the tensor between norm and activation" if hook else ""
 
-    def _site(self, path: str, node: fx.Node) -> Site:
+    def _site(self, path: str, node: fx.Node) -> NormSite:
         last, reader, why = _follow(node)
         if reader is None:
-            return Site(path, refused=why)
+            return NormSite(path, refused=why)
         site = self._activation(path, reader)
         if site.refused:
             return site
@@ -160,7 +165,7 @@ class _Reader:
             last = reader
         why = self._hooked(path, node, reader, site) or self._overwritten(node, last)
         if why:
-            return Site(path, refused=why)
+            return NormSite(path, refused=why)
         source = node.args[0]
         assert isinstance(source, fx.Node)
         others = [user for user in source.users if user is not node]
@@ -169,10 +174,10 @@ class _Reader:
         if site.activation.kind != "identity" and not _operator(reader).endswith("_"):
             saved += _bytes(node)  # an activation that is not in place keeps its input as well
         if not saved:
-            return Site(path, refused=f"nothing to save: its input is kept for {kept} anyway")
+            return NormSite(path, refused=f"nothing to save: its input is kept for {kept} anyway")
         return replace(site, saved=saved, shared=self._shared(source, others))
 
-    def _activation(self, path: str, reader: fx.Node) -> Site:
+    def _activation(self, path: str, reader: fx.Node) -> NormSite:
         """Return what the reader computes, and whether it can be part of the norm."""
         name = _operator(reader)
         plain = name.removesuffix("_")
@@ -182,8 +187,8 @@ class _Reader:
         activation: Activation | None = None if read is UNKNOWN else read(reader)
         if plain == "relu" and self.exchange is not None:
             if type(module).forward is nn.ReLU.forward:
-                return Site(path, self.exchange, where, exchange=True)
-            return Site(
+                return NormSite(path, self.exchange, where, exchange=True)
+            return NormSite(
                 path,
                 refused=f"the ReLU after it is called as a function by {where or 'the model'}; "
                 "only layers can be exchanged, so make it an nn.ReLU",
@@ -194,27 +199,27 @@ class _Reader:
             return self._invertible(path, where, activation)
         kind = operator_of(reader.target).kind
         if kind in _LAYERS:
-            return Site(path)
+            return NormSite(path)
         if kind in _ACTIVATIONS:
             more = ", or activation='leaky_relu:0.01' exchanges it" if plain == "relu" else ""
             why = "is called as a function" if plain == "prelu" else "is not invertible"
-            return Site(path, refused=f"activation {plain} {why}; Recompute does it{more}")
-        return Site(path, refused=f"{name} reads it, not an activation")
+            return NormSite(path, refused=f"activation {plain} {why}; Recompute does it{more}")
+        return NormSite(path, refused=f"{name} reads it, not an activation")
 
-    def _invertible(self, path: str, where: str, activation: Activation) -> Site:
+    def _invertible(self, path: str, where: str, activation: Activation) -> NormSite:
         if not activation.slope > 0:
-            return Site(
+            return NormSite(
                 path, refused=f"activation {activation} is not invertible; Recompute does it"
             )
         module = self.modules[where]
         if activation_of(module) == activation:
-            return Site(path, activation, where)
+            return NormSite(path, activation, where)
         why = obstacle(module)
         if why:
-            return Site(path, refused=f"{where or 'the model'} calls the activation, and {why}")
-        return Site(path, activation, where, call=True)
+            return NormSite(path, refused=f"{where or 'the model'} calls the activation, and {why}")
+        return NormSite(path, activation, where, call=True)
 
-    def _hooked(self, path: str, node: fx.Node, reader: fx.Node, site: Site) -> str:
+    def _hooked(self, path: str, node: fx.Node, reader: fx.Node, site: NormSite) -> str:
         """Say which hook sees the tensor between norm and activation."""
         if site.activation.kind == "identity":
             return ""

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-__all__ = ["Normalised", "normalise", "sum_over_processes"]
+__all__ = ["NormResult", "normalise"]
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pocketize.errors import ExecutionError
-
-if TYPE_CHECKING:
-    from pocketize.passes.inplace.functions import Norm
+from pocketize.passes.shared.norm_gradients import Norm, accumulation, sum_over_processes
 
 _ATEN = torch.ops.aten
+#: Weight, bias, running mean and running variance.
+_Parameters: TypeAlias = "tuple[Tensor | None, ...]"
 
 
 @dataclass(frozen=True)
-class Normalised:
+class NormResult:
     """What a norm has computed.
 
     Attributes:
         output: the normalised tensor, a new one.
         mean: mean of each channel, instance or group, in at least float32.
         invstd: ``1 / sqrt(var + eps)`` of the same.
-        count: how many elements each mean was taken over.
+        count: over how many elements of all processes each mean was taken; None for one process.
         running_mean: the new running mean; None if there is none or it does not change.
         running_var: the new running variance, which counts one element less, as torch's does.
     """
@@ -36,9 +35,9 @@ class Normalised:
     output: Tensor
     mean: Tensor
     invstd: Tensor
-    count: Tensor | float
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
+    count: Tensor | None = None
 
 
 def normalise(
@@ -48,7 +47,7 @@ def normalise(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     norm: Norm,
-) -> Normalised:
+) -> NormResult:
     """Run a norm as torch does, with statistics in float32 where the input has 16 bits.
 
     Args:
@@ -66,51 +65,32 @@ def normalise(
         bias = torch.zeros_like(ones) if bias is None else bias.float()
         running_mean = None if running_mean is None else running_mean.float()
         running_var = None if running_var is None else running_var.float()
+    parameters = weight, bias, running_mean, running_var
     if not norm.from_input:
-        return _with_running(x, weight, bias, running_mean, running_var, norm)
-    if norm.kind == "group":
-        return _group(x, weight, bias, norm)
+        return _with_running(x, parameters, norm)
     if norm.process_group is not None:
-        return _over_processes(x, weight, bias, running_mean, running_var, norm)
-    if norm.kind == "instance":
-        return _instance(x, weight, bias, running_mean, running_var, norm)
-    return _batch(x, weight, bias, running_mean, running_var, norm)
+        return _over_processes(x, parameters, norm)
+    return {"batch": _batch, "instance": _instance, "group": _group}[norm.kind](x, parameters, norm)
 
 
-def _batch(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    norm: Norm,
-) -> Normalised:
-    count = float(x.shape[0] * math.prod(x.shape[2:]))
+def _batch(x: Tensor, parameters: _Parameters, norm: Norm) -> NormResult:
+    weight, bias, running_mean, running_var = parameters
     if running_mean is None:
         output, mean, invstd = _ATEN._native_batch_norm_legit.no_stats(
             x, weight, bias, True, norm.momentum, norm.eps
         )
-        return Normalised(output, mean, invstd, count)
+        return NormResult(output, mean, invstd)
     output, mean, invstd, new_mean, new_var = _ATEN._native_batch_norm_legit_functional(
         x, weight, bias, running_mean, running_var, True, norm.momentum, norm.eps
     )
-    return Normalised(output, mean, invstd, count, new_mean, new_var)
+    return NormResult(output, mean, invstd, new_mean, new_var)
 
 
-def _instance(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    norm: Norm,
-) -> Normalised:
+def _instance(x: Tensor, parameters: _Parameters, norm: Norm) -> NormResult:
     """Every channel of every sample is a channel of one sample; running ones are averaged."""
     n, channels = x.shape[:2]
-    w, b, mean, var = (
-        None if t is None else t.repeat(n) for t in (weight, bias, running_mean, running_var)
-    )
-    done = _batch(x.contiguous().view(1, n * channels, *x.shape[2:]), w, b, mean, var, norm)
+    many = tuple(None if t is None else t.repeat(n) for t in parameters)
+    done = _batch(x.contiguous().view(1, n * channels, *x.shape[2:]), many, norm)
     mean, var = (
         None if t is None else t.view(n, channels).mean(0)
         for t in (done.running_mean, done.running_var)
@@ -120,15 +100,15 @@ def _instance(
     return replace(done, output=output, running_mean=mean, running_var=var)
 
 
-def _group(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Normalised:
+def _group(x: Tensor, parameters: _Parameters, norm: Norm) -> NormResult:
     n, channels = x.shape[:2]
     size = math.prod(x.shape[2:])
     if x.device.type != "cpu" or not _channels_last(x):
         x = x.contiguous()
     output, mean, invstd = _ATEN.native_group_norm(
-        x, weight, bias, n, channels, size, norm.groups, norm.eps
+        x, *parameters[:2], n, channels, size, norm.groups, norm.eps
     )
-    return Normalised(output, mean, invstd, float(size * (channels // norm.groups)))
+    return NormResult(output, mean, invstd)
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -136,31 +116,19 @@ def _channels_last(x: Tensor) -> bool:
     return x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim])
 
 
-def _with_running(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    norm: Norm,
-) -> Normalised:
+def _with_running(x: Tensor, parameters: _Parameters, norm: Norm) -> NormResult:
+    weight, bias, mean, var = parameters
     if mean is None or var is None:
         raise ExecutionError("in-place-norm: this norm has no running statistics to use")
     output = _ATEN.native_batch_norm(x, weight, bias, mean, var, False, 0.0, norm.eps)[0]
     # Copies: a step in training mode may write to the buffers before this one's backward runs.
-    return Normalised(output, mean.clone(), torch.rsqrt(var + norm.eps), 1.0)
+    return NormResult(output, mean.clone(), torch.rsqrt(var + norm.eps))
 
 
-def _over_processes(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    norm: Norm,
-) -> Normalised:
+def _over_processes(x: Tensor, parameters: _Parameters, norm: Norm) -> NormResult:
     """Batch statistics of all processes; a batch may be larger here than there, or empty."""
-    exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype
+    weight, bias, running_mean, running_var = parameters
+    exact = accumulation(x.dtype)
     axes = [0, *range(2, x.ndim)]
     size = x.shape[0] * math.prod(x.shape[2:])
     if size:
@@ -169,15 +137,13 @@ def _over_processes(
         local_mean = torch.zeros(x.shape[1], dtype=exact, device=x.device)
         local_var = torch.zeros_like(local_mean)
     count = local_mean.new_full((1,), size)
-    total, sums = _split(
-        sum_over_processes(torch.cat([count, local_mean * size]), norm.process_group)
-    )
-    mean = sums / total
+    sums = sum_over_processes(torch.cat([count, local_mean * size]), norm.process_group)
+    total, mean = sums[:1], sums[1:] / sums[:1]
     squares = (local_var + (local_mean - mean).square()) * size
     squares = sum_over_processes(squares, norm.process_group)
     var = squares / total
     output = _ATEN.native_batch_norm(x, weight, bias, mean, var, False, 0.0, norm.eps)[0]
-    done = Normalised(output, mean, torch.rsqrt(var + norm.eps), total)
+    done = NormResult(output, mean, torch.rsqrt(var + norm.eps), count=total)
     if running_mean is None or running_var is None:
         return done
     unbiased = squares / (total - 1)
@@ -186,14 +152,3 @@ def _over_processes(
         running_mean=torch.lerp(running_mean.to(exact), mean, norm.momentum),
         running_var=torch.lerp(running_var.to(exact), unbiased, norm.momentum),
     )
-
-
-def _split(joined: Tensor) -> tuple[Tensor, Tensor]:
-    return joined[:1], joined[1:]
-
-
-def sum_over_processes(values: Tensor, group: Any) -> Tensor:
-    """Return the sum of a tensor over the processes of a group."""
-    values = values.contiguous()
-    dist.all_reduce(values, group=group)  # type: ignore[no-untyped-call, unused-ignore]
-    return values

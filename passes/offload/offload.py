@@ -1,20 +1,37 @@
-"""Offloading as a pass: what autograd keeps waits in host memory, or on disk, for the backward."""
+"""Saved tensors wait in host memory, or on disk, for the backward pass.
+
+Source: Rhu et al., "vDNN: Virtualized Deep Neural Networks for Scalable, Memory-Efficient Neural
+Network Design", MICRO 2016. The machinery is ``torch.autograd.graph.saved_tensors_hooks``; unlike
+``save_on_cpu`` it moves a tensor that several operators save only once, and leaves weights, inputs
+and small tensors where they are.
+"""
 
 from __future__ import annotations
 
-__all__ = ["Offload"]
+__all__ = ["Offload", "OffloadedForward"]
 
-from collections.abc import Mapping
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
+from pocketize._torch import FakeTensor, storage_key, version_of
 from pocketize.engine.pipeline import history
-from pocketize.errors import OptionError, RewriteError
-from pocketize.passes.offload.offloading import OffloadedForward
-from pocketize.passes.shared.forwards import first_parameter, obstacle, wrapping
-from pocketize.passes.shared.order import REBUILDING
+from pocketize.errors import ExecutionError, OptionError, RewriteError
+from pocketize.graph.capture import find_tensors
+from pocketize.passes.shared import REBUILDING
+from pocketize.passes.shared.forwards import (
+    Forward,
+    first_parameter,
+    obstacle,
+    without_backward,
+    wrapping,
+)
 from pocketize.passes.shared.regions import survey
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.plugin.conversions import conversion
@@ -120,3 +137,211 @@ def _convert(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> 
     )
     forward.install()
     return module
+
+
+class OffloadedForward(Forward):
+    """A forward whose large saved tensors wait in host memory, or in files, for the backward pass.
+
+    Args:
+        module: the model.
+        min_bytes: tensors from this size on are moved.
+        disk: to files instead of host memory; also from a model on the CPU.
+        folder: for the files; ``None`` is where the system has its temporary ones.
+    """
+
+    lowers: ClassVar[str] = "offload"
+
+    def __init__(
+        self, module: nn.Module, min_bytes: int, *, disk: bool = False, folder: str | None = None
+    ) -> None:
+        super().__init__(module)
+        self.min_bytes, self.disk, self.folder = min_bytes, disk, folder
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward."""
+        if without_backward():
+            return self.original(*args, **kwargs)
+        return self._hooked(*args, **kwargs)
+
+    # The compiler takes no hooks on saved tensors in its graphs; what runs inside is compiled.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
+    def _hooked(self, *args: Any, **kwargs: Any) -> Any:
+        mover = self._mover((args, kwargs))
+        with torch.autograd.graph.saved_tensors_hooks(mover.pack, _fetch):
+            return self.original(*args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _mover(self, given: Any) -> _Mover:
+        own = [*self.module.parameters(), *self.module.buffers(), *find_tensors(given)]
+        if any(hasattr(tensor, "device_mesh") for tensor in own):
+            raise ExecutionError(
+                f"offload: the weights of {type(self.module).__name__} are sharded, and gathered "
+                "weights cannot be told from activations; shard the model without this pass, e.g. "
+                "with fully_shard(model, offload_policy=CPUOffloadPolicy())"
+            )
+        return _Mover(self, own, dict(self.module.named_parameters()))
+
+    def place(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Move a tensor away and return what brings it back."""
+        if isinstance(tensor, FakeTensor):
+            return _FakeCopy(tensor)
+        return _FileCopy(tensor, self.folder) if self.disk else _HostCopy(tensor)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _fetch(kept: _StayingTensor | _MovedTensor) -> Tensor:
+    return kept.fetch()
+
+
+class _Mover:
+    """Moves the tensors that autograd saves in one forward, each of them once."""
+
+    def __init__(
+        self, forward: OffloadedForward, own: Iterable[Tensor], weights: Mapping[str, Tensor]
+    ) -> None:
+        self._forward = forward
+        self._own = {storage_key(tensor) for tensor in own if tensor.layout is torch.strided}
+        self._names = {
+            storage_key(weight): f"parameter {name!r}"
+            for name, weight in weights.items()
+            if weight.layout is torch.strided
+        }
+        self._moved: weakref.WeakValueDictionary[Any, _MovedTensor] = weakref.WeakValueDictionary()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def pack(self, tensor: Tensor) -> _StayingTensor | _MovedTensor:
+        """Return what autograd keeps instead of a tensor."""
+        if not self._moves(tensor):
+            name = ""
+            if self._names and tensor.layout is torch.strided:
+                name = self._names.get(storage_key(tensor), "")
+            return _StayingTensor(tensor, name)
+        layout = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+        key = storage_key(tensor), version_of(tensor), layout
+        moved = self._moved.get(key)
+        if moved is None or moved.storage() is None:  # the address may have been reused
+            kept = tensor.detach()
+            if type(kept) not in (Tensor, FakeTensor):  # autograd needs no class and no metadata
+                kept = kept.as_subclass(Tensor)
+            moved = self._moved[key] = _MovedTensor(tensor, self._forward.place(kept))
+        return moved
+
+    def _moves(self, tensor: Tensor) -> bool:
+        kind = type(tensor)
+        if kind is not FakeTensor and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return False  # it need not have memory of its own
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_inference():
+            return False
+        if tensor.device.type == "cpu" and not self._forward.disk:
+            return False
+        nbytes = tensor.numel() * tensor.element_size()
+        # An expanded tensor is smaller in memory than it says; so moved, it would grow.
+        if not self._forward.min_bytes <= nbytes <= tensor.untyped_storage().nbytes():
+            return False
+        return storage_key(tensor) not in self._own
+
+
+class _StayingTensor:
+    """A tensor that is not moved.
+
+    Without its graph: autograd would refer to itself, and a forward without a backward would never
+    be freed. With its version: autograd does not compare versions where there are hooks.
+    """
+
+    __slots__ = ("_name", "_tensor", "_version")
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        self._tensor, self._version, self._name = tensor.detach(), version_of(tensor), name
+
+    def fetch(self) -> Tensor:
+        if (found := version_of(self._tensor)) != self._version:
+            name = self._name or f"a tensor of shape {tuple(self._tensor.shape)}"
+            raise ExecutionError(
+                f"offload: {name}, which the backward pass needs as it was, was written to between "
+                f"forward and backward (version {found}, not {self._version}). Call backward() "
+                "first and change it then, or give the forward a clone"
+            )
+        return self._tensor
+
+
+class _MovedTensor:
+    """One tensor that waits elsewhere; brought back once for all who ask at the same time."""
+
+    def __init__(self, tensor: Tensor, place: Callable[[], Tensor]) -> None:
+        self.storage = weakref.ref(tensor.untyped_storage())
+        self._place = place
+        self._back: Callable[[], Tensor | None] = lambda: None
+
+    def fetch(self) -> Tensor:
+        tensor = self._back()
+        if tensor is None:
+            tensor = self._place()
+            self._back = weakref.ref(tensor)
+        return tensor
+
+
+class _HostCopy:
+    """A copy in host memory; pinned, so that copying does not block the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._device = tensor.device
+        self._pinned = tensor.is_cuda
+        self._copy = torch.empty_like(tensor, device="cpu", pin_memory=self._pinned)
+        self._copy.copy_(tensor, non_blocking=self._pinned)
+
+    def __call__(self) -> Tensor:
+        return self._copy.to(self._device, non_blocking=self._pinned)
+
+
+class _FileCopy:
+    """The bytes in a temporary file, which is closed after the last read."""
+
+    def __init__(self, tensor: Tensor, folder: str | None) -> None:
+        self._empty = tensor.new_empty(0)
+        self._shape, self._stride = tensor.shape, tensor.stride()
+        flat = tensor if _is_dense(tensor) else tensor.contiguous()
+        self._stride = flat.stride()
+        try:
+            # It has no name, so that none is left behind; closed with the last who may read it.
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
+            _write(flat, self._file)
+        except OSError as error:
+            where = folder or tempfile.gettempdir()
+            raise ExecutionError(
+                f"offload: {bytes_text(tensor.nbytes)} cannot be written to {where}: {error}. "
+                "Make room there, or name another folder"
+            ) from error
+
+    def __call__(self) -> Tensor:
+        self._file.seek(0)
+        read = torch.from_numpy(np.fromfile(self._file, dtype=np.uint8)).view(self._empty.dtype)
+        return read.to(self._empty.device).as_strided(self._shape, self._stride)
+
+
+class _FakeCopy:
+    """A copy in estimates, where tensors have no values."""
+
+    def __init__(self, tensor: FakeTensor) -> None:
+        self._like = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.fake_mode
+
+    def __call__(self) -> Tensor:
+        shape, stride, dtype, device, mode = self._like
+        with mode:
+            return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+def _write(tensor: Tensor, file: Any) -> None:
+    """Write a dense tensor in the order of memory, as bytes: NumPy has no bfloat16."""
+    linear = tensor.as_strided((tensor.numel(),), (1,)).cpu().view(torch.uint8)
+    linear.numpy().tofile(file)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

@@ -1,14 +1,14 @@
 """Calls that are made as one node of autograd's graph, so that less is alive at once in backward.
 
 * ``activation(norm(x))``: autograd would go through the activation and the norm one after the
-  other, each with its gradient and its input at full size. :class:`NormAct` starts from ``x``, the
+  other, each with its gradient and its input at full size. The node keeps ``x``, the
   result of a convolution, and works through the channels in pieces: norm and activation are run
   again on one piece and differentiated there, by the same kernels.
 * ``conv(cat(a, b))`` is ``conv_a(a) + conv_b(b)``: in backward the parts come one after the other
   (:class:`Part`), with no concatenation and no gradient of one.
 
 Nothing is changed in the model. :class:`Fusing` is a mode that sees the calls as the model makes
-them; whoever else reads ``norm(x)`` or ``cat(a, b)`` finds the ordinary nodes in place.
+them; other readers of ``norm(x)`` or ``cat(a, b)`` find the ordinary nodes.
 """
 
 from __future__ import annotations
@@ -34,11 +34,138 @@ from pocketize._torch import (
     transforms_active,
     version_of,
 )
-from pocketize.passes.recompute.joining import join
-from pocketize.passes.recompute.normact import NormAct, NormCall
-from pocketize.passes.recompute.tape import Tape
+from pocketize.passes.recompute.norms import NORMS, NormCall
+from pocketize.passes.recompute.recompute_graph import RecomputeGraph
+from pocketize.passes.shared.second_order import differentiate
 
-_NORMS = {F.batch_norm, F.instance_norm, F.group_norm}
+aten = torch.ops.aten
+
+
+def join(
+    func: Any, parts: tuple[Tensor, ...], data: Tensor, args: tuple[Any, ...], kwargs: Any
+) -> Tensor | None:
+    """Run a convolution of a concatenation.
+
+    Args:
+        func: ``torch.conv1d``, ``conv2d`` or ``conv3d``.
+        parts: what was concatenated along the channels, shapes ``(N, C_i, ...)``.
+        data: the concatenation, shape ``(N, sum of C_i, ...)``.
+        args: the call's arguments.
+        kwargs: likewise.
+
+    Returns:
+        The result; ``None`` for a call that is made as it is.
+    """
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    weight, bias = given.get("weight"), given.get("bias")
+    dims = data.ndim - 2
+    geometry = [
+        given.get(name, default) for name, default in zip(names[3:6], (1, 0, 1), strict=True)
+    ]
+    if given.get("groups", 1) != 1 or isinstance(geometry[1], str) or len(parts) < 2:
+        return None
+    if not isinstance(weight, Tensor) or weight.ndim != data.ndim:
+        return None
+    if any(p.ndim != data.ndim or p.dtype != data.dtype for p in parts):
+        return None
+    stride, padding, dilation = (_spread(value, dims) for value in geometry)
+    like = _Convolution(stride, padding, dilation)
+    with torch.no_grad():
+        content = func(data, weight, bias, stride, padding, dilation)
+    tokens, start = [], 0
+    for part in parts:
+        width = part.shape[1]
+        own = weight.narrow(1, start, width)
+        tokens.append(Part.apply(like, content, part, own))  # type: ignore[no-untyped-call]
+        start += width
+    made: Tensor = Join.apply((content,), bias, *tokens)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _spread(value: Any, dims: int) -> list[int]:
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * dims if len(numbers) == 1 else numbers
+
+
+class _Convolution:
+    """The geometry of a convolution."""
+
+    def __init__(self, stride: list[int], padding: list[int], dilation: list[int]) -> None:
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+
+    def backward(
+        self, gradient: Tensor, data: Tensor, weight: Tensor, needed: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of data and weight, in their dtypes."""
+        by_data, by_weight, _ = aten.convolution_backward(
+            gradient,
+            data.to(gradient.dtype),
+            weight.to(gradient.dtype),
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            [0] * len(self.stride),
+            1,
+            [*needed, False],
+        )
+        return (
+            None if by_data is None else by_data.to(data.dtype),
+            None if by_weight is None else by_weight.to(weight.dtype),
+        )
+
+
+class Part(torch.autograd.Function):
+    """The share of one part of a concatenation in the result."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, like: _Convolution, content: Tensor, part: Tensor, weight: Tensor
+    ) -> Tensor:
+        """Return a token of the result's shape, without content: one element, spread."""
+        ctx.like = like
+        ctx.save_for_backward(part, weight)
+        return content.new_empty_strided(content.shape, (0,) * content.ndim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        """Differentiate by the part and by its slice of the weight."""
+        (part, weight), needed = ctx.saved_tensors, list(ctx.needs_input_grad[2:])
+        if torch.is_grad_enabled():  # to be differentiated once more
+            run = partial(_convolve, like=ctx.like, dtype=gradient.dtype)
+            return None, None, *differentiate(run, (part, weight), needed, gradient)
+        return None, None, *ctx.like.backward(gradient, part, weight, needed)
+
+
+class Join(torch.autograd.Function):
+    """The result, which was computed in one go, as the sum of the shares and the bias."""
+
+    @staticmethod
+    def forward(ctx: Any, content: tuple[Tensor], bias: Tensor | None, *tokens: Tensor) -> Tensor:
+        """Return the result."""
+        ctx.tokens, ctx.bias = len(tokens), None if bias is None else bias.dtype
+        return content[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        """Hand the gradient on to all shares; the bias gets its sum over all positions."""
+        by_bias = None
+        if ctx.bias is not None and ctx.needs_input_grad[1]:
+            dims = [d for d in range(gradient.ndim) if d != 1]
+            by_bias = gradient.sum(dims).to(ctx.bias)
+        return None, by_bias, *(gradient,) * ctx.tokens
+
+
+def _convolve(data: Tensor, weight: Tensor, like: _Convolution, dtype: torch.dtype) -> Tensor:
+    dims = len(like.stride)
+    made: Tensor = aten.convolution(
+        data, weight, None, like.stride, like.padding, like.dilation, False, [0] * dims, 1
+    )
+    return made.to(dtype)
+
+
 _CATS = {torch.cat, torch.concat, torch.concatenate}
 _CONVS = {torch.conv1d, torch.conv2d, torch.conv3d}
 #: Activations, all of one tensor, with the function that does the same out of place.
@@ -85,14 +212,14 @@ class Fusing(TorchFunctionMode):
     """Makes the calls named above as one.
 
     Args:
-        tape: the recording of the same forward pass.
-        is_ours: whether autograd's saved tensors go to the tape; inside a region that somebody
-            checkpoints they do not, and the region must run in its repetition as it did at first.
+        graph: the recording of the same forward pass.
+        is_ours: whether autograd's saved tensors go to the graph. Inside a region that the model
+            checkpoints they do not, and calls are not fused: its second run must be the same.
     """
 
-    def __init__(self, tape: Tape, is_ours: Callable[[], bool]) -> None:
+    def __init__(self, graph: RecomputeGraph, is_ours: Callable[[], bool]) -> None:
         super().__init__()
-        self.tape, self.is_ours = tape, is_ours
+        self.graph, self.is_ours = graph, is_ours
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -108,11 +235,11 @@ class Fusing(TorchFunctionMode):
         if func in _RAW and not transforms_active():
             for argument in args:
                 if isinstance(argument, Tensor):
-                    self.tape.expose(argument)
+                    self.graph.expose(argument)
             return func(*args, **kwargs)
         if not torch.is_grad_enabled() or transforms_active() or not self.is_ours():
             return func(*args, **kwargs)
-        if func in _NORMS:
+        if func in NORMS:
             return self._norm(func, args, kwargs)
         if func in _CATS:
             return self._cat(func, args, kwargs)
@@ -122,10 +249,12 @@ class Fusing(TorchFunctionMode):
 
     def _norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = NormCall.bind(func, args, kwargs)
-        self.tape.statistics = None
+        self.graph.statistics = None
         made = func(*args, **kwargs)
         if call is not None and made.requires_grad and made.grad_fn is not None:
-            call = replace(call, dtype=made.dtype, statistics=self.tape.statistics)
+            found = self.graph.statistics
+            if found is not None:
+                call = replace(call, mean=found.mean, invstd=found.invstd)
             self._note(call, made)
         return made
 
@@ -137,32 +266,32 @@ class Fusing(TorchFunctionMode):
         taken = _without_input(func, args, kwargs)
         if taken is None:
             return func(*args, **kwargs)
-        activation, extra, in_place = taken
+        activation, slopes, in_place = taken
         if not in_place:
-            return NormAct.run(made.call, normed, activation, extra, None)
-        memory = self.tape.ledger.memory(normed)
-        viewed = memory.views != made.views  # somebody would see it through a view
+            return made.call.activated(normed, activation, slopes)
+        record = self.graph.storages.record(normed)
+        viewed = record.views != made.views  # it would change under a view
         alias = normed.detach()
         if viewed or _held(normed) or _held(alias):
             return func(*args, **kwargs)
         named = {name: value for name, value in kwargs.items() if name not in ("input", "self")}
         write = partial(_apply, func, args[1:], named)
-        fused = NormAct.run(made.call, alias, activation, extra, write)
-        memory.note = None
+        fused = made.call.activated(alias, activation, slopes, write)
+        record.note = None
         # Whoever holds the tensor sees it activated, with the history that goes with it.
         swap_tensors(normed, fused)
         return normed
 
     def _note(self, call: Any, tensor: Tensor) -> None:
         """Remember with its memory how a tensor was made; subclasses copy what is on a tensor."""
-        memory = self.tape.memory_of(tensor)
-        if memory is not None:
-            memory.note = _Made(call, version_of(tensor), memory.views, tensor.grad_fn)
+        record = self.graph.record_of(tensor)
+        if record is not None:
+            record.note = _Made(call, version_of(tensor), record.views, tensor.grad_fn)
 
     def _noted(self, tensor: Any, kind: type) -> _Made | None:
-        """Return how a tensor was made, if it is as it was and nobody waits for its gradient."""
-        memory = self.tape.memory_of(tensor)
-        made: _Made | None = None if memory is None else memory.note
+        """Return how a tensor was made, if it is unchanged and no hook waits for its gradient."""
+        record = self.graph.record_of(tensor)
+        made: _Made | None = None if record is None else record.note
         if made is None or not isinstance(made.call, kind) or tensor.grad_fn is not made.node:
             return None
         awaited = has_tensor_hooks(tensor) or tensor.retains_grad
@@ -203,7 +332,7 @@ class _Made:
     node: Any
 
 
-_KNOWN = {*_NORMS, *_CATS, *_CONVS, *_ACTIVATIONS, *_IN_PLACE, *_RAW}
+_KNOWN = {*NORMS, *_CATS, *_CONVS, *_ACTIVATIONS, *_IN_PLACE, *_RAW}
 
 
 @cache
@@ -216,8 +345,8 @@ def _signature(func: Any) -> inspect.Signature | None:
 
 def _without_input(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], bool] | None:
-    """Split an activation's call: its function of the input and further tensors, these, in place.
+) -> tuple[Callable[..., Tensor], Tensor | None, bool] | None:
+    """Split an activation's call: its function of the input, the slopes of a PReLU, in place.
 
     ``None`` for calls that are not understood.
     """
@@ -232,14 +361,11 @@ def _without_input(
         in_place = in_place or bool(options.pop("inplace"))
         options.pop("input")
         rest, named = (), options
-    if "out" in named or any(isinstance(v, Tensor) for v in named.values()):
+    if len(rest) == 1 and not named and function in (F.prelu, torch.prelu):
+        return function, rest[0], in_place
+    if "out" in named or any(isinstance(v, Tensor) for v in (*rest, *named.values())):
         return None
-    tensors = tuple(v for v in rest if isinstance(v, Tensor))
-    if tensors and len(tensors) != len(rest):
-        return None
-    if tensors:
-        return function, tensors, in_place
-    return (partial(_apply, function, rest, named) if rest or named else function), (), in_place
+    return (partial(_apply, function, rest, named) if rest or named else function), None, in_place
 
 
 def _held(tensor: Any) -> bool:

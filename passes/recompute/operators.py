@@ -1,4 +1,4 @@
-"""What the tape has to know of an operator: whether and how it can run a second time."""
+"""Whether and how an operator can run a second time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RESAMPLES = {
 
 @dataclass(frozen=True)
 class Replay:
-    """An operator as the tape sees it.
+    """An operator as the graph sees it.
 
     Attributes:
         effect: how it treats its arguments.
@@ -33,8 +33,8 @@ class Replay:
         random: it draws random numbers.
         weight: position of the argument that is the weight of a convolution or matrix product.
         data: position of the argument that it is applied to.
-        statistics: positions of running statistics that it updates when told to train.
-        training: position of the argument that tells it so.
+        statistics: positions of running statistics that it updates in training.
+        training: position of the argument that says whether it trains.
     """
 
     effect: Effect

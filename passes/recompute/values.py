@@ -1,18 +1,18 @@
 """Values: what a tensor held at one moment, and how to have it again without having kept it.
 
-A :class:`Value` is kept (it holds its tensor) or can be built again by a :class:`Step`, the
-operator that made it, from other values. Autograd is given a :class:`Handle` in place of every
+A :class:`GraphValue` is kept (it holds its tensor) or can be built again from other values by a
+:class:`GraphStep`, the operator that made it. Autograd is given a :class:`Handle` in place of every
 tensor that it would save; in the backward pass the handle gives the tensor back.
 
 What is built again is built for one reader and dropped, except where it was costly and another
-reader of the same stage of the forward pass is still to come: then it is held for that one. (A
-stage is a stretch of the forward pass at one resolution.) Readers in other stages come so much
+reader of the same segment of the forward pass is still to come: then it is held for that one. (A
+segment is a stretch of the forward pass at one resolution.) Readers in other segments come so much
 later that building anew costs less than holding.
 """
 
 from __future__ import annotations
 
-__all__ = ["Handle", "Meter", "Step", "Value"]
+__all__ = ["GraphStep", "GraphValue", "Handle", "Meter"]
 
 import contextlib
 import weakref
@@ -36,7 +36,7 @@ Geometry = tuple[Any, ...]
 
 @dataclass
 class Meter:
-    """What recomputing stores and costs, counted where somebody asks for it.
+    """What recomputing stores and costs, counted for the plan.
 
     Attributes:
         flops: floating-point operations of convolutions and matrix products that ran again.
@@ -45,9 +45,9 @@ class Meter:
 
     flops: int = 0
     stored: list[Tensor] | None = None
-    _seen: set[Value] = field(default_factory=set)
+    _seen: set[GraphValue] = field(default_factory=set)
 
-    def store(self, value: Value) -> None:
+    def store(self, value: GraphValue) -> None:
         """Collect what has to be kept so that a value can be had."""
         queue = [value]
         while queue and self.stored is not None:
@@ -61,7 +61,7 @@ class Meter:
                 queue += value.step.parents
 
 
-class Step:
+class GraphStep:
     """One operator that ran and can run again.
 
     Args:
@@ -89,22 +89,28 @@ class Step:
         self.costly = costly
         self.func, self.operator, self.order = func, operator, order
         self.args, self.kwargs, self.random_state = args, kwargs, random_state
-        self.parents = tuple(v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Value))
+        self.parents = tuple(
+            v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, GraphValue)
+        )
 
-    def run(self, contents: dict[Value, Tensor], spare: set[Value], meter: Meter | None) -> Any:
+    def run(
+        self, contents: dict[GraphValue, Tensor], spare: set[GraphValue], meter: Meter | None
+    ) -> Any:
         """Run the operator again.
 
         Args:
             contents: the tensors of the values it reads.
-            spare: values whose tensors nobody reads after this, so that they may be written to.
+            spare: values whose tensors are not read after this, so that they may be written to.
             meter: counts the work.
         """
-        args, kwargs = pytree.tree_map_only(Value, contents.__getitem__, (self.args, self.kwargs))
+        args, kwargs = pytree.tree_map_only(
+            GraphValue, contents.__getitem__, (self.args, self.kwargs)
+        )
         func, first = self.func, self.args[0] if self.args else None
         if self.operator.effect is Effect.WRITER:
             if first not in spare:
                 args = (args[0].clone(), *args[1:])
-        elif isinstance(first, Value) and first in spare:
+        elif isinstance(first, GraphValue) and first in spare:
             func = in_place_variant(func) or func
         with _random_state(self.random_state):
             made = func(*args, **kwargs)
@@ -113,7 +119,7 @@ class Step:
         return made
 
 
-class Value:
+class GraphValue:
     """What a tensor held at one moment of the forward pass.
 
     Attributes:
@@ -122,51 +128,53 @@ class Value:
         home: the storage it was in, and how it lay there.
         tensor: the tensor, where it is kept.
         version: the tensor's version when it was kept.
-        parameter: the parameter that it is or lies in, and an alias of that as it was.
-        stage: the stage of the forward pass that made it.
-        pending: readers to come, by stage.
-        held: its tensor, built again and still to be read.
+        parameter: the parameter whose memory it is in, and an alias of that as it was.
+        segment: the segment of the forward pass that made it.
+        pending: readers to come, by segment.
+        cached: its tensor, built again and still to be read.
     """
 
     __slots__ = (
         "__weakref__",
-        "held",
+        "cached",
         "home",
         "index",
         "parameter",
         "pending",
-        "stage",
+        "segment",
         "step",
         "tensor",
         "version",
     )
 
-    def __init__(self, stage: int, step: Step | None = None, index: int | None = None) -> None:
-        self.stage, self.step, self.index = stage, step, index
+    def __init__(
+        self, segment: int, step: GraphStep | None = None, index: int | None = None
+    ) -> None:
+        self.segment, self.step, self.index = segment, step, index
         self.home: tuple[weakref.ref[torch.UntypedStorage], Geometry] | None = None
         self.tensor: Tensor | None = None
         self.version = 0
         self.parameter: tuple[Tensor, Tensor] | None = None
         self.pending: dict[int, int] = {}
-        self.held: Tensor | None = None
+        self.cached: Tensor | None = None
 
     def keep(self, tensor: Tensor) -> None:
         """Hold the tensor itself from now on, without its history."""
         self.tensor = watching_alias(tensor)
         self.version = version_of(self.tensor)  # a fake tensor shares it with no alias
 
-    def content(self, stage: int, meter: Meter | None = None) -> Tensor:
+    def content(self, segment: int, meter: Meter | None = None) -> Tensor:
         """Return the tensor, built again where it is not kept.
 
         Args:
-            stage: the stage of the reader.
+            segment: the segment of the reader.
             meter: counts the work.
 
         Raises:
             ExecutionError: a tensor that is needed was modified in place since.
         """
         ready = self.ready()
-        return self._build(stage, meter) if ready is None else ready
+        return self._build(segment, meter) if ready is None else ready
 
     def ready(self) -> Tensor | None:
         """Return the tensor if it is at hand.
@@ -174,8 +182,8 @@ class Value:
         Raises:
             ExecutionError: it was modified in place, or exchanged, since it was kept.
         """
-        if self.held is not None:
-            return self.held
+        if self.cached is not None:
+            return self.cached
         if self.tensor is not None and version_of(self.tensor) != self.version:
             raise ExecutionError(
                 "recompute: a tensor that is needed to build activations again has been modified "
@@ -188,20 +196,20 @@ class Value:
             refuse_exchanged("recompute", *self.parameter)
         return self.tensor
 
-    def _build(self, stage: int, meter: Meter | None) -> Tensor:
+    def _build(self, segment: int, meter: Meter | None) -> Tensor:
         order = _missing(self)
-        reads: dict[Value, int] = {}
+        reads: dict[GraphValue, int] = {}
         for step in order:
             for parent in step.parents:
                 reads[parent] = reads.get(parent, 0) + 1
-        made: dict[Step, list[Value]] = {}
+        made: dict[GraphStep, list[GraphValue]] = {}
         for value in [self, *reads]:
             if value.step is not None:
                 made.setdefault(value.step, []).append(value)
-        contents: dict[Value, Tensor] = {}
-        own: set[Value] = set()  # whose memory is ours alone
+        contents: dict[GraphValue, Tensor] = {}
+        own: set[GraphValue] = set()  # whose memory is ours alone
         reads[self] = reads.get(self, 0) + 1
-        with torch.no_grad(), _plainly():
+        with torch.no_grad(), _without_autocast():
             for step in order:
                 for parent in step.parents:
                     if parent not in contents:
@@ -216,8 +224,8 @@ class Value:
                     alone = step.operator.effect is not Effect.VIEW or step.parents[0] in spare
                     if alone and value.index is None:
                         own.add(value)
-                    if value is not self and value.is_awaited(stage):
-                        value.held = tensor
+                    if value is not self and value.is_awaited(segment):
+                        value.cached = tensor
                         own.discard(value)
                 if step.operator.effect is Effect.VIEW:
                     own.difference_update(step.parents)
@@ -229,15 +237,15 @@ class Value:
                         own.discard(parent)
         return contents[self]
 
-    def is_awaited(self, stage: int) -> bool:
-        """Whether it is worth holding for readers in the stage that made it, still to come.
+    def is_awaited(self, segment: int) -> bool:
+        """Whether it is worth holding for readers in the segment that made it, still to come.
 
-        The backward pass comes to the stages in falling order: now it is in ``stage``. What is
-        costly is held from the stage before on.
+        The backward pass comes to the segments in falling order: now it is in ``segment``. What is
+        costly is held from the segment before on.
         """
-        if self.step is None or not self.step.operator.heavy or not self.pending.get(self.stage):
+        if self.step is None or not self.step.operator.heavy or not self.pending.get(self.segment):
             return False
-        return stage == self.stage or (self.step.costly and stage == self.stage + 1)
+        return segment == self.segment or (self.step.costly and segment == self.segment + 1)
 
 
 class Handle:
@@ -245,47 +253,47 @@ class Handle:
 
     Args:
         value: what is to be given back.
-        stage: the stage in which it was saved.
+        segment: the segment in which it was saved.
         meter: counts the work of building it again.
     """
 
-    __slots__ = ("_awaits", "meter", "stage", "value")
+    __slots__ = ("_awaits", "meter", "segment", "value")
 
-    def __init__(self, value: Value, stage: int, meter: Meter | None) -> None:
-        self.value, self.stage, self.meter = value, stage, meter
-        self._awaits: tuple[Value, ...] = tuple(_bases(value))
-        self._count(stage, 1)
+    def __init__(self, value: GraphValue, segment: int, meter: Meter | None) -> None:
+        self.value, self.segment, self.meter = value, segment, meter
+        self._awaits: tuple[GraphValue, ...] = tuple(_bases(value))
+        self._count(segment, 1)
 
     def unpack(self) -> Tensor:
         """Give the tensor back."""
-        tensor = self.value.content(self.stage, self.meter)
+        tensor = self.value.content(self.segment, self.meter)
         self._close()
-        if self.value.is_awaited(self.stage):
-            self.value.held = tensor
+        if self.value.is_awaited(self.segment):
+            self.value.cached = tensor
         return tensor
 
-    def restage(self, stage: int) -> None:
-        """Say that it belongs to a later stage than it seemed when it was made."""
-        self._count(self.stage, -1)
-        self._count(stage, 1)
-        self.stage = stage
+    def move_to(self, segment: int) -> None:
+        """Say that it belongs to a later segment than it seemed when it was made."""
+        self._count(self.segment, -1)
+        self._count(segment, 1)
+        self.segment = segment
 
     def __del__(self) -> None:
         self._close()
 
     def _close(self) -> None:
-        self._count(self.stage, -1)
+        self._count(self.segment, -1)
         for value in self._awaits:
-            if not value.pending.get(value.stage):
-                value.held = None
+            if not value.pending.get(value.segment):
+                value.cached = None
         self._awaits = ()
 
-    def _count(self, stage: int, change: int) -> None:
+    def _count(self, segment: int, change: int) -> None:
         for value in self._awaits:
-            value.pending[stage] = value.pending.get(stage, 0) + change
+            value.pending[segment] = value.pending.get(segment, 0) + change
 
 
-def _bases(value: Value) -> Iterator[Value]:
+def _bases(value: GraphValue) -> Iterator[GraphValue]:
     """Yield a value and what it is a view of, as far as that is built and not kept."""
     while value.step is not None:
         yield value
@@ -294,10 +302,10 @@ def _bases(value: Value) -> Iterator[Value]:
         value = value.step.parents[0]
 
 
-def _missing(value: Value) -> list[Step]:
+def _missing(value: GraphValue) -> list[GraphStep]:
     """Return the steps that have to run again for a value, in the order of the forward pass."""
-    steps: dict[Step, None] = {}
-    queue: list[Value] = [value]
+    steps: dict[GraphStep, None] = {}
+    queue: list[GraphValue] = [value]
     while queue:
         step = queue.pop().step
         if step is None or step in steps:
@@ -325,8 +333,8 @@ def _random_state(state: tuple[torch.device, Tensor] | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _plainly() -> Iterator[None]:
-    """Operators were recorded after autocast had its say, so it must not speak again."""
+def _without_autocast() -> Iterator[None]:
+    """Disable autocast: operators were recorded below it."""
     with contextlib.ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):

@@ -1,4 +1,4 @@
-"""What stands in place of a module's ``forward``: the one thing that the wrapping passes share.
+"""The object that replaces the ``forward`` of a module instance, for the passes that wrap one.
 
 ``module.forward`` of one instance is set to an object that runs the forward it replaces inside
 something: an autocast region, a checkpoint, hooks on saved tensors. The module stays the object it
@@ -101,7 +101,7 @@ class Forward:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        #: A forward that somebody else, or another pass, has set on the instance before.
+        #: A forward that was set on the instance before, by the user or another pass.
         self.inner: Any = vars(module).get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +109,7 @@ class Forward:
         return self.original(*args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward that this one stands in place of."""
+        """Run the forward that this one replaces."""
         if self.inner is not None:
             return self.inner(*args, **kwargs)
         # Looked up on every call: fully_shard, for one, gives a module another class.
@@ -121,20 +121,20 @@ class Forward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The signature of the forward itself, for whoever binds arguments by it."""
+        """The signature of the forward that this one replaces."""
         if self.inner is not None:
             return inspect.signature(self.inner)
         return inspect.signature(type(self.module).forward.__get__(self.module))
 
     @property
     def __code__(self) -> CodeType:
-        """The code of the forward itself, in which ``torch.export`` looks up where it stands."""
+        """The code of the replaced forward, in which ``torch.export`` looks up its source."""
         code: CodeType = (self.inner or type(self.module).forward).__code__
         return code
 
 
 def wrapping(module: nn.Module, kind: type[F]) -> F | None:
-    """Return the object of a kind that stands in place of a module's forward, if there is one.
+    """Return the object of a kind that replaces a module's forward, if there is one.
 
     Args:
         module: the module.

@@ -27,7 +27,7 @@ def map_tensors(
         value: tensors in tuples, named tuples, lists, mappings, dataclasses (frozen ones and those
             with slots included) and plain objects, in any nesting.
         wanted: tells which tensors to replace.
-        fn: returns what stands in place of one.
+        fn: returns what replaces one.
 
     Returns:
         The same object where nothing is to be replaced, otherwise a shallow copy of each container

@@ -1,7 +1,7 @@
-"""Which submodules could be run twice instead of having their activations kept, and what of it.
+"""Which submodules can be run twice instead of keeping their activations, and what that frees.
 
 A survey is one forward in training mode on a copy without memory. It notes what autograd keeps,
-while which modules run, and what stands in the way of running a module again. From that the memory
+while which modules run, and what prevents running a module again. From that the memory
 of any choice of regions can be predicted without another run.
 """
 
@@ -126,7 +126,7 @@ def survey(model: nn.Module, inputs: Inputs) -> Survey:
         stage = fake_stage(model, inputs, None)
         copy, given = stage.model, stage.inputs
         set_mode(copy, True)
-        surveyor = _Surveyor(copy)
+        surveyor = _RegionSurveyor(copy)
         surveyor.born(given.tensors())
         with stage.active, quiet_recording(copy), torch.enable_grad(), surveyor.watching():
             try:
@@ -143,7 +143,7 @@ def survey(model: nn.Module, inputs: Inputs) -> Survey:
     return surveyor.finish()
 
 
-class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _RegionSurveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches one forward: operators as a dispatch mode, modules by hooks, autograd by its own."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -156,7 +156,7 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._paths: dict[int, frozenset[str]] = {}
         self._birth: dict[int, frozenset[str]] = {}
         self._alive: list[Tensor] = []  # a storage's key is its own only while it lives
-        self._buffers = {_key(b) for b in model.buffers()}
+        self._buffers = {storage_key(b) for b in model.buffers()}
         self.saved = SavedTensors(
             [*model.parameters(), *model.buffers()], _noting(self._paths, self._stack)
         )
@@ -174,13 +174,13 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Survey(self.regions, self.saved.sizes, self._paths, self.work)
 
     def release(self) -> None:
-        """Let go of all tensors, whose graphs refer to the surveyor."""
+        """Drop all tensors, whose graphs refer to this object."""
         self._alive.clear()
 
     def born(self, tensors: Sequence[Tensor]) -> None:
         """Note the modules that run while tensors come into being."""
         for tensor in tensors:
-            self._birth.setdefault(_key(tensor), frozenset(self._stack))
+            self._birth.setdefault(storage_key(tensor), frozenset(self._stack))
             self._alive.append(tensor)
 
     @contextmanager
@@ -210,9 +210,9 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
             region.begin = len(self.saved.sizes)
             region.inside = frozenset(self._stack)
             for tensor in find_tensors((args, kwargs)):
-                region._arguments[_key(tensor)] = tensor.untyped_storage().nbytes()
+                region._arguments[storage_key(tensor)] = tensor.untyped_storage().nbytes()
                 self._alive.append(tensor)
-            region._own |= {_key(tensor) for tensor in tensors_of(module)}
+            region._own |= {storage_key(tensor) for tensor in tensors_of(module)}
             region._random = random.getstate(), _numpy_state()
             self._stack.append(path)
 
@@ -241,9 +241,11 @@ class _Surveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flops = flops_of(func, args, kwargs, out)
         work = sum(t.numel() for t in made) if flops is None else flops
         self.work += work
-        written = {_key(tensor) for tensor in _written(func, args, kwargs)}
+        written = {storage_key(tensor) for tensor in _written(func, args, kwargs)}
         literal = func.__name__.startswith("lift")  # torch.tensor(...), whose numbers stand there
-        read = set() if literal else {_key(tensor) for tensor in find_tensors((args, kwargs))}
+        read = (
+            set() if literal else {storage_key(tensor) for tensor in find_tensors((args, kwargs))}
+        )
         own = any(isinstance(v, torch.Generator) for v in (*args, *kwargs.values()))
         for path in self._stack:
             region = self.regions[path]
@@ -282,10 +284,6 @@ def _noting(paths: dict[int, frozenset[str]], stack: list[str]) -> Callable[[int
 def _numpy_state() -> tuple[Any, int]:
     state: Any = np.random.get_state()
     return state[1], state[2]
-
-
-def _key(tensor: Tensor) -> int:
-    return storage_key(tensor)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Stand", "aliases_of_hooked", "differentiate", "refuse_second"]
+__all__ = ["HistoryOf", "aliases_of_hooked", "differentiate", "refuse_second"]
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -93,18 +93,18 @@ def aliases_of_hooked(tensors: Iterable[Any]) -> list[Any]:
     ]
 
 
-class Stand(torch.autograd.Function):
+class HistoryOf(torch.autograd.Function):
     """Gives a tensor the history of another one of its shape."""
 
     @staticmethod
     def of(tensor: Tensor) -> Tensor:
         """Return what has a tensor's history and shape, without content: one element, spread."""
-        return Stand.give(tensor, tensor.new_empty(()).expand(tensor.shape))
+        return HistoryOf.give(tensor, tensor.new_empty(()).expand(tensor.shape))
 
     @staticmethod
     def give(history: Tensor, content: Tensor) -> Tensor:
         """Return a tensor's content with another one's history."""
-        made: Tensor = Stand.apply(history, content)  # type: ignore[no-untyped-call]
+        made: Tensor = HistoryOf.apply(history, content)  # type: ignore[no-untyped-call]
         return made
 
     @staticmethod
@@ -119,7 +119,7 @@ class Stand(torch.autograd.Function):
 
 
 class _Refusing(torch.autograd.Function):
-    """Passes gradients on; whoever differentiates them gets an error."""
+    """Passes gradients on; differentiating them is an error."""
 
     @staticmethod
     def forward(ctx: Any, text: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

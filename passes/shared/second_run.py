@@ -21,10 +21,10 @@ from pocketize.errors import ExecutionError
 from pocketize.graph.capture import find_tensors
 
 #: Buffers up to this many elements are kept whether or not they are known to have been written to:
-#: batch norm writes to its running statistics behind the back of torch's version counters.
+#: batch norm writes to its running statistics without raising their versions.
 _SMALL = 2**16
 
-#: Values in which no tensor is, and which nobody can change; containers that may be changed.
+#: Immutable values without tensors; containers that may be changed.
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 _CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, deque, set, tuple))
 
@@ -69,7 +69,7 @@ class Run:
         self._given: Any = args, kwargs  # until the first run
         self.saved: list[Tensor] = []
         self._inputs: list[_Input] = []
-        self._held: list[_Held] = []
+        self._held: list[_NotedTensor] = []
         self._arguments = _copied(self._given, self._save, {})
         self._names = {id(t): f"parameter {name!r}" for name, t in module.named_parameters()}
         self._names |= {id(t): f"buffer {name!r}" for name, t in module.named_buffers()}
@@ -96,7 +96,7 @@ class Run:
     def _save(self, value: Any) -> Any:
         """Keep a tensor among the arguments in the way that autograd's hooks want it kept."""
         if not isinstance(value, Tensor):
-            self._held += [_Held.of(t, "an input") for t in find_tensors(value)]
+            self._held += [_NotedTensor.of(t, "an input") for t in find_tensors(value)]
             return value
         counter = value.detach()
         if value.layout is torch.strided and not hasattr(value, "device_mesh"):
@@ -114,7 +114,7 @@ class Run:
         kept = value if value.is_leaf else value.detach().requires_grad_()
         if id(value) in self._copies:
             self._copies[id(kept)] = self._copies[id(value)]
-        self._held.append(_Held.of(kept, self._names.get(id(value), "a tensor attribute")))
+        self._held.append(_NotedTensor.of(kept, self._names.get(id(value), "a tensor attribute")))
         return kept
 
     @contextmanager
@@ -180,7 +180,7 @@ class Run:
                 tensor.requires_grad_(not tensor.requires_grad)
             for (module, state), (_, now) in zip(self._states, states, strict=True):
                 _put(module, _copied(state, stand_in, memo), now)
-            with _Watch(type(self._module).__name__, changed) if changed else ExitStack():
+            with _RefuseChanged(type(self._module).__name__, changed) if changed else ExitStack():
                 yield
         finally:
             for module, state in states:
@@ -191,7 +191,7 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class _Held:
+class _NotedTensor:
     """A tensor that the second run may read, as the first one found it."""
 
     tensor: Tensor
@@ -201,7 +201,7 @@ class _Held:
     requires_grad: bool
 
     @classmethod
-    def of(cls, tensor: Tensor, name: str) -> _Held:
+    def of(cls, tensor: Tensor, name: str) -> _NotedTensor:
         return cls(tensor, name, version_of(tensor), _key(tensor), tensor.requires_grad)
 
     def change(self) -> str:
@@ -243,7 +243,7 @@ def _written(name: str, tensor: Tensor, expected: int) -> str:
     return "" if found == expected else f"{name} was written to (version {found}, not {expected})"
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _RefuseChanged(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises when an operator reads what was changed.
 
     A change alone is no error: an optimizer may step on a bias as soon as its gradient is there,
@@ -279,7 +279,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Return the tensors that a run of a module looks after: what it may read and not be given."""
+    """Return the tensors that a module may read without being given them: its attributes."""
     found: list[Tensor] = []
     memo: dict[int, tuple[Any, Any]] = {}
     for inner in module.modules():

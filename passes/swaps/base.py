@@ -16,7 +16,7 @@ from pocketize._torch import ConvNd
 from pocketize.engine.dry_run import DryRun
 from pocketize.errors import OptionError
 from pocketize.initial.parameters import has_values
-from pocketize.passes.shared.order import RESIZING
+from pocketize.passes.shared import RESIZING
 from pocketize.passes.swaps.decompositions import folded, relative_error
 from pocketize.passes.swaps.intermediate import Intermediate, Intermediates
 from pocketize.passes.swaps.sites import (

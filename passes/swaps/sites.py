@@ -14,7 +14,6 @@ __all__ = [
     "swap_cost",
 ]
 
-import fnmatch
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,45 +25,18 @@ from torch.nn.utils import parametrize
 
 from pocketize._torch import ConvNd, ConvTransposeNd, FakeTensorMode, same_convolution
 from pocketize.channels.levels import find_sides
-from pocketize.errors import PatternError, nearest
 from pocketize.graph.capture import Captured
 from pocketize.initial.parameters import has_values
 from pocketize.memory.saved import SavedTensors
 from pocketize.ops import is_convolution
 from pocketize.passes.shared.forwards import obstacle
+from pocketize.passes.shared.patterns import matching
 from pocketize.passes.swaps.blocks import ConvBlock
 from pocketize.passes.swaps.conversions import conv_layer, numbers
 from pocketize.plugin.conversions import find_conversion
 
 #: Words of the option ``where`` that are no patterns.
 SIDES = ("all", "encoder", "decoder")
-
-
-def matching(model: nn.Module, patterns: Sequence[str], option: str) -> dict[str, str]:
-    """Return the pattern that names a module, for every module that one names or that is inside.
-
-    Args:
-        model: the model.
-        patterns: of module paths (fnmatch).
-        option: the option that they stand in, for the error, with the name of the pass.
-
-    Raises:
-        PatternError: a pattern matches no module.
-    """
-    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
-    found: dict[str, str] = {}
-    for pattern in patterns:
-        matched = {path for path in paths if fnmatch.fnmatchcase(path, pattern)}
-        if not matched:
-            raise PatternError(
-                f"{option}={pattern!r} matches no module of {type(model).__name__}."
-                f"{nearest(pattern, paths)}"
-            )
-        inside = {id(m) for path in matched for m in model.get_submodule(path).modules()}
-        for path, module in model.named_modules():
-            if id(module) in inside:
-                found.setdefault(path, pattern)
-    return found
 
 
 def on_side(captured: Captured, where: Sequence[str]) -> set[str]:

@@ -24,8 +24,8 @@ from pocketize.errors import (
     RewriteError,
 )
 from pocketize.graph.clone import clone_modules
+from pocketize.passes.shared import REBUILDING
 from pocketize.passes.shared.forwards import first_parameter, obstacle, wrapping
-from pocketize.passes.shared.order import REBUILDING
 from pocketize.passes.tiling.exact import ExactForward, Prepared, check_training, prepare
 from pocketize.passes.tiling.figures import measured_peak
 from pocketize.passes.tiling.forward import PatchForward, SampledTiling, Tiling, volume_of

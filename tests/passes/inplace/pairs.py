@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from pocketize.passes.inplace.conversions import ACTIVATION, NORM
+from pocketize.passes.inplace.in_place_norm import ACTIVATION, NORM
 from pocketize.plugin.conversions import convert
 
 __all__ = ["ACTIVATIONS", "NORMS", "Made", "in_place", "pair", "run", "worst"]

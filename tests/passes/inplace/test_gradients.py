@@ -187,12 +187,12 @@ def test_slopes_without_an_inverse_keep_their_channels(
 def test_tensors_larger_than_a_block_are_worked_on_piece_by_piece(
     norm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pocketize.passes.inplace import functions as inplace_functions
+    from pocketize.passes.shared.norm_activation import FusedCall
 
     plain, net = pair(norm, channels=8)
     x = batch(norm, 8)
     weight = torch.randn(x.shape, dtype=x.dtype)
     whole = run(copy.deepcopy(net), x, weight)
-    monkeypatch.setitem(inplace_functions._BLOCK, "cpu", 16)
+    monkeypatch.setitem(FusedCall.blocks, "cpu", 16)
     assert worst(whole, run(copy.deepcopy(net), x, weight)) < 1e-13
     assert worst(run(plain, x, weight), run(net, x, weight)) < 1e-12

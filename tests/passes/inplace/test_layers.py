@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pocketize import _torch
 from pocketize.errors import RewriteError
-from pocketize.passes.inplace.activations import marked
-from pocketize.passes.inplace.conversions import ACTIVATION, CALL, NORM
+from pocketize.passes.inplace.activations import is_tagged
+from pocketize.passes.inplace.in_place_norm import ACTIVATION, CALL, NORM
 from pocketize.plugin.conversions import convert
 from tests.passes.inplace.pairs import NORMS, Made, batch, in_place, pair, run, worst
 
@@ -119,7 +119,7 @@ def test_without_gradients_the_ordinary_functions_run(norm: str) -> None:
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             between = net.get_submodule("0")(x)
-            assert not marked(between)
+            assert not is_tagged(between)
             assert torch.equal(between, plain.get_submodule("0")(x))
             assert torch.equal(net(x), plain(x))
     for p in net.parameters():
@@ -130,8 +130,8 @@ def test_without_gradients_the_ordinary_functions_run(norm: str) -> None:
 def test_the_mark_is_taken_off_and_a_replaced_norm_loses_no_activation() -> None:
     plain, net = pair("batch-2d")
     x = batch("batch-2d")
-    assert marked(copy.deepcopy(net).get_submodule("0")(x))
-    assert not marked(copy.deepcopy(net)(x))
+    assert is_tagged(copy.deepcopy(net).get_submodule("0")(x))
+    assert not is_tagged(copy.deepcopy(net)(x))
     made = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     again = nn.SyncBatchNorm.convert_sync_batchnorm(plain)
     assert type(made.get_submodule("0")) is nn.SyncBatchNorm
@@ -197,7 +197,7 @@ def test_inside_a_checkpoint_the_gradients_are_those_of_the_pair(
     plain, net = pair(norm)
     seen: list[bool] = []
     net.get_submodule("1").register_forward_pre_hook(
-        lambda module, args: seen.append(marked(args[0]))
+        lambda module, args: seen.append(is_tagged(args[0]))
     )
 
     class Checkpointed(nn.Module):
@@ -411,7 +411,7 @@ def test_monais_tensors_with_metadata_go_through() -> None:
     ]
     # What gives it its class is an alias.
     assert outputs[1].grad_fn.next_functions[0][0].name() == "NormActivationBackward"
-    assert not marked(outputs[1])
+    assert not is_tagged(outputs[1])
     assert outputs[1].meta["name"] == "scan"
     assert type(outputs[0]) is type(outputs[1])
     assert torch.allclose(*(o.as_tensor() for o in outputs))

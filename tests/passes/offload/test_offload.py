@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from pocketize import Guarantee, load, measure, plan, rewrite, save
 from pocketize.errors import NoEffectWarning, OptionError
 from pocketize.passes import Amp, Checkpoint, Offload
-from pocketize.passes.offload import offloading
+from pocketize.passes.offload import offload
 
 DISK = Offload(to="disk", min_bytes="1KiB")
 
@@ -59,12 +59,12 @@ def files(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the files that were written."""
     sizes: list[int] = []
 
-    class Counted(offloading._File):
+    class Counted(offload._FileCopy):
         def __init__(self, tensor: Tensor, folder: str | None) -> None:
             super().__init__(tensor, folder)
             sizes.append(os.fstat(self._file.fileno()).st_size)
 
-    monkeypatch.setattr(offloading, "_File", Counted)
+    monkeypatch.setattr(offload, "_FileCopy", Counted)
     return sizes
 
 
@@ -186,7 +186,7 @@ def test_on_the_cpu_host_memory_is_refused_unless_a_device_is_named():
 def test_tensors_on_a_device_are_copied_to_the_host_and_back():
     """On a machine without a GPU the host's copy is all that can be looked at."""
     x = inputs().to(memory_format=torch.channels_last)
-    back = offloading._Host(x)()
+    back = offload._HostCopy(x)()
     assert back.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
     assert back.stride() == x.stride()
     assert torch.equal(back, x)

@@ -189,6 +189,6 @@ def test_a_folder_without_space_is_told(monkeypatch: pytest.MonkeyPatch):
         raise OSError(28, "No space left on device")
 
     _, model = pair(1)
-    monkeypatch.setattr("pocketize.passes.offload.offloading._write", full)
+    monkeypatch.setattr("pocketize.passes.offload.offload._write", full)
     with pytest.raises(ExecutionError, match=r"^offload: .*No space left on device.*folder"):
         model(X)

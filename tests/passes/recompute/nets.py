@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pocketize.graph.capture import find_tensors
-from pocketize.passes.recompute.around import recording_of
+from pocketize.passes.recompute.recompute import recomputing_forward
 
 __all__ = ["Net", "gradients", "reference", "same"]
 
@@ -62,7 +62,7 @@ class Net(nn.Module):
 def reference(model: nn.Module) -> nn.Module:
     """A copy of a rewritten model that does not recompute."""
     twin = copy.deepcopy(model)
-    assert recording_of(twin) is not None, "the model does not recompute"
+    assert recomputing_forward(twin) is not None, "the model does not recompute"
     recording = vars(twin)["forward"]
     if recording.inner is None:
         del vars(twin)["forward"]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from pocketize import load, rewrite, save
 from pocketize.passes import Recompute
-from pocketize.passes.recompute.around import recording_of
-from pocketize.passes.recompute.ledger import Ledger
-from pocketize.passes.recompute.normact import NormCall
+from pocketize.passes.recompute.norms import NormCall
+from pocketize.passes.recompute.recompute import recomputing_forward
+from pocketize.passes.recompute.storage_table import StorageTable
 from tests.passes.recompute.nets import Net, gradients, reference, same
 
 
@@ -41,16 +41,16 @@ def x() -> Tensor:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Shapes of the tensors whose memory was taken away."""
     shapes: list[Any] = []
-    take = Ledger.take
+    take = StorageTable.take
 
-    def counted(self: Ledger, value: Any) -> None:
+    def counted(self: StorageTable, value: Any) -> None:
         storage = value.home and value.home[0]()
         before = storage.nbytes() if storage is not None else 0
         take(self, value)
         if before and not storage.nbytes():
             shapes.append(value.home[1][1])
 
-    monkeypatch.setattr(Ledger, "take", counted)
+    monkeypatch.setattr(StorageTable, "take", counted)
     return shapes
 
 
@@ -230,7 +230,7 @@ def test_copies_pickles_and_saved_models_recompute_too(x: Tensor, tmp_path: Any)
     ]
     expected = gradients(reference(made), x)
     for twin in twins:
-        assert recording_of(twin).rebuilt == recording_of(made).rebuilt
+        assert recomputing_forward(twin).rebuilt == recomputing_forward(made).rebuilt
         twin.load_state_dict(made.state_dict())
         for module in twin.modules():
             if isinstance(module, nn.BatchNorm2d):

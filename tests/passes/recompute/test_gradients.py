@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pocketize import rewrite
 from pocketize.passes import Recompute
-from pocketize.passes.recompute import pieces
+from pocketize.passes.recompute.norms import RecomputedCall
+from pocketize.passes.shared import norm_gradients
 from tests.examples import examples
 from tests.passes.recompute.nets import Functional, Net, gradients, reference, same
 
@@ -80,22 +81,20 @@ def test_every_activation(act: str) -> None:
     size=st.sampled_from([1, 3, 1000]),
 )
 def test_any_small_net(norm, act, dims, batch, keep, dropout, size) -> None:
-    before, pieces._PIECE_BYTES = pieces._PIECE_BYTES, 64 * size  # from one channel to all
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RecomputedCall.blocks, "cpu", 8 * size)  # from one channel to all
         x = torch.randn(batch, 1, *(8, 6, 4)[:dims])
         check(Net(NORMS[norm][dims], ACTS[act], dims, dropout), x, keep)
-    finally:
-        pieces._PIECE_BYTES = before
 
 
 def test_a_wrong_gradient_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    back = pieces._back
+    block = norm_gradients._block
 
-    def off(*args: Any) -> Any:
-        by_x, *rest = back(*args)
-        return by_x * 1.0001, *rest
+    def off(cells: Any) -> Any:
+        found = block(cells)
+        return found._replace(dx=found.dx * 1.0001)
 
-    monkeypatch.setattr(pieces, "_back", off)
+    monkeypatch.setattr(norm_gradients, "_block", off)
     with pytest.raises(AssertionError, match="differs by"):
         check(Net(nn.BatchNorm2d, nn.ReLU()), torch.randn(2, 1, 8, 8))
 

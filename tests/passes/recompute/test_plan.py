@@ -14,7 +14,7 @@ from pocketize import history, measure, plan, rewrite
 from pocketize.errors import NoEffectWarning, OptionError, OrderError
 from pocketize.graph.capture import capture
 from pocketize.passes import InPlaceNorm, Recompute
-from pocketize.passes.recompute.sites import chosen, find_sites, freed
+from pocketize.passes.recompute.weight_uses import chosen, find_uses, freed
 from tests.passes.recompute.nets import Net
 
 WIDTHS = (32, 64, 128, 256)
@@ -42,7 +42,7 @@ def net() -> Net:
 
 
 def names(keep: str, x: Tensor) -> set[str]:
-    sites = find_sites(capture(net(), x, train=True))
+    sites = find_uses(capture(net(), x, train=True))
     return {site.name.removesuffix(".weight") for site in chosen(sites, keep)}
 
 
@@ -56,7 +56,7 @@ def test_what_is_kept_of_a_unet(x: Tensor) -> None:
 
 def test_what_nobody_reads_again(x: Tensor) -> None:
     captured = capture(net(), x, train=True)
-    frees = freed(captured, find_sites(captured))
+    frees = freed(captured, find_uses(captured))
     assert frees["a2.weight"] == (-1,)
     assert "b1.weight" not in frees  # the skip connection is still to come
     assert frees["c1.weight"] == (-1, 0, 1)  # the concatenation, the upsampled part and the skip
@@ -65,7 +65,7 @@ def test_what_nobody_reads_again(x: Tensor) -> None:
 def test_a_weight_used_twice_has_two_sites() -> None:
     conv = nn.Conv2d(2, 2, 3, padding=1)
     captured = capture(nn.Sequential(conv, nn.ReLU(), conv), torch.randn(1, 2, 4, 4))
-    assert [site.name for site in find_sites(captured)] == ["0.weight", "0.weight#1"]
+    assert [site.name for site in find_uses(captured)] == ["0.weight", "0.weight#1"]
 
 
 def test_the_plan_shows_the_price_of_every_choice(x: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pocketize import compare, measure, plan, pocketize, rewrite
 from pocketize.passes import Offload, Patchwise
-from pocketize.passes.offload.offloading import OffloadedForward
+from pocketize.passes.offload.offload import OffloadedForward
 from pocketize.plugin.registry import list_passes
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pocketize.passes.inplace.activations import Activation
-from pocketize.passes.inplace.invertibility import Guard, unsafe_channels
+from pocketize.passes.inplace.invertibility import InvertibilityCheck, unsafe_channels
 
 LEAKY = Activation("leaky_relu", 0.01)
 SAFE = torch.zeros(8, dtype=torch.bool)
@@ -88,52 +88,54 @@ def _flags(*channels: int) -> Tensor:
     return SAFE.index_fill(0, torch.tensor(channels, dtype=torch.int64), True)
 
 
-def _select(guard: Guard, unsafe: Tensor, nearly: Tensor, weight: Tensor) -> list[int] | str:
-    kept = guard._on_device(unsafe, unsafe | nearly, (weight, None), "a layer")
+def _select(
+    check: InvertibilityCheck, unsafe: Tensor, nearly: Tensor, weight: Tensor
+) -> list[int] | str:
+    kept = check._on_device(unsafe, unsafe | nearly, (weight, None), "a layer")
     if kept.everything:
         return "everything"
     return [] if kept.index is None else sorted(kept.index.tolist())
 
 
 def test_on_a_device_the_worst_channels_are_kept_as_they_are_now(queue: _Queue) -> None:
-    guard, weight = Guard(), torch.ones(8)
-    assert _select(guard, SAFE, _flags(3), weight) == [3]  # the first step waits for the count
-    guard.stepped()
+    check, weight = InvertibilityCheck(), torch.ones(8)
+    assert _select(check, SAFE, _flags(3), weight) == [3]  # the first step waits for the count
+    check.stepped()
     weight.add_(1)
     # Another channel is unsafe now: one is kept, as the last count said, and it is this one.
-    assert _select(guard, _flags(5), _flags(3), weight) == [5]
+    assert _select(check, _flags(5), _flags(3), weight) == [5]
     queue.arrived = True
-    guard.stepped()
+    check.stepped()
     weight.add_(1)
-    assert _select(guard, _flags(5), _flags(3), weight) == [5]  # this count was of the first step
-    guard.stepped()
+    assert _select(check, _flags(5), _flags(3), weight) == [5]  # this count was of the first step
+    check.stepped()
     queue.arrived = True
-    assert _select(guard, _flags(5), _flags(3), weight) == [3, 5]
+    assert _select(check, _flags(5), _flags(3), weight) == [3, 5]
 
 
 def test_a_jump_beyond_what_is_kept_is_told(queue: _Queue) -> None:
-    guard, weight = Guard(), torch.ones(8)
-    assert _select(guard, SAFE, SAFE, weight) == []
+    check, weight = InvertibilityCheck(), torch.ones(8)
+    assert _select(check, SAFE, SAFE, weight) == []
     queue.arrived = True
-    guard.stepped()
-    assert _select(guard, _flags(1, 2), SAFE, weight) == []
+    check.stepped()
+    assert _select(check, _flags(1, 2), SAFE, weight) == []
     queue.arrived = True
-    guard.stepped()
+    check.stepped()
     with pytest.warns(RuntimeWarning, match="2 gammas of a layer became too small"):
-        assert _select(guard, _flags(1, 2), SAFE, weight) == [1, 2]
+        assert _select(check, _flags(1, 2), SAFE, weight) == [1, 2]
 
 
 def test_weights_that_were_set_by_hand_are_looked_at_at_once(queue: _Queue) -> None:
-    guard, weight = Guard(), torch.ones(8)
-    assert _select(guard, SAFE, SAFE, weight) == []
+    check, weight = InvertibilityCheck(), torch.ones(8)
+    assert _select(check, SAFE, SAFE, weight) == []
     weight.zero_()  # no backward has run
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _select(guard, ~SAFE, SAFE, weight) == "everything"
+        assert _select(check, ~SAFE, SAFE, weight) == "everything"
 
 
 def test_a_copy_of_a_guard_knows_nothing(queue: _Queue) -> None:
-    guard = Guard()
-    _select(guard, SAFE, SAFE, torch.ones(8))
-    for twin in (copy.deepcopy(guard), pickle.loads(pickle.dumps(guard))):
-        assert vars(twin) == vars(Guard())
+    check = InvertibilityCheck()
+    _select(check, SAFE, SAFE, torch.ones(8))
+    for twin in (copy.deepcopy(check), pickle.loads(pickle.dumps(check))):
+        assert vars(twin) == vars(InvertibilityCheck())

@@ -1,12 +1,12 @@
 """Where a network's expensive results are made, and which of them are worth storing.
 
-A *site* is one use of a convolution or linear layer, named by its weight. The names are what the
+A *use* is one use of a convolution or linear layer, named by its weight. The names are what the
 plan, the edit and the recording of a forward pass have in common.
 """
 
 from __future__ import annotations
 
-__all__ = ["Site", "chosen", "find_sites", "freed"]
+__all__ = ["WeightUse", "chosen", "find_uses", "freed"]
 
 import math
 from collections.abc import Sequence
@@ -21,25 +21,25 @@ from pocketize.ops import Kind, bind, is_convolution, operator_of
 
 #: Operators through which a weight stays the weight it was; autocast makes use of them.
 _CASTS = {Kind.COPY, Kind.PERMUTATION, Kind.RESHAPE}
-#: No more than so many sites of one resolution are rebuilt one from the other.
+#: No more than so many uses of one resolution are rebuilt one from the other.
 _DEPTH = 3
 
 
 @dataclass(eq=False)
-class Site:
+class WeightUse:
     """One use of a weight.
 
     Attributes:
         name: the parameter's name; ``"name#1"`` for the second use.
         path: the module that runs it.
-        order: how many sites ran before it.
-        stage: how often the resolution had changed before it.
+        order: how many uses ran before it.
+        segment: how often the resolution had changed before it.
         node: its node in the recording.
         nbytes: size of the result, for the recorded batch.
         positions: number of spatial positions of the result; of tokens for a linear layer.
-        sources: the sites that its input is made of.
+        sources: the uses that its input is made of.
         source_bytes: size of what it is made of, inputs of the model included.
-        readers: the sites that are made of its result.
+        readers: the uses that are made of its result.
         ends: its result reaches an output of the model, or is made use of by nothing known.
         movable: whether it may be rebuilt; results of unnamed weights are always stored.
     """
@@ -47,107 +47,107 @@ class Site:
     name: str
     path: str
     order: int
-    stage: int
+    segment: int
     node: fx.Node
     nbytes: int
     positions: int
-    sources: list[Site] = field(default_factory=list)
+    sources: list[WeightUse] = field(default_factory=list)
     source_bytes: int = 0
-    readers: list[Site] = field(default_factory=list)
+    readers: list[WeightUse] = field(default_factory=list)
     ends: bool = False
     movable: bool = True
 
 
-def find_sites(captured: Captured) -> list[Site]:
-    """Return a recording's sites in the order in which they run, with who reads whom."""
-    uses: dict[str, int] = {}
-    stage, positions = 0, 0
-    sites: dict[fx.Node, Site] = {}
-    origins: dict[fx.Node, tuple[set[Site], int]] = {}
+def find_uses(captured: Captured) -> list[WeightUse]:
+    """Return a recording's uses in the order in which they run, with who reads whom."""
+    counts: dict[str, int] = {}
+    segment, positions = 0, 0
+    uses: dict[fx.Node, WeightUse] = {}
+    origins: dict[fx.Node, tuple[set[WeightUse], int]] = {}
     for node in captured.graph.nodes:
         if node.op == "placeholder":
             origins[node] = set(), _nbytes(node)
         elif node.op == "call_function":
-            made, size = set[Site](), 0
+            made, size = set[WeightUse](), 0
             for parent in node.all_input_nodes:
                 above, extra = origins.get(parent, (set(), 0))
                 made |= above
                 size = max(size, extra)
             record = operator_of(node.target)
             if record.weight or record.kind is Kind.ATTENTION:
-                site = sites[node] = _site(node, len(sites), uses)
-                if positions not in (0, site.positions):
-                    stage += 1
-                site.stage, positions = stage, site.positions
+                use = uses[node] = _use(node, len(uses), counts)
+                if positions not in (0, use.positions):
+                    segment += 1
+                use.segment, positions = segment, use.positions
                 data = _argument(node, record.data)
                 above, extra = origins.get(data, (made, size)) if data else (made, size)
-                site.sources = sorted(above, key=lambda s: s.order)
-                site.source_bytes = sum(s.nbytes for s in above) + (extra if not above else 0)
+                use.sources = sorted(above, key=lambda s: s.order)
+                use.source_bytes = sum(s.nbytes for s in above) + (extra if not above else 0)
                 for source in made:
-                    source.readers.append(site)
-                origins[node] = {site}, 0
+                    source.readers.append(use)
+                origins[node] = {use}, 0
             else:
                 origins[node] = made, size
         elif node.op == "output":
             for parent in node.all_input_nodes:
-                for site in origins.get(parent, (set(), 0))[0]:
-                    site.ends = True
-    return list(sites.values())
+                for use in origins.get(parent, (set(), 0))[0]:
+                    use.ends = True
+    return list(uses.values())
 
 
-def chosen(sites: Sequence[Site], keep: str) -> dict[Site, str]:
-    """Return the sites whose results are rebuilt, each with the reason.
+def chosen(uses: Sequence[WeightUse], keep: str) -> dict[WeightUse, str]:
+    """Return the uses whose results are rebuilt, each with the reason.
 
     Args:
-        sites: all of them.
+        uses: all of them.
         keep: ``"conv"``: none. ``"block"``: those inside a chain at one resolution, which nobody
-            but the next site of the chain reads. ``"level"``: all but those that cross to another
+            but the next use of the chain reads. ``"level"``: all but those that cross to another
             resolution by the cheaper way: what is made smaller is stored after, what is made larger
             before.
 
     No more than three in a row at one resolution are rebuilt, as rebuilding the last of them needs
     all at once.
     """
-    depths: dict[Site, int] = {}
-    reasons: dict[Site, str] = {}
-    for site in sites:
-        below = [depths.get(s, 0) for s in site.sources if s.stage == site.stage]
+    depths: dict[WeightUse, int] = {}
+    reasons: dict[WeightUse, str] = {}
+    for use in uses:
+        below = [depths.get(s, 0) for s in use.sources if s.segment == use.segment]
         depth = 1 + max(below, default=0)
-        wanted = _inside(site) if keep == "block" else _within(site) if keep == "level" else ""
-        if site.movable and wanted and depth <= _DEPTH:
-            depths[site], reasons[site] = depth, wanted
+        wanted = _inside(use) if keep == "block" else _within(use) if keep == "level" else ""
+        if use.movable and wanted and depth <= _DEPTH:
+            depths[use], reasons[use] = depth, wanted
     return reasons
 
 
-def _inside(site: Site) -> str:
-    if site.ends or len(site.readers) != 1:
+def _inside(use: WeightUse) -> str:
+    if use.ends or len(use.readers) != 1:
         return ""
-    (reader,) = site.readers
-    return f"read by {reader.path or reader.name} only" if _level(site, reader) else ""
+    (reader,) = use.readers
+    return f"read by {reader.path or reader.name} only" if _level(use, reader) else ""
 
 
-def _within(site: Site) -> str:
-    if site.ends and not site.readers:
+def _within(use: WeightUse) -> str:
+    if use.ends and not use.readers:
         return ""  # an output of the model is there anyway
-    coarser = any(site.positions < source.positions for source in site.sources)
-    if 2 * site.nbytes < site.source_bytes + coarser:
+    coarser = any(use.positions < source.positions for source in use.sources)
+    if 2 * use.nbytes < use.source_bytes + coarser:
         return ""  # made smaller
-    if any(reader.nbytes >= 2 * site.nbytes for reader in site.readers):
+    if any(reader.nbytes >= 2 * use.nbytes for reader in use.readers):
         return ""
-    if site.nbytes >= 2 * site.source_bytes:
+    if use.nbytes >= 2 * use.source_bytes:
         return "larger than what it is made of"
     return "stays within its resolution"
 
 
-def _level(one: Site, other: Site) -> bool:
+def _level(one: WeightUse, other: WeightUse) -> bool:
     return one.positions == other.positions
 
 
-def freed(captured: Captured, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+def freed(captured: Captured, uses: Sequence[WeightUse]) -> dict[str, tuple[int, ...]]:
     """Say which inputs nobody reads again.
 
     Returns:
-        For a site's name: ``-1`` if its input has no reader after it; ``n`` if the n-th part of the
+        For a use's name: ``-1`` if its input has no reader after it; ``n`` if the n-th part of the
         concatenation that is its input has none after the concatenation.
     """
     order = {node: index for index, node in enumerate(captured.graph.nodes)}
@@ -163,11 +163,11 @@ def freed(captured: Captured, sites: Sequence[Site]) -> dict[str, tuple[int, ...
         return bool(found) and all(last[s] <= order[at] and s not in fixed for s in found)
 
     frees = {}
-    for site in sites:
-        data = _argument(site.node, operator_of(site.node.target).data)
-        if data is None or not site.movable:
+    for use in uses:
+        data = _argument(use.node, operator_of(use.node.target).data)
+        if data is None or not use.movable:
             continue
-        parts = [-1] if dead(data, site.node) else []
+        parts = [-1] if dead(data, use.node) else []
         if operator_of(data.target).kind is Kind.CONCATENATION:
             listed = data.args[0]
             if isinstance(listed, tuple | list):
@@ -175,11 +175,11 @@ def freed(captured: Captured, sites: Sequence[Site]) -> dict[str, tuple[int, ...
                     i for i, p in enumerate(listed) if isinstance(p, fx.Node) and dead(p, data)
                 ]
         if parts:
-            frees[site.name] = tuple(parts)
+            frees[use.name] = tuple(parts)
     return frees
 
 
-def _site(node: fx.Node, order: int, uses: dict[str, int]) -> Site:
+def _use(node: fx.Node, order: int, counts: dict[str, int]) -> WeightUse:
     weight = _argument(node, operator_of(node.target).weight)
     while weight is not None and operator_of(weight.target).kind in _CASTS:
         weight = weight.all_input_nodes[0]
@@ -189,12 +189,12 @@ def _site(node: fx.Node, order: int, uses: dict[str, int]) -> Site:
     spatial = result.shape[2:] if is_convolution(node) else result.shape[:-1]
     count = 0
     if name is not None:
-        count = uses[name] = uses.get(name, -1) + 1
-    return Site(
+        count = counts[name] = counts.get(name, -1) + 1
+    return WeightUse(
         name=f"{name}#{count}" if count else str(name),
         path=str(node.meta["module"]),
         order=order,
-        stage=0,
+        segment=0,
         node=node,
         nbytes=_nbytes(node),
         positions=math.prod(spatial),

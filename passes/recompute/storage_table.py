@@ -1,12 +1,11 @@
-"""The ledger: what lies in which memory while a forward pass is recorded.
+"""The storage table: what every storage holds while a forward pass is recorded.
 
-Tensors come and go as Python objects; what they hold belongs to their storage, which views share
-and which can be written to.
+Values belong to storages, which views share and operators write to, not to tensor objects.
 """
 
 from __future__ import annotations
 
-__all__ = ["Ledger", "Memory", "bytes_of", "covers", "geometry_of", "is_plain"]
+__all__ = ["StorageRecord", "StorageTable", "bytes_of", "covers", "geometry_of", "is_plain"]
 
 import functools
 import weakref
@@ -16,33 +15,33 @@ import torch
 from torch import Tensor, nn
 
 from pocketize._torch import FakeTensor, keep_version, release, storage_key, version_of
-from pocketize.passes.recompute.values import Geometry, Meter, Value
+from pocketize.passes.recompute.values import Geometry, GraphValue, Meter
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 
 
-class Memory:
+class StorageRecord:
     """What is known of one storage.
 
     Attributes:
         values: what tensors on it hold, by their geometry; kept values by weak reference, since
             they hold the storage alive themselves.
         version: the version that this is true of; ``None`` to take the next one seen.
-        name: name of the parameter that lies here, or of which this is a cast.
+        name: name of the parameter stored here, or of which this is a cast.
         views: how many views were made of it.
-        note: how the tensor that fills it was made, for whoever left it here.
-        exposed: somebody has a pointer to it, so that it cannot be taken away.
-        parameter: the parameter that lies here, and an alias of it.
-        shell: the value to build again, its geometry and the number of bytes, where the memory has
-            been taken away.
+        note: how the tensor that fills it was made, for :mod:`.fusing`.
+        exposed: code outside torch has a pointer to it, so that it cannot be freed.
+        parameter: the parameter stored here, and an alias of it.
+        freed: the value to compute again, its geometry and the number of bytes, if the memory was
+            released.
     """
 
     __slots__ = (
         "exposed",
+        "freed",
         "name",
         "note",
         "parameter",
-        "shell",
         "values",
         "version",
         "views",
@@ -51,17 +50,17 @@ class Memory:
 
     def __init__(self, watch: weakref.ref[torch.UntypedStorage]) -> None:
         self.watch = watch
-        self.values: dict[Geometry, Value | weakref.ref[Value]] = {}
+        self.values: dict[Geometry, GraphValue | weakref.ref[GraphValue]] = {}
         self.version: int | None = None
         self.name: str | None = None
         self.views = 0
         self.note: Any = None
         self.exposed = False
         self.parameter: tuple[Tensor, Tensor] | None = None
-        self.shell: tuple[Value, Geometry, int] | None = None
+        self.freed: tuple[GraphValue, Geometry, int] | None = None
 
 
-class Ledger:
+class StorageTable:
     """Knows the value of every tensor of one forward pass.
 
     Args:
@@ -70,18 +69,18 @@ class Ledger:
 
     def __init__(self, meter: Meter | None) -> None:
         self._meter = meter
-        self._memories: dict[int, Memory] = {}
+        self._records: dict[int, StorageRecord] = {}
 
-    def close(self, stage: int) -> None:
-        """Forget everything; shells that somebody still holds get their content back."""
-        for memory in list(self._memories.values()):
-            storage = memory.watch()
-            if storage is not None and memory.shell is not None:
-                (_, _, _, dtype) = memory.shell[1]
-                self._fill(memory, storage, _blank(storage, dtype), stage)
-        self._memories.clear()
+    def close(self, segment: int) -> None:
+        """Forget everything; freed tensors still referenced get their content back."""
+        for record in list(self._records.values()):
+            storage = record.watch()
+            if storage is not None and record.freed is not None:
+                (_, _, _, dtype) = record.freed[1]
+                self._fill(record, storage, _blank(storage, dtype), segment)
+        self._records.clear()
 
-    def value_of(self, tensor: Tensor, stage: int) -> Value | None:
+    def value_of(self, tensor: Tensor, segment: int) -> GraphValue | None:
         """Return what a tensor holds; it is kept from now on if it cannot be built again.
 
         ``None`` for tensors whose memory cannot be known (sparse, wrappers).
@@ -90,80 +89,80 @@ class Ledger:
             return None
         value = self.find(tensor)
         if value is None:
-            value = Value(stage)
-            memory = self.memory(tensor)
+            value = GraphValue(segment)
+            record = self.record(tensor)
             value.keep(tensor)
-            value.parameter = memory.parameter
-            memory.values[geometry_of(tensor)] = weakref.ref(value)
-            memory.version = version_of(tensor)
+            value.parameter = record.parameter
+            record.values[geometry_of(tensor)] = weakref.ref(value)
+            record.version = version_of(tensor)
         return value
 
-    def find(self, tensor: Tensor) -> Value | None:
+    def find(self, tensor: Tensor) -> GraphValue | None:
         """Return what a tensor holds, if that is known; ``None`` does not keep it."""
-        memory = self._memories.get(storage_key(tensor))
-        if memory is None:
+        record = self._records.get(storage_key(tensor))
+        if record is None:
             return None
         version = version_of(tensor)
-        if memory.version is not None and memory.version != version:
-            memory.values.clear()  # written to behind the tape's back
-        memory.version = version
-        held = memory.values.get(geometry_of(tensor))
+        if record.version is not None and record.version != version:
+            record.values.clear()  # written to by something that the graph did not see
+        record.version = version
+        held = record.values.get(geometry_of(tensor))
         return held() if isinstance(held, weakref.ref) else held
 
-    def memory(self, tensor: Tensor) -> Memory:
+    def record(self, tensor: Tensor) -> StorageRecord:
         """Return what is known of a tensor's storage."""
         storage = tensor.untyped_storage()
         key = storage_key(storage)
-        memory = self._memories.get(key)
-        if memory is None:
+        record = self._records.get(key)
+        if record is None:
             forget = functools.partial(_forget, weakref.ref(self), key)
-            memory = self._memories[key] = Memory(weakref.ref(storage, forget))
-        return memory
+            record = self._records[key] = StorageRecord(weakref.ref(storage, forget))
+        return record
 
-    def preserve(self, memory: Memory) -> None:
-        """Give kept values a copy of their own, before somebody writes to the memory they share."""
-        for held in memory.values.values():
+    def preserve(self, record: StorageRecord) -> None:
+        """Give kept values a copy of their own, before their memory is written to."""
+        for held in record.values.values():
             value = held() if isinstance(held, weakref.ref) else held
             if value is not None and value.tensor is not None:
                 value.keep(value.tensor.clone())
 
-    def take(self, value: Value) -> None:
-        """Take the memory from under a tensor that can be built again."""
+    def take(self, value: GraphValue) -> None:
+        """Release the memory of a tensor that can be computed again."""
         if value.home is None or value.step is None:
             return
         watch, geometry = value.home
         storage = watch()
-        memory = None if storage is None else self._memories.get(storage_key(storage))
-        if storage is None or memory is None or memory.exposed or memory.shell is not None:
+        record = None if storage is None else self._records.get(storage_key(storage))
+        if storage is None or record is None or record.exposed or record.freed is not None:
             return
         offset, shape, _, dtype = geometry
         count = 1
         for size in shape:
             count *= size
         whole = offset == 0 and count * dtype.itemsize == storage.nbytes()
-        if not whole or memory.values.get(geometry) is not value:
-            return  # a part of the memory, or it has been written to since
-        if any(isinstance(held, weakref.ref) and held() for held in memory.values.values()):
+        if not whole or record.values.get(geometry) is not value:
+            return  # a part of the storage, or it has been written to since
+        if any(isinstance(held, weakref.ref) and held() for held in record.values.values()):
             return
-        memory.shell = value, geometry, storage.nbytes()
+        record.freed = value, geometry, storage.nbytes()
         release(storage)
 
-    def bring_back(self, tensor: Tensor, stage: int) -> None:
-        """Build the content of a shell again, because somebody is going to read it."""
+    def bring_back(self, tensor: Tensor, segment: int) -> None:
+        """Compute the content of a freed tensor again, before it is read."""
         if not is_plain(tensor):
             return
         storage = tensor.untyped_storage()
-        memory = self._memories.get(storage_key(storage))
-        if memory is not None and memory.shell is not None:
-            self._fill(memory, storage, tensor, stage)
+        record = self._records.get(storage_key(storage))
+        if record is not None and record.freed is not None:
+            self._fill(record, storage, tensor, segment)
 
     def _fill(
-        self, memory: Memory, storage: torch.UntypedStorage, tensor: Tensor, stage: int
+        self, record: StorageRecord, storage: torch.UntypedStorage, tensor: Tensor, segment: int
     ) -> None:
-        assert memory.shell is not None
-        value, (offset, shape, stride, dtype), nbytes = memory.shell
-        memory.shell = None
-        content = value.content(stage, self._meter)
+        assert record.freed is not None
+        value, (offset, shape, stride, dtype), nbytes = record.freed
+        record.freed = None
+        content = value.content(segment, self._meter)
         storage.resize_(nbytes)
         with torch.no_grad(), keep_version(tensor):
             alias = tensor.detach()
@@ -172,10 +171,10 @@ class Ledger:
             alias.as_strided(shape, stride, offset).copy_(content)
 
 
-def _forget(ledger: weakref.ref[Ledger], key: int, _: object) -> None:
-    alive = ledger()
+def _forget(storages: weakref.ref[StorageTable], key: int, _: object) -> None:
+    alive = storages()
     if alive is not None:
-        alive._memories.pop(key, None)
+        alive._records.pop(key, None)
 
 
 def _blank(storage: torch.UntypedStorage, dtype: torch.dtype) -> Tensor:

@@ -1,18 +1,17 @@
-"""The tape: follows a forward pass operator by operator and decides what is kept.
+"""The recompute graph: follows a forward pass operator by operator and decides what is kept.
 
-It is a dispatch mode, so it sees what really runs, below autocast and autograd, whoever calls it:
-modules, functions, TorchScript, C++. While it is on, autograd's saved tensors go through
-:meth:`Tape.pack`, which answers with a recipe where the tape knows one.
+It is a dispatch mode, so it sees the operators that run below autocast and autograd, called from
+modules, functions, TorchScript or C++. While it is active, autograd's saved tensors go through
+:meth:`RecomputeGraph.pack`, which returns how to compute the tensor again where that is known.
 
-The model's Python code holds references that it does not need (the argument of every ``forward``
-that is at work, for one). Where the plan knows that nobody reads a tensor again, the tape takes the
-memory from under it. The tensor is then a shell: whoever does read it, against the plan, makes the
-tape build its content again first.
+The model's Python code holds references that it does not need, such as the argument of every
+running ``forward``. Where the plan says that nothing reads a tensor again, its memory is released
+(a *freed tensor*). If something does read it, the graph computes its content again first.
 """
 
 from __future__ import annotations
 
-__all__ = ["Tape"]
+__all__ = ["RecomputeGraph"]
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -32,17 +31,17 @@ from pocketize._torch import (
 from pocketize.memory.flops import flops_of
 from pocketize.ops import Kind, operator_of
 from pocketize.ops.effects import Effect
-from pocketize.passes.recompute.ledger import (
-    Ledger,
-    Memory,
+from pocketize.passes.recompute.norms import Statistics, normalise, statistics_of
+from pocketize.passes.recompute.operators import Replay, describe
+from pocketize.passes.recompute.storage_table import (
+    StorageRecord,
+    StorageTable,
     bytes_of,
     covers,
     geometry_of,
     is_plain,
 )
-from pocketize.passes.recompute.operators import Replay, describe
-from pocketize.passes.recompute.statistics import Statistics, normalise, statistics_of
-from pocketize.passes.recompute.values import Handle, Meter, Step, Value
+from pocketize.passes.recompute.values import GraphStep, GraphValue, Handle, Meter
 
 aten = torch.ops.aten
 #: Operations for each number of a result from which on building it again is costly: those of a
@@ -54,14 +53,14 @@ _SHALLOW = {aten.detach.default, aten.alias.default}
 _CASTS = {Kind.COPY, Kind.PERMUTATION, Kind.RESHAPE}
 
 
-class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class RecomputeGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records one forward pass.
 
     Args:
         model: whose parameters name the convolutions.
-        rebuilt: sites whose results are built again instead of kept. A site is the name of the
-            weight of a convolution or linear layer; ``"name#1"`` is the second use of it.
-        frees: for a site, what nobody reads any more: ``-1`` its input once it has run, ``n`` the
+        rebuilt: uses of weights whose results are built again instead of kept. A use is the name
+            of the weight of a convolution or linear layer; ``"name#1"`` is the second use of it.
+        frees: for a use, what nothing reads later: ``-1`` its input once it has run, ``n`` the
             n-th part of the concatenation that is its input, before it runs.
         min_bytes: tensors of fewer bytes are kept in any case.
         meter: counts what rebuilding costs.
@@ -77,7 +76,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.rebuilt, self.frees, self.min_bytes, self.meter = rebuilt, frees, min_bytes, meter
-        self.stage = 0
+        self.segment = 0
         #: Of the last norm that ran with the statistics of its input.
         self.statistics: Statistics | None = None
         self._positions = 0
@@ -86,11 +85,11 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._order = 0
         self._uses: dict[str, int] = {}
         self._quiet = False
-        self.ledger = Ledger(meter)
+        self.storages = StorageTable(meter)
         for name, parameter in model.named_parameters():
             if is_plain(parameter):
-                memory = self.ledger.memory(parameter)
-                memory.name, memory.parameter = name, (parameter, parameter.detach())
+                record = self.storages.record(parameter)
+                record.name, record.parameter = name, (parameter, parameter.detach())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -104,7 +103,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def quietly(self) -> Iterator[None]:
-        """What runs inside is the tape's own business and not the model's."""
+        """Operators that run inside are not recorded."""
         before, self._quiet = self._quiet, True
         try:
             yield
@@ -119,7 +118,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return tensor.detach()
             if self.meter is not None:
                 self.meter.store(value)
-            handle = Handle(value, self.stage, self.meter)
+            handle = Handle(value, self.segment, self.meter)
             self._packed.append(handle)
             return handle
 
@@ -132,24 +131,24 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tensor
 
     def finish(self) -> None:
-        """End the recording: shells that somebody still holds get their content back."""
+        """End the recording; freed tensors still referenced get their content back."""
         self._packed.clear()
         with self.quietly():
-            self.ledger.close(self.stage)
+            self.storages.close(self.segment)
 
     def expose(self, tensor: Tensor) -> None:
-        """Let a tensor have its memory for good: somebody gets a pointer to it."""
+        """Never free a tensor: code outside torch gets a pointer to its memory."""
         with self.quietly():
-            self.ledger.bring_back(tensor, self.stage)
-            memory = self.memory_of(tensor)
-            if memory is not None:
-                memory.exposed = True
+            self.storages.bring_back(tensor, self.segment)
+            record = self.record_of(tensor)
+            if record is not None:
+                record.exposed = True
 
-    def memory_of(self, tensor: Any) -> Memory | None:
+    def record_of(self, tensor: Any) -> StorageRecord | None:
         """Return what is known of a tensor's memory; ``None`` for what is no ordinary tensor."""
         if not isinstance(tensor, Tensor) or not is_plain(tensor):
             return None
-        return self.ledger.memory(tensor)
+        return self.storages.record(tensor)
 
     # What runs.
 
@@ -161,19 +160,19 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operator = Replay(Effect.OTHER)
         if func not in _SHALLOW:
             for tensor in tensors:
-                self.ledger.bring_back(tensor, self.stage)
+                self.storages.bring_back(tensor, self.segment)
         if operator.effect is Effect.WRITER:
             return self._write(func, operator, args, kwargs)
         if operator.effect is Effect.OTHER:
             return self._other(func, args, kwargs, tensors)
-        site = self._site(operator, args) if operator.weight is not None else None
-        source = self._free_parts(site, operator, args) if site in self.frees else None
+        use = self._use(operator, args) if operator.weight is not None else None
+        source = self._free_parts(use, operator, args) if use in self.frees else None
         state = _state_of(tensors, kwargs) if operator.random else None
         recorded = tuple(self._forget_statistics(operator, args))
         made = func(*args, **kwargs)
         results = [t for t in pytree.tree_leaves(made) if isinstance(t, Tensor)]
         if _name_goes_on(func, tensors, results):
-            self.ledger.memory(results[0]).name = self.ledger.memory(tensors[0]).name
+            self.storages.record(results[0]).name = self.storages.record(tensors[0]).name
         found = statistics_of(func, args, made)
         if found is not None:
             self.statistics = found
@@ -181,7 +180,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif _share(tensors, results):
             self._view(func, args, kwargs, tensors[0], made)
         else:
-            kept = operator.heavy and site not in self.rebuilt
+            kept = operator.heavy and use not in self.rebuilt
             if operator.random and state is None:
                 kept = True
             if not kept and results and max(map(bytes_of, results)) >= self.min_bytes:
@@ -189,13 +188,13 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if operator.heavy:
                     flops = flops_of(func, args, kwargs, made) or 0
                     step.costly = flops >= _COSTLY * sum(t.numel() for t in results)
-                self._note(step, made, self.stage)
+                self._note(step, made, self.segment)
         if operator.resamples and results:
             self._advance(results[0])
         self._packed.clear()
-        if source is not None and -1 in self.frees[site or ""]:
+        if source is not None and -1 in self.frees[use or ""]:
             for value in source:
-                self.ledger.take(value)
+                self.storages.take(value)
         return made
 
     def _step(
@@ -205,15 +204,15 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         state: tuple[torch.device, Tensor] | None = None,
-    ) -> Step:
+    ) -> GraphStep:
         values, named = pytree.tree_map_only(Tensor, self._value, (args, kwargs))
         self._order += 1
-        return Step(func, operator, values, named, self._order, state)
+        return GraphStep(func, operator, values, named, self._order, state)
 
-    def _value(self, tensor: Tensor) -> Value | None:
-        return self.ledger.value_of(tensor, self.stage)
+    def _value(self, tensor: Tensor) -> GraphValue | None:
+        return self.storages.value_of(tensor, self.segment)
 
-    def _note(self, step: Step, made: Any, stage: int) -> None:
+    def _note(self, step: GraphStep, made: Any, segment: int) -> None:
         """Remember that the results of an operator can be had by running it again."""
         several = isinstance(made, tuple | list)
         for index, result in enumerate(made if several else (made,)):
@@ -221,48 +220,48 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             if bytes_of(result) < self.min_bytes:
                 continue  # kept when asked for
-            memory, geometry = self.ledger.memory(result), geometry_of(result)
-            if step.operator.effect is Effect.VIEW and geometry in memory.values:
-                continue  # it lies there just as what it is a view of
-            value = Value(stage, step, index if several else None)
-            value.home = memory.watch, geometry
-            memory.values[geometry] = value
-            memory.version = version_of(result)
+            record, geometry = self.storages.record(result), geometry_of(result)
+            if step.operator.effect is Effect.VIEW and geometry in record.values:
+                continue  # the same region as what it is a view of
+            value = GraphValue(segment, step, index if several else None)
+            value.home = record.watch, geometry
+            record.values[geometry] = value
+            record.version = version_of(result)
 
     def _normed(self, found: Statistics, args: tuple[Any, ...], made: Tensor) -> None:
         """A norm is built again with the statistics of the first time."""
         if bytes_of(made) >= self.min_bytes:
-            again = (*args[:3], found.mean, found.rstd, found.eps, found.groups)
-            self._note(self._step(normalise, Replay(Effect.PURE), again, {}), made, self.stage)
+            again = (*args[:3], found.mean, found.invstd, found.eps, found.groups)
+            self._note(self._step(normalise, Replay(Effect.PURE), again, {}), made, self.segment)
 
     def _view(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], base: Tensor, made: Any
     ) -> None:
         """A view of what can be built again can be built again; other views share what is kept."""
-        self.ledger.memory(base).views += 1
-        value = self.ledger.find(base)
+        self.storages.record(base).views += 1
+        value = self.storages.find(base)
         if value is not None and value.step is not None:
             operator = Replay(Effect.VIEW)
-            self._note(self._step(func, operator, args, kwargs), made, value.stage)
+            self._note(self._step(func, operator, args, kwargs), made, value.segment)
 
     def _write(
         self, func: Any, operator: Replay, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         target = args[0]
-        memory = self.ledger.memory(target)
-        old = self.ledger.find(target)
-        alone = set(memory.values) <= {geometry_of(target)} and covers(target)
+        record = self.storages.record(target)
+        old = self.storages.find(target)
+        alone = set(record.values) <= {geometry_of(target)} and covers(target)
         step = None
         if old is not None and old.step is not None and alone:
             state = _state_of([target], kwargs) if operator.random else None
             if state is not None or not operator.random:
                 step = self._step(func, operator, args, kwargs, state)
-        self.ledger.preserve(memory)
+        self.storages.preserve(record)
         made = func(*args, **kwargs)
-        memory.values.clear()
+        record.values.clear()
         if step is not None and old is not None:
-            self._note(step, target, old.stage)
-        memory.version = None  # autograd raises it after this
+            self._note(step, target, old.segment)
+        record.version = None  # autograd raises it after this
         return made
 
     def _other(
@@ -272,10 +271,10 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         schema = schema_of(func)
         if schema is None or schema.is_mutable:
             for tensor in filter(is_plain, tensors):
-                memory = self.ledger.memory(tensor)
-                self.ledger.preserve(memory)
-                memory.values.clear()
-                memory.version = None
+                record = self.storages.record(tensor)
+                self.storages.preserve(record)
+                record.values.clear()
+                record.version = None
         return func(*args, **kwargs)
 
     def _forget_statistics(self, operator: Replay, args: tuple[Any, ...]) -> Iterator[Any]:
@@ -289,48 +288,50 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if position in operator.statistics and isinstance(argument, Tensor):
                 if not trains:
                     kept = self._value(argument)
-                    self.ledger.preserve(self.ledger.memory(argument))
+                    self.storages.preserve(self.storages.record(argument))
                 yield None if trains else kept
             else:
                 yield argument
 
     def _advance(self, made: Tensor) -> None:
-        """A tensor at another resolution begins a stage, unless it is tiny, as a mean is."""
+        """A tensor at another resolution begins a segment, unless it is tiny, as a mean is."""
         size, positions = bytes_of(made), made.shape[2:].numel()
         if made.ndim < 3 or positions == self._positions or size * 64 < self._largest:
             self._largest = max(self._largest, size)
             return
-        if positions < self._positions:  # its input belongs to the reader's stage
+        if positions < self._positions:  # its input belongs to the reader's segment
             for handle in self._packed:
-                handle.restage(self.stage + 1)
+                handle.move_to(self.segment + 1)
         if self._positions:
-            self.stage += 1
+            self.segment += 1
         self._positions, self._largest = positions, size
 
     # Names.
 
-    def _site(self, operator: Replay, args: tuple[Any, ...]) -> str | None:
+    def _use(self, operator: Replay, args: tuple[Any, ...]) -> str | None:
         assert operator.weight is not None
         weight = args[operator.weight] if len(args) > operator.weight else None
-        name = self.ledger.memory(weight).name if isinstance(weight, Tensor) else None
+        name = self.storages.record(weight).name if isinstance(weight, Tensor) else None
         if name is None:
             return None
         count = self._uses[name] = self._uses.get(name, -1) + 1
         return f"{name}#{count}" if count else name
 
-    # Shells.
+    # Freed tensors.
 
-    def _free_parts(self, site: str | None, operator: Replay, args: tuple[Any, ...]) -> list[Value]:
+    def _free_parts(
+        self, use: str | None, operator: Replay, args: tuple[Any, ...]
+    ) -> list[GraphValue]:
         """Free the parts of a concatenation; return the values that the input consists of."""
         data = args[operator.data]
-        value = self.ledger.find(data)
+        value = self.storages.find(data)
         chain = []
         while value is not None and value.step is not None:
             chain.append(value)
             if operator_of(value.step.func).kind is Kind.CONCATENATION:
-                for position in self.frees[site or ""]:
+                for position in self.frees[use or ""]:
                     if 0 <= position < len(value.step.parents):
-                        self.ledger.take(value.step.parents[position])
+                        self.storages.take(value.step.parents[position])
                 break
             cast = operator_of(value.step.func).kind in _CASTS
             simple = cast or value.step.operator.effect is Effect.VIEW
