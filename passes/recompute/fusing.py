@@ -1,9 +1,8 @@
 """Calls that are made as one node of autograd's graph, so that less is alive at once in backward.
 
 * ``activation(norm(x))``: autograd would go through the activation and the norm one after the
-  other, each with its gradient and its input at full size. The node keeps ``x``, the
-  result of a convolution, and works through the channels in pieces: norm and activation are run
-  again on one piece and differentiated there, by the same kernels.
+  other, each with its gradient and its input at full size. :class:`NormActivation` keeps ``x``,
+  the result of a convolution, and computes norm, activation and gradient again block by block.
 * ``conv(cat(a, b))`` is ``conv_a(a) + conv_b(b)``: in backward the parts come one after the other
   (:class:`Part`), with no concatenation and no gradient of one.
 

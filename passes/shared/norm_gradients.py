@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_ATEN = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -220,10 +222,14 @@ def _block(cells: Cells) -> Gradients:
         mean, invstd = norm.moments(source)
     scale = invstd if weight is None else invstd * weight
     if cells.is_input:
-        xhat = source.sub(mean).mul_(invstd)
         # As torch's kernels do: an activation's kinks are then where they were.
         z = torch.addcmul(-mean * scale if bias is None else bias - mean * scale, source, scale)
         dz, dslopes = activation.backward(grad, z, None, cells.slopes)
+        plain = norm.process_group is None and (bias is None or weight is not None)
+        if norm.from_input and plain:
+            del grad, z
+            return _by_kernels(norm, dz, dslopes, source, weight, mean, invstd)
+        xhat = source.sub(mean).mul_(invstd)
     else:
         z = activation.inverse(source, cells.slopes)
         xhat = undo(z, weight, bias)
@@ -244,6 +250,41 @@ def _block(cells: Cells) -> Gradients:
         mean_dz, mean_dz_xhat = (means * (invstd / count)).unbind()
         dz = dz.sub_(mean_dz).sub_(xhat.mul_(mean_dz_xhat))
     return Gradients(dz, dweight, dbias, torch.zeros_like(dbias) if dslopes is None else dslopes)
+
+
+def _by_kernels(
+    norm: Norm,
+    dz: Tensor,
+    dslopes: Tensor | None,
+    source: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+) -> Gradients:
+    """Differentiate the norm as torch does, from its input, to the last bit."""
+    n, groups, inner, size = source.shape
+    mask = [True, weight is not None, weight is not None]
+    gamma = None if weight is None else weight.flatten()
+    dz, source = dz.contiguous(), source.contiguous()
+    if norm.kind == "group":
+        shape, last = (n, groups * inner, size), (n, groups * inner, size, groups, mask)
+        statistics = (t.expand(n, groups, 1, 1).reshape(n, groups) for t in (mean, invstd))
+        dx, dweight, dbias = _ATEN.native_group_norm_backward(
+            dz.view(shape), source.view(shape), *statistics, gamma, *last
+        )
+    else:
+        samples = n if norm.kind == "instance" else 1  # each with statistics of its own
+        shape = (n // samples, samples * groups, size)
+        gamma = None if gamma is None else gamma.repeat(samples)
+        statistics = (t.flatten() for t in (mean, invstd))
+        dx, dweight, dbias = _ATEN.native_batch_norm_backward(
+            dz.view(shape), source.view(shape), gamma, None, None, *statistics, True, norm.eps, mask
+        )
+        if gamma is not None:
+            dweight, dbias = (t.view(samples, -1).sum(0) for t in (dweight, dbias))
+    zero = dx.new_zeros(groups, inner)
+    given = (zero if weight is None else t.view(groups, inner) for t in (dweight, dbias))
+    return Gradients(dx.view(n, groups, inner, size), *given, zero if dslopes is None else dslopes)
 
 
 def undo(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
