@@ -11,14 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 #: Names that several classes still have. It only gets shorter: rename the classes of one room.
-DOUBLE: set[str] = {
-    "Convolution",
-    "Normalised",
-    "Site",
-    "Surveyor",
-    "Value",
-    "Watch",
-}
+DOUBLE: set[str] = set()
 
 
 def test_no_two_classes_have_one_name() -> None:

@@ -69,7 +69,7 @@ def join(
     if any(p.ndim != data.ndim or p.dtype != data.dtype for p in parts):
         return None
     stride, padding, dilation = (_spread(value, dims) for value in geometry)
-    like = _Convolution(stride, padding, dilation)
+    like = _ConvolutionGeometry(stride, padding, dilation)
     with torch.no_grad():
         content = func(data, weight, bias, stride, padding, dilation)
     tokens, start = [], 0
@@ -87,7 +87,7 @@ def _spread(value: Any, dims: int) -> list[int]:
     return numbers * dims if len(numbers) == 1 else numbers
 
 
-class _Convolution:
+class _ConvolutionGeometry:
     """The geometry of a convolution."""
 
     def __init__(self, stride: list[int], padding: list[int], dilation: list[int]) -> None:
@@ -121,7 +121,7 @@ class Part(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, like: _Convolution, content: Tensor, part: Tensor, weight: Tensor
+        ctx: Any, like: _ConvolutionGeometry, content: Tensor, part: Tensor, weight: Tensor
     ) -> Tensor:
         """Return a token of the result's shape, without content: one element, spread."""
         ctx.like = like
@@ -157,7 +157,9 @@ class Join(torch.autograd.Function):
         return None, by_bias, *(gradient,) * ctx.tokens
 
 
-def _convolve(data: Tensor, weight: Tensor, like: _Convolution, dtype: torch.dtype) -> Tensor:
+def _convolve(
+    data: Tensor, weight: Tensor, like: _ConvolutionGeometry, dtype: torch.dtype
+) -> Tensor:
     dims = len(like.stride)
     made: Tensor = aten.convolution(
         data, weight, None, like.stride, like.padding, like.dilation, False, [0] * dims, 1

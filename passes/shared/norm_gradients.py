@@ -283,8 +283,12 @@ def _by_kernels(
         if gamma is not None:
             dweight, dbias = (t.view(samples, -1).sum(0) for t in (dweight, dbias))
     zero = dx.new_zeros(groups, inner)
-    given = (zero if weight is None else t.view(groups, inner) for t in (dweight, dbias))
-    return Gradients(dx.view(n, groups, inner, size), *given, zero if dslopes is None else dslopes)
+    if weight is not None:
+        dweight, dbias = dweight.view(groups, inner), dbias.view(groups, inner)
+    else:
+        dweight = dbias = zero
+    dslopes = zero if dslopes is None else dslopes
+    return Gradients(dx.view(n, groups, inner, size), dweight, dbias, dslopes)
 
 
 def undo(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
