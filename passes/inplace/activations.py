@@ -87,7 +87,7 @@ class Activation(Elementwise):
 
         Args: those of :meth:`FusedCall.backward`.
         """
-        value = z if y is None else y
+        value, grad = z if y is None else y, grad.to(z.dtype)
         if slopes is not None:
             dslopes = (grad * z.clamp(max=0)).sum((0, 3))
             return torch.where(value > 0, grad, grad * slopes), dslopes

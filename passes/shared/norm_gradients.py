@@ -94,7 +94,7 @@ class Elementwise:
         """Differentiate the activation on cells.
 
         Args:
-            grad: the gradient after it, (N, G, D, S).
+            grad: the gradient after it, (N, G, D, S), in the type of the result.
             z: what was activated, of the same shape.
             y: the result; None where the input was kept.
             slopes: (1, G, D, 1) or None.
@@ -216,7 +216,7 @@ def _blocks(cells: Cells, room: int) -> Iterator[tuple[slice, slice]]:
 def _block(cells: Cells) -> Gradients:
     """Solve one problem; its tensors are written to where they are new."""
     norm, activation, weight, bias = cells.norm, cells.activation, cells.weight, cells.bias
-    grad, source = cells.grad.to(cells.exact), cells.source.to(cells.exact)
+    grad, source = cells.grad, cells.source.to(cells.exact)
     mean, invstd = cells.mean, cells.invstd
     if mean is None or invstd is None:
         mean, invstd = norm.moments(source)
