@@ -114,7 +114,7 @@ def in_edit(name: str, value: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (option("size", 4), "contradicts itself: its options say .*'size': .4., .*its edit says"),
+        (option("size", 4), "contradicts itself: its options say .*'size': 4, .*its edit says"),
         (in_edit("mode", "slab"), "contradicts itself"),
         (in_edit("train", True), "contradicts itself"),
         (option("reduce", "argmax"), "says 'exact', and with its options .* 'approximate'"),

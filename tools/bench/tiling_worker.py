@@ -115,7 +115,7 @@ def estimate(task: Task) -> dict[str, Any]:
         x = torch.empty(1, 1, *task.size)
     prepared = prepare(net, as_inputs(x, net), tiling)
     peak = estimated_peak(prepared.trace, prepared.program, tiling)
-    return {"peak": peak, "kept": kept_bytes(prepared.program, tiling.held)}
+    return {"peak": peak, "kept": kept_bytes(prepared.program, tiling.stored_dtype)}
 
 
 def race(task: Task) -> dict[str, Any]:
