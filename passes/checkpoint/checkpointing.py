@@ -52,7 +52,7 @@ class CheckpointedForward(Forward):
         """Run the forward, and remember how to run it again."""
         if without_backward():
             return self.original(*args, **kwargs)
-        if torch.compiler.is_compiling() and next(self.module.buffers(), None) is None:
+        if torch.compiler.is_compiling() and not list(self.module.buffers()):
             return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
         return self._checkpointed(*args, **kwargs)
 
