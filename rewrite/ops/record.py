@@ -221,9 +221,11 @@ def register(facet: str, *operators: str | Kind, replace: bool = False) -> Calla
             if isinstance(operator, str):
                 known = _OPERATORS.setdefault(operator, Operator(operator)).facet(facet)
             if known is not UNKNOWN and not replace:
+                name = getattr(known, "__qualname__", None)
+                title = f"{known.__module__}.{name}" if name else repr(known)
                 raise RewriteError(
-                    f"operator {operator} already has the {facet} {known.__module__}."
-                    f"{known.__qualname__}; pass replace=True to take its place"
+                    f"operator {operator} already has the {facet} {title}; "
+                    "pass replace=True to take its place"
                 )
             _FACETS[facet, operator] = value
         return value

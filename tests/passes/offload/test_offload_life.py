@@ -16,6 +16,7 @@ from pocketize.errors import ExecutionError
 from pocketize.graph.clone import clone
 from pocketize.passes import Offload
 from pocketize.plugin.edits import Convert
+from tests.passes.shared.uses import function_transforms
 
 X = torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -146,21 +147,7 @@ def test_weights_passed_in_second_derivatives_and_an_empty_batch(min_bytes: int)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")  # by torch, for jvp
 @SIZES
 def test_function_transforms_and_dual_numbers(min_bytes: int):
-    def use(model: Any) -> Any:
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-
-        def one(given: Any, x: Tensor) -> Tensor:
-            return torch.func.functional_call(model, given, (x[None],)).square().mean()
-
-        model.eval()
-        each = torch.func.vmap(torch.func.grad(one), (None, 0))(weights, X)
-        _, tangent = torch.func.jvp(model, (X,), (torch.ones_like(X),))
-        with torch.autograd.forward_ad.dual_level():
-            out = model(torch.autograd.forward_ad.make_dual(X, torch.ones_like(X)))
-            torch.autograd.forward_ad.unpack_dual(out).tangent.square().sum().backward()
-        return each, tangent
-
-    both(min_bytes, use)
+    both(min_bytes, lambda model: function_transforms(model, X))
 
 
 @SIZES

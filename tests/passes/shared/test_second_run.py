@@ -23,6 +23,7 @@ from pocketize.errors import ExecutionError, PocketizeWarning
 from pocketize.graph.clone import clone
 from pocketize.passes import Checkpoint
 from pocketize.plugin.edits import Convert
+from tests.passes.shared.uses import function_transforms
 
 X = torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -246,21 +247,7 @@ def test_gradient_penalties_and_partial_and_repeated_backwards():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")  # by torch, for jvp
 def test_function_transforms_and_dual_numbers():
-    def use(model: Any) -> Any:
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-
-        def one(given: Any, x: Tensor) -> Tensor:
-            return torch.func.functional_call(model, given, (x[None],)).square().mean()
-
-        model.eval()
-        each = torch.func.vmap(torch.func.grad(one), (None, 0))(weights, X)
-        _, tangent = torch.func.jvp(model, (X,), (torch.ones_like(X),))
-        with torch.autograd.forward_ad.dual_level():
-            out = model(torch.autograd.forward_ad.make_dual(X, torch.ones_like(X)))
-            torch.autograd.forward_ad.unpack_dual(out).tangent.square().sum().backward()
-        return each, tangent
-
-    both(normed(), use)
+    both(normed(), lambda model: function_transforms(model, X))
 
 
 def test_an_empty_batch():
