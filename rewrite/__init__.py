@@ -15,7 +15,6 @@ from __future__ import annotations
 
 __all__ = [
     "Analysis",
-    "Captured",
     "ChannelGroup",
     "ChannelGroups",
     "Guarantee",
@@ -23,6 +22,7 @@ __all__ = [
     "PassRecord",
     "Plan",
     "PocketizeError",
+    "TracedGraph",
     "__version__",
     "analyse",
     "capture",
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from pocketize.channels.rules import channel_rule
     from pocketize.engine.pipeline import Plan, history, plan, pocketize, replay, rewrite
     from pocketize.errors import PocketizeError
-    from pocketize.graph.capture import Captured, capture
+    from pocketize.graph.capture import TracedGraph, capture
     from pocketize.memory import measure
     from pocketize.plugin.base import Guarantee, Pass, PassRecord
     from pocketize.report import compare
@@ -59,7 +59,7 @@ attach(
     __name__,
     {
         "Analysis": "channels.analysis",
-        "Captured": "graph.capture",
+        "TracedGraph": "graph.capture",
         "ChannelGroup": "channels.groups",
         "ChannelGroups": "channels.groups",
         "Guarantee": "plugin.base",

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from pocketize.channels.analysis import Analysis
 from pocketize.channels.labels import FROZEN, Value, axes_of
-from pocketize.graph.capture import Captured, Studio
+from pocketize.graph.capture import TracedGraph, Tracer
 from pocketize.graph.inputs import as_inputs
 
 __all__ = ["Board"]
@@ -44,18 +44,18 @@ class Board(Analysis):
     def __init__(self, function: Callable[..., Any], **shapes: tuple[int, ...]) -> None:
         model = _Bare(function, shapes)
         super().__init__(model, as_inputs(torch.zeros(1)))
-        self.captured = self.recordings[0]
+        self.traced = self.traces[0]
         self.units, self.reasons = self.unions.solve()
 
     def _freeze_output(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         """Nothing: this is what a board is for."""
 
-    def _second_size(self, studio: Studio) -> list[Captured]:
+    def _second_size(self, tracer: Tracer) -> list[TracedGraph]:
         return []  # nothing here has a spatial size
 
     def outputs(self) -> list[Value]:
         """What is known of the results."""
-        return [self.values[0][node] for node in self.captured.outputs()]
+        return [self.values[0][node] for node in self.traced.outputs()]
 
     def indices(self, axis: str) -> NDArray[np.int64]:
         """The indices of an axis, ``"a0"`` for the first of ``a``."""
@@ -83,7 +83,7 @@ class Board(Analysis):
         """
         name, number = axis[:-1], int(axis[-1])
         numbers: dict[fx.Node, Any] = {}
-        for node in self.captured.graph.nodes:
+        for node in self.traced.graph.nodes:
             if node.op == "get_attr":
                 shape = node.meta["val"].shape
                 value = torch.zeros(shape, dtype=torch.float64)
@@ -94,7 +94,7 @@ class Board(Analysis):
             elif node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)
                 numbers[node] = node.target(*args, **kwargs)
-        return [numbers[node].long().numpy() for node in self.captured.outputs()]
+        return [numbers[node].long().numpy() for node in self.traced.outputs()]
 
     def follows(self, axis: str) -> bool:
         """Whether the labels of the results are the indices of an axis moved by the operators.

@@ -252,7 +252,7 @@ def _notes(target: Target, given: Amp) -> list[str]:
     notes = []
     modules = dict(target.model.named_modules())
     bare = set()
-    for node in target.captured(train=True).operators():
+    for node in target.traced(train=True).operators():
         record = operator_of(node.target)
         if record.kind not in NORMS or record.kind is Kind.RMS_NORM:  # which casts by itself
             continue

@@ -318,14 +318,14 @@ class Cascade(nn.Module):
                 given = to_model(Inputs((torch.zeros(shape),)), stage1)
             else:
                 given = settle_inputs(stage1, None)
-            captured = capture(stage1, given)
+            traced = capture(stage1, given)
         except (CaptureError, InputError) as error:
             raise InputError(
                 f"cascade: cannot find out how many classes stage 1 ({type(stage1).__name__}) "
                 f"returns; pass classes=..., inputs=..., or multiple=... for its sizes. {error}"
             ) from error
         seen = given.tensors()[0]
-        outputs = [node.meta["val"] for node in captured.outputs()]
+        outputs = [node.meta["val"] for node in traced.outputs()]
         return prediction_of(outputs, seen.shape[2:]).shape[1], seen
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pocketize._torch import FakeTensor, FakeTensorMode
 from pocketize.engine.surgery import apply_edits
 from pocketize.errors import CaptureError, OptionError, RewriteError
-from pocketize.graph.capture import Captured, record
+from pocketize.graph.capture import TracedGraph, trace_module
 from pocketize.graph.clone import clone, fake_clone
 from pocketize.passes.cascade.first_readers import FirstReader, find_first_readers
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Target
@@ -74,7 +74,7 @@ class ExtendInputs(Pass):
         Raises:
             RewriteError: the input is read by something that cannot be extended.
         """
-        graphs = [target.captured(train) for train in (False, True)]
+        graphs = [target.traced(train) for train in (False, True)]
         try:
             edits = extend_inputs(target.model, graphs, self.channels, argument=self.argument)
         except RewriteError as error:
@@ -94,7 +94,7 @@ class ExtendInputs(Pass):
 
 
 def extend_inputs(
-    model: nn.Module, graphs: Sequence[Captured], extra: int, *, argument: int = 0
+    model: nn.Module, graphs: Sequence[TracedGraph], extra: int, *, argument: int = 0
 ) -> tuple[Extend, ...]:
     """Return one edit for each weight that reads the input, so that it reads more channels.
 
@@ -109,12 +109,12 @@ def extend_inputs(
             does not run on more channels.
     """
     edits: dict[str, Extend] = {}
-    for captured in graphs:
-        found = find_first_readers(captured, argument)
-        had = captured.inputs.tensors()[argument].shape[1]
+    for traced in graphs:
+        found = find_first_readers(traced, argument)
+        had = traced.inputs.tensors()[argument].shape[1]
         grown = {key: _behind(reader, had, extra) for key, reader in found.items()}
-        wide = _record_wide(model, captured, tuple(grown.values()), extra, argument)
-        _check_same(captured, wide)
+        wide = _record_wide(model, traced, tuple(grown.values()), extra, argument)
+        _check_same(traced, wide)
         for edit in _placed(found, find_first_readers(wide, argument), had):
             if edits.setdefault(edit.tensor, edit) != edit:
                 raise RewriteError(f"{edit.tensor} reads other channels in training mode")
@@ -155,13 +155,13 @@ def _placed(
 
 
 def _record_wide(
-    model: nn.Module, captured: Captured, edits: Sequence[Extend], extra: int, argument: int
-) -> Captured:
+    model: nn.Module, traced: TracedGraph, edits: Sequence[Extend], extra: int, argument: int
+) -> TracedGraph:
     """Trace the extended model at the wider input, without memory where the first was."""
-    tensors = captured.inputs.tensors()
+    tensors = traced.inputs.tensors()
     fakes = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
     mode = fakes or FakeTensorMode(allow_non_fake_inputs=True)
-    copy = clone(model) if captured.real else fake_clone(model, mode)
+    copy = clone(model) if traced.real else fake_clone(model, mode)
     apply_edits(copy, edits)
 
     def widened(tensor: Tensor) -> Tensor:
@@ -171,10 +171,10 @@ def _record_wide(
         return torch.cat([tensor, tensor.new_zeros(shape)], 1)
 
     try:
-        if captured.real:
-            return record(copy, captured.inputs.map(widened), train=captured.train)
+        if traced.real:
+            return trace_module(copy, traced.inputs.map(widened), train=traced.train)
         with mode:
-            return record(copy, captured.inputs.map(widened), train=captured.train)
+            return trace_module(copy, traced.inputs.map(widened), train=traced.train)
     except CaptureError as error:
         raise RewriteError(
             f"{type(model).__name__} does not run on {extra} more input channels, probably because "
@@ -182,7 +182,7 @@ def _record_wide(
         ) from error
 
 
-def _check_same(before: Captured, after: Captured) -> None:
+def _check_same(before: TracedGraph, after: TracedGraph) -> None:
     if before.structure != after.structure:
         raise RewriteError("with more input channels the outputs have other shapes")
     old, new = before.operators(), after.operators()

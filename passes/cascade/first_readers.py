@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from pocketize.errors import RewriteError
-from pocketize.graph.capture import Captured
+from pocketize.graph.capture import TracedGraph
 from pocketize.ops import CONVOLUTIONS, MOVEMENTS, Kind, bind, operator_name, operator_of
 
 #: Operators that treat every channel alone, without parameters.
@@ -52,11 +52,13 @@ class FirstReader:
     module: str
 
 
-def find_first_readers(captured: Captured, argument: int = 0) -> dict[tuple[str, int], FirstReader]:
+def find_first_readers(
+    traced: TracedGraph, argument: int = 0
+) -> dict[tuple[str, int], FirstReader]:
     """Find the weights that read the channels of an input.
 
     Args:
-        captured: a traced graph of the model.
+        traced: a traced graph of the model.
         argument: which of its input tensors, in the order of the arguments; channels on axis 1.
 
     Returns:
@@ -66,15 +68,15 @@ def find_first_readers(captured: Captured, argument: int = 0) -> dict[tuple[str,
         RewriteError: something other than a convolution or a linear layer reads the channels; the
             text names the operator and the module.
     """
-    return _Walk(captured, argument).run()
+    return _Walk(traced, argument).run()
 
 
 class _Walk:
     """Propagates the numbers of the input's channels through a graph."""
 
-    def __init__(self, captured: Captured, argument: int) -> None:
-        self.graph = captured.graph
-        self.outputs = captured.outputs()
+    def __init__(self, traced: TracedGraph, argument: int) -> None:
+        self.graph = traced.graph
+        self.outputs = traced.outputs()
         self.numbers: dict[fx.Node, Any] = {}
         self.readers: dict[tuple[str, int], FirstReader] = {}
         places = list(self.graph.find_nodes(op="placeholder"))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pocketize._torch import FakeTensorMode
 from pocketize.engine.surgery import apply_edits
 from pocketize.errors import OptionError, RewriteError
-from pocketize.graph.capture import quiet_recording
+from pocketize.graph.capture import quiet_tracing
 from pocketize.graph.clone import clone, fake_clone
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
@@ -92,7 +92,7 @@ class InPlaceNorm(Pass):
             )
         kept = matching(target.model, self.keep, "in-place-norm: keep")
         found = find_sites(
-            target.model, target.captured(), target.captured(train=True), self._exchange()
+            target.model, target.traced(), target.traced(train=True), self._exchange()
         )
         modules = dict(target.model.named_modules())
         sites = []
@@ -242,7 +242,7 @@ class _Trial:
             for site in sites:
                 layer = model.get_submodule(site.norm)
                 layer.register_forward_hook(_TrialHook(self, site.norm))
-            with quiet_recording(model):
+            with quiet_tracing(model):
                 inputs.call(model)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from pocketize._torch import BatchNorm, InstanceNorm, storage_key
-from pocketize.graph.capture import Captured
+from pocketize.graph.capture import TracedGraph
 from pocketize.ops import CONVOLUTIONS, UNKNOWN, Kind, operator_of, register
 from pocketize.ops.effects import written_nodes
 from pocketize.passes.inplace.activations import Activation
@@ -59,20 +59,20 @@ class NormSite:
 
 
 def find_sites(
-    model: nn.Module, evaluated: Captured, trained: Captured, exchange: Activation | None
+    model: nn.Module, evaluated: TracedGraph, trained: TracedGraph, exchange: Activation | None
 ) -> list[NormSite]:
     """Find every norm layer that a forward calls.
 
     Args:
         model: the model that was recorded.
-        evaluated: the recording in evaluation mode.
-        trained: the recording in training mode.
+        evaluated: the trace in evaluation mode.
+        trained: the trace in training mode.
         exchange: what ReLUs after a norm are to become; None to leave them.
 
     Returns:
         One site for each norm layer, in the order in which they run.
     """
-    both = [_Reader(model, captured, exchange).sites() for captured in (trained, evaluated)]
+    both = [_Reader(model, traced, exchange).sites() for traced in (trained, evaluated)]
     sites = []
     for path, site in both[0].items():
         other = both[1].get(path)
@@ -96,7 +96,7 @@ def find_sites(
 
 
 def _exchange_whole_modules(
-    sites: list[NormSite], recordings: tuple[Captured, ...]
+    sites: list[NormSite], traces: tuple[TracedGraph, ...]
 ) -> list[NormSite]:
     """Refuse to exchange a ReLU layer that is called in other places as well."""
     wanted = defaultdict(list)
@@ -105,8 +105,8 @@ def _exchange_whole_modules(
             wanted[site.reader].append(site)
     reused = set()
     for path, users in wanted.items():
-        for captured in recordings:
-            calls = [n for n in captured.operators() if n.meta["module"] == path]
+        for traced in traces:
+            calls = [n for n in traced.operators() if n.meta["module"] == path]
             if len(calls) != len(users):
                 reused.add(path)
     return [
@@ -122,11 +122,11 @@ def _exchange_whole_modules(
 
 
 class _Reader:
-    """Reads one recording."""
+    """Reads one trace."""
 
-    def __init__(self, model: nn.Module, captured: Captured, exchange: Activation | None) -> None:
+    def __init__(self, model: nn.Module, traced: TracedGraph, exchange: Activation | None) -> None:
         self.modules = dict(model.named_modules())
-        self.nodes = captured.operators()
+        self.nodes = traced.operators()
         self.exchange = exchange
 
     def sites(self) -> dict[str, NormSite]:

@@ -17,7 +17,7 @@ from pocketize.channels.levels import Level, find_levels
 from pocketize.channels.widths import sizes_after
 from pocketize.engine.pipeline import plan
 from pocketize.errors import OptionError, PlanningError, RewriteError
-from pocketize.graph.capture import Captured, settle_inputs
+from pocketize.graph.capture import TracedGraph, settle_inputs
 from pocketize.memory import measure
 from pocketize.ops import bind, is_convolution
 from pocketize.passes.widths.width import Width
@@ -48,7 +48,7 @@ class WeightCounter:
     def __init__(self, channels: ChannelGroups, levels: Sequence[Level]) -> None:
         self.channels = channels
         parameters = dict(channels.model.named_parameters())
-        weights = conv_weights(channels.recordings[0])
+        weights = conv_weights(channels.traces[0])
         self._names: list[list[str]] = []
         for level in levels:  # a weight that runs at several levels counts at the finest
             mine = [name for name, path in weights.items() if path in level.layers]
@@ -76,14 +76,14 @@ class WeightCounter:
         return Sizes(sum(levels), levels, parameters, parameters + self._buffers - gone)
 
 
-def conv_weights(captured: Captured) -> dict[str, str]:
+def conv_weights(traced: TracedGraph) -> dict[str, str]:
     """Return the convolution weights of a model, with the path of the layer that first reads each.
 
     A weight that is computed from parameters (weight norm, weight standardisation) stands for the
     one of its own shape among them.
     """
     found: dict[str, str] = {}
-    for node in captured.operators():
+    for node in traced.operators():
         if not is_convolution(node):
             continue
         weight = bind(node.target, node.args, node.kwargs).get("weight")

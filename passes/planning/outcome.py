@@ -236,5 +236,5 @@ def _notes(
     ]
     if frozen:
         yield f"no width can change at {'; '.join(frozen)}"
-    if any(captured.real for captured in network.channels.recordings):
+    if any(traced.real for traced in network.channels.traces):
         yield "a branch of the forward depends on values; only the branch taken was seen"

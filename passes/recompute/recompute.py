@@ -23,7 +23,7 @@ from pocketize._torch import (
 )
 from pocketize.engine.verify import run_backward
 from pocketize.errors import ExecutionError, OptionError, RewriteError
-from pocketize.graph.capture import quiet_recording
+from pocketize.graph.capture import quiet_tracing
 from pocketize.graph.clone import fake_clone
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
@@ -198,9 +198,9 @@ class Recompute(Pass):
         reason = _unfit(target)
         if reason:
             return Proposal(refused=(Refusal("", reason),))
-        captured = target.captured(train=True)
-        uses = find_uses(captured)
-        frees = freed(captured, uses)
+        traced = target.traced(train=True)
+        uses = find_uses(traced)
+        frees = freed(traced, uses)
         rebuilt = {mode: chosen(uses, mode) for mode in _MODES}
         costs = Costs(target.model, target.inputs)
         before = costs.plain()
@@ -321,7 +321,7 @@ class Costs:
         copy = fake_clone(self._model, mode)
         prepare(copy)
         set_mode(copy, True)
-        with torch.inference_mode(False), mode, quiet_recording(copy), torch.enable_grad():
+        with torch.inference_mode(False), mode, quiet_tracing(copy), torch.enable_grad():
             inputs = self._inputs.map(lambda t: mode.from_tensor(t.detach().clone()))
             try:
                 output = inputs.call(copy)

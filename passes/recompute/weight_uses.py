@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from pocketize._torch import storage_key
-from pocketize.graph.capture import Captured, find_tensors
+from pocketize.graph.capture import TracedGraph, find_tensors
 from pocketize.ops import Kind, bind, is_convolution, operator_of
 
 #: Operators through which a weight stays the weight it was; autocast makes use of them.
@@ -58,13 +58,13 @@ class WeightUse:
     movable: bool = True
 
 
-def find_uses(captured: Captured) -> list[WeightUse]:
+def find_uses(traced: TracedGraph) -> list[WeightUse]:
     """Return a recording's uses in the order in which they run, with who reads whom."""
     counts: dict[str, int] = {}
     segment, positions = 0, 0
     uses: dict[fx.Node, WeightUse] = {}
     origins: dict[fx.Node, tuple[set[WeightUse], int]] = {}
-    for node in captured.graph.nodes:
+    for node in traced.graph.nodes:
         if node.op == "placeholder":
             origins[node] = set(), _nbytes(node)
         elif node.op == "call_function":
@@ -143,14 +143,14 @@ def _level(one: WeightUse, other: WeightUse) -> bool:
     return one.positions == other.positions
 
 
-def freed(captured: Captured, uses: Sequence[WeightUse]) -> dict[str, tuple[int, ...]]:
+def freed(traced: TracedGraph, uses: Sequence[WeightUse]) -> dict[str, tuple[int, ...]]:
     """Say which inputs nobody reads again.
 
     Returns:
         For a use's name: ``-1`` if its input has no reader after it; ``n`` if the n-th part of the
         concatenation that is its input has none after the concatenation.
     """
-    order = {node: index for index, node in enumerate(captured.graph.nodes)}
+    order = {node: index for index, node in enumerate(traced.graph.nodes)}
     last: dict[int, int] = {}
     for node in order:
         for storage in _storages(node):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pocketize._torch import TorchDispatchMode, schema_of, storage_key
 from pocketize.errors import RewriteError
-from pocketize.graph.capture import find_tensors, quiet_recording
+from pocketize.graph.capture import find_tensors, quiet_tracing
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
 from pocketize.memory.flops import flops_of
@@ -128,7 +128,7 @@ def survey(model: nn.Module, inputs: Inputs) -> Survey:
         set_mode(copy, True)
         surveyor = _RegionSurveyor(copy)
         surveyor.born(given.tensors())
-        with stage.active, quiet_recording(copy), torch.enable_grad(), surveyor.watching():
+        with stage.active, quiet_tracing(copy), torch.enable_grad(), surveyor.watching():
             try:
                 with surveyor.saved.hooks(), surveyor:
                     given.call(copy)

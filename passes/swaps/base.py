@@ -126,11 +126,11 @@ class Swap(Pass):
         patterns = [word for word in self.where if word not in SIDES]
         wanted = set(matching(model, patterns, f"{self.name}: where"))
         if "encoder" in self.where or "decoder" in self.where:
-            wanted |= on_side(target.captured(), self.where)
-        inside = Intermediates(model, target.captured()) if self.inner_norm else None
+            wanted |= on_side(target.traced(), self.where)
+        inside = Intermediates(model, target.traced()) if self.inner_norm else None
         swapped: list[Swapped] = []
         refused: list[Refusal] = []
-        for site in find_sites(model, target.captured(), target.captured(train=True)):
+        for site in find_sites(model, target.traced(), target.traced(train=True)):
             why: Swapped | str = site.refused
             if not why and site.path in kept:
                 why = f"kept by keep={kept[site.path]!r}"

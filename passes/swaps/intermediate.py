@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from pocketize._torch import BatchNorm, InstanceNorm
-from pocketize.graph.capture import Captured
+from pocketize.graph.capture import TracedGraph
 from pocketize.ops import Kind, bind, is_convolution, operator_of
 from pocketize.passes.swaps.conversions import NORMS
 
@@ -68,14 +68,14 @@ class Intermediates:
 
     Args:
         model: the model that was recorded.
-        captured: the recording.
+        traced: the trace.
     """
 
-    def __init__(self, model: nn.Module, captured: Captured) -> None:
+    def __init__(self, model: nn.Module, traced: TracedGraph) -> None:
         self.modules = dict(model.named_modules())
         self.norms: dict[str, dict[str, Any]] = {}
         self.activations: dict[str, dict[str, Any]] = {}
-        for node in captured.operators():
+        for node in traced.operators():
             if is_convolution(node):
                 self._look_behind(node)
         self.usual_norm = _most_frequent(self.norms.values())

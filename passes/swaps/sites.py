@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 
 from pocketize._torch import ConvNd, ConvTransposeNd, FakeTensorMode, same_convolution
 from pocketize.channels.levels import find_sides
-from pocketize.graph.capture import Captured
+from pocketize.graph.capture import TracedGraph
 from pocketize.initial.parameters import has_values
 from pocketize.memory.saved import SavedTensors
 from pocketize.ops import is_convolution
@@ -39,10 +39,10 @@ from pocketize.plugin.conversions import find_conversion
 SIDES = ("all", "encoder", "decoder")
 
 
-def on_side(captured: Captured, where: Sequence[str]) -> set[str]:
+def on_side(traced: TracedGraph, where: Sequence[str]) -> set[str]:
     """Return the paths of the layers on the sides of a network that are named."""
     wanted = set(where) & {"encoder", "decoder"}
-    return {path for path, side in find_sides(captured).items() if side in wanted}
+    return {path for path, side in find_sides(traced).items() if side in wanted}
 
 
 _STOCK = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -78,13 +78,13 @@ class ConvSite:
     refused: str = ""
 
 
-def find_sites(model: nn.Module, evaluated: Captured, trained: Captured) -> list[ConvSite]:
+def find_sites(model: nn.Module, evaluated: TracedGraph, trained: TracedGraph) -> list[ConvSite]:
     """Find every convolution that has a kernel.
 
     Args:
         model: the model that was recorded.
-        evaluated: the recording in evaluation mode.
-        trained: the recording in training mode.
+        evaluated: the trace in evaluation mode.
+        trained: the trace in training mode.
 
     Returns:
         Sites in the order of registration. Convolutions with a kernel of one voxel are none, and of
@@ -109,19 +109,19 @@ def find_sites(model: nn.Module, evaluated: Captured, trained: Captured) -> list
 
 
 class _ConvUses:
-    """Reads both recordings of a model."""
+    """Reads both traces of a model."""
 
-    def __init__(self, model: nn.Module, evaluated: Captured, trained: Captured) -> None:
+    def __init__(self, model: nn.Module, evaluated: TracedGraph, trained: TracedGraph) -> None:
         self.model = model
         self.uses: dict[bool, dict[str, list[fx.Node]]] = {}
-        for captured in (evaluated, trained):
-            uses = self.uses[captured.train] = defaultdict(list)
-            for node in captured.operators():
+        for traced in (evaluated, trained):
+            uses = self.uses[traced.train] = defaultdict(list)
+            for node in traced.operators():
                 if is_convolution(node):
                     uses[str(node.meta["module"])].append(node)
         self.readers: dict[str, list[fx.Node]] = defaultdict(list)
-        for captured in (evaluated, trained):
-            for node in captured.graph.find_nodes(op="get_attr"):
+        for traced in (evaluated, trained):
+            for node in traced.graph.find_nodes(op="get_attr"):
                 if node.meta.get("tensor"):
                     self.readers[node.meta["tensor"]] += node.users
         self.owners: dict[int, set[int]] = defaultdict(set)

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from pocketize._torch import pytree, transforms_active
 from pocketize.errors import ExecutionError
-from pocketize.graph.capture import Captured, find_tensors
+from pocketize.graph.capture import TracedGraph, find_tensors
 from pocketize.graph.clone import clone
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
@@ -114,9 +114,9 @@ def prepare(
 def prepare_traced(trace: ForwardTrace, tiling: Tiling) -> Prepared:
     """Plan a traced forward; see :func:`prepare`."""
     if tiling.reduce is None:
-        leave_views_out(trace.captured.graph)
-        _check_overlaps(trace.captured)
-    graph = TiledGraph(trace.captured)
+        leave_views_out(trace.traced.graph)
+        _check_overlaps(trace.traced)
+    graph = TiledGraph(trace.traced)
     for node in graph.nodes:
         if draws(node):
             raise TilingError(
@@ -149,8 +149,8 @@ def _obstacles_text(graph: TiledGraph) -> str:
     return "; ".join(shown) + ("; ..." if len(found) > 3 else "") if shown else "there are none"
 
 
-def _check_overlaps(captured: Captured) -> None:
-    aliases, outputs = AliasSets(captured.graph), set(captured.outputs())
+def _check_overlaps(traced: TracedGraph) -> None:
+    aliases, outputs = AliasSets(traced.graph), set(traced.outputs())
     for node in outputs:
         if len(outputs.intersection(aliases.aliases_of(node))) > 1:
             raise TilingError(
@@ -308,7 +308,7 @@ class ExactForward(PatchForward):
         bar = ProgressBar(self.tiling.progress)
         with torch.no_grad():
             group = group_for(self, inputs)
-            identity = prepared.program.tile, trace.captured.graph
+            identity = prepared.program.tile, trace.traced.graph
             with resume_state_for(self, inputs, *identity) as state:
                 settings = self._settings(prepared, inputs, state, finish=finish, progress=bar)
                 execution = _execution(settings, group, state)

@@ -52,7 +52,7 @@ def halo(graph: TiledGraph) -> tuple[tuple[int, int] | None, ...]:
     depends on all. An axis is None where only the volume's border ends the receptive field, or an
     operator in between runs whole.
     """
-    found = [_halo_of(graph, node) for node in graph.captured.outputs() if node in graph.forms]
+    found = [_halo_of(graph, node) for node in graph.traced.outputs() if node in graph.forms]
     joined: list[tuple[int, int] | None] = []
     for pairs in zip(*found, strict=True):
         known = [pair for pair in pairs if pair is not None]
@@ -246,7 +246,7 @@ def estimated_peak(trace: ForwardTrace, program: Program, tiling: Tiling) -> int
         program: the steps.
         tiling: where results and outputs are stored.
     """
-    inputs = trace.captured.inputs
+    inputs = trace.traced.inputs
     mode, device = _mode_of(trace), _device_of(trace)
     with without_dispatch_modes(), torch.no_grad(), mode:
         counter = _counter(trace, device)
@@ -267,7 +267,7 @@ def estimated_peak(trace: ForwardTrace, program: Program, tiling: Tiling) -> int
 
 def whole_peak(trace: ForwardTrace) -> int:
     """Return the peak of the traced operators, each result freed after its last reader."""
-    inputs, graph = trace.captured.inputs, trace.captured.graph
+    inputs, graph = trace.traced.inputs, trace.traced.graph
     mode, device = _mode_of(trace), _device_of(trace)
     with without_dispatch_modes(), torch.no_grad(), mode:
         counter = _counter(trace, device)
@@ -297,13 +297,13 @@ def _run_whole(graph: fx.Graph, trace: ForwardTrace, inputs: dict[fx.Node, Tenso
 def _counter(trace: ForwardTrace, device: torch.device) -> LiveTracker:
     """Return a counter of live bytes that has seen the weights and the inputs."""
     counter = LiveTracker(device, fake=True)
-    counter.assign("inputs", [*trace.tensors.values(), *trace.captured.inputs.tensors()])
+    counter.assign("inputs", [*trace.tensors.values(), *trace.traced.inputs.tensors()])
     counter.enter("forward")
     return counter
 
 
 def _mode_of(trace: ForwardTrace) -> FakeTensorMode:
-    for tensor in trace.captured.inputs.tensors():
+    for tensor in trace.traced.inputs.tensors():
         if isinstance(tensor, FakeTensor):
             return tensor.fake_mode
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -311,4 +311,4 @@ def _mode_of(trace: ForwardTrace) -> FakeTensorMode:
 
 def _device_of(trace: ForwardTrace) -> torch.device:
     tensors = [t for t in trace.tensors.values() if t.is_floating_point()]
-    return [*tensors, *trace.captured.inputs.tensors()][0].device
+    return [*tensors, *trace.traced.inputs.tensors()][0].device

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from pocketize._torch import FakeTensor, dispatch_modes, without_dispatch_modes
 from pocketize.errors import InputError
-from pocketize.graph.capture import Recorder, find_tensors, quiet_recording
+from pocketize.graph.capture import TraceMode, find_tensors, quiet_tracing
 from pocketize.graph.clone import fake_clone
 from pocketize.graph.inputs import Inputs, as_plain, is_dressed
 from pocketize.passes.shared.forwards import Forward, first_parameter, wrapping
@@ -205,7 +205,7 @@ class PatchForward(Forward):
 
 def is_traced() -> bool:
     """Whether the engine traces the network, which is to see the network itself."""
-    return any(isinstance(mode, Recorder) for mode in dispatch_modes())
+    return any(isinstance(mode, TraceMode) for mode in dispatch_modes())
 
 
 def is_exported() -> bool:
@@ -296,7 +296,7 @@ def _meta_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
         assert forward is not None
         given = inputs.map(on_meta)
         try:
-            with quiet_recording(copy):
+            with quiet_tracing(copy):
                 return find_tensors(forward.original(*given.args, **given.kwargs))
         except Exception:  # a user's forward may raise anything on tensors without values
             return []

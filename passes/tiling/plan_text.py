@@ -165,7 +165,7 @@ def _part_peak(
     except TilingError:
         return ()  # it cannot be traced; it can be run
     except CaptureError as error:
-        if not hasattr(error, "recorder"):
+        if not hasattr(error, "trace_mode"):
             raise  # it could not even be copied
         raise InputError(
             f"a {word} of {'x'.join(map(str, sizes))} does not run through the model: {error}"
@@ -338,7 +338,7 @@ def _small_inputs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, float] | No
             trace = trace_forward(model, made)
         except (CaptureError, TilingError):
             continue
-        values = [node.meta["val"] for node in trace.captured.operators()]
+        values = [node.meta["val"] for node in trace.traced.operators()]
         dtypes = {t.dtype for t in find_tensors(values) if t.is_floating_point()}
         return made, max((torch.finfo(dtype).eps for dtype in dtypes), default=1e-7)
     return None

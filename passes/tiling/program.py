@@ -169,7 +169,7 @@ def build_program(graph: TiledGraph, tile: Sequence[int], *, sampled: bool = Fal
     builder = _Builder(graph, tuple(tile))
     for node in graph.nodes:
         builder.add(node)
-    outputs = tuple(dict.fromkeys(graph.captured.outputs()))
+    outputs = tuple(dict.fromkeys(graph.traced.outputs()))
     builder.tile_loop([node for node in outputs if node in builder.pending])
     return Program(
         graph,

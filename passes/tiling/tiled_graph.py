@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from pocketize._torch import OpOverload, schema_of, storage_key
 from pocketize.errors import RewriteError
-from pocketize.graph.capture import Captured
+from pocketize.graph.capture import TracedGraph
 from pocketize.ops import Kind, bind, operator_name, operator_of
 from pocketize.ops.effects import written_nodes
 from pocketize.passes.tiling.forms import Convolution, Form, Transposed
@@ -42,7 +42,7 @@ class TiledGraph:
     """A traced forward in evaluation mode, and how each node is computed by tiles.
 
     Attributes:
-        captured: the traced graph.
+        traced: the traced graph.
         rank: number of spatial axes.
         nodes: operators that the outputs depend on, in the order in which they ran.
         forms: local forms; a norm of whole maps has one that reads its statistics.
@@ -50,7 +50,7 @@ class TiledGraph:
         obstacles: why the other operators need their inputs whole.
     """
 
-    captured: Captured
+    traced: TracedGraph
     rank: int = 0
     nodes: list[fx.Node] = field(default_factory=list)
     forms: dict[fx.Node, Form] = field(default_factory=dict)
@@ -65,24 +65,24 @@ class TiledGraph:
         Raises:
             TilingError: the trace does not hold for other parts of the input.
         """
-        if self.captured.real:
+        if self.traced.real:
             raise TilingError(
                 "a branch of the forward depends on values, which differ from part to part; run "
                 "the model whole"
             )
-        shapes = [_shape(node) for node in self.captured.graph.nodes if node.op == "placeholder"]
+        shapes = [_shape(node) for node in self.traced.graph.nodes if node.op == "placeholder"]
         maps = [shape for shape in shapes if shape is not None and len(shape) > 2]
         if not maps:
             raise TilingError("no input has spatial axes: expected (N, C, *spatial)")
         self.rank = max(len(shape) for shape in maps) - 2
-        for node in self.captured.graph.nodes:
+        for node in self.traced.graph.nodes:
             if node.op == "placeholder" or not self._data.isdisjoint(node.all_input_nodes):
                 self._data.add(node)
-        used: set[fx.Node] = set(self.captured.outputs())
-        for node in reversed(self.captured.graph.nodes):
+        used: set[fx.Node] = set(self.traced.outputs())
+        for node in reversed(self.traced.graph.nodes):
             if node in used:
                 used.update(node.all_input_nodes)
-        self.nodes = [node for node in self.captured.operators() if node in used]
+        self.nodes = [node for node in self.traced.operators() if node in used]
         self._check_writes()
         for node in self.nodes:
             self._classify(node)
@@ -95,7 +95,7 @@ class TiledGraph:
     @property
     def largest_input(self) -> fx.Node:
         """The input map with most voxels."""
-        inputs = [node for node in self.captured.graph.nodes if node.op == "placeholder"]
+        inputs = [node for node in self.traced.graph.nodes if node.op == "placeholder"]
         found: fx.Node = max((node for node in inputs if self.is_map(node)), key=self.voxels)
         return found
 
@@ -144,8 +144,8 @@ class TiledGraph:
         A trace has what operators read and returned, and not that one of them changed the result of
         another.
         """
-        aliases = AliasSets(self.captured.graph)
-        for node in self.captured.operators():  # also where, by the trace, nothing uses it
+        aliases = AliasSets(self.traced.graph)
+        for node in self.traced.operators():  # also where, by the trace, nothing uses it
             for written in written_nodes(node):
                 reader = aliases.read_after(node, written)
                 if reader is not None:

@@ -31,7 +31,7 @@ from pocketize._torch import (
     without_dispatch_modes,
 )
 from pocketize.errors import CaptureError
-from pocketize.graph.capture import Captured, find_tensors, quiet_recording, record
+from pocketize.graph.capture import TracedGraph, find_tensors, quiet_tracing, trace_module
 from pocketize.graph.clone import fake_clone
 from pocketize.graph.inputs import Inputs
 from pocketize.ops import Kind, bind, operator_of
@@ -60,7 +60,7 @@ class ForwardTrace:
     """A traced forward, with all that is needed to run its operators.
 
     Attributes:
-        captured: the graph.
+        traced: the graph.
         template: what the forward returned, with fake tensors.
         nodes: the node of each fake tensor in the template, by identity.
         tensors: fake parameters and buffers by name, as the traced copy has them.
@@ -68,7 +68,7 @@ class ForwardTrace:
             not.
     """
 
-    captured: Captured
+    traced: TracedGraph
     template: Any
     nodes: dict[int, fx.Node]
     tensors: dict[str, Tensor]
@@ -79,7 +79,7 @@ class ForwardTrace:
         tensors = inputs.tensors()
         return {
             node: tensors[int(str(node.target).rpartition("_")[2])]
-            for node in self.captured.graph.nodes
+            for node in self.traced.graph.nodes
             if node.op == "placeholder"
         }
 
@@ -143,11 +143,11 @@ def trace_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -
         torch.set_autocast_cache_enabled(False)  # it would outlive the copy's weights
         try:
             with mode:
-                captured = record(copy, fakes, train=None if training else False)
+                traced = trace_module(copy, fakes, train=None if training else False)
                 output, after = returned.value, state_of(copy)
                 if after != before:  # by a flag that it sets once, and that changes nothing?
-                    again = record(copy, fakes, train=None if training else False)
-                    if state_of(copy) == after and str(again.graph) == str(captured.graph):
+                    again = trace_module(copy, fakes, train=None if training else False)
+                    if state_of(copy) == after and str(again.graph) == str(traced.graph):
                         before = after
         except CaptureError as error:
             if isinstance(error.__cause__, _DATA_DEPENDENT):
@@ -160,9 +160,9 @@ def trace_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -
             torch.set_autocast_cache_enabled(cached)
         lost = check_state(copy, before, after)
         if training:
-            with mode, quiet_recording(copy):
+            with mode, quiet_tracing(copy):
                 check_gradients(copy, fakes)
-        return replace(_finished(copy, captured, output), lost=lost)
+        return replace(_finished(copy, traced, output), lost=lost)
 
 
 def _unwrap(copy: nn.Module) -> None:
@@ -183,12 +183,12 @@ class _Returned:
         self.value = output
 
 
-def _finished(copy: nn.Module, captured: Captured, output: Any) -> ForwardTrace:
-    simplify(captured.graph)
+def _finished(copy: nn.Module, traced: TracedGraph, output: Any) -> ForwardTrace:
+    simplify(traced.graph)
     tensors = tensors_by_name(copy)
     names = {id(tensor): name for name, tensor in reversed(tensors.items())}
-    aliases = AliasSets(captured.graph)
-    for node in captured.graph.nodes:
+    aliases = AliasSets(traced.graph)
+    for node in traced.graph.nodes:
         if node.op == "get_attr" and node.meta["tensor"] is None:
             node.meta["tensor"] = names.get(id(node.meta["val"]))
             if node.meta["tensor"] is None and isinstance(node.meta["val"], FakeTensor):
@@ -199,7 +199,7 @@ def _finished(copy: nn.Module, captured: Captured, output: Any) -> ForwardTrace:
             if node.meta["tensor"] is None:
                 node.meta["val"] = node.meta["val"].clone()  # it was made in inference mode
         _check_written(node, aliases)
-    outputs = captured.outputs()
+    outputs = traced.outputs()
     if not outputs:
         raise TilingError("its forward returns no tensor")
     if output is None:
@@ -210,7 +210,7 @@ def _finished(copy: nn.Module, captured: Captured, output: Any) -> ForwardTrace:
     if any(node.op == "get_attr" for node in outputs):
         raise TilingError("its forward returns one of its own parameters or buffers")
     nodes = {id(t): node for t, node in zip(find_tensors(output), outputs, strict=True)}
-    return ForwardTrace(captured, output, nodes, tensors)
+    return ForwardTrace(traced, output, nodes, tensors)
 
 
 def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:

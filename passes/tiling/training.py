@@ -82,7 +82,7 @@ def updates_of(graph: TiledGraph, model: nn.Module) -> Updates:
     """
     norms = {id(module) for module in tracking_norms(model).values()}
     found: Updates = []
-    for node in graph.captured.operators():
+    for node in graph.traced.operators():
         if operator_of(node.target).kind is not Kind.CHANNEL_NORM:
             continue
         module = model.get_submodule(node.meta["module"] or "")

@@ -109,15 +109,15 @@ class _FeatureLayers:
 
     def __init__(self, channels: ChannelGroups) -> None:
         self.channels = channels
-        self.captured = channels.recordings[0]
+        self.traced = channels.traces[0]
         self.values = channels.values[0]
-        self.places = find_places(self.captured)
+        self.places = find_places(self.traced)
         self.inputs: set[int] = set()
         #: Results that hold the input's channels, each of them changed or not.
         self.raw: set[fx.Node] = set()
 
     def layers(self) -> Iterator[_Layer]:
-        for node in self.captured.graph.nodes:
+        for node in self.traced.graph.nodes:
             if node.op == "placeholder":
                 self.raw.add(node)
                 shape = node.meta["val"].shape
@@ -207,7 +207,7 @@ def _ends(channels: ChannelGroups) -> frozenset[int]:
     values = channels.values[0]
     found: set[int] = set()
     seen: set[fx.Node] = set()
-    stack = channels.recordings[0].outputs()
+    stack = channels.traces[0].outputs()
     while stack:
         node = stack.pop()
         value = values.get(node)

@@ -85,7 +85,7 @@ class Pocket(Pass):
                 f"{len(channels.unreached)} parameters are never read by the forward and stay as "
                 f"they are: {shown}{', ...' if len(channels.unreached) > 5 else ''}"
             )
-        if any(captured.real for captured in channels.recordings):
+        if any(traced.real for traced in channels.traces):
             notes.append(
                 "a branch of the forward depends on values; only the branch taken was seen"
             )

@@ -239,5 +239,5 @@ class Width(Pass):
                 for level, entry in zip(find_levels(channels), self.levels, strict=True)
             )
             yield f"levels at {channels.inputs.describe()}: {sizes}"
-        if any(captured.real for captured in channels.recordings):
+        if any(traced.real for traced in channels.traces):
             yield "a branch of the forward depends on values; only the branch taken was seen"

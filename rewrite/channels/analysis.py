@@ -1,7 +1,7 @@
 """Find the channel groups of a model: what changes together, what cannot, and why.
 
-The model is recorded in evaluation and training mode and at a second size; the labels of all
-recordings share their indices, so that a constraint seen in any of them holds.
+The model is traced in evaluation and training mode and at a second size; the labels of all
+traces share their indices, so that a constraint seen in any of them holds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pocketize.channels.groups import ChannelGroup, ChannelGroups, Member
 from pocketize.channels.labels import Indices, UnionFind, Value, along
 from pocketize.channels.rules import Call, LayerChannels, apply_rule, sums_or_maps, unlabelled
 from pocketize.errors import CaptureError
-from pocketize.graph.capture import Captured, Studio, settle_inputs
+from pocketize.graph.capture import TracedGraph, Tracer, settle_inputs
 from pocketize.graph.inputs import Inputs
 from pocketize.ops import bind, is_convolution
 
@@ -50,9 +50,9 @@ class Analysis:
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model, self.inputs = model, inputs
-        studio = Studio(model)
-        self.recordings = tuple(studio.shoot(inputs, train=train) for train in (False, True))
-        self._larger = self._second_size(studio)
+        tracer = Tracer(model)
+        self.traces = tuple(tracer.trace(inputs, train=train) for train in (False, True))
+        self._larger = self._second_size(tracer)
         self._propagate_all(frozenset())
 
     def solve(
@@ -73,7 +73,7 @@ class Analysis:
         return ChannelGroups(
             self.model,
             self.inputs,
-            self.recordings,
+            self.traces,
             self._groups(roots, reasons),
             tuple(name for name in names if name not in self.reached),
             self.axes,
@@ -94,9 +94,9 @@ class Analysis:
         self.reached: set[str] = set()
         self.axes = self._allocate()
         self.unions.end_of_tensors()
-        self.values = tuple(self._propagate(captured) for captured in self.recordings)
-        for captured in self._larger:
-            self._propagate(captured)
+        self.values = tuple(self._propagate(traced) for traced in self.traces)
+        for traced in self._larger:
+            self._propagate(traced)
         self._module_contracts()
 
     def _allocate(self) -> dict[tuple[str, int], Indices]:
@@ -127,22 +127,22 @@ class Analysis:
                     for name, tensor in module.named_parameters()
                     if tensor.ndim == rank
                 }
-        for captured in self.recordings:
-            for node in captured.operators():
+        for traced in self.traces:
+            for node in traced.operators():
                 if is_convolution(node) and isinstance(node.args[1], fx.Node):
                     kernels |= _kernels_behind(node.args[1])
         return kernels
 
-    def _propagate(self, captured: Captured) -> dict[fx.Node, Any]:
+    def _propagate(self, traced: TracedGraph) -> dict[fx.Node, Any]:
         values: dict[fx.Node, Any] = {}
-        for node in captured.graph.nodes:
+        for node in traced.graph.nodes:
             if node.op == "placeholder":
                 values[node] = Value(tuple(node.meta["val"].shape))
             elif node.op == "get_attr":
                 values[node] = self._tensor(node)
             elif node.op == "call_function":
                 values[node] = self._call(node, values)
-        for node in captured.outputs():
+        for node in traced.outputs():
             self._freeze_output(node, values)
         return values
 
@@ -195,9 +195,9 @@ class Analysis:
                 call.freeze(value, f"has a channel rule that failed ({error!r})")
             return unlabelled(node.meta["val"])
 
-    def _second_size(self, studio: Studio) -> list[Captured]:
+    def _second_size(self, tracer: Tracer) -> list[TracedGraph]:
         """Record at another size and batch: at 1x1 bottlenecks constraints hide."""
-        if any(captured.real for captured in self.recordings):
+        if any(traced.real for traced in self.traces):
             return []
 
         def enlarge(t: torch.Tensor) -> torch.Tensor:
@@ -207,7 +207,7 @@ class Analysis:
             return torch.zeros((), dtype=t.dtype, device=t.device).expand(shape)
 
         try:
-            return [studio.shoot(self.inputs.map(enlarge), train=False)]
+            return [tracer.trace(self.inputs.map(enlarge), train=False)]
         except CaptureError:  # sizes fixed by the model; the first size has to do
             return []
 

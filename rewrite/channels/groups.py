@@ -20,7 +20,7 @@ from torch import fx, nn
 from pocketize.channels.labels import Indices
 from pocketize.channels.rules import LayerChannels
 from pocketize.errors import PatternError, nearest
-from pocketize.graph.capture import Captured
+from pocketize.graph.capture import TracedGraph
 from pocketize.graph.inputs import Inputs
 from pocketize.plugin.edits import Edit, Resize, SetAttribute, read_attribute
 
@@ -81,13 +81,13 @@ class ChannelGroups:
 
     Attributes:
         model: the model, unchanged.
-        inputs: what it was recorded with.
-        recordings: evaluation mode first, then training mode; both at the same size.
+        inputs: what it was traced with.
+        traces: evaluation mode first, then training mode; both at the same size.
         groups: all groups, free and frozen, in the order in which they run.
         unreached: parameters that the forward never reads; they are left alone.
         axes: the indices of every tensor axis that has some.
         roots: the unit of every index.
-        values: for each recording, the labels of every node.
+        values: for each trace, the labels of every node.
         producers: the channels that each layer makes, in the order in which they run.
         counts: module attributes that must follow a number of channels.
         expected: arguments of operators that must follow a number of channels.
@@ -96,7 +96,7 @@ class ChannelGroups:
 
     model: nn.Module
     inputs: Inputs
-    recordings: tuple[Captured, ...]
+    traces: tuple[TracedGraph, ...]
     groups: tuple[ChannelGroup, ...]
     unreached: tuple[str, ...]
     axes: dict[tuple[str, int], Indices]

@@ -1,4 +1,4 @@
-"""Resolution levels and sides of a network, read from its recorded graph and not from names.
+"""Resolution levels and sides of a network, read from its traced graph and not from names.
 
 Every operator moves the resolution by a factor: a stride divides it, a transposed convolution or an
 interpolation multiplies it, and everything else (padding, cropping, unpadded convolutions) leaves
@@ -28,7 +28,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from pocketize.channels.groups import ChannelGroup, ChannelGroups
-from pocketize.graph.capture import Captured
+from pocketize.graph.capture import TracedGraph
 from pocketize.ops import CONVOLUTIONS, Kind, bind, is_convolution, operator_of
 
 #: Operators that turn a whole map into one number a channel: what they feed works on that map.
@@ -58,7 +58,7 @@ class Level:
     """One resolution of a network.
 
     Attributes:
-        size: spatial size of what the layers at this level make, for the recorded inputs; where
+        size: spatial size of what the layers at this level make, for the traced inputs; where
             only linear layers run, their number of positions.
         groups: the channel groups that are made here, frozen ones included; a group that is made
             at several levels belongs to the finest.
@@ -85,10 +85,10 @@ def find_levels(channels: ChannelGroups) -> tuple[Level, ...]:
     Args:
         channels: the analysis of the model.
     """
-    captured = channels.recordings[0]
-    places = find_places(captured)
+    traced = channels.traces[0]
+    places = find_places(traced)
     made: dict[float, list[fx.Node]] = defaultdict(list)
-    for node in _layers(captured):
+    for node in _layers(traced):
         if node in places:
             made[places[node].octave].append(node)
     group_of = {int(r): g for g in channels.groups if g.layers for r in g.roots.tolist()}
@@ -107,7 +107,7 @@ def find_levels(channels: ChannelGroups) -> tuple[Level, ...]:
     return tuple(levels)
 
 
-def find_sides(captured: Captured) -> dict[str, str]:
+def find_sides(traced: TracedGraph) -> dict[str, str]:
     """Return ``"encoder"`` or ``"decoder"`` for the path of each layer.
 
     A layer is in the decoder where anything before it, or itself, raises the resolution: a strided
@@ -115,11 +115,11 @@ def find_sides(captured: Captured) -> dict[str, str]:
     are in the encoder. A layer that runs on both sides is in the decoder.
 
     Args:
-        captured: the recorded model.
+        traced: the traced model.
     """
-    places = find_places(captured)
+    places = find_places(traced)
     sides: dict[str, str] = {}
-    for node in _layers(captured):
+    for node in _layers(traced):
         if node in places:
             path = str(node.meta["module"])
             if places[node].raised:
@@ -129,14 +129,14 @@ def find_sides(captured: Captured) -> dict[str, str]:
     return sides
 
 
-def find_places(captured: Captured) -> dict[fx.Node, Place]:
-    """Return the place of every recorded result that depends on an input.
+def find_places(traced: TracedGraph) -> dict[fx.Node, Place]:
+    """Return the place of every traced result that depends on an input.
 
     Args:
-        captured: the recorded model.
+        traced: the traced model.
     """
-    surveyor = _Surveyor(captured)
-    for node in captured.graph.nodes:
+    surveyor = _Surveyor(traced)
+    for node in traced.graph.nodes:
         if node.op == "placeholder":
             surveyor.enter(node)
         elif node.op == "call_function":
@@ -147,12 +147,10 @@ def find_places(captured: Captured) -> dict[fx.Node, Place]:
 class _Surveyor:
     """Follows the resolution from the inputs to every operator."""
 
-    def __init__(self, captured: Captured) -> None:
+    def __init__(self, traced: TracedGraph) -> None:
         self.places: dict[fx.Node, Place] = {}
         shapes = [
-            tuple(node.meta["val"].shape)
-            for node in captured.graph.nodes
-            if node.op == "placeholder"
+            tuple(node.meta["val"].shape) for node in traced.graph.nodes if node.op == "placeholder"
         ]
         # the largest input is full resolution; others may be embeddings or time steps
         full = max(shapes, key=lambda shape: math.prod(shape[2:]), default=())
@@ -251,9 +249,9 @@ def is_layer(node: fx.Node) -> bool:
     return is_convolution(node) or operator_of(node.target).kind is Kind.LINEAR
 
 
-def _layers(captured: Captured) -> Iterator[fx.Node]:
+def _layers(traced: TracedGraph) -> Iterator[fx.Node]:
     """Yield convolutions and linear layers in the order in which they run."""
-    return filter(is_layer, captured.operators())
+    return filter(is_layer, traced.operators())
 
 
 def is_depthwise(node: fx.Node) -> bool:

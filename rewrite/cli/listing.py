@@ -84,6 +84,6 @@ def run_explain(args: argparse.Namespace) -> int:
     from pocketize.channels.analysis import analyse
 
     resolved = resolve_model(args)
-    progress("recording the model and finding its channel groups")
+    progress("tracing the model and finding its channel groups")
     show(analyse(resolved.model, inputs_of(args, resolved)).explain(args.path))
     return DONE

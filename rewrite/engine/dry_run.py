@@ -21,7 +21,7 @@ from pocketize._torch import FakeTensorMode
 from pocketize.engine.surgery import apply_edits
 from pocketize.engine.verify import run_backward
 from pocketize.errors import brief
-from pocketize.graph.capture import quiet_recording, structure_of
+from pocketize.graph.capture import quiet_tracing, structure_of
 from pocketize.graph.clone import fake_clone
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
@@ -84,7 +84,7 @@ class DryRun:
             apply_edits(copy, [edit for edit in edits if edit.kind != "redraw"])
             set_mode(copy, train)
             try:
-                with fakes, quiet_recording(copy), torch.enable_grad():
+                with fakes, quiet_tracing(copy), torch.enable_grad():
                     return _step(copy, self.inputs.map(fakes.from_tensor), train)
             except Exception as error:  # a user's forward or backward may raise anything
                 return error

@@ -139,9 +139,9 @@ class _Planner:
 
     def _repair(self, channels: ChannelGroups, proposal: Proposal, at: Mismatch) -> bool:
         """Change a size in the module's code too, if the forward then gets further."""
-        captured = channels.recordings[at.position[0]]
+        traced = channels.traces[at.position[0]]
         done = {_place(edit) for edit in self.repairs}
-        for candidate in candidates(self.model, captured, at):
+        for candidate in candidates(self.model, traced, at):
             if any(_place(edit) in done for edit in candidate):
                 continue
             after = check_edits(self.model, channels, (*self._edits(proposal), *candidate))

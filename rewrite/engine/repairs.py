@@ -25,7 +25,7 @@ from pocketize.channels.groups import ChannelGroups
 from pocketize.channels.labels import Value
 from pocketize.engine.surgery import numbers_in
 from pocketize.engine.verify import Mismatch, predicted_shape
-from pocketize.graph.capture import Captured
+from pocketize.graph.capture import TracedGraph
 from pocketize.ops import Kind, bind, operator_of
 from pocketize.plugin.edits import Edit, Resize, SetArgument, SetAttribute
 
@@ -37,16 +37,16 @@ _POWERS = {"{0} ** -0.5": -0.5, "1 / {0}": -1.0, "{0} ** 0.5": 0.5}
 _FACTORS = {"": 1.0, "2 ** 0.5 * ": 2**0.5, "3 ** 0.5 * ": 3**0.5, "6 ** 0.5 * ": 6**0.5}
 
 
-def candidates(model: nn.Module, captured: Captured, at: Mismatch) -> Iterator[tuple[Edit, ...]]:
+def candidates(model: nn.Module, traced: TracedGraph, at: Mismatch) -> Iterator[tuple[Edit, ...]]:
     """Yield edits that may make an operator run as predicted, the likeliest first.
 
     Args:
         model: the model, unchanged.
-        captured: the recording in which the mismatch was found.
+        traced: the trace in which the mismatch was found.
         at: the mismatch.
     """
     if isinstance(model, fx.GraphModule):
-        edits = _literals(model, captured, at)
+        edits = _literals(model, traced, at)
         if edits:
             yield edits
         if len(edits) > 1:
@@ -70,12 +70,12 @@ def _attributes(model: nn.Module, at: Mismatch) -> Iterator[SetAttribute]:
         path = path.rpartition(".")[0]
 
 
-def _literals(model: fx.GraphModule, captured: Captured, at: Mismatch) -> tuple[SetArgument, ...]:
+def _literals(model: fx.GraphModule, traced: TracedGraph, at: Mismatch) -> tuple[SetArgument, ...]:
     """Return edits of the literals of one operator of an exported program.
 
-    A recording of such a module has the very operators of its graph, in the same order.
+    A trace of such a module has the very operators of its graph, in the same order.
     """
-    recorded, written = _operators(captured.graph), _operators(model.graph)
+    recorded, written = _operators(traced.graph), _operators(model.graph)
     if [n.target for n in recorded] != [n.target for n in written] or at.node not in recorded:
         return ()
     node = written[recorded.index(at.node)]
@@ -243,7 +243,7 @@ def _sizes_seen(channels: ChannelGroups, edits: Sequence[Edit]) -> dict[str, dic
     stays = channels.survivors_of(edits)
     seen: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     values = channels.values[0]
-    for node in channels.recordings[0].operators():
+    for node in channels.traces[0].operators():
         here = seen[str(node.meta["module"])]
         for value in (values[n] for n in (node, *node.all_input_nodes)):
             if not isinstance(value, Value):

@@ -1,7 +1,7 @@
-"""Record a rewritten model again and compare it with what the plan predicted.
+"""Trace a rewritten model again and compare it with what the plan predicted.
 
-A recording cannot tell ``C // 2`` from a literal, so the rules are optimistic. Here the optimism is
-checked: edits are carried out on a fake copy, its recording must have the same operators, and every
+A trace cannot tell ``C // 2`` from a literal, so the rules are optimistic. Here the optimism is
+checked: edits are carried out on a fake copy, its trace must have the same operators, and every
 intermediate shape must be the predicted one. This also catches ``x.view(b, 64, -1)``, which would
 otherwise run and be silently wrong. Shapes do not tell which channel is which: so the numbers that
 a forward makes itself (``arange(c)``) must be, for the channels that stay, those that they met.
@@ -33,7 +33,7 @@ from pocketize.channels.groups import ChannelGroups
 from pocketize.channels.labels import Value, axes_of
 from pocketize.engine.surgery import apply_edits
 from pocketize.errors import CaptureError
-from pocketize.graph.capture import Captured, find_tensors, quiet_recording, record
+from pocketize.graph.capture import TracedGraph, find_tensors, quiet_tracing, trace_module
 from pocketize.graph.clone import clone, fake_clone
 from pocketize.graph.constants import Constants
 from pocketize.graph.methods import set_mode
@@ -46,8 +46,8 @@ class Mismatch:
     """Where a rewritten model first differs from the prediction.
 
     Attributes:
-        node: the node of the original recording.
-        position: (recording, index of the node); later is further.
+        node: the node of the original trace.
+        position: (trace, index of the node); later is further.
         units: units that were to shrink and that this operator touches.
         text: what was expected and what came.
         sizes: sizes before and after of the axes that were to shrink here.
@@ -84,7 +84,7 @@ def predicted_shape(value: Value, stays: NDArray[np.bool_]) -> tuple[int, ...]:
 def check_edits(
     model: nn.Module, channels: ChannelGroups, edits: Sequence[Edit]
 ) -> Mismatch | None:
-    """Carry out edits on a copy without memory and compare its recordings with the prediction.
+    """Carry out edits on a copy without memory and compare its traces with the prediction.
 
     Args:
         model: the model that was analysed; not changed.
@@ -97,26 +97,26 @@ def check_edits(
     stays = channels.survivors_of(edits)
     moved = Redraw() not in edits  # else no channel is what it was
     copy: nn.Module | None = None
-    for index, captured in enumerate(channels.recordings):
-        if copy is None or captured.real:
-            copy = _edited(model, captured, edits)
-        mode = contextlib.nullcontext() if captured.real else _mode_of(captured)
+    for index, traced in enumerate(channels.traces):
+        if copy is None or traced.real:
+            copy = _edited(model, traced, edits)
+        mode = contextlib.nullcontext() if traced.real else _mode_of(traced)
         try:
             with mode:
-                again = record(copy, captured.inputs, train=captured.train)
+                again = trace_module(copy, traced.inputs, train=traced.train)
         except CaptureError as error:
-            if not hasattr(error, "recorder"):
+            if not hasattr(error, "trace_mode"):
                 raise
-            graph = error.recorder.graph
+            graph = error.trace_mode.graph
             done = [n for n in graph.nodes if n.op == "call_function"]
-            position = _reached(captured, done)
+            position = _reached(traced, done)
             found = _compare(channels, stays, index, graph, moved=moved, finished=False)
             return found or _mismatch(channels, stays, (index, position), str(error.__cause__))
         found = _compare(channels, stays, index, again.graph, moved=moved, finished=True)
         if found is not None:
             return found
-        if again.structure != captured.structure:
-            last = len(captured.operators()) - 1
+        if again.structure != traced.structure:
+            last = len(traced.operators()) - 1
             return _mismatch(channels, stays, (index, last), "the outputs have other shapes")
     return None
 
@@ -136,15 +136,15 @@ def split_channel(channels: ChannelGroups, edits: Sequence[Edit]) -> str:
     return f"{places[False]} is dropped, but {places[True]}, which is the same channel, stays"
 
 
-def _edited(model: nn.Module, captured: Captured, edits: Sequence[Edit]) -> nn.Module:
-    copy = clone(model) if captured.real else fake_clone(model, _mode_of(captured))
+def _edited(model: nn.Module, traced: TracedGraph, edits: Sequence[Edit]) -> nn.Module:
+    copy = clone(model) if traced.real else fake_clone(model, _mode_of(traced))
     shapes = [edit for edit in edits if edit.kind != "redraw"]
     apply_edits(copy, shapes)
     return copy
 
 
-def _mode_of(captured: Captured) -> FakeTensorMode:
-    for tensor in captured.inputs.tensors():
+def _mode_of(traced: TracedGraph) -> FakeTensorMode:
+    for tensor in traced.inputs.tensors():
         if isinstance(tensor, FakeTensor):
             return tensor.fake_mode
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -164,15 +164,15 @@ def _compare(
     Args:
         channels: the analysis.
         stays: for every index whether it stays.
-        index: which of the recordings is compared.
-        graph: the new recording.
+        index: which of the traces is compared.
+        graph: the new trace.
         moved: channels keep their weights, so constants must be those of the kept channels.
-        finished: the new recording is complete.
+        finished: the new trace is complete.
     """
-    captured = channels.recordings[index]
+    traced = channels.traces[index]
     values = channels.values[index]
-    made = Constants(captured.graph), Constants(graph)
-    old = captured.operators()
+    made = Constants(traced.graph), Constants(graph)
+    old = traced.operators()
     numbers = [i for i, node in enumerate(old) if not _idle(node)]
     again = [node for node in graph.nodes if node.op == "call_function" and not _idle(node)]
     for position, after in zip(numbers, again, strict=False):
@@ -180,7 +180,7 @@ def _compare(
         where = (index, position)
         if before.target != after.target:
             text = f"{before.target} was expected to run, {after.target} did"
-            return None if captured.real else _mismatch(channels, stays, where, text)
+            return None if traced.real else _mismatch(channels, stays, where, text)
         other = _other_numbers(before, after, made, values, stays) if moved else None
         if other is not None:
             line = f"{operator_name(other.target)} at {other.meta.get('source') or 'its graph'}"
@@ -200,7 +200,7 @@ def _compare(
             if given != count:
                 text = f"expected {argument}={count}, got {given}"
                 return _mismatch(channels, stays, where, text)
-    if captured.real:
+    if traced.real:
         return None
     if len(again) > len(numbers):
         return _mismatch(channels, stays, (index, len(old) - 1), "more operators ran than before")
@@ -260,9 +260,9 @@ def _first(tensor: Tensor) -> Tensor:
     return tensor[(0,) * tensor.ndim]
 
 
-def _reached(captured: Captured, done: Sequence[fx.Node]) -> int:
-    """Return the index of the operator that was about to run when a recording ended early."""
-    operators = captured.operators()
+def _reached(traced: TracedGraph, done: Sequence[fx.Node]) -> int:
+    """Return the index of the operator that was about to run when a trace ended early."""
+    operators = traced.operators()
     numbers = [i for i, node in enumerate(operators) if not _idle(node)]
     count = sum(not _idle(node) for node in done)
     return numbers[min(count, len(numbers) - 1)]
@@ -311,7 +311,7 @@ def _mismatch(
 ) -> Mismatch:
     """Describe a mismatch; ``blame`` are values that are at fault, if some more than all others."""
     index, number = position
-    node = channels.recordings[index].operators()[number]
+    node = channels.traces[index].operators()[number]
     values = channels.values[index]
     touched = list(_flat([values[n] for n in node.all_input_nodes]))
     touched += list(_flat([values[node]]))
@@ -355,22 +355,22 @@ def backward_failure(
     Returns:
         What it raised; ``None`` if it ran, or if that of the original does not run either.
     """
-    captured = channels.recordings[-1]
-    if captured.real:
+    traced = channels.traces[-1]
+    if traced.real:
         return None  # a whole step on real tensors may take too much memory
     with torch.inference_mode(False):  # in the caller's there would be nothing to go back through
-        failure = _backward(model, captured, edits)
-        if failure is None or _backward(model, captured, ()) is not None:
+        failure = _backward(model, traced, edits)
+        if failure is None or _backward(model, traced, ()) is not None:
             return None
     return failure
 
 
-def _backward(model: nn.Module, captured: Captured, edits: Sequence[Edit]) -> Exception | None:
-    copy = _edited(model, captured, edits)
+def _backward(model: nn.Module, traced: TracedGraph, edits: Sequence[Edit]) -> Exception | None:
+    copy = _edited(model, traced, edits)
     set_mode(copy, True)
     try:
-        with _mode_of(captured), quiet_recording(copy), torch.enable_grad():
-            run_backward(captured.inputs.map(_detached).call(copy))
+        with _mode_of(traced), quiet_tracing(copy), torch.enable_grad():
+            run_backward(traced.inputs.map(_detached).call(copy))
     except Exception as error:  # a user's forward or backward may raise anything
         return error
     return None

@@ -1,1 +1,1 @@
-"""How a model becomes a graph: example inputs, a copy of the model, the recorded operators."""
+"""How a model becomes a graph: example inputs, a copy of the model, the traced operators."""

@@ -1,13 +1,13 @@
-"""Record a model's forward as a ``torch.fx`` graph.
+"""Trace a model's forward as a ``torch.fx`` graph.
 
-The recorder is a dispatch mode over a fake copy of the model: every operator that reaches the
+A dispatch mode runs over a fake copy of the model: every operator that reaches the
 dispatcher becomes a node. Nothing is traced through Python, so control flow, hooks and foreign
 modules do not matter, and nothing touches the user's object. Inside ``torch.inference_mode`` the
 composite operators (``conv2d``, ``batch_norm``, ``linear``, attention) arrive whole.
 
 Every node carries in ``node.meta``:
 
-* ``"val"``: the value, a fake tensor or a nest of them (real tensors where ``Captured.real``);
+* ``"val"``: the value, a fake tensor or a nest of them (real tensors where ``TracedGraph.real``);
 * ``"module"``: the path of the innermost module whose forward ran, ``""`` for the root;
 * ``"call"``: how many times that module had been called before;
 * ``"source"``: ``"file.py:88"`` of the line outside torch that called the operator;
@@ -18,15 +18,15 @@ Every node carries in ``node.meta``:
 from __future__ import annotations
 
 __all__ = [
-    "Captured",
-    "Recorder",
-    "Studio",
+    "TraceMode",
+    "TracedGraph",
+    "Tracer",
     "capture",
     "find_tensors",
-    "quiet_recording",
-    "record",
+    "quiet_tracing",
     "settle_inputs",
     "structure_of",
+    "trace_module",
 ]
 
 import contextlib
@@ -68,22 +68,22 @@ from pocketize.graph.inputs import (
 )
 from pocketize.graph.methods import check_methods, set_mode
 
-#: What recordings draw random numbers from; a seed that nobody else would set.
+#: What traces draw random numbers from; a seed that nobody else would set.
 _SEED = 0x706F636B6574
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Captured:
-    """One recorded forward.
+class TracedGraph:
+    """One traced forward.
 
     Attributes:
         graph: operators as ``call_function`` nodes, inputs as placeholders, parameters, buffers and
             constants as ``get_attr`` nodes.
-        inputs: the inputs it was recorded with (fake, unless ``real``).
+        inputs: the inputs it was traced with (fake, unless ``real``).
         train: whether the model was in training mode.
-        structure: the nesting of the outputs with their shapes, to compare two recordings.
-        real: recorded on real tensors because a branch depends on data; only the branch taken was
+        structure: the nesting of the outputs with their shapes, to compare two traces.
+        real: traced on real tensors because a branch depends on data; only the branch taken was
             seen.
     """
 
@@ -103,14 +103,14 @@ class Captured:
         return list(output.args[0])
 
 
-def capture(model: nn.Module, inputs: Any = None, *, train: bool = False) -> Captured:
-    """Record the forward of a model as a ``torch.fx`` graph.
+def capture(model: nn.Module, inputs: Any = None, *, train: bool = False) -> TracedGraph:
+    """Trace the forward of a model as a ``torch.fx`` graph.
 
     Args:
-        model: any module. It is not called and not changed: a fake copy is recorded.
+        model: any module. It is not called and not changed: a fake copy is traced.
         inputs: anything that :func:`pocketize.graph.inputs.as_inputs` takes; ``None`` guesses
             from the first convolution.
-        train: record in training instead of evaluation mode.
+        train: trace in training instead of evaluation mode.
 
     Raises:
         CaptureError: the model could not be copied or did not run; the text names the module.
@@ -134,10 +134,10 @@ def settle_inputs(model: nn.Module, inputs: Any) -> Inputs:
     tried = []
     for guess in guess_inputs(model):
         candidate = to_model(guess, model)
-        studio = Studio(model)  # a model that cannot be copied will not be with other inputs
+        tracer = Tracer(model)  # a model that cannot be copied will not be with other inputs
         try:
             for train in (False, True):
-                studio.shoot(candidate, train=train)
+                tracer.trace(candidate, train=train)
         except CaptureError as error:
             tried.append(f"  {candidate.describe()}: {error}")
         else:
@@ -148,20 +148,20 @@ def settle_inputs(model: nn.Module, inputs: Any) -> Inputs:
     )
 
 
-def _capture(model: nn.Module, inputs: Inputs, train: bool) -> Captured:
-    return Studio(model).shoot(inputs, train=train)
+def _capture(model: nn.Module, inputs: Inputs, train: bool) -> TracedGraph:
+    return Tracer(model).trace(inputs, train=train)
 
 
-class Studio:
-    """Records one model several times: at several sizes, in both modes, on one fake copy."""
+class Tracer:
+    """Traces one model several times: at several sizes, in both modes, on one fake copy."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._copy = fake_clone(model, self.mode)
 
-    def shoot(self, inputs: Inputs, *, train: bool) -> Captured:
-        """Record the model's forward.
+    def trace(self, inputs: Inputs, *, train: bool) -> TracedGraph:
+        """Trace the model's forward.
 
         Args:
             inputs: real or fake inputs on the model's device.
@@ -173,17 +173,17 @@ class Studio:
         fakes = inputs.map(lambda t: t if isinstance(t, FakeTensor) else self.mode.from_tensor(t))
         try:
             with self.mode:
-                return record(self._copy, fakes, train=train)
+                return trace_module(self._copy, fakes, train=train)
         except CaptureError as error:
             if not isinstance(error.__cause__, _DATA_DEPENDENT):
                 raise
         # A branch depends on values: run it on real ones, and keep only the branch taken.
         real = inputs.map(lambda t: t.detach().clone())
-        return dataclasses.replace(record(clone(self.model), real, train=train), real=True)
+        return dataclasses.replace(trace_module(clone(self.model), real, train=train), real=True)
 
 
-def record(model: nn.Module, inputs: Inputs, *, train: bool | None) -> Captured:
-    """Record a model that may be changed: its mode, buffers and random state are not kept.
+def trace_module(model: nn.Module, inputs: Inputs, *, train: bool | None) -> TracedGraph:
+    """Trace a model that may be changed: its mode, buffers and random state are not kept.
 
     Args:
         model: a copy made for the purpose, fake or real.
@@ -191,29 +191,29 @@ def record(model: nn.Module, inputs: Inputs, *, train: bool | None) -> Captured:
         train: the mode to set on the whole model; None leaves each module's flag.
 
     Raises:
-        CaptureError: the forward raised. Its ``recorder`` attribute holds what had been recorded.
+        CaptureError: the forward raised. Its ``trace_mode`` attribute holds what had been traced.
     """
     if train is None:
         train = model.training
     else:
         set_mode(model, train)
-    recorder = Recorder(model, inputs)
-    with quiet_recording(model), recorder.module_paths():
+    trace_mode = TraceMode(model, inputs)
+    with quiet_tracing(model), trace_mode.module_paths():
         try:
-            with torch.inference_mode(), recorder:
+            with torch.inference_mode(), trace_mode:
                 output = inputs.call(model)
         except Exception as error:  # a user's forward may raise anything
-            where = recorder.raised_in(error) or "the model itself"
+            where = trace_mode.raised_in(error) or "the model itself"
             failure = CaptureError(
                 f"{type(model).__name__} did not run in {'training' if train else 'evaluation'} "
                 f"mode on {inputs.describe()}: {type(error).__name__} in {where}: {_brief(error)}"
             )
-            failure.recorder = recorder  # type: ignore[attr-defined]
+            failure.trace_mode = trace_mode  # type: ignore[attr-defined]
             raise failure from error
-    return recorder.finish(output, inputs, train)
+    return trace_mode.finish(output, inputs, train)
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class TraceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dispatch mode that writes every operator into a ``torch.fx`` graph."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
@@ -253,15 +253,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.count += 1
         return out
 
-    def finish(self, output: Any, inputs: Inputs, train: bool) -> Captured:
+    def finish(self, output: Any, inputs: Inputs, train: bool) -> TracedGraph:
         """Close the graph with the model's outputs."""
         tensors = find_tensors(output)
         self.graph.output([self._node_of(tensor) for tensor in tensors])
-        return Captured(self.graph, inputs, train, structure_of(output))
+        return TracedGraph(self.graph, inputs, train, structure_of(output))
 
     @contextlib.contextmanager
     def module_paths(self) -> Iterator[None]:
-        """Keep track of the module whose forward runs, by hooks on the recorded copy."""
+        """Keep track of the module whose forward runs, by hooks on the traced copy."""
         handles = []
         for path, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
@@ -330,17 +330,17 @@ def _tensor_names(model: nn.Module) -> dict[int, str]:
 
 
 #: Recordings change what all threads share, so they take turns.
-_RECORDING = threading.RLock()
+_TRACING = threading.RLock()
 
 
 @contextlib.contextmanager
-def quiet_recording(model: nn.Module) -> Iterator[None]:
-    """Fix what makes recordings differ, and put it back: random states, fast paths, warnings.
+def quiet_tracing(model: nn.Module) -> Iterator[None]:
+    """Fix what makes traces differ, and put it back: random states, fast paths, warnings.
 
     What hooks of the model write into their closures is undone too, and synchronised batch norms
     run alone: a copy without memory has nothing to tell the other processes.
     """
-    with _RECORDING, _fixed(), quiet_hooks(model), _alone(model):
+    with _TRACING, _fixed(), quiet_hooks(model), _alone(model):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Copies of a model: a real one to rewrite, and a fake one to record.
+"""Copies of a model: a real one to rewrite, and a fake one to trace.
 
 ``copy.deepcopy`` alone fails on modules that keep computed tensors (the older ``weight_norm`` does,
 and so does a network with deep supervision that has run), and it copies every weight even where
@@ -108,7 +108,7 @@ def _reached_tensors(model: nn.Module) -> list[Tensor]:
 def quiet_hooks(*models: nn.Module) -> Iterator[None]:
     """Undo what forward hooks write into lists, dicts and sets of their closures.
 
-    A copy of a model shares its hooks' closures with the original, so that recording the copy would
+    A copy of a model shares its hooks' closures with the original, so that tracing the copy would
     leave fake tensors in, say, a user's list of features.
     """
     containers: dict[int, list[Any] | dict[Any, Any] | set[Any]] = {}

@@ -1,7 +1,7 @@
 """Tensors that a forward makes from numbers alone, and what they hold.
 
 ``arange(n)``, a mask, a table of decays: nothing but literals goes into them, so that what they
-hold follows from a recording, though a recording on fake tensors has no values. Which operators
+hold follows from a trace, though a trace on fake tensors has no values. Which operators
 made them does not matter: they are run again, on real memory, when somebody asks.
 """
 
@@ -37,7 +37,7 @@ class Constants:
     A *family* are constants that were made from one another; they are evaluated together.
 
     Args:
-        graph: operators with their results in ``node.meta["val"]``, as a recording has them.
+        graph: operators with their results in ``node.meta["val"]``, as a trace has them.
     """
 
     def __init__(self, graph: fx.Graph) -> None:

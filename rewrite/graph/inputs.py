@@ -89,7 +89,7 @@ def _collect_tensors(value: Any, found: list[Tensor], seen: set[int]) -> None:
 
 
 def structure_of(value: Any) -> Any:
-    """Return nesting and shapes of an output in a form that compares equal across recordings."""
+    """Return nesting and shapes of an output in a form that compares equal across traces."""
     leaves, spec = pytree.tree_flatten(value)
     return (
         str(spec),

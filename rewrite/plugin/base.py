@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pocketize.channels.groups import ChannelGroups
-    from pocketize.graph.capture import Captured
+    from pocketize.graph.capture import TracedGraph
     from pocketize.graph.inputs import Inputs
     from pocketize.plugin.edits import Edit
 
@@ -118,21 +118,21 @@ class Target:
         model: the module to be rewritten; the output of the pass before, where there was one.
         inputs: example inputs on the model's device.
         generator: the only source of random numbers a pass may use; None means torch's default.
-        record: records the graph; the engine provides it, passes call :meth:`captured`.
+        record: records the graph; the engine provides it, passes call :meth:`traced`.
         analyse: finds the channel groups; the engine provides it, passes call :meth:`channels`.
     """
 
     model: nn.Module
     inputs: Inputs
     generator: torch.Generator | None = None
-    record: Callable[[bool], Captured] = field(repr=False)
+    record: Callable[[bool], TracedGraph] = field(repr=False)
     analyse: Callable[[], ChannelGroups] = field(repr=False)
     _known: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def captured(self, train: bool = False) -> Captured:
+    def traced(self, train: bool = False) -> TracedGraph:
         """The model's graph, recorded in training mode or, by default, in evaluation mode."""
-        captured: Captured = self._once(("graph", train), lambda: self.record(train))
-        return captured
+        traced: TracedGraph = self._once(("graph", train), lambda: self.record(train))
+        return traced
 
     def channels(self) -> ChannelGroups:
         """The model's channel groups: what can be resized, and with what."""

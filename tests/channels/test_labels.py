@@ -343,7 +343,7 @@ def test_the_oracle_sees_a_wrong_label() -> None:
     """The tests above fail where a rule moves labels wrongly."""
     board = Board(lambda a: a.flip(0), a=(4, 3))
     assert board.follows("a0")
-    (out,) = board.captured.outputs()
+    (out,) = board.traced.outputs()
     right = board.values[0][out]
     for wrong in (right.labels[0][::-1], right.labels[0] * 0 + 1):
         board.values[0][out] = Value(right.shape, (wrong, *right.labels[1:]))

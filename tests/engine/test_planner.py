@@ -337,8 +337,8 @@ class Looks(Toy):
     def propose(self, target: Target) -> Proposal:
         channels = target.channels()
         assert target.channels() is channels
-        assert target.captured(train=True) is target.captured(train=True)
-        assert target.captured(train=True).train
+        assert target.traced(train=True) is target.traced(train=True)
+        assert target.traced(train=True).train
         (group,) = channels.matching("stem")
         if group.frozen:
             return Proposal(refused=(Refusal("stem", group.frozen),))

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from pocketize.errors import CaptureError, InputError
-from pocketize.graph.capture import Captured, capture, find_tensors, settle_inputs
+from pocketize.graph.capture import TracedGraph, capture, find_tensors, settle_inputs
 from pocketize.graph.inputs import Inputs
 
 IMAGE = (2, 3, 8, 8)
@@ -33,8 +33,8 @@ class Call(nn.Module):
         return self.function(self.conv, *args, **kwargs)
 
 
-def names(captured: Captured) -> list[str]:
-    return [str(node.target) for node in captured.operators()]
+def names(traced: TracedGraph) -> list[str]:
+    return [str(node.target) for node in traced.operators()]
 
 
 def image() -> Tensor:
@@ -59,17 +59,17 @@ def image() -> Tensor:
 def test_every_input_tensor_is_a_placeholder(
     function: Callable[..., Any], inputs: Any, placeholders: int
 ) -> None:
-    captured = capture(Call(function), inputs)
-    found = list(captured.graph.find_nodes(op="placeholder"))
+    traced = capture(Call(function), inputs)
+    found = list(traced.graph.find_nodes(op="placeholder"))
     assert len(found) == placeholders
     assert all(tuple(node.meta["val"].shape) == IMAGE for node in found)
-    assert "aten.conv2d.default" in names(captured)
+    assert "aten.conv2d.default" in names(traced)
 
 
 def test_a_tensor_given_twice_is_one_placeholder() -> None:
     x = image()
-    captured = capture(Call(lambda conv, a, b: conv(a) + conv(b)), (x, x))
-    assert len(list(captured.graph.find_nodes(op="placeholder"))) == 1
+    traced = capture(Call(lambda conv, a, b: conv(a) + conv(b)), (x, x))
+    assert len(list(traced.graph.find_nodes(op="placeholder"))) == 1
 
 
 class Pair(NamedTuple):
@@ -111,8 +111,8 @@ class Plain:
     ],
 )
 def test_every_output_tensor_is_an_output(wrap: Callable[[Tensor], Any], count: int) -> None:
-    captured = capture(Call(lambda conv, x: wrap(conv(x))), image())
-    assert [tuple(node.meta["val"].shape) for node in captured.outputs()] == [(2, 4, 8, 8)] * count
+    traced = capture(Call(lambda conv, x: wrap(conv(x))), image())
+    assert [tuple(node.meta["val"].shape) for node in traced.outputs()] == [(2, 4, 8, 8)] * count
 
 
 def test_the_structure_compares_nesting_and_shapes() -> None:
@@ -128,8 +128,8 @@ def test_the_structure_compares_nesting_and_shapes() -> None:
 
 
 def test_an_input_or_a_parameter_may_be_an_output() -> None:
-    captured = capture(Call(lambda conv, x: (x, conv.weight)), image())
-    assert [node.op for node in captured.outputs()] == ["placeholder", "get_attr"]
+    traced = capture(Call(lambda conv, x: (x, conv.weight)), image())
+    assert [node.op for node in traced.outputs()] == ["placeholder", "get_attr"]
 
 
 def test_tensors_are_found_in_objects_but_not_in_modules_and_classes() -> None:
@@ -155,16 +155,16 @@ class Shared(nn.Module):
 
 
 def test_nodes_know_their_module_and_how_often_it_was_called() -> None:
-    captured = capture(Shared(), image())
-    told = [(n.meta["module"], n.meta["call"]) for n in captured.operators()]
+    traced = capture(Shared(), image())
+    told = [(n.meta["module"], n.meta["call"]) for n in traced.operators()]
     root = [("", 0)]
     blocks = [("block.0", 0), ("block.1", 0), ("block.0", 1), ("block.1", 1)]
     assert told == blocks + root + root + [("head", 0)] + root
 
 
 def test_parameters_and_buffers_know_their_names() -> None:
-    captured = capture(Shared(), image())
-    nodes = captured.graph.find_nodes(op="get_attr")
+    traced = capture(Shared(), image())
+    nodes = traced.graph.find_nodes(op="get_attr")
     assert {node.meta["tensor"] for node in nodes} == {
         *("block.0.weight", "block.0.bias", "head.weight", "head.bias", "scale", "shift")
     }
@@ -180,21 +180,21 @@ def test_a_tied_tensor_has_the_first_of_its_names_and_a_constant_has_none() -> N
 
 
 def test_nodes_know_the_line_that_called_them() -> None:
-    captured = capture(Shared(), image())
+    traced = capture(Shared(), image())
     _, start = inspect.getsourcelines(Shared.forward)
-    last = captured.operators()[-1]
+    last = traced.operators()[-1]
     assert str(last.target) == "aten.relu.default"
     assert last.meta["source"] == f"test_capture.py:{start + 3}"
-    assert captured.operators()[0].meta["source"] == f"test_capture.py:{start + 1}"
+    assert traced.operators()[0].meta["source"] == f"test_capture.py:{start + 1}"
 
 
 def test_values_are_fake_and_have_the_shapes_of_the_run() -> None:
     model = Shared()
-    captured = capture(model, image())
-    for node in captured.operators():
+    traced = capture(model, image())
+    for node in traced.operators():
         assert isinstance(node.meta["val"], FakeTensor)
-    assert [tuple(n.meta["val"].shape) for n in captured.outputs()] == [tuple(model(image()).shape)]
-    assert not captured.real
+    assert [tuple(n.meta["val"].shape) for n in traced.outputs()] == [tuple(model(image()).shape)]
+    assert not traced.real
 
 
 def test_composite_operators_stay_whole() -> None:
@@ -214,9 +214,9 @@ def test_the_mode_asked_for_is_the_mode_recorded() -> None:
 
 
 def test_parts_of_several_results_are_picked_by_getitem() -> None:
-    captured = capture(Call(lambda conv, x: conv(x).chunk(2, 1)[1]), image())
-    assert [n.target for n in captured.operators()][-1].__name__ == "getitem"
-    assert captured.outputs()[0].meta["val"].shape == (2, 2, 8, 8)
+    traced = capture(Call(lambda conv, x: conv(x).chunk(2, 1)[1]), image())
+    assert [n.target for n in traced.operators()][-1].__name__ == "getitem"
+    assert traced.outputs()[0].meta["val"].shape == (2, 2, 8, 8)
 
 
 class Attempt(nn.Module):
@@ -238,13 +238,13 @@ class Attempt(nn.Module):
 
 
 def test_what_fails_and_is_caught_leaves_no_trace() -> None:
-    captured = capture(Attempt(), image())
-    assert [(str(n.target), n.meta["module"]) for n in captured.operators()] == [
+    traced = capture(Attempt(), image())
+    assert [(str(n.target), n.meta["module"]) for n in traced.operators()] == [
         ("aten.conv2d.default", "conv"),
         ("aten.batch_norm.default", "right.0"),
         ("aten.mul.Tensor", ""),
     ]
-    read = {n.meta["tensor"] for n in captured.graph.find_nodes(op="get_attr")}
+    read = {n.meta["tensor"] for n in traced.graph.find_nodes(op="get_attr")}
     assert not any(name.startswith("wrong") for name in read)
 
 
@@ -258,14 +258,14 @@ def test_a_parameter_that_is_only_asked_for_its_device_is_not_read() -> None:
 # -- torch.fx's own tools ------------------------------------------------------------------------
 
 
-def runnable(model: nn.Module, captured: Captured) -> fx.GraphModule:
+def runnable(model: nn.Module, traced: TracedGraph) -> fx.GraphModule:
     """A module of the recorded graph, with the model's tensors where the graph asks for them."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     named = {
         str(node.target): tensors.get(node.meta["tensor"], node.meta["val"])
-        for node in captured.graph.find_nodes(op="get_attr")
+        for node in traced.graph.find_nodes(op="get_attr")
     }
-    return fx.GraphModule(named, captured.graph)
+    return fx.GraphModule(named, traced.graph)
 
 
 def split_and_join(conv: nn.Module, x: Tensor) -> Tensor:
@@ -279,10 +279,10 @@ def test_the_graph_is_sound_and_runs_as_a_graph_module_and_in_the_interpreter(
     make: Callable[[], nn.Module], train: bool
 ) -> None:
     model = make()
-    captured = capture(model, image(), train=train)
-    captured.graph.lint()
-    assert "conv2d" in str(captured.graph)
-    module = runnable(model, captured)
+    traced = capture(model, image(), train=train)
+    traced.graph.lint()
+    assert "conv2d" in str(traced.graph)
+    module = runnable(model, traced)
     x = image()
     with torch.no_grad():
         (by_module,), (interpreted,) = module(x), fx.Interpreter(module).run(x)
@@ -308,8 +308,8 @@ def test_a_graph_module_of_a_recording_can_be_pickled() -> None:
 
 
 def test_graph_passes_find_nothing_to_remove_in_a_straight_net() -> None:
-    captured = capture(Shared(), image())
-    assert not captured.graph.eliminate_dead_code()
+    traced = capture(Shared(), image())
+    assert not traced.graph.eliminate_dead_code()
 
 
 # -- failures ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from pocketize.graph.capture import Captured, capture
+from pocketize.graph.capture import TracedGraph, capture
 from pocketize.graph.constants import Constants
 
 
@@ -24,10 +24,10 @@ class Forward(nn.Module):
         return self.function(x * self.weight[0])
 
 
-def recorded(function: Callable[[Tensor], Any]) -> tuple[Captured, fx.Node, Constants]:
+def recorded(function: Callable[[Tensor], Any]) -> tuple[TracedGraph, fx.Node, Constants]:
     """A recording on a 2x4x6 input, its first output and its constants."""
-    captured = capture(Forward(function), "2x4x6")
-    return captured, captured.outputs()[0], Constants(captured.graph)
+    traced = capture(Forward(function), "2x4x6")
+    return traced, traced.outputs()[0], Constants(traced.graph)
 
 
 def by_parts(x: Tensor) -> Tensor:
@@ -91,9 +91,9 @@ def test_a_constant_that_something_else_is_written_into_is_none_any_more() -> No
         table[:4] = x[0, :, 0]
         return torch.stack([before, table * 1])
 
-    captured, _, constants = recorded(function)
+    traced, _, constants = recorded(function)
     before, after = (
-        n for n in captured.operators() if "aten.mul" in str(n.target) and n.args[1] == 1
+        n for n in traced.operators() if "aten.mul" in str(n.target) and n.args[1] == 1
     )
     assert before in constants
     assert after not in constants
@@ -106,12 +106,12 @@ def test_what_is_written_into_a_constant_counts_for_those_that_read_it_later() -
         table[:] = torch.arange(6)
         return x - table
 
-    captured, _, constants = recorded(function)
+    traced, _, constants = recorded(function)
     add, sub = (
-        next(n for n in captured.operators() if name in str(n.target))
+        next(n for n in traced.operators() if name in str(n.target))
         for name in ("aten.add", "aten.sub")
     )
-    (table,) = (n for n in captured.operators() if "aten.zeros" in str(n.target))
+    (table,) = (n for n in traced.operators() if "aten.zeros" in str(n.target))
     early, late = constants.value(table, add), constants.value(table)
     assert early is not None
     assert late is not None
@@ -176,11 +176,11 @@ def test_sizes_that_are_computed_as_tensors_are_no_branch_on_values(size: Any) -
         rows, columns = size(x)
         return x[:, :rows, :columns]
 
-    captured, node, _ = recorded(function)
-    assert not captured.real
+    traced, node, _ = recorded(function)
+    assert not traced.real
     assert len(node.meta["val"].shape) == 3
 
 
 def test_a_branch_on_random_numbers_is_one_on_values() -> None:
-    captured, _, _ = recorded(lambda x: x if torch.rand(()).item() < 0.5 else -x)
-    assert captured.real
+    traced, _, _ = recorded(lambda x: x if torch.rand(()).item() < 0.5 else -x)
+    assert traced.real

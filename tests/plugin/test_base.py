@@ -201,8 +201,8 @@ def test_a_target_records_and_analyses_once_and_only_when_asked() -> None:
         model=model, inputs=as_inputs(torch.zeros(1, 1, 8, 8)), record=record, analyse=analyse
     )
     assert calls == []
-    assert target.captured() == target.captured(train=False) == "graph False"
-    assert target.captured(train=True) == "graph True"
+    assert target.traced() == target.traced(train=False) == "graph False"
+    assert target.traced(train=True) == "graph True"
     assert target.channels() == target.channels() == "groups"
     assert calls == [False, True, "channels"]
     assert Halve().propose(target).notes == ("1x1x8x8 float32",)

@@ -113,7 +113,7 @@ def _ours(net: Net, repeat: int) -> Result:
     inputs = net.inputs()
     groups = analyse(net.build(), inputs)
     width = max((g.channels for g in groups.groups if g.layers and not g.frozen), default=2) // 2
-    result = Result(net.name, nodes=len(groups.recordings[0].operators()))
+    result = Result(net.name, nodes=len(groups.traces[0].operators()))
 
     def whole() -> None:
         model = net.build()

@@ -79,7 +79,7 @@ class Call:
     """One operator call, as a rule sees it.
 
     Attributes:
-        node: the recorded node; ``node.meta["val"]`` is the fake result.
+        node: the traced node; ``node.meta["val"]`` is the fake result.
         unions: unites and freezes indices.
         arguments: the arguments by their schema names, tensors as :class:`Value`.
         producers: where new channels come from (convolutions, linear layers).

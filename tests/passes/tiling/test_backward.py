@@ -49,8 +49,8 @@ def _program(model: nn.Module, x: Tensor, tile: Sequence[int]) -> Program:
 def _tiled(
     model: nn.Module, x: Tensor, program: Program, place: str = "device"
 ) -> tuple[dict[str, Tensor], Tensor]:
-    captured = program.graph.captured
-    (node,) = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    traced = program.graph.traced
+    (node,) = [n for n in traced.graph.nodes if n.op == "placeholder"]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     keeper = Storage(place, x.device)
     execution = Execution(
@@ -61,7 +61,7 @@ def _tiled(
     with torch.no_grad():
         made = execution.run()
     leaves = {n: made[n].detach().requires_grad_() for n in program.outputs}
-    _loss([leaves[n] for n in captured.outputs()]).backward()
+    _loss([leaves[n] for n in traced.outputs()]).backward()
     gradients = {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
     weights, inputs = TiledBackward(execution, keeper).gradients(gradients)
     return weights, inputs[node]

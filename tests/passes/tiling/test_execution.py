@@ -29,9 +29,9 @@ from tests.foreign import foreign_nets
 def tiled(
     model: nn.Module, x: Tensor, tile: Sequence[int], *, keeper: Storage | None = None, **more: Any
 ) -> tuple[list[Tensor], Program]:
-    captured = capture(model, x)
-    program = build_program(TiledGraph(captured), tile)
-    (node,) = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    traced = capture(model, x)
+    program = build_program(TiledGraph(traced), tile)
+    (node,) = [n for n in traced.graph.nodes if n.op == "placeholder"]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     storage = keeper or Storage("device", x.device)
     execution = Execution(
@@ -41,7 +41,7 @@ def tiled(
     )
     with torch.no_grad():
         made = execution.run()
-    return [made[n] for n in captured.outputs()], program
+    return [made[n] for n in traced.outputs()], program
 
 
 def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -121,9 +121,9 @@ LARGE: dict[str, Any] = {
 
 
 def _tiled_peak(model: nn.Module, x: Tensor, length: int) -> int:
-    captured = capture(model, x)
-    program = build_program(TiledGraph(captured), (*x.shape[2:-1], length))
-    (node,) = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    traced = capture(model, x)
+    program = build_program(TiledGraph(traced), (*x.shape[2:-1], length))
+    (node,) = [n for n in traced.graph.nodes if n.op == "placeholder"]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     disk = Storage("disk", x.device)
 

@@ -49,7 +49,7 @@ def _check(form: Form, whole: Whole, count: int = 12, seed: int = 0) -> None:
 
 
 def _forms(whole: Whole, rank: int) -> Iterator[Form]:
-    for node in whole.captured.operators():
+    for node in whole.traced.operators():
         if is_map(node, rank):
             try:
                 yield local_form(node, rank)
@@ -69,7 +69,7 @@ class Call(nn.Module):
 def _single(model: nn.Module, *inputs: Tensor) -> tuple[Form, Whole]:
     """The form of the last operator of a model."""
     whole = run_whole(model.double().eval(), *(x.double() for x in inputs))
-    node = whole.captured.operators()[-1]
+    node = whole.traced.operators()[-1]
     return local_form(node, inputs[0].ndim - 2), whole
 
 
@@ -277,6 +277,6 @@ def test_every_local_operator_of_other_peoples_networks(name: str) -> None:
 
 def test_nodes_that_do_not_make_a_map_of_a_map_are_refused() -> None:
     whole = run_whole(Call(lambda x: torch.zeros_like(x)), _C2)
-    node: fx.Node = whole.captured.operators()[-1]
+    node: fx.Node = whole.traced.operators()[-1]
     form = local_form(node, 2)
     _check(form, whole)

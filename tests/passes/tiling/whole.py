@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pocketize.graph.capture import Captured, capture
+from pocketize.graph.capture import TracedGraph, capture
 from pocketize.passes.tiling.intervals import Box
 
 __all__ = ["Whole", "crop", "is_map", "run_whole"]
@@ -26,8 +26,8 @@ def is_map(node: fx.Node, rank: int) -> bool:
 class Whole:
     """A forward with all its values; a context for forms that hands out crops of them."""
 
-    def __init__(self, captured: Captured, values: dict[fx.Node, Any]) -> None:
-        self.captured, self.values = captured, values
+    def __init__(self, traced: TracedGraph, values: dict[fx.Node, Any]) -> None:
+        self.traced, self.values = traced, values
 
     def part(self, node: fx.Node, region: Box) -> Tensor:
         return crop(self.values[node], region)
@@ -37,12 +37,12 @@ class Whole:
 
 
 def run_whole(model: nn.Module, *inputs: Tensor) -> Whole:
-    captured = capture(model, inputs)
+    traced = capture(model, inputs)
     given = iter(inputs)
     values: dict[fx.Node, Any] = {}
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
-        for node in captured.graph.nodes:
+        for node in traced.graph.nodes:
             if node.op == "placeholder":
                 values[node] = next(given)
             elif node.op == "get_attr":
@@ -53,7 +53,7 @@ def run_whole(model: nn.Module, *inputs: Tensor) -> Whole:
                 # what later operators write in place must not change what is compared
                 args = args if node.target is operator.getitem else _copied(args)
                 values[node] = node.target(*args, **kwargs)
-    return Whole(captured, values)
+    return Whole(traced, values)
 
 
 def _copied(args: Any) -> Any:
