@@ -4,7 +4,7 @@
   other, each with its gradient and its input at full size. :class:`NormActivation` keeps ``x``,
   the result of a convolution, and computes norm, activation and gradient again block by block.
 * ``conv(cat(a, b))`` is ``conv_a(a) + conv_b(b)``: in backward the parts come one after the other
-  (:class:`Part`), with no concatenation and no gradient of one.
+  (:class:`_Part`), with no concatenation and no gradient of one.
 
 Nothing is changed in the model. :class:`Fusing` is a mode that sees the calls as the model makes
 them; other readers of ``norm(x)`` or ``cat(a, b)`` find the ordinary nodes.
@@ -17,9 +17,9 @@ __all__ = ["Fusing"]
 import inspect
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,45 +40,31 @@ from pocketize.passes.shared.second_order import differentiate
 aten = torch.ops.aten
 
 
-def join(
+def _join(
     func: Any, parts: tuple[Tensor, ...], data: Tensor, args: tuple[Any, ...], kwargs: Any
 ) -> Tensor | None:
-    """Run a convolution of a concatenation.
-
-    Args:
-        func: ``torch.conv1d``, ``conv2d`` or ``conv3d``.
-        parts: what was concatenated along the channels, shapes ``(N, C_i, ...)``.
-        data: the concatenation, shape ``(N, sum of C_i, ...)``.
-        args: the call's arguments.
-        kwargs: likewise.
-
-    Returns:
-        The result; ``None`` for a call that is made as it is.
-    """
+    """Run a convolution of the concatenation of ``parts``; ``None`` for a call to make as it is."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     given = dict(zip(names, args, strict=False)) | kwargs
     weight, bias = given.get("weight"), given.get("bias")
     dims = data.ndim - 2
-    geometry = [
-        given.get(name, default) for name, default in zip(names[3:6], (1, 0, 1), strict=True)
-    ]
+    defaults = {"stride": 1, "padding": 0, "dilation": 1}
+    geometry = [given.get(name, default) for name, default in defaults.items()]
     if given.get("groups", 1) != 1 or isinstance(geometry[1], str) or len(parts) < 2:
         return None
     if not isinstance(weight, Tensor) or weight.ndim != data.ndim:
         return None
     if any(p.ndim != data.ndim or p.dtype != data.dtype for p in parts):
         return None
-    stride, padding, dilation = (_spread(value, dims) for value in geometry)
-    like = _ConvolutionGeometry(stride, padding, dilation)
+    like = _ConvolutionGeometry(*(_spread(value, dims) for value in geometry))
     with torch.no_grad():
-        content = func(data, weight, bias, stride, padding, dilation)
-    tokens, start = [], 0
-    for part in parts:
-        width = part.shape[1]
-        own = weight.narrow(1, start, width)
-        tokens.append(Part.apply(like, content, part, own))  # type: ignore[no-untyped-call]
-        start += width
-    made: Tensor = Join.apply((content,), bias, *tokens)  # type: ignore[no-untyped-call]
+        content = func(data, weight, bias, *like)
+    own = torch.split(weight, [part.shape[1] for part in parts], 1)
+    tokens = [
+        _Part.apply(like, content, part, weight)  # type: ignore[no-untyped-call]
+        for part, weight in zip(parts, own, strict=True)
+    ]
+    made: Tensor = _Join.apply((content,), bias, *tokens)  # type: ignore[no-untyped-call]
     return made
 
 
@@ -87,69 +73,55 @@ def _spread(value: Any, dims: int) -> list[int]:
     return numbers * dims if len(numbers) == 1 else numbers
 
 
-class _ConvolutionGeometry:
-    """The geometry of a convolution."""
+class _ConvolutionGeometry(NamedTuple):
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
 
-    def __init__(self, stride: list[int], padding: list[int], dilation: list[int]) -> None:
-        self.stride, self.padding, self.dilation = stride, padding, dilation
-
-    def backward(
+    def gradients(
         self, gradient: Tensor, data: Tensor, weight: Tensor, needed: list[bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of data and weight, in their dtypes."""
-        by_data, by_weight, _ = aten.convolution_backward(
-            gradient,
-            data.to(gradient.dtype),
-            weight.to(gradient.dtype),
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            [0] * len(self.stride),
-            1,
-            [*needed, False],
-        )
+        operands = gradient, data.to(gradient.dtype), weight.to(gradient.dtype)
+        last = False, [0] * len(self.stride), 1, [*needed, False]
+        by_data, by_weight, _ = aten.convolution_backward(*operands, None, *self, *last)
         return (
             None if by_data is None else by_data.to(data.dtype),
             None if by_weight is None else by_weight.to(weight.dtype),
         )
 
 
-class Part(torch.autograd.Function):
+class _Part(torch.autograd.Function):
     """The share of one part of a concatenation in the result."""
 
     @staticmethod
     def forward(
         ctx: Any, like: _ConvolutionGeometry, content: Tensor, part: Tensor, weight: Tensor
     ) -> Tensor:
-        """Return a token of the result's shape, without content: one element, spread."""
         ctx.like = like
         ctx.save_for_backward(part, weight)
+        # A token of the result's shape, without content: one element, spread.
         return content.new_empty_strided(content.shape, (0,) * content.ndim)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        """Differentiate by the part and by its slice of the weight."""
         (part, weight), needed = ctx.saved_tensors, list(ctx.needs_input_grad[2:])
         if torch.is_grad_enabled():  # to be differentiated once more
             run = partial(_convolve, like=ctx.like, dtype=gradient.dtype)
             return None, None, *differentiate(run, (part, weight), needed, gradient)
-        return None, None, *ctx.like.backward(gradient, part, weight, needed)
+        return None, None, *ctx.like.gradients(gradient, part, weight, needed)
 
 
-class Join(torch.autograd.Function):
+class _Join(torch.autograd.Function):
     """The result, which was computed in one go, as the sum of the shares and the bias."""
 
     @staticmethod
     def forward(ctx: Any, content: tuple[Tensor], bias: Tensor | None, *tokens: Tensor) -> Tensor:
-        """Return the result."""
         ctx.tokens, ctx.bias = len(tokens), None if bias is None else bias.dtype
         return content[0]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        """Hand the gradient on to all shares; the bias gets its sum over all positions."""
         by_bias = None
         if ctx.bias is not None and ctx.needs_input_grad[1]:
             dims = [d for d in range(gradient.ndim) if d != 1]
@@ -161,9 +133,7 @@ def _convolve(
     data: Tensor, weight: Tensor, like: _ConvolutionGeometry, dtype: torch.dtype
 ) -> Tensor:
     dims = len(like.stride)
-    made: Tensor = aten.convolution(
-        data, weight, None, like.stride, like.padding, like.dilation, False, [0] * dims, 1
-    )
+    made: Tensor = aten.convolution(data, weight, None, *like, False, [0] * dims, 1)
     return made.to(dtype)
 
 
@@ -180,18 +150,13 @@ _ACTIVATIONS: dict[Any, Any] = {
     )
 }  # fmt: skip
 _IN_PLACE: dict[Any, Any] = {
-    torch.relu_: torch.relu,
-    Tensor.relu_: torch.relu,
-    torch.sigmoid_: torch.sigmoid,
-    Tensor.sigmoid_: torch.sigmoid,
-    torch.tanh_: torch.tanh,
-    Tensor.tanh_: torch.tanh,
-    F.leaky_relu_: F.leaky_relu,
-    F.elu_: F.elu,
-    F.selu_: F.selu,
-    F.celu_: F.celu,
-    F.relu_: F.relu,
-    F.hardtanh_: F.hardtanh,
+    getattr(place, f"{name}_"): getattr(F if place is F else torch, name)
+    for place, names in {
+        torch: ("relu", "sigmoid", "tanh"),
+        Tensor: ("relu", "sigmoid", "tanh"),
+        F: ("relu", "leaky_relu", "elu", "selu", "celu", "hardtanh"),
+    }.items()
+    for name in names
 }
 #: Ways to the memory of a tensor that do not pass through an operator.
 _RAW = {
@@ -310,27 +275,19 @@ class Fusing(TorchFunctionMode):
         data: Any = args[0] if args else kwargs.get("input")
         made = self._noted(data, tuple)
         if made is not None:
-            joined = join(func, made.call, data, args, kwargs)
+            joined = _join(func, made.call, data, args, kwargs)
             if joined is not None:
                 return joined
         return func(*args, **kwargs)
 
 
-@dataclass(frozen=True, eq=False)
-class _Made:
-    """How a tensor was made, while it is as it was made.
+class _Made(NamedTuple):
+    """How a tensor was made, while it is as it was made."""
 
-    Attributes:
-        call: the call of the norm, or the parts of the concatenation.
-        version: the tensor's version then.
-        views: how many views of its memory there were.
-        node: its node in autograd's graph; an alias without its history is another tensor.
-    """
-
-    call: Any
+    call: Any  # of the norm; the parts of a concatenation
     version: int
-    views: int
-    node: Any
+    views: int  # of its memory, at that time
+    node: Any  # in autograd's graph; an alias without its history is another tensor
 
 
 _KNOWN = {*NORMS, *_CATS, *_CONVS, *_ACTIVATIONS, *_IN_PLACE, *_RAW}

@@ -32,7 +32,6 @@ from pocketize.memory.flops import flops_of
 from pocketize.ops import Kind, operator_of
 from pocketize.ops.effects import Effect
 from pocketize.passes.recompute.norms import Statistics, normalise, statistics_of
-from pocketize.passes.recompute.operators import Replay, describe
 from pocketize.passes.recompute.storage_table import (
     StorageRecord,
     StorageTable,
@@ -41,7 +40,15 @@ from pocketize.passes.recompute.storage_table import (
     geometry_of,
     is_plain,
 )
-from pocketize.passes.recompute.values import GraphStep, GraphValue, Handle, Meter
+from pocketize.passes.recompute.values import (
+    CASTS,
+    GraphStep,
+    GraphValue,
+    Handle,
+    Meter,
+    Replay,
+    describe,
+)
 
 aten = torch.ops.aten
 #: Operations for each number of a result from which on building it again is costly: those of a
@@ -49,8 +56,6 @@ aten = torch.ops.aten
 _COSTLY = 256
 #: Operators that do not look at the memory at all, not even at its size.
 _SHALLOW = {aten.detach.default, aten.alias.default}
-#: Operators through which a weight stays the weight it was.
-_CASTS = {Kind.COPY, Kind.PERMUTATION, Kind.RESHAPE}
 
 
 class RecomputeGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -186,8 +191,8 @@ class RecomputeGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not kept and results and max(map(bytes_of, results)) >= self.min_bytes:
                 step = self._step(func, operator, recorded, kwargs, state)
                 if operator.heavy:
-                    flops = flops_of(func, args, kwargs, made) or 0
-                    step.costly = flops >= _COSTLY * sum(t.numel() for t in results)
+                    step.flops = flops_of(func, args, kwargs, made) or 0
+                    step.costly = step.flops >= _COSTLY * sum(t.numel() for t in results)
                 self._note(step, made, self.segment)
         if operator.resamples and results:
             self._advance(results[0])
@@ -333,7 +338,7 @@ class RecomputeGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     if 0 <= position < len(value.step.parents):
                         self.storages.take(value.step.parents[position])
                 break
-            cast = operator_of(value.step.func).kind in _CASTS
+            cast = operator_of(value.step.func).kind in CASTS
             simple = cast or value.step.operator.effect is Effect.VIEW
             value = value.step.parents[0] if simple else None
         return chain
@@ -347,7 +352,7 @@ def _share(given: list[Tensor], made: list[Tensor]) -> bool:
 
 
 def _name_goes_on(func: Any, given: list[Tensor], made: list[Tensor]) -> bool:
-    cast = operator_of(func).kind in _CASTS
+    cast = operator_of(func).kind in CASTS
     return cast and len(given) == 1 and len(made) == 1 and not _share(given, made)
 
 

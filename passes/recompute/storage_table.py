@@ -8,7 +8,9 @@ from __future__ import annotations
 __all__ = ["StorageRecord", "StorageTable", "bytes_of", "covers", "geometry_of", "is_plain"]
 
 import functools
+import math
 import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,10 +22,12 @@ from pocketize.passes.recompute.values import Geometry, GraphValue, Meter
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 
 
+@dataclass(eq=False, slots=True)
 class StorageRecord:
     """What is known of one storage.
 
     Attributes:
+        watch: the storage, while it exists.
         values: what tensors on it hold, by their geometry; kept values by weak reference, since
             they hold the storage alive themselves.
         version: the version that this is true of; ``None`` to take the next one seen.
@@ -36,28 +40,15 @@ class StorageRecord:
             released.
     """
 
-    __slots__ = (
-        "exposed",
-        "freed",
-        "name",
-        "note",
-        "parameter",
-        "values",
-        "version",
-        "views",
-        "watch",
-    )
-
-    def __init__(self, watch: weakref.ref[torch.UntypedStorage]) -> None:
-        self.watch = watch
-        self.values: dict[Geometry, GraphValue | weakref.ref[GraphValue]] = {}
-        self.version: int | None = None
-        self.name: str | None = None
-        self.views = 0
-        self.note: Any = None
-        self.exposed = False
-        self.parameter: tuple[Tensor, Tensor] | None = None
-        self.freed: tuple[GraphValue, Geometry, int] | None = None
+    watch: weakref.ref[torch.UntypedStorage]
+    values: dict[Geometry, GraphValue | weakref.ref[GraphValue]] = field(default_factory=dict)
+    version: int | None = None
+    name: str | None = None
+    views: int = 0
+    note: Any = None
+    exposed: bool = False
+    parameter: tuple[Tensor, Tensor] | None = None
+    freed: tuple[GraphValue, Geometry, int] | None = None
 
 
 class StorageTable:
@@ -136,10 +127,7 @@ class StorageTable:
         if storage is None or record is None or record.exposed or record.freed is not None:
             return
         offset, shape, _, dtype = geometry
-        count = 1
-        for size in shape:
-            count *= size
-        whole = offset == 0 and count * dtype.itemsize == storage.nbytes()
+        whole = offset == 0 and math.prod(shape) * dtype.itemsize == storage.nbytes()
         if not whole or record.values.get(geometry) is not value:
             return  # a part of the storage, or it has been written to since
         if any(isinstance(held, weakref.ref) and held() for held in record.values.values()):

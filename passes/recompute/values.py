@@ -12,9 +12,10 @@ later that building anew costs less than holding.
 
 from __future__ import annotations
 
-__all__ = ["GraphStep", "GraphValue", "Handle", "Meter"]
+__all__ = ["CASTS", "Geometry", "GraphStep", "GraphValue", "Handle", "Meter", "Replay", "describe"]
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,15 +24,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketize._torch import pytree, version_of, watching_alias
+from pocketize._torch import pytree, schema_of, version_of, watching_alias
 from pocketize.errors import ExecutionError
-from pocketize.memory.flops import flops_of
-from pocketize.ops.effects import Effect
-from pocketize.passes.recompute.operators import Replay, in_place_variant
+from pocketize.ops import CONVOLUTIONS, Kind, operator_of
+from pocketize.ops.effects import Effect, draws_random_numbers, effect_of, in_place_overload
 from pocketize.passes.shared.forwards import refuse_exchanged
 
 Geometry = tuple[Any, ...]
 """Where in its storage a tensor lies: offset, shape, strides, dtype."""
+
+#: Operators through which a weight stays the weight it was; autocast makes use of them.
+CASTS = frozenset({Kind.COPY, Kind.PERMUTATION, Kind.RESHAPE})
+#: Operators that may give another resolution than they were given.
+_RESAMPLES = {
+    *CONVOLUTIONS,
+    Kind.POOLING,
+    Kind.ADAPTIVE_POOLING,
+    Kind.UNPOOLING,
+    Kind.RESIZE,
+}
+
+
+@dataclass(frozen=True)
+class Replay:
+    """An operator as the graph sees it.
+
+    Attributes:
+        effect: how it treats its arguments.
+        heavy: it is a convolution, a matrix product or the like, whose result is worth keeping.
+        resamples: it may give another resolution than it was given.
+        random: it draws random numbers.
+        weight: position of the argument that is the weight of a convolution or matrix product.
+        data: position of the argument that it is applied to.
+        statistics: positions of running statistics that it updates in training.
+        training: position of the argument that says whether it trains.
+    """
+
+    effect: Effect
+    heavy: bool = False
+    resamples: bool = False
+    random: bool = False
+    weight: int | None = None
+    data: int = 0
+    statistics: tuple[int, ...] = ()
+    training: int | None = None
+
+
+def _in_place_variant(func: Any) -> Any:
+    """Return the overload of an activation that overwrites its input, or ``None``."""
+    plain = operator_of(func).kind is Kind.ACTIVATION and not draws_random_numbers(func)
+    return in_place_overload(func) if plain else None
+
+
+@functools.cache
+def describe(func: Any) -> Replay:
+    """Look an operator up by its record and its schema."""
+    effect = effect_of(func)
+    if effect is Effect.OTHER:
+        return Replay(effect)
+    record = operator_of(func)
+    names = [argument.name for argument in schema_of(func).arguments]
+    updated = [names.index(n) for n in ("running_mean", "running_var") if n in names]
+    training = next((names.index(n) for n in ("training", "train") if n in names), None)
+    return Replay(
+        effect,
+        bool(record.heavy),
+        record.kind in _RESAMPLES,
+        draws_random_numbers(func),
+        names.index(record.weight) if record.weight else None,
+        names.index(record.data) if record.weight and record.data else 0,
+        tuple(updated),
+        training if updated else None,
+    )
 
 
 @dataclass
@@ -61,37 +125,35 @@ class Meter:
                 queue += value.step.parents
 
 
+@dataclass(eq=False, slots=True)
 class GraphStep:
     """One operator that ran and can run again.
 
-    Args:
+    Attributes:
         func: the operator.
         operator: what is known of it.
         args: its arguments, tensors replaced by values.
         kwargs: likewise.
         order: its place in the forward pass.
         random_state: the state of the generator it drew from, with the device.
+        flops: of a convolution or product, otherwise 0.
         costly: running it again takes much longer than reading and writing its tensors.
+        parents: the values among its arguments.
     """
 
-    __slots__ = ("args", "costly", "func", "kwargs", "operator", "order", "parents", "random_state")
+    func: Any
+    operator: Replay
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    order: int
+    random_state: tuple[torch.device, Tensor] | None = None
+    flops: int = 0
+    costly: bool = False
+    parents: tuple[GraphValue, ...] = field(init=False)
 
-    def __init__(
-        self,
-        func: Any,
-        operator: Replay,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        order: int,
-        random_state: tuple[torch.device, Tensor] | None = None,
-        costly: bool = False,
-    ) -> None:
-        self.costly = costly
-        self.func, self.operator, self.order = func, operator, order
-        self.args, self.kwargs, self.random_state = args, kwargs, random_state
-        self.parents = tuple(
-            v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, GraphValue)
-        )
+    def __post_init__(self) -> None:
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        self.parents = tuple(leaf for leaf in leaves if isinstance(leaf, GraphValue))
 
     def run(
         self, contents: dict[GraphValue, Tensor], spare: set[GraphValue], meter: Meter | None
@@ -111,52 +173,39 @@ class GraphStep:
             if first not in spare:
                 args = (args[0].clone(), *args[1:])
         elif isinstance(first, GraphValue) and first in spare:
-            func = in_place_variant(func) or func
+            func = _in_place_variant(func) or func
         with _random_state(self.random_state):
             made = func(*args, **kwargs)
-        if meter is not None and self.operator.heavy:
-            meter.flops += flops_of(func, args, kwargs, made) or 0
+        if meter is not None:
+            meter.flops += self.flops
         return made
 
 
+@dataclass(eq=False)
 class GraphValue:
     """What a tensor held at one moment of the forward pass.
 
     Attributes:
+        segment: the segment of the forward pass that made it.
         step: how to build it again, ``None`` where it is kept.
         index: which result of the step it is, ``None`` for the only one.
         home: the storage it was in, and how it lay there.
         tensor: the tensor, where it is kept.
         version: the tensor's version when it was kept.
         parameter: the parameter whose memory it is in, and an alias of that as it was.
-        segment: the segment of the forward pass that made it.
         pending: readers to come, by segment.
         cached: its tensor, built again and still to be read.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "cached",
-        "home",
-        "index",
-        "parameter",
-        "pending",
-        "segment",
-        "step",
-        "tensor",
-        "version",
-    )
-
-    def __init__(
-        self, segment: int, step: GraphStep | None = None, index: int | None = None
-    ) -> None:
-        self.segment, self.step, self.index = segment, step, index
-        self.home: tuple[weakref.ref[torch.UntypedStorage], Geometry] | None = None
-        self.tensor: Tensor | None = None
-        self.version = 0
-        self.parameter: tuple[Tensor, Tensor] | None = None
-        self.pending: dict[int, int] = {}
-        self.cached: Tensor | None = None
+    segment: int
+    step: GraphStep | None = None
+    index: int | None = None
+    home: tuple[weakref.ref[torch.UntypedStorage], Geometry] | None = None
+    tensor: Tensor | None = None
+    version: int = 0
+    parameter: tuple[Tensor, Tensor] | None = None
+    pending: dict[int, int] = field(default_factory=dict)
+    cached: Tensor | None = None
 
     def keep(self, tensor: Tensor) -> None:
         """Hold the tensor itself from now on, without its history."""

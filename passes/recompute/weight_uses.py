@@ -18,9 +18,8 @@ from torch import Tensor, fx
 from pocketize._torch import storage_key
 from pocketize.graph.capture import TracedGraph, find_tensors
 from pocketize.ops import Kind, bind, is_convolution, operator_of
+from pocketize.passes.recompute.values import CASTS
 
-#: Operators through which a weight stays the weight it was; autocast makes use of them.
-_CASTS = {Kind.COPY, Kind.PERMUTATION, Kind.RESHAPE}
 #: No more than so many uses of one resolution are rebuilt one from the other.
 _DEPTH = 3
 
@@ -123,7 +122,8 @@ def _inside(use: WeightUse) -> str:
     if use.ends or len(use.readers) != 1:
         return ""
     (reader,) = use.readers
-    return f"read by {reader.path or reader.name} only" if _level(use, reader) else ""
+    same = use.positions == reader.positions
+    return f"read by {reader.path or reader.name} only" if same else ""
 
 
 def _within(use: WeightUse) -> str:
@@ -137,10 +137,6 @@ def _within(use: WeightUse) -> str:
     if use.nbytes >= 2 * use.source_bytes:
         return "larger than what it is made of"
     return "stays within its resolution"
-
-
-def _level(one: WeightUse, other: WeightUse) -> bool:
-    return one.positions == other.positions
 
 
 def freed(traced: TracedGraph, uses: Sequence[WeightUse]) -> dict[str, tuple[int, ...]]:
@@ -181,7 +177,7 @@ def freed(traced: TracedGraph, uses: Sequence[WeightUse]) -> dict[str, tuple[int
 
 def _use(node: fx.Node, order: int, counts: dict[str, int]) -> WeightUse:
     weight = _argument(node, operator_of(node.target).weight)
-    while weight is not None and operator_of(weight.target).kind in _CASTS:
+    while weight is not None and operator_of(weight.target).kind in CASTS:
         weight = weight.all_input_nodes[0]
     name = weight.meta.get("tensor") if weight is not None else None
     made: Any = node.meta["val"]
