@@ -13,4 +13,5 @@ from __future__ import annotations
 
 __all__ = ["Schemes", "infer_schemes"]
 
-from pocketize.initial.infer import Schemes, infer_schemes
+from pocketize.initial.infer import infer_schemes
+from pocketize.initial.redraw import Schemes

@@ -1,128 +1,42 @@
-"""From a model's values to the initialisation scheme of each parameter, and what is redrawn."""
+"""From a model's values to the initialisation scheme of each parameter."""
 
 from __future__ import annotations
 
-__all__ = ["Schemes", "infer_schemes"]
+__all__ = ["infer_schemes"]
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from pocketize.initial.estimate import UNEVEN, TensorStatistics, fit, measure, structure, unknown
+from pocketize.initial.estimate import UNEVEN, TensorStatistics, fit, resample, structure
 from pocketize.initial.parameters import ParameterInfo, find_parameters, has_values, real
-from pocketize.initial.redraw import magnitude, private_randomness, redraw
-from pocketize.initial.schemes import (
-    Constant,
-    Geometry,
-    IfResized,
-    Keep,
-    Orthogonal,
-    Random,
-    Repeated,
-    Scheme,
-)
+from pocketize.initial.redraw import Schemes, magnitude, padding_row
+from pocketize.initial.schemes import Constant, IfResized, Keep, Random, Repeated, Scheme
 
 
-@dataclass(frozen=True)
-class Schemes:
-    """How a model's parameters were initialised; made by :func:`infer_schemes`.
-
-    Attributes:
-        by_name: one scheme per parameter name, aliases included.
-        trained: whether most weights follow no scheme, as after training.
-    """
-
-    by_name: Mapping[str, Scheme]
-    trained: bool
-
-    def redraw(
-        self,
-        model: nn.Module,
-        generator: torch.Generator | None = None,
-        init: Callable[[nn.Module], object] | None = None,
-    ) -> None:
-        """Draw a model's parameters anew, in place, at the shapes they have now.
-
-        Running statistics of norms are reset, and the vectors of spectral norms made to fit.
-        Parameters keep their identity, dtype, device, memory format and ``requires_grad``; tied
-        ones are drawn once. Other buffers stay as they are.
-
-        Args:
-            model: the model, or a resized copy of it: parameters are known by name.
-            generator: where randomness comes from. With one, the global generators stay untouched.
-            init: called with the model in the end; what it initialises needs no inference.
-        """
-        tensors = [*model.named_parameters(), *model.named_buffers()]
-        redraw(model, self.by_name, [name for name, _ in tensors], generator)
-        if init is not None:
-            with private_randomness(generator, model.parameters()):
-                init(model)
-
-    def redraw_made(
-        self,
-        model: nn.Module,
-        paths: Sequence[str],
-        generator: torch.Generator | None = None,
-        init: Callable[[nn.Module], object] | None = None,
-    ) -> None:
-        """Draw the parameters of modules that conversions have put into a model, and no others.
-
-        Args:
-            model: the model with the new modules in it.
-            paths: where they stand. Their layers inherit the schemes of the weight and the bias
-                that stood there, at their own fans.
-            generator: where randomness comes from. With one, the global generators stay untouched.
-            init: called with each of the new modules in the end.
-        """
-        for path in paths:
-            module = model.get_submodule(path)
-            held = [*module.named_parameters(), *module.named_buffers()]
-            schemes = {**self.by_name, **_inherited(self.by_name, model, path)}
-            redraw(model, schemes, [f"{path}.{name}" for name, _ in held], generator)
-            if init is not None:
-                with private_randomness(generator, module.parameters()):
-                    init(module)
-
-
-def _inherited(schemes: Mapping[str, Scheme], model: nn.Module, path: str) -> dict[str, Scheme]:
-    """Return schemes for the parameters of one new module that have none of their own.
-
-    A layer inside it inherits the scheme of the weight or bias that the module had before under the
-    same name. A weight that was zero, as the last layer of a residual branch may be, is inherited
-    by the last layer only: a product of zeros would never learn. What has no scheme to inherit that
-    can be drawn at another shape is left to the default of its own layer.
-    """
-    found: dict[str, Scheme] = {}
-    inside = [
-        info
-        for info in find_parameters(model)
-        if info.kind in ("conv", "linear") and any(n.startswith(f"{path}.") for n in info.names)
-    ]
-    weights = [info for info in inside if info.role == "weight"]
-    for info in inside:
-        scheme = schemes.get(f"{path}.{info.leaf}")
-        if isinstance(scheme, IfResized):
-            scheme = scheme.scheme
-        zero = isinstance(scheme, Constant) and (info.role == "bias" or info is weights[-1])
-        drawn = scheme if zero or isinstance(scheme, Random | Orthogonal) else None
-        if drawn is not None and not any(name in schemes for name in info.names):
-            found.update(dict.fromkeys(info.names, drawn))
-    return found
-
-
-@dataclass
 class _Finding:
-    """What is known of one parameter on the way to its scheme."""
+    """What is known of one parameter, which has finite values, on the way to its scheme."""
 
-    info: ParameterInfo
-    values: Tensor
-    geometry: Geometry
-    statistics: TensorStatistics
-    scheme: Scheme | None
-    repeats: int
+    def __init__(self, info: ParameterInfo) -> None:
+        values, self.info, self.geometry = real(info.tensor.detach()), info, info.geometry
+        padding = padding_row(info)
+        if padding is not None and len(values) > 1:
+            values = torch.cat([values[:padding], values[padding + 1 :]])
+        self.repeats = _repeats(values)
+        if self.repeats > 1:
+            values = values[:: self.repeats]
+            shape = tuple(values.shape)
+            self.geometry = replace(self.geometry, shape=shape, weight=shape)
+        self.values, self.known = values, TensorStatistics(values)
+        self.scheme = structure(values, self.geometry.groups)
+        # a single number is only a constant if somebody may have written it down
+        if values.numel() == 1 and info.kind != "raw":
+            value = float(values.reshape(-1)[0])
+            if abs(float(f"{value:.1e}") - value) > 1e-6 * abs(value):
+                self.scheme = None
 
     @property
     def population(self) -> tuple[str, ...]:
@@ -130,9 +44,8 @@ class _Finding:
         kind, role, shape = self.info.kind, self.info.role, self.info.tensor.shape
         if kind == "raw":
             role = "vector" if max(shape, default=1) == shape.numel() else ""
-        known = self.statistics
-        centre = f"{known.mean:.1g}" if known.mean else ""
-        return kind, role, "one-sided" if known.one_sided else centre
+        centre = f"{self.known.mean:.1g}" if self.known.mean else ""
+        return kind, role, "one-sided" if self.known.one_sided else centre
 
 
 def infer_schemes(model: nn.Module) -> Schemes:
@@ -147,7 +60,11 @@ def infer_schemes(model: nn.Module) -> Schemes:
     """
     parameters = find_parameters(model)
     with torch.no_grad():
-        findings = [found for info in parameters if (found := _look(info)) is not None]
+        findings = [
+            _Finding(info)
+            for info in parameters
+            if has_values(info.tensor) and bool(real(info.tensor).isfinite().all())
+        ]
         open_ = [found for found in findings if found.scheme is None and not found.info.direction]
         _fit([found for found in open_ if found.info.starts_constant], fresh=True)
         trained = _is_trained(findings)
@@ -163,27 +80,6 @@ def infer_schemes(model: nn.Module) -> Schemes:
             scheme = _final(info, by_name, trained)
             schemes.update(dict.fromkeys(info.names, scheme))
     return Schemes(schemes, trained)
-
-
-def _look(info: ParameterInfo) -> _Finding | None:
-    """Statistics of one parameter, and its scheme if it is no random sample; None if unreadable."""
-    values = real(info.tensor.detach())
-    if not has_values(values) or not bool(values.isfinite().all()):
-        return None
-    padding = getattr(info.owner, "padding_idx", None) if info.kind == "embedding" else None
-    if padding is not None and len(values) > 1 and not bool(values[padding].any()):
-        values = torch.cat([values[:padding], values[padding + 1 :]])
-    geometry, repeats = info.geometry, _repeats(values)
-    if repeats > 1:
-        values = values[::repeats]
-        geometry = replace(geometry, shape=tuple(values.shape), weight=tuple(values.shape))
-    scheme = structure(values, geometry.groups)
-    # a single number is only a constant if somebody may have written it down
-    if values.numel() == 1 and info.kind != "raw":
-        value = float(values.reshape(-1)[0])
-        if abs(float(f"{value:.1e}") - value) > 1e-6 * abs(value):
-            scheme = None
-    return _Finding(info, values, geometry, measure(values), scheme, repeats)
 
 
 def _repeats(values: Tensor) -> int:
@@ -220,9 +116,9 @@ def _is_trained(findings: Sequence[_Finding]) -> bool:
     if odd and 2 * odd >= len(constant):
         return True
     judged = [
-        found.scheme is None and found.statistics.uneven >= UNEVEN
+        found.scheme is None and found.known.uneven >= UNEVEN
         for found in findings
-        if found.statistics.judged and not isinstance(found.scheme, Constant)
+        if found.known.judged and not isinstance(found.scheme, Constant)
     ]
     return 2 * sum(judged) > len(judged)
 
@@ -237,12 +133,12 @@ def _fit(findings: Sequence[_Finding], *, fresh: bool) -> None:
     for found in findings:
         populations.setdefault(found.population, []).append(found)
     elsewhere: list[tuple[Random, str]] = []
-    for members in sorted(populations.values(), key=lambda m: -sum(f.statistics.count for f in m)):
-        judged = sum(found.statistics.judged for found in members)
-        even = [found for found in members if found.statistics.uneven < UNEVEN]
+    for members in sorted(populations.values(), key=lambda m: -sum(f.known.count for f in m)):
+        judged = sum(found.known.judged for found in members)
+        even = [found for found in members if found.known.uneven < UNEVEN]
         role = members[0].info.role
         schemes = fit(
-            [found.statistics for found in even],
+            [found.known for found in even],
             [found.geometry for found in even],
             [(scheme, 0.5 if role == other else 2.5) for scheme, other in elsewhere],
             free=fresh,
@@ -271,13 +167,11 @@ def _final(info: ParameterInfo, findings: Mapping[str, _Finding], trained: bool)
     if found.scheme:
         return Repeated(found.scheme, found.repeats) if found.repeats > 1 else found.scheme
     scheme = _without_scheme(found, trained)
-    if trained:
-        return scheme
-    return IfResized(scheme, tuple(real(info.tensor).shape))
+    return scheme if trained else IfResized(scheme, tuple(real(info.tensor).shape))
 
 
 def _without_scheme(found: _Finding, trained: bool) -> Scheme:
-    info, known, reason = found.info, found.statistics, "its values match no scheme"
+    info, known, reason = found.info, found.known, "its values match no scheme"
     default = info.default(reason)
     # channels that are alike were not trained: the owner's scheme beats the layer's default
     alike = not trained and known.judged and known.uneven < UNEVEN
@@ -289,4 +183,4 @@ def _without_scheme(found: _Finding, trained: bool) -> Scheme:
         return Constant(float(found.values.reshape(-1)[0]))
     if info.tensor.dim() == 1 and bool((found.values.diff() > 0).all()):
         return Keep("an ascending sequence")
-    return unknown(known, found.geometry)
+    return resample(known, found.geometry)

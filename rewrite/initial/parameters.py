@@ -28,17 +28,13 @@ _KINDS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class ParameterInfo:
-    """One parameter, under all its names.
+    """One parameter, under all its names (tied weights and modules have several).
 
     Attributes:
-        names: every name; more than one for tied weights and modules.
-        tensor: the parameter.
         owner: the module that uses it; for a parametrization the module that is parametrized.
-        path: the owner's path.
         leaf: its name in the owner, ``"weight"`` also where ``weight_v`` or ``original1`` holds it.
-        kind: the owner's kind, ``"conv"`` or ``"linear"`` for example, or ``"raw"``.
+        kind: a kind of layer, or ``"raw"``.
         role: ``"weight"`` or ``"bias"``.
-        geometry: shapes that the scale may depend on.
         direction: for the magnitude of a weight normalisation, the name of its direction.
         parametrized: whether the owner computes its tensor from this one.
     """

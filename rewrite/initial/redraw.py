@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["magnitude", "private_randomness", "redraw"]
+__all__ = ["Schemes", "magnitude", "padding_row"]
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from pocketize.initial.parameters import ParameterInfo, find_parameters, has_values, real
-from pocketize.initial.schemes import Constant, IfResized, Keep, Reset, Scheme
+from pocketize.initial.schemes import Constant, IfResized, Keep, Orthogonal, Random, Reset, Scheme
 
 _log = logging.getLogger(__name__)
 
@@ -24,21 +25,99 @@ _RUNNING = {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0.0}
 _POWER_ITERATIONS = 40
 
 
-def redraw(
+@dataclass(frozen=True)
+class Schemes:
+    """How a model's parameters were initialised; made by :func:`~pocketize.initial.infer_schemes`.
+
+    Attributes:
+        by_name: one scheme per parameter name, aliases included.
+        trained: whether most weights follow no scheme, as after training.
+    """
+
+    by_name: Mapping[str, Scheme]
+    trained: bool
+
+    def redraw(
+        self,
+        model: nn.Module,
+        generator: torch.Generator | None = None,
+        init: Callable[[nn.Module], object] | None = None,
+    ) -> None:
+        """Draw a model's parameters anew, in place, at the shapes they have now.
+
+        Running statistics of norms are reset, and the vectors of spectral norms made to fit.
+        Parameters keep their identity, dtype, device, memory format and ``requires_grad``; tied
+        ones are drawn once. Other buffers stay as they are.
+
+        Args:
+            model: the model, or a resized copy of it: parameters are known by name.
+            generator: where randomness comes from. With one, the global generators stay untouched.
+            init: called with the model in the end; what it initialises needs no inference.
+        """
+        names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+        _redraw(model, self.by_name, set(names), generator)
+        if init is not None:
+            with _private_randomness(generator, model.parameters()):
+                init(model)
+
+    def redraw_made(
+        self,
+        model: nn.Module,
+        paths: Sequence[str],
+        generator: torch.Generator | None = None,
+        init: Callable[[nn.Module], object] | None = None,
+    ) -> None:
+        """Draw the parameters of modules that conversions have put into a model, and no others.
+
+        Args:
+            model: the model with the new modules in it.
+            paths: where they stand. Their layers inherit the schemes of the weight and the bias
+                that stood there, at their own fans.
+            generator: where randomness comes from. With one, the global generators stay untouched.
+            init: called with each of the new modules in the end.
+        """
+        for path in paths:
+            module = model.get_submodule(path)
+            held = [*module.named_parameters(), *module.named_buffers()]
+            schemes = {**self.by_name, **_inherited(self.by_name, model, path)}
+            _redraw(model, schemes, {f"{path}.{name}" for name, _ in held}, generator)
+            if init is not None:
+                with _private_randomness(generator, module.parameters()):
+                    init(module)
+
+
+def _inherited(schemes: Mapping[str, Scheme], model: nn.Module, path: str) -> dict[str, Scheme]:
+    """Return schemes for the parameters of one new module that have none of their own.
+
+    A layer inside it inherits the scheme of the weight or bias that the module had before under the
+    same name. A weight that was zero, as the last layer of a residual branch may be, is inherited
+    by the last layer only: a product of zeros would never learn. What has no scheme to inherit that
+    can be drawn at another shape is left to the default of its own layer.
+    """
+    found: dict[str, Scheme] = {}
+    inside = [
+        info
+        for info in find_parameters(model)
+        if info.kind in ("conv", "linear") and any(n.startswith(f"{path}.") for n in info.names)
+    ]
+    weights = [info for info in inside if info.role == "weight"]
+    for info in inside:
+        scheme = schemes.get(f"{path}.{info.leaf}")
+        if isinstance(scheme, IfResized):
+            scheme = scheme.scheme
+        zero = isinstance(scheme, Constant) and (info.role == "bias" or info is weights[-1])
+        drawn = scheme if zero or isinstance(scheme, Random | Orthogonal) else None
+        if drawn is not None and not any(name in schemes for name in info.names):
+            found.update(dict.fromkeys(info.names, drawn))
+    return found
+
+
+def _redraw(
     model: nn.Module,
     schemes: Mapping[str, Scheme],
-    names: Iterable[str],
+    wanted: set[str],
     generator: torch.Generator | None,
 ) -> None:
-    """Draw parameters and reset statistics in place; see :meth:`pocketize.initial.Schemes.redraw`.
-
-    Args:
-        model: the model.
-        schemes: by the names of parameters; others get the default of their layer.
-        names: parameters and buffers to draw.
-        generator: source of random numbers; None for torch's own.
-    """
-    wanted = set(names)
     parameters = find_parameters(model)
     by_name = {name: info for info in parameters for name in info.names}
     chosen = [info for info in parameters if not wanted.isdisjoint(info.names)]
@@ -72,9 +151,7 @@ def _scheme(info: ParameterInfo, schemes: Mapping[str, Scheme]) -> Scheme:
 
 def _draw(info: ParameterInfo, scheme: Scheme, generator: torch.Generator | None) -> None:
     target = real(info.tensor)
-    padding = getattr(info.owner, "padding_idx", None) if info.kind == "embedding" else None
-    if padding is not None and bool(target[padding].any()):
-        padding = None
+    padding = padding_row(info)
     if isinstance(scheme, Reset):
         _let_owner_reset(info, generator)
     elif not isinstance(scheme, Keep):
@@ -87,8 +164,16 @@ def _draw(info: ParameterInfo, scheme: Scheme, generator: torch.Generator | None
         target[padding] = 0
 
 
+def padding_row(info: ParameterInfo) -> int | None:
+    """Return the index of an embedding's padding, if that row is zero."""
+    padding = getattr(info.owner, "padding_idx", None) if info.kind == "embedding" else None
+    if padding is None or bool(info.tensor[padding].any()):
+        return None
+    return int(padding)
+
+
 @contextmanager
-def private_randomness(
+def _private_randomness(
     generator: torch.Generator | None, tensors: Iterable[Tensor]
 ) -> Iterator[None]:
     """Let code that only knows the global generators draw from ``generator``."""
@@ -106,7 +191,7 @@ def _let_owner_reset(info: ParameterInfo, generator: torch.Generator | None) -> 
     """Take one parameter from a copy of its owner after ``reset_parameters()``."""
     try:
         owner = copy.deepcopy(info.owner)
-        with private_randomness(generator, [info.tensor]):
+        with _private_randomness(generator, [info.tensor]):
             owner.reset_parameters()  # type: ignore[operator]
         info.tensor.copy_(owner.get_parameter(info.leaf))
     except Exception as error:
