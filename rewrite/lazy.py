@@ -15,13 +15,14 @@ from types import ModuleType
 from typing import Any
 
 
-def attach(package: str, modules: Mapping[str, str]) -> None:
+def attach(package: str, exports: Mapping[str, str]) -> None:
     """Let a package import what it exports when it is asked for, and its submodules too.
 
     Args:
         package: name of the package.
-        modules: for each name that it exports, the module that has it, without ``package.``.
+        exports: names for each module, without ``package.``, that has them; separated by spaces.
     """
+    modules = {name: module for module, names in exports.items() for name in names.split()}
 
     class Package(ModuleType):
         def __getattr__(self, name: str) -> Any:

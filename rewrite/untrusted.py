@@ -9,7 +9,9 @@ import json
 import re
 import types
 import typing
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 #: Levels of lists and mappings within each other; what is ours has fewer than ten.
 DEEPEST = 64
@@ -66,18 +68,23 @@ def _no_number(text: str) -> Any:
     raise ValueError(f"{text} is no number of JSON")
 
 
-def read_as(kind: Any, data: Any, where: str) -> Any:
-    """Turn JSON data into ``kind``, and check every level.
+def read_as(kind: type[_T], data: Any, where: str) -> _T:
+    """Turn JSON data into a dataclass, and check every level.
 
     Args:
-        kind: a dataclass, or the annotation of a field: a dataclass, a tuple, a dict, ``bool``,
-            ``int``, ``float``, ``str``, ``Any``, or a union of these with ``None``.
+        kind: the dataclass; its fields are dataclasses, tuples, dicts, ``bool``, ``int``,
+            ``float``, ``str``, ``Any``, or a union of these with ``None``.
         data: what :func:`read_json` returned, or the same with tuples for lists.
         where: what ``data`` is, for the error.
 
     Raises:
         ValueError: the data is no ``kind``; the text says where, what was expected and what came.
     """
+    made: _T = _read(kind, data, where)
+    return made
+
+
+def _read(kind: Any, data: Any, where: str) -> Any:
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return data
@@ -85,17 +92,17 @@ def read_as(kind: Any, data: Any, where: str) -> Any:
         if data is None and types.NoneType in parts:
             return None
         parts = tuple(part for part in parts if part is not types.NoneType)
-        return read_as(next((p for p in parts if type(data) is p), parts[-1]), data, where)
+        return _read(next((p for p in parts if type(data) is p), parts[-1]), data, where)
     if origin is tuple:
         items = data if isinstance(data, tuple) else _checked(list, data, where)
         kinds = (parts[0],) * len(items) if parts[-1] is Ellipsis else parts
         if len(kinds) != len(items):
             raise ValueError(f"{where}: expected {len(kinds)} values, got {len(items)}.")
         pairs = enumerate(zip(kinds, items, strict=True))
-        return tuple(read_as(part, value, f"{where}[{i}]") for i, (part, value) in pairs)
+        return tuple(_read(part, value, f"{where}[{i}]") for i, (part, value) in pairs)
     if origin is dict:
         items = _checked(dict, data, where).items()
-        return {key: read_as(parts[1], value, f"{where}.{key}") for key, value in items}
+        return {key: _read(parts[1], value, f"{where}.{key}") for key, value in items}
     if dataclasses.is_dataclass(kind):
         return _read_record(kind, _checked(dict, data, where), where)
     return _checked(kind, data, where)
@@ -110,7 +117,7 @@ def _read_record(kind: Any, data: dict[str, Any], where: str) -> Any:
     if unknown := data.keys() - {field.name for field in fields}:
         raise ValueError(f"{where}: unknown {', '.join(sorted(unknown))}.")
     given = [field.name for field in fields if field.name in data]
-    return kind(**{name: read_as(hints[name], data[name], f"{where}.{name}") for name in given})
+    return kind(**{name: _read(hints[name], data[name], f"{where}.{name}") for name in given})
 
 
 def _checked(kind: Any, data: Any, where: str) -> Any:

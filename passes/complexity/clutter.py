@@ -7,10 +7,9 @@ were set there, and so are ours.
 
 from __future__ import annotations
 
-__all__ = ["congestion_of_plane", "entropy_of_plane", "feature_congestion", "subband_entropy"]
+__all__ = ["feature_congestion", "subband_entropy"]
 
 import warnings
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,15 +20,13 @@ from pocketize.passes.complexity.planes import (
     Plane,
     Range,
     check_count,
-    mean_over_planes,
     needed_for,
+    planes_of,
     resize,
 )
 
 _LEVELS, _ORIENTATIONS = 3, 4
 _REDUCE = np.array([0.05, 0.25, 0.4, 0.25, 0.05])
-# The weights of colour, contrast and orientation, in their order.
-_WEIGHTS = (0.2088, 0.0660, 0.0269)
 # Just noticeable differences of L, a and b: what a colour's covariance has at least.
 _COLOUR_NOISE = np.array([0.0007, 0.1, 0.05]) ** 2
 # Standard deviations in pixels: of what colour and contrast are pooled over, of the filters of
@@ -63,10 +60,8 @@ def feature_congestion(
     the closest to its figures.
 
     Args:
-        image: see :func:`~pocketize.passes.complexity.planes.planes_of`.
+        image, axis, value_range: see :func:`~pocketize.passes.complexity.planes.planes_of`.
         levels: of the pyramid.
-        axis: see :func:`~pocketize.passes.complexity.planes.planes_of`.
-        value_range: see there.
 
     Raises:
         InputError: the image cannot be measured, or is too small for so many levels.
@@ -75,30 +70,24 @@ def feature_congestion(
     Source: Rosenholtz, Li, Nakano, Measuring visual clutter, Journal of Vision 7(2):17, 2007; one
         of the candidates of Mishra, Chen, Hu, ACM JETC 2021.
     """
-    of_plane = partial(congestion_of_plane, levels=levels)
-    return mean_over_planes(image, of_plane, axis=axis, value_range=value_range)
-
-
-def congestion_of_plane(plane: Plane, *, levels: int = _LEVELS) -> float:
-    """Feature congestion of one plane; see :func:`feature_congestion`."""
     check_count("levels", levels)
-    least = 2 ** (levels - 1)
-    if min(plane.shape[:2]) < least:
-        raise InputError(
-            f"feature congestion at {levels} levels takes images of {least} x {least} and more, "
-            f"got {plane.shape[0]} x {plane.shape[1]}"
-        )
-    lab = _lab(plane)
-    pyramid = [lab]
-    for _ in range(levels - 1):
-        pyramid.append(_reduce(pyramid[-1]))
-    total = np.zeros(lab.shape[:2])
-    for clutter, weight in zip(
-        (_colour_clutter, _contrast_clutter, _orientation_clutter), _WEIGHTS, strict=True
-    ):
-        maps = [resize(clutter(level), lab.shape[:2]) for level in pyramid]
-        total += np.max(maps, axis=0) / weight
-    return float(total.mean())
+    least, means = 2 ** (levels - 1), []
+    for plane in planes_of(image, axis=axis, value_range=value_range):
+        if min(plane.shape[:2]) < least:
+            raise InputError(
+                f"feature congestion at {levels} levels takes images of {least} x {least} and "
+                f"more, got {plane.shape[0]} x {plane.shape[1]}"
+            )
+        pyramid = [_lab(plane)]
+        for _ in range(levels - 1):  # half height and width, through a Gaussian of five taps
+            smooth = _correlate(_correlate(pyramid[-1], _REDUCE, 0), _REDUCE, 1)
+            pyramid.append(smooth[::2, ::2])
+        total = np.zeros(plane.shape[:2])
+        for clutter, weight in _CLUTTERS:
+            maps = [resize(clutter(level), plane.shape[:2]) for level in pyramid]
+            total += np.max(maps, axis=0) / weight
+        means.append(float(total.mean()))
+    return float(np.mean(means))
 
 
 def subband_entropy(
@@ -118,10 +107,8 @@ def subband_entropy(
     scales has as many as fit.
 
     Args:
-        image: see :func:`~pocketize.passes.complexity.planes.planes_of`.
+        image, axis, value_range: see :func:`~pocketize.passes.complexity.planes.planes_of`.
         chroma_weight: w.
-        axis: see :func:`~pocketize.passes.complexity.planes.planes_of`.
-        value_range: see there.
 
     Raises:
         InputError: the image cannot be measured, or is smaller than 8 x 8.
@@ -130,25 +117,20 @@ def subband_entropy(
     Source: Rosenholtz, Li, Nakano, Measuring visual clutter, Journal of Vision 7(2):17, 2007; one
         of the candidates of Mishra, Chen, Hu, ACM JETC 2021.
     """
-    of_plane = partial(entropy_of_plane, chroma_weight=chroma_weight)
-    return mean_over_planes(image, of_plane, axis=axis, value_range=value_range)
-
-
-def entropy_of_plane(plane: Plane, *, chroma_weight: float = 0.0625) -> float:
-    """Sub-band entropy of one plane; see :func:`subband_entropy`."""
     if chroma_weight < 0:
         raise OptionError(f"chroma_weight: expected 0 or more, got {chroma_weight}")
-    if min(plane.shape[:2]) < 8:
-        raise InputError(
-            f"sub-band entropy takes images of 8 x 8 and more, got {plane.shape[0]} x "
-            f"{plane.shape[1]}"
-        )
-    lab = _lab(plane)
-    lightness = _entropy_of_channel(lab[..., 0])
-    if plane.ndim == 2:
-        return lightness
-    chroma = _entropy_of_channel(lab[..., 1]) + _entropy_of_channel(lab[..., 2])
-    return (lightness + chroma_weight * chroma) / (1 + 2 * chroma_weight)
+    values = []
+    for plane in planes_of(image, axis=axis, value_range=value_range):
+        if min(plane.shape[:2]) < 8:
+            raise InputError(
+                f"sub-band entropy takes images of 8 x 8 and more, got {plane.shape[0]} x "
+                f"{plane.shape[1]}"
+            )
+        lab = _lab(plane)
+        channels = [_entropy_of_channel(lab[..., c]) for c in range(1 if plane.ndim == 2 else 3)]
+        weights = [1.0, chroma_weight, chroma_weight][: len(channels)]
+        values.append(float(np.average(channels, weights=weights)))
+    return float(np.mean(values))
 
 
 def _entropy_of_channel(channel: Plane) -> float:
@@ -163,13 +145,12 @@ def _entropy_of_channel(channel: Plane) -> float:
         warnings.filterwarnings("ignore", "Reconstruction will not be perfect", UserWarning)
         pyramid = SteerablePyramidFreq(channel, height=height, order=_ORIENTATIONS - 1)
     bands = [band for key, band in pyramid.pyr_coeffs.items() if key != "residual_highpass"]
-    return float(np.mean([_entropy(band.ravel()) for band in bands]))
-
-
-def _entropy(coefficients: npt.NDArray[np.float64]) -> float:
-    counts, _ = np.histogram(coefficients, bins=int(np.ceil(np.sqrt(coefficients.size))))
-    shares = counts[counts > 0] / coefficients.size
-    return float(-np.sum(shares * np.log(shares)))
+    entropies = []
+    for band in bands:
+        counts, _ = np.histogram(band, bins=int(np.ceil(np.sqrt(band.size))))
+        shares = counts[counts > 0] / band.size
+        entropies.append(-np.sum(shares * np.log(shares)))
+    return float(np.mean(entropies))
 
 
 def _lab(plane: Plane) -> Plane:
@@ -178,12 +159,6 @@ def _lab(plane: Plane) -> Plane:
     colours = plane if plane.ndim == 3 else np.repeat(plane[..., None], 3, axis=2)
     lab: Plane = xyz2lab(rgb2xyz(colours / 255) / 100)
     return lab
-
-
-def _reduce(level: Plane) -> Plane:
-    """Halve height and width of every channel, through a Gaussian of five taps."""
-    smooth = _correlate(_correlate(level, _REDUCE, 0), _REDUCE, 1)
-    return smooth[::2, ::2]
 
 
 def _correlate(
@@ -272,3 +247,11 @@ def _gaussian(sigma: float, radius: int, centre: float = 0.0) -> npt.NDArray[np.
     )
     kernel /= kernel.sum()
     return kernel
+
+
+# With the weights of colour, contrast and orientation.
+_CLUTTERS = (
+    (_colour_clutter, 0.2088),
+    (_contrast_clutter, 0.0660),
+    (_orientation_clutter, 0.0269),
+)

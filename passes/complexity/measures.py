@@ -10,18 +10,13 @@ from __future__ import annotations
 __all__ = [
     "QUALITY",
     "edge_information",
-    "edges_of_plane",
-    "energy_of_plane",
     "jpeg_complexity",
-    "jpeg_of_plane",
     "keypoints",
-    "keypoints_of_plane",
     "signal_energy",
 ]
 
 import io
 import math
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +28,6 @@ from pocketize.passes.complexity.planes import (
     Range,
     check_count,
     grey,
-    mean_over_planes,
     needed_for,
     planes_of,
     resize,
@@ -66,7 +60,8 @@ def jpeg_complexity(
     A constant image is not quite 0: the headers of its JPEG remain, some hundred bytes.
 
     Args:
-        image: see :func:`~pocketize.passes.complexity.planes.planes_of`; rounded to 8 bits.
+        image, axis, value_range: see :func:`~pocketize.passes.complexity.planes.planes_of`; rounded
+            to 8 bits.
         quality: of the JPEG, 1 to 100; by default the paper's.
         scale: 0 for the plain measure.
         size: what ``size(image)`` is. ``"raw"``, one byte per pixel and colour, compares across all
@@ -74,8 +69,6 @@ def jpeg_complexity(
             it compares only within one storage format, and turns the order of data sets round
             where one came as JPEG and another as TIFF.
         file_bytes: the size of the file, for ``size="file"``; a volume's whole file.
-        axis: see :func:`~pocketize.passes.complexity.planes.planes_of`.
-        value_range: see there.
 
     Raises:
         InputError: the image cannot be measured, or has no such scale.
@@ -85,7 +78,7 @@ def jpeg_complexity(
     """
     check_count("scale", scale, least=0)
     planes = list(planes_of(image, axis=axis, value_range=value_range))
-    value = float(np.mean([jpeg_of_plane(plane, scale, quality=quality) for plane in planes]))
+    value = float(np.mean([_jpeg_of_plane(plane, scale, quality) for plane in planes]))
     return value * over_size(size, sum(plane.size for plane in planes), file_bytes)
 
 
@@ -107,8 +100,7 @@ def over_size(size: str, raw_bytes: int, file_bytes: int | None) -> float:
     return raw_bytes / file_bytes
 
 
-def jpeg_of_plane(plane: Plane, scale: int = 0, *, quality: int = QUALITY) -> float:
-    """JPEG complexity of one plane over its raw bytes; see :func:`jpeg_complexity`."""
+def _jpeg_of_plane(plane: Plane, scale: int, quality: int) -> float:
     if scale:
         coarse = _decode(_encode(subsample(plane, scale), quality))
         plane = resize(coarse, plane.shape)
@@ -158,11 +150,9 @@ def keypoints(
     blob for SIFT, Harris' measure for ORB; the two do not compare with each other.
 
     Args:
-        image: see :func:`~pocketize.passes.complexity.planes.planes_of`.
+        image, axis, value_range: see :func:`~pocketize.passes.complexity.planes.planes_of`.
         detector: ``"sift"`` or ``"orb"``, which is faster and blind within 31 pixels of the border.
         by: ``"count"`` or ``"strength"``.
-        axis: see :func:`~pocketize.passes.complexity.planes.planes_of`.
-        value_range: see there.
 
     Raises:
         InputError: the image cannot be measured.
@@ -170,26 +160,23 @@ def keypoints(
 
     Source: Mishra, Chen, Hu, ACM JETC 2021, keypoints.
     """
-    of_plane = partial(keypoints_of_plane, detector=detector, by=by)
-    return mean_over_planes(image, of_plane, axis=axis, value_range=value_range)
-
-
-def keypoints_of_plane(plane: Plane, *, detector: str = "sift", by: str = "count") -> float:
-    """Keypoints of one plane per 1000 pixels; see :func:`keypoints`."""
     with needed_for("keypoints", "opencv-python-headless"):
         import cv2
     if detector not in ("sift", "orb"):
         raise OptionError(
             f"detector: expected 'sift' or 'orb', got {detector!r}"
-            + (": SURF is patented, OpenCV's packages lack it" if detector == "surf" else "")
+            + (": SURF is patented, OpenCV's packages lack it" if str(detector) == "surf" else "")
         )
     if by not in ("count", "strength"):
         raise OptionError(f"by: expected 'count' or 'strength', got {by!r}")
     made = cv2.SIFT_create() if detector == "sift" else cv2.ORB_create(nfeatures=_MOST_OF_ORB)
-    found = made.detect(np.ascontiguousarray(to_8_bit(grey(plane))), None)
-    # threads find them in any order; fsum is the same in every order
-    total = len(found) if by == "count" else math.fsum(point.response for point in found)
-    return float(1000 * total / (plane.shape[0] * plane.shape[1]))
+    values = []
+    for plane in planes_of(image, axis=axis, value_range=value_range):
+        found = made.detect(np.ascontiguousarray(to_8_bit(grey(plane))), None)
+        # threads find them in any order; fsum is the same in every order
+        total = len(found) if by == "count" else math.fsum(point.response for point in found)
+        values.append(1000 * total / (plane.shape[0] * plane.shape[1]))
+    return float(np.mean(values))
 
 
 # Smoothing across the derivative, and the derivative per pixel.
@@ -214,11 +201,9 @@ def signal_energy(
     the sum to the letter.
 
     Args:
-        image: see :func:`~pocketize.passes.complexity.planes.planes_of`.
+        image, axis, value_range: see :func:`~pocketize.passes.complexity.planes.planes_of`.
         per_pixel: divide by the square of the number of pixels.
         constant_term: count the coefficient of frequency 0, the image's mean.
-        axis: see :func:`~pocketize.passes.complexity.planes.planes_of`.
-        value_range: see there.
 
     Raises:
         InputError: the image cannot be measured.
@@ -226,21 +211,18 @@ def signal_energy(
 
     Source: Mishra, Chen, Hu, ACM JETC 2021, signal energy.
     """
-    of_plane = partial(energy_of_plane, per_pixel=per_pixel, constant_term=constant_term)
-    return mean_over_planes(image, of_plane, axis=axis, value_range=value_range)
-
-
-def energy_of_plane(plane: Plane, *, per_pixel: bool = True, constant_term: bool = False) -> float:
-    """Signal energy of one plane; see :func:`signal_energy`."""
     with needed_for("signal energies", "scipy"):
         from scipy import fft
-    values = grey(plane) / 255
-    if not constant_term:
-        values = values - values.flat[0]  # so that a constant image is 0 and not rounding
-    magnitudes = np.abs(fft.fft2(values)) ** 2
-    if not constant_term:
-        magnitudes[0, 0] = 0
-    return float(magnitudes.sum() / values.size**2 if per_pixel else magnitudes.sum())
+    energies = []
+    for plane in planes_of(image, axis=axis, value_range=value_range):
+        values = grey(plane) / 255
+        if not constant_term:
+            values = values - values.flat[0]  # so that a constant image is 0 and not rounding
+        magnitudes = np.abs(fft.fft2(values)) ** 2
+        if not constant_term:
+            magnitudes[0, 0] = 0
+        energies.append(magnitudes.sum() / (values.size**2 if per_pixel else 1))
+    return float(np.mean(energies))
 
 
 def edge_information(
@@ -258,11 +240,9 @@ def edge_information(
     means over 2 x 2 pixels. Borders are mirrored.
 
     Args:
-        image: see :func:`~pocketize.passes.complexity.planes.planes_of`.
+        image, axis, value_range: see :func:`~pocketize.passes.complexity.planes.planes_of`.
         operator: ``"sobel"``, or ``"scharr"``, which is the same in all directions.
         edge_scales: how many scales the mean is over.
-        axis: see :func:`~pocketize.passes.complexity.planes.planes_of`.
-        value_range: see there.
 
     Raises:
         InputError: the image cannot be measured, or is too small for so many scales.
@@ -270,34 +250,24 @@ def edge_information(
 
     Source: Mishra, Chen, Hu, ACM JETC 2021, edge information.
     """
-    of_plane = partial(edges_of_plane, operator=operator, edge_scales=edge_scales)
-    return mean_over_planes(image, of_plane, axis=axis, value_range=value_range)
-
-
-def edges_of_plane(plane: Plane, *, operator: str = "sobel", edge_scales: int = 3) -> float:
-    """Edge information of one plane; see :func:`edge_information`."""
     with needed_for("edge information", "scipy"):
         from scipy.ndimage import correlate1d
     if operator not in _SMOOTHING:
         raise OptionError(f"operator: expected 'sobel' or 'scharr', got {operator!r}")
     check_count("edge_scales", edge_scales)
-    if min(plane.shape[:2]) >> (edge_scales - 1) < 2:
-        raise InputError(
-            f"an image of {plane.shape[0]} x {plane.shape[1]} is too small for edges at "
-            f"{edge_scales} scales: give a smaller edge_scales, or leave it out"
-        )
-    values, smoothing = grey(plane) / 255, _SMOOTHING[operator]
-    squares = []
-    for _ in range(edge_scales):
-        across = correlate1d(correlate1d(values, _DERIVATIVE, axis=1), smoothing, axis=0)
-        down = correlate1d(correlate1d(values, _DERIVATIVE, axis=0), smoothing, axis=1)
-        squares.append(float(np.mean(across**2 + down**2)))
-        values = _halve(values)
+    smoothing, squares = _SMOOTHING[operator], []
+    for plane in planes_of(image, axis=axis, value_range=value_range):
+        if min(plane.shape[:2]) >> (edge_scales - 1) < 2:
+            raise InputError(
+                f"an image of {plane.shape[0]} x {plane.shape[1]} is too small for edges at "
+                f"{edge_scales} scales: give a smaller edge_scales, or leave it out"
+            )
+        values = grey(plane) / 255
+        for _ in range(edge_scales):
+            across = correlate1d(correlate1d(values, _DERIVATIVE, axis=1), smoothing, axis=0)
+            down = correlate1d(correlate1d(values, _DERIVATIVE, axis=0), smoothing, axis=1)
+            squares.append(float(np.mean(across**2 + down**2)))
+            height, width = values.shape[0] // 2, values.shape[1] // 2
+            blocks = values[: 2 * height, : 2 * width].reshape(height, 2, width, 2)
+            values = blocks.mean(axis=(1, 3))
     return float(np.mean(squares))
-
-
-def _halve(values: Plane) -> Plane:
-    height, width = values.shape[0] // 2, values.shape[1] // 2
-    blocks = values[: 2 * height, : 2 * width].reshape(height, 2, width, 2)
-    halved: Plane = blocks.mean(axis=(1, 3))
-    return halved

@@ -22,10 +22,8 @@ from __future__ import annotations
 __all__ = [
     "Plane",
     "check_count",
-    "coarsest_scale",
     "degrade",
     "grey",
-    "mean_over_planes",
     "needed_for",
     "planes_of",
     "resize",
@@ -89,18 +87,6 @@ def planes_of(
             yield scaling(volume)
         else:
             yield from (scaling(part) for part in np.moveaxis(volume, along, 0))
-
-
-def mean_over_planes(
-    image: npt.NDArray[Any],
-    measure: Callable[[Plane], float],
-    *,
-    axis: int | None = None,
-    value_range: Range | None = None,
-) -> float:
-    """Return the mean of a measure over the planes of an image; see :func:`planes_of`."""
-    values = [measure(plane) for plane in planes_of(image, axis=axis, value_range=value_range)]
-    return float(np.mean(values))
 
 
 def grey(plane: Plane) -> Plane:
@@ -179,7 +165,7 @@ def subsample(plane: Plane, scale: int) -> Plane:
     """
     height, width = plane.shape[0] >> scale, plane.shape[1] >> scale
     if not height or not width:
-        possible = coarsest_scale(plane)
+        possible = min(plane.shape[:2]).bit_length() - 1
         raise InputError(
             f"an image of {plane.shape[0]} x {plane.shape[1]} has no scale 1/{2**scale}; the "
             f"coarsest is 1/{2**possible}: ask for at most {possible + 1} scales"
@@ -206,12 +192,6 @@ def resize(plane: Plane, size: Sequence[int]) -> Plane:
     )[0].numpy()
     result: Plane = resized[0] if plane.ndim == 2 else resized.transpose(1, 2, 0)
     return result
-
-
-def coarsest_scale(plane: Plane) -> int:
-    """Return the largest ``s`` for which a pixel is left after subsampling by ``2^s``."""
-    height, width = plane.shape[:2]
-    return int(min(height, width)).bit_length() - 1
 
 
 def check_count(option: str, value: int, least: int = 1) -> None:

@@ -6,7 +6,8 @@ __all__ = ["MEASURES", "Measure", "by_scale", "get_measure"]
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketize.errors import InputError, OptionError, nearest
-from pocketize.passes.complexity.clutter import congestion_of_plane, entropy_of_plane
+from pocketize.passes.complexity.clutter import feature_congestion, subband_entropy
 from pocketize.passes.complexity.measures import (
-    edges_of_plane,
-    energy_of_plane,
-    jpeg_of_plane,
-    keypoints_of_plane,
+    edge_information,
+    jpeg_complexity,
+    keypoints,
+    signal_energy,
 )
 from pocketize.passes.complexity.planes import Plane, Range, check_count, degrade, planes_of
 
@@ -85,10 +86,8 @@ def by_scale(
 
     Args:
         measure: a name of :data:`MEASURES` that needs no masks, or a function of planes.
-        image: see :func:`~pocketize.passes.complexity.planes.planes_of`.
+        image, axis, value_range: see :func:`~pocketize.passes.complexity.planes.planes_of`.
         scales: how many; 1 is the plain measure only.
-        axis: see :func:`~pocketize.passes.complexity.planes.planes_of`.
-        value_range: see there.
         **options: the measure's own, such as ``quality`` of ``"jpeg"``.
 
     Returns:
@@ -127,28 +126,39 @@ def check_options(measure: Measure, options: Mapping[str, object]) -> None:
             )
 
 
-def _options(function: Callable[..., float]) -> tuple[str, ...]:
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
+def _of_degraded(name: str, summary: str, measure: Callable[..., float]) -> Measure:
+    parameters = inspect.signature(measure).parameters.values()
+    options = tuple(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
 
-
-def _of_degraded(name: str, summary: str, of_plane: Callable[..., float]) -> Measure:
     def at_scale(plane: Plane, scale: int, **options: Any) -> float:
-        return of_plane(degrade(plane, scale), **options)
+        return measure(degrade(plane, scale), **options)
 
-    return Measure(name, summary, at_scale, _options(of_plane))
+    return Measure(name, summary, at_scale, options)
 
+
+def _of_image(name: str, summary: str, measure: Callable[..., float]) -> Measure:
+    made = _of_degraded(name, summary, partial(measure, value_range=_PLANE))
+    own = tuple(option for option in made.options if option not in ("axis", "value_range"))
+    return replace(made, options=own)
+
+
+def _jpeg(plane: Plane, scale: int, **options: Any) -> float:
+    return jpeg_complexity(plane, scale=scale, value_range=_PLANE, **options)
+
+
+# a plane is an image of which this is the range
+_PLANE = (0.0, 255.0)
 
 MEASURES: Mapping[str, Measure] = MappingProxyType(
     {
         measure.name: measure
         for measure in (
-            Measure("jpeg", "size of a JPEG over that of the image", jpeg_of_plane, ("quality",)),
-            _of_degraded("energy", "variance of the pixels, from their spectrum", energy_of_plane),
-            _of_degraded("edges", "squared derivatives, mean over scales", edges_of_plane),
-            _of_degraded("keypoints", "SIFT or ORB keypoints per 1000 pixels", keypoints_of_plane),
-            _of_degraded("congestion", "feature congestion: visual clutter", congestion_of_plane),
-            _of_degraded("subbands", "sub-band entropy: visual clutter", entropy_of_plane),
+            Measure("jpeg", "size of a JPEG over that of the image", _jpeg, ("quality",)),
+            _of_image("energy", "variance of the pixels, from their spectrum", signal_energy),
+            _of_image("edges", "squared derivatives, mean over scales", edge_information),
+            _of_image("keypoints", "SIFT or ORB keypoints per 1000 pixels", keypoints),
+            _of_image("congestion", "feature congestion: visual clutter", feature_congestion),
+            _of_image("subbands", "sub-band entropy: visual clutter", subband_entropy),
             Measure("foreground", "foreground pixels over pixels", None, ("foreground",)),
             Measure("jb", "w jpeg + (1 - w) foreground", None, ("w", "foreground", "quality")),
         )

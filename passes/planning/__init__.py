@@ -48,17 +48,11 @@ if TYPE_CHECKING:
 attach(
     __name__,
     {
-        "DEGRADATION": "equations",
-        "DatasetFit": "fitting",
-        "Degradation": "equations",
-        "DegradationFit": "fitting",
-        "PlannedLevel": "plan",
-        "Point": "fitting",
-        "WidthPlan": "plan",
-        "degradation_of": "equations",
-        "fit_degradation": "fitting",
-        "level_scales": "network",
-        "plan_widths": "planner",
-        "train_points": "runner",
+        "equations": "DEGRADATION Degradation degradation_of",
+        "fitting": "DatasetFit DegradationFit Point fit_degradation",
+        "plan": "PlannedLevel WidthPlan",
+        "network": "level_scales",
+        "planner": "plan_widths",
+        "runner": "train_points",
     },
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["COUNTS", "Budgets", "Count", "read_bytes", "read_count", "read_drop"]
+__all__ = ["COUNTS", "Budgets", "Count", "read_bytes_per_weight", "read_drop", "read_quantity"]
 
 import math
 import re
@@ -28,16 +28,7 @@ COUNTS: dict[str, Callable[[Sizes], int]] = {
 
 @dataclass(frozen=True)
 class Budgets:
-    """Everything that was asked for; at least one thing.
-
-    Attributes:
-        max_bytes: bytes of the weights.
-        bytes_per_weight: of which each weight has so many.
-        max_parameters: number of weights.
-        max_peak: bytes of the estimated peak.
-        max_drop: share of the accuracy that may be lost.
-        count: which weights count: a key of :data:`COUNTS`.
-    """
+    """Everything that was asked for; at least one thing."""
 
     max_bytes: float | None
     bytes_per_weight: float
@@ -75,25 +66,17 @@ class Budgets:
         return COUNTS[self.count](sizes)
 
 
-def read_bytes(value: Any, name: str) -> float | None:
-    """Return bytes: a number, or a text such as ``"1MB"`` (10^6) or ``"2GiB"`` (2^30).
+def read_quantity(value: Any, name: str, kind: str) -> float | None:
+    """Return a number, or read a text: ``"1MB"`` (10^6) or ``"2GiB"`` (2^30), ``"500k"``.
+
+    Args:
+        value: the number or text; ``None`` is returned as it is.
+        name: of the option, for the error.
+        kind: ``"bytes"`` or ``"count"``.
 
     Raises:
         OptionError: it is neither, or not positive.
     """
-    return _read(value, name, "bytes")
-
-
-def read_count(value: Any, name: str) -> float | None:
-    """Return a count: a number, or a text such as ``"500k"``.
-
-    Raises:
-        OptionError: it is neither, or not positive.
-    """
-    return _read(value, name, "count")
-
-
-def _read(value: Any, name: str, kind: str) -> float | None:
     if value is None:
         return None
     number = value
@@ -119,11 +102,8 @@ def read_drop(max_drop: Any, min_accuracy: Any, accuracy: Any) -> float | None:
     Raises:
         OptionError: both were given, or a number is out of range.
     """
-    for name, value in (
-        ("max_drop", max_drop),
-        ("min_accuracy", min_accuracy),
-        ("accuracy", accuracy),
-    ):
+    given = {"max_drop": max_drop, "min_accuracy": min_accuracy, "accuracy": accuracy}
+    for name, value in given.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise OptionError(f"{name} must be a number, not {value!r}")
     if not (math.isfinite(accuracy) and accuracy > 0):
@@ -161,9 +141,7 @@ def read_bytes_per_weight(
     if dtype is not None and bytes_per_weight is not None:
         raise OptionError("give dtype or bytes_per_weight, not both")
     if bytes_per_weight is not None:
-        each = _read(bytes_per_weight, "bytes_per_weight", "count")
-        if each is None:  # only None gives None
-            raise OptionError("bytes_per_weight is missing")
+        each = read_quantity(bytes_per_weight, "bytes_per_weight", "count") or 0.0
         return each, f"{each:g} B a weight"
     if dtype is None:
         floating = [p.dtype for p in model.parameters() if p.dtype.is_floating_point]

@@ -29,7 +29,6 @@ __all__ = [
     "at_decline",
     "decline_for",
     "degradation_of",
-    "floor_decline",
     "smallest_decline",
 ]
 
@@ -133,20 +132,16 @@ class Degradation:
         return f"lambda {self.lam:.4g}, delta {self.delta:.4g} ({self.architecture}, {self.metric})"
 
 
-def _row(architecture: str, f1: tuple[float, float], iu: tuple[float, float]) -> list[Degradation]:
-    return [
-        Degradation(*pair, metric, architecture)
-        for pair, metric in zip((f1, iu), METRICS, strict=True)
-    ]
-
-
 #: The paper's table (its Table 3), by architecture and metric: ``DEGRADATION["unet", "f1"]``.
 DEGRADATION: dict[tuple[str, str], Degradation] = {
-    (made.architecture, made.metric): made
-    for made in (
-        *_row("unet", (0.437, 0.01030), (0.349, 0.000072)),
-        *_row("cumedvision", (0.538, 0.00427), (0.366, 0.000096)),
-        *_row("ucunet", (0.241, 0.00956), (0.151, 0.007080)),
+    (architecture, metric): Degradation(lam, delta, metric, architecture)
+    for architecture, metric, lam, delta in (
+        ("unet", "f1", 0.437, 0.01030),
+        ("unet", "iu", 0.349, 0.000072),
+        ("cumedvision", "f1", 0.538, 0.00427),
+        ("cumedvision", "iu", 0.366, 0.000096),
+        ("ucunet", "f1", 0.241, 0.00956),
+        ("ucunet", "iu", 0.151, 0.007080),
     )
 }
 
@@ -212,22 +207,16 @@ def decline_for(share: float, slopes: Sequence[float], thetas: Sequence[int], po
         return sum(a**power * theta for a, theta in zip(multipliers, thetas, strict=True)) / whole
 
     # every level is at 10^(-decline / k): at the steepest slope times the digits, all are below
-    low, high = 0.0, -math.log10(share) * max(slopes) / power
+    high = -math.log10(share) * max(slopes) / power
+    return _bisect(lambda decline: left(decline) <= share, high)
+
+
+def _bisect(fits: Callable[[float], bool], high: float) -> float:
+    """Return the smallest decline that fits: the interval is halved until no number lies within."""
+    low = 0.0
     while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if left(middle) > share else (low, middle)
+        low, high = (low, middle) if fits(middle) else (middle, high)
     return high
-
-
-def floor_decline(drop: float) -> float:
-    """Return the decline that costs a relative drop in accuracy.
-
-    ``log10 theta_i - log10 theta_i* = drop / k_i`` (eq. 16, 17) and
-    ``alpha_i = sqrt(theta_i* / theta_i)``, hence ``k_i log10 alpha_i = -drop / 2``.
-
-    Args:
-        drop: the share of the accuracy that may be lost.
-    """
-    return drop / 2
 
 
 Rounding: TypeAlias = Literal["nearest", "up", "down", "doubling", "shared"]
@@ -276,12 +265,7 @@ class RoundingRule:
     def units(
         self, levels: Sequence[Sequence[ChannelGroup]], multipliers: Sequence[float]
     ) -> dict[ChannelGroup, int]:
-        """Return the units that every group keeps.
-
-        Args:
-            levels: the groups that may be resized, finest level first.
-            multipliers: one for each level, between 0 and 1.
-        """
+        """Return the units that every group keeps."""
         first = next((number for number, groups in enumerate(levels) if groups), 0)
         if self.rounding == "doubling" and levels[first:]:
             widest = levels[first][0].channels
@@ -328,9 +312,8 @@ _DECADES = 12  # of the multiplier that the steepest level ends at: nothing is l
 def smallest_decline(fits: Callable[[float], bool], steepest: float) -> float | None:
     """Return the smallest decline whose network fits; ``None`` if none does.
 
-    Widths are whole numbers, so the networks change at single declines; the interval is halved
-    until no number lies within. Where sizes fall with the decline, the answer is exact: no larger
-    network of the family fits.
+    Widths are whole numbers, so the networks change at single declines. Where sizes fall with the
+    decline, the answer is exact: no larger network of the family fits.
 
     Args:
         fits: whether the network at a decline meets the limits; it should remember networks.
@@ -338,9 +321,5 @@ def smallest_decline(fits: Callable[[float], bool], steepest: float) -> float | 
     """
     if fits(0.0):
         return 0.0
-    low, high = 0.0, _DECADES * steepest
-    if not fits(high):
-        return None
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    high = _DECADES * steepest
+    return _bisect(fits, high) if fits(high) else None

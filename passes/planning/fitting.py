@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DatasetFit", "DegradationFit", "Point", "fit_degradation", "plot_fit", "read_points"]
+__all__ = ["DatasetFit", "DegradationFit", "Point", "fit_degradation", "read_points"]
 
 import math
 import os
@@ -136,14 +136,49 @@ class DegradationFit:
         return fit
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw both fits into a file; the format is that of its ending.
+        """Draw the lines of the data sets beside the line through their slopes.
+
+        No window is opened and no backend is chosen: the figure is drawn straight into the file.
+
+        Args:
+            path: where to; the format is that of its ending: ``.png``, ``.svg``, ``.pdf``.
 
         Raises:
             PlanningError: matplotlib is not installed, or the file cannot be written.
         """
-        from pocketize.passes.planning.fitting import plot_fit
-
-        plot_fit(self, path)
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise PlanningError(
+                "drawing a fit takes matplotlib, which is not installed: "
+                "pip install 'pocketize[complexity]'"
+            ) from error
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        relative = self.relative()
+        for number, line in enumerate(self.datasets):
+            colour = f"C{number}"
+            mine = [(math.log10(p.weights), y) for p, y in relative if p.dataset == line.dataset]
+            ends = [min(mine)[0], max(mine)[0]]
+            label = f"{line.dataset}: slope {line.slope:.4f}, $R^2$ {line.r_squared:.3f}"
+            left.scatter(*zip(*mine, strict=True), color=colour, s=18)
+            left.plot(
+                ends, [line.intercept + line.slope * x for x in ends], color=colour, label=label
+            )
+            right.scatter([line.complexity], [line.slope], color=colour, label=line.dataset)
+        left.set(xlabel="log10 of the weights", ylabel="accuracy / accuracy of the uncompressed")
+        ends = [self.datasets[0].complexity, self.datasets[-1].complexity]
+        label = f"$\\lambda$ {self.lam:.4f}, $\\delta$ {self.delta:.5f}, $R^2$ {self.r_squared:.3f}"
+        slopes = [self.degradation.slope(c) for c in ends]
+        right.plot(ends, slopes, color="black", linewidth=1, label=label)
+        right.set(xlabel="complexity", ylabel="slope")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+        try:
+            figure.savefig(Path(path))
+        except (OSError, ValueError) as error:  # matplotlib raises ValueError for an unknown ending
+            raise PlanningError(f"cannot draw the fit to {path}: {error}") from error
 
 
 def fit_degradation(
@@ -214,14 +249,7 @@ def _fit_dataset(name: str, points: Sequence[Point]) -> DatasetFit:
         [math.log10(point.weights) for point in points], [point.accuracy / base for point in points]
     )
     return DatasetFit(
-        dataset=name,
-        complexity=complexities[0],
-        slope=slope,
-        intercept=intercept,
-        r_squared=r_squared,
-        points=len(points),
-        base_weights=largest,
-        base_accuracy=base,
+        name, complexities[0], slope, intercept, r_squared, len(points), largest, base
     )
 
 
@@ -297,48 +325,3 @@ def read_points(points: Iterable[Point | Sequence[Any]]) -> tuple[Point, ...]:
                 f"expected a Point or (dataset, complexity, weights, accuracy), got {given!r}"
             )
     return tuple(read)
-
-
-def plot_fit(fit: DegradationFit, path: str | os.PathLike[str]) -> None:
-    """Draw the lines of the data sets beside the line through their slopes.
-
-    No window is opened and no backend is chosen: the figure is drawn straight into the file.
-
-    Args:
-        fit: what to draw.
-        path: where to; the format is that of its ending: ``.png``, ``.svg``, ``.pdf``.
-
-    Raises:
-        PlanningError: matplotlib is not installed, or the file cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlanningError(
-            "drawing a fit takes matplotlib, which is not installed: "
-            "pip install 'pocketize[complexity]'"
-        ) from error
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    relative = fit.relative()
-    for number, line in enumerate(fit.datasets):
-        colour = f"C{number}"
-        mine = [(math.log10(p.weights), y) for p, y in relative if p.dataset == line.dataset]
-        ends = [min(mine)[0], max(mine)[0]]
-        label = f"{line.dataset}: slope {line.slope:.4f}, $R^2$ {line.r_squared:.3f}"
-        left.scatter(*zip(*mine, strict=True), color=colour, s=18)
-        left.plot(ends, [line.intercept + line.slope * x for x in ends], color=colour, label=label)
-        right.scatter([line.complexity], [line.slope], color=colour, label=line.dataset)
-    left.set(xlabel="log10 of the weights", ylabel="accuracy / accuracy of the uncompressed")
-    ends = [fit.datasets[0].complexity, fit.datasets[-1].complexity]
-    label = f"$\\lambda$ {fit.lam:.4f}, $\\delta$ {fit.delta:.5f}, $R^2$ {fit.r_squared:.3f}"
-    slopes = [fit.degradation.slope(c) for c in ends]
-    right.plot(ends, slopes, color="black", linewidth=1, label=label)
-    right.set(xlabel="complexity", ylabel="slope")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    try:
-        figure.savefig(Path(path))
-    except (OSError, ValueError) as error:  # matplotlib raises ValueError for an unknown ending
-        raise PlanningError(f"cannot draw the fit to {path}: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Network", "Sizes", "WeightCounter", "conv_weights", "level_scales"]
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from pocketize.memory import measure
 from pocketize.ops import bind, is_convolution
 from pocketize.passes.widths.width import Width
 from pocketize.plugin.edits import Resize
+from pocketize.units import bytes_text
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,24 @@ class Network:
         free: for each level, the groups that can be resized; a group made at several levels is at
             the finest.
         stuck: layers that a dry run of a plan found immovable.
+        step: what :meth:`peak` is the peak of, in words.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any, keep: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        keep: Sequence[str],
+        mode: Literal["train", "infer"],
+        optimizer: Literal["adam", "sgd"] | None,
+        progress: Callable[[str], None] | None,
+    ) -> None:
         self.model = model
         self.inputs = settle_inputs(model, inputs)
+        self._mode, self._optimizer, self._progress = mode, optimizer, progress
+        self._peaks: dict[tuple[tuple[int, int], ...], int] = {}
+        step = "inference" if mode == "infer" else f"training step, {optimizer or 'no optimizer'}"
+        self.step = f"{step}, {self.inputs.describe()}"
         self.keep = tuple(keep)
         self.channels = analyse(model, self.inputs)
         self.levels = find_levels(self.channels)
@@ -148,17 +162,22 @@ class Network:
         """Return the sizes at some units; nothing is rewritten."""
         return self._counter.count(wanted)
 
-    def peak(
-        self,
-        wanted: Mapping[ChannelGroup, int],
-        mode: Literal["train", "infer"],
-        optimizer: Literal["adam", "sgd"] | None,
-    ) -> int:
+    def peak(self, wanted: Mapping[ChannelGroup, int]) -> int:
         """Return the estimated peak at some units: the model is rewritten, and counted on fakes."""
-        model = self.model
-        if any(units < group.units for group, units in wanted.items()):
-            model = plan(model, self.width(wanted), inputs=self.inputs).apply()
-        return measure(model, self.inputs, mode, optimizer, estimate=True).peak
+        key = tuple((id(g), units) for g, units in wanted.items() if units < g.units)
+        if key not in self._peaks:
+            model = self.model
+            if key:
+                model = plan(model, self.width(wanted), inputs=self.inputs).apply()
+            peak = measure(model, self.inputs, self._mode, self._optimizer, estimate=True).peak
+            self._peaks[key] = peak
+            if self._progress is not None:
+                widths = [
+                    "/".join(dict.fromkeys(str(wanted.get(g, g.units) * g.step) for g in groups))
+                    for groups in self.free
+                ]
+                self._progress(f"widths {' '.join(filter(None, widths))}: {bytes_text(peak)}")
+        return self._peaks[key]
 
     def width(self, wanted: Mapping[ChannelGroup, int]) -> Width:
         """Return the pass that brings groups to some units: by level if that says it all.
@@ -218,6 +237,7 @@ class Network:
         """Leave groups out of every further plan."""
         self.stuck += [group.name for group in groups]
         self.free = [[group for group in level if group not in groups] for level in self.free]
+        self._peaks.clear()
 
 
 def level_scales(model: nn.Module, inputs: Any = None) -> tuple[int, ...]:

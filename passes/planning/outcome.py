@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["Peaks", "Setting", "Solution", "describe"]
+__all__ = ["Setting", "Solution", "describe"]
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from pocketize.channels.groups import ChannelGroup
 from pocketize.passes.planning.budgets import Budgets
@@ -45,42 +44,7 @@ class Solution:
         return any(units < group.units for group, units in self.wanted.items())
 
 
-class Peaks:
-    """Estimated peaks of a network, each taken once."""
-
-    def __init__(
-        self,
-        network: Network,
-        mode: Literal["train", "infer"],
-        optimizer: Literal["adam", "sgd"] | None,
-        progress: Callable[[str], None] | None,
-    ) -> None:
-        self._network, self._mode, self._optimizer = network, mode, optimizer
-        self._progress = progress
-        self._known: dict[tuple[tuple[int, int], ...], int] = {}
-        step = "inference" if mode == "infer" else f"training step, {optimizer or 'no optimizer'}"
-        self.what = f"{step}, {network.inputs.describe()}"
-
-    def of(self, wanted: Mapping[ChannelGroup, int]) -> int:
-        """Return the peak in bytes at some units; ``{}`` is the model as it is."""
-        key = tuple((id(g), units) for g, units in wanted.items() if units < g.units)
-        if key not in self._known:
-            peak = self._network.peak(wanted, self._mode, self._optimizer)
-            self._known[key] = peak
-            if self._progress is not None:
-                widths = [
-                    "/".join(dict.fromkeys(str(wanted.get(g, g.units) * g.step) for g in groups))
-                    for groups in self._network.free
-                ]
-                self._progress(f"widths {' '.join(filter(None, widths))}: {bytes_text(peak)}")
-        return self._known[key]
-
-    def forget(self) -> None:
-        """Forget what is known: other groups are free now."""
-        self._known.clear()
-
-
-def describe(network: Network, setting: Setting, peaks: Peaks, solution: Solution) -> WidthPlan:
+def describe(network: Network, setting: Setting, solution: Solution) -> WidthPlan:
     """Return the plan of a solution."""
     after = network.count(solution.wanted)
     asked_peak = setting.budgets.max_peak is not None
@@ -100,11 +64,11 @@ def describe(network: Network, setting: Setting, peaks: Peaks, solution: Solutio
         stored_as=setting.stored_as,
         degradation=setting.degradation if setting.complexities else None,
         drop=drop,
-        peak_before=peaks.of({}) if asked_peak else None,
-        peak_after=peaks.of(solution.wanted) if asked_peak else None,
-        peak_of=peaks.what if asked_peak else None,
+        peak_before=network.peak({}) if asked_peak else None,
+        peak_after=network.peak(solution.wanted) if asked_peak else None,
+        peak_of=network.step if asked_peak else None,
         options=network.width(solution.wanted).options() if solution.changes else {},
-        notes=tuple(_notes(network, setting, peaks, solution, after, drop)),
+        notes=tuple(_notes(network, setting, solution, after, drop)),
     )
 
 
@@ -195,7 +159,6 @@ def _rounding(rule: RoundingRule) -> str:
 def _notes(
     network: Network,
     setting: Setting,
-    peaks: Peaks,
     solution: Solution,
     after: Sizes,
     drop: float | None,
@@ -210,7 +173,7 @@ def _notes(
             f"the closed form misses the budget by {count_text(over)} weights: it assumes "
             "that they are proportional to the squared multiplier. method='search' counts them"
         )
-    if budgets.max_peak is not None and peaks.of(solution.wanted) > budgets.max_peak:
+    if budgets.max_peak is not None and network.peak(solution.wanted) > budgets.max_peak:
         yield (
             "the closed form misses the budget: the peak is not proportional to the multiplier. "
             "method='search' estimates it"

@@ -22,10 +22,9 @@ from pocketize.errors import BudgetError, OptionError, PlanningError
 from pocketize.passes.planning.budgets import (
     Budgets,
     Count,
-    read_bytes,
     read_bytes_per_weight,
-    read_count,
     read_drop,
+    read_quantity,
 )
 from pocketize.passes.planning.equations import (
     Degradation,
@@ -34,12 +33,11 @@ from pocketize.passes.planning.equations import (
     at_decline,
     decline_for,
     degradation_of,
-    floor_decline,
     smallest_decline,
 )
 from pocketize.passes.planning.fitting import DegradationFit
 from pocketize.passes.planning.network import Network
-from pocketize.passes.planning.outcome import Peaks, Setting, Solution, describe
+from pocketize.passes.planning.outcome import Setting, Solution, describe
 from pocketize.passes.planning.plan import WidthPlan
 from pocketize.units import bytes_text, count_text
 
@@ -128,10 +126,10 @@ def plan_widths(
     """
     each, stored_as = read_bytes_per_weight(model, dtype, bytes_per_weight)
     budgets = Budgets(
-        max_bytes=read_bytes(max_bytes, "max_bytes"),
+        max_bytes=read_quantity(max_bytes, "max_bytes", "bytes"),
         bytes_per_weight=each,
-        max_parameters=read_count(max_parameters, "max_parameters"),
-        max_peak=read_bytes(max_peak, "max_peak"),
+        max_parameters=read_quantity(max_parameters, "max_parameters", "count"),
+        max_peak=read_quantity(max_peak, "max_peak", "bytes"),
         max_drop=read_drop(max_drop, min_accuracy, accuracy),
         count=count,
     )
@@ -148,37 +146,22 @@ def plan_widths(
         raise OptionError("rounding='doubling' is for uniform plans: layer-wise widths do not")
     rule = RoundingRule(rounding, round_to, minimum)
 
-    network = Network(model, inputs, keep)
+    network = Network(model, inputs, keep, mode, optimizer, progress)
     slopes = _slopes(network, given, complexities, layerwise)
-    setting = Setting(
-        budgets=budgets,
-        stored_as=stored_as,
-        degradation=given,
-        complexities=complexities,
-        layerwise=layerwise,
-        slopes=slopes,
-        method=method,
-        rule=rule,
-    )
-    peaks = Peaks(network, mode, optimizer, progress)
+    setting = Setting(budgets, stored_as, given, complexities, layerwise, slopes, method, rule)
     for _ in range(_DRY_RUNS):
-        solution = _solve(network, setting, peaks)
+        solution = _solve(network, setting)
         if not solution.changes:
             break
         stuck = network.immovable(solution.wanted)
         if not stuck:
             break
         network.freeze(stuck)
-        peaks.forget()
-    return describe(network, setting, peaks, solution)
+    return describe(network, setting, solution)
 
 
-def _solve(network: Network, setting: Setting, peaks: Peaks) -> Solution:
-    """Return the multipliers and units that meet the budgets.
-
-    Raises:
-        BudgetError: there are none.
-    """
+def _solve(network: Network, setting: Setting) -> Solution:
+    """Return the multipliers and units that meet the budgets; a BudgetError if there are none."""
     budgets = setting.budgets
     made: dict[float, Solution] = {}
 
@@ -193,17 +176,19 @@ def _solve(network: Network, setting: Setting, peaks: Peaks) -> Solution:
         wanted = at(decline).wanted
         if _too_large(network, budgets, wanted):
             return False
-        return budgets.max_peak is None or peaks.of(wanted) <= budgets.max_peak
+        return budgets.max_peak is None or network.peak(wanted) <= budgets.max_peak
 
-    floor = None if budgets.max_drop is None else floor_decline(budgets.max_drop)
+    # log10 theta_i - log10 theta_i* = drop / k_i (eq. 16, 17) and alpha_i = sqrt(theta_i* /
+    # theta_i), hence k_i log10 alpha_i = -drop / 2
+    floor = None if budgets.max_drop is None else budgets.max_drop / 2
     if budgets.weights is None and budgets.max_peak is None:
         return at(floor or 0.0)
     if setting.method == "closed-form":
-        decline: float | None = _closed_form(network, setting, peaks)
+        decline: float | None = _closed_form(network, setting)
     else:
         decline = smallest_decline(fits, max(setting.slopes))
     if decline is None:
-        raise BudgetError(_infeasible(network, setting, peaks))
+        raise BudgetError(_infeasible(network, setting))
     if floor is not None and decline > floor:
         raise BudgetError(
             f"the budget costs a predicted {200 * decline:.2f} % of the accuracy, and "
@@ -216,14 +201,14 @@ def _too_large(network: Network, budgets: Budgets, wanted: Mapping[ChannelGroup,
     return budgets.weights is not None and budgets.counted(network.count(wanted)) > budgets.weights
 
 
-def _closed_form(network: Network, setting: Setting, peaks: Peaks) -> float:
+def _closed_form(network: Network, setting: Setting) -> float:
     """Return the decline by the equations: 6 or 13 for storage, 7 or 14 for memory."""
     budgets, declines = setting.budgets, [0.0]
     if budgets.weights is not None:
         share = budgets.weights / budgets.counted(network.sizes)
         declines.append(_decline(share, network, setting, power=2))
     if budgets.max_peak is not None:
-        declines.append(_decline(budgets.max_peak / peaks.of({}), network, setting, power=1))
+        declines.append(_decline(budgets.max_peak / network.peak({}), network, setting, power=1))
     return max(declines)
 
 
@@ -239,17 +224,17 @@ def _narrowest(network: Network, setting: Setting) -> dict[ChannelGroup, int]:
     return setting.rule.units(network.free, [0.0] * len(network.free))
 
 
-def _infeasible(network: Network, setting: Setting, peaks: Peaks) -> str:
+def _infeasible(network: Network, setting: Setting) -> str:
     """Tell which budget fails at the narrowest widths, and what the smallest feasible one is."""
     budgets = setting.budgets
     wanted = _narrowest(network, setting)
     if _too_large(network, budgets, wanted):
         return _smallest_storage(network, setting)
-    smallest = peaks.of(wanted)
+    smallest = network.peak(wanted)
     return (
         f"max_peak: no widths bring the peak to {bytes_text(int(budgets.max_peak or 0))}: with all "
         f"widths at their minimum ({setting.rule.minimum}) it is {bytes_text(smallest)} "
-        f"(max_peak={smallest}), {peaks.what}, estimated. Plan for a smaller input or batch, or "
+        f"(max_peak={smallest}), {network.step}, estimated. Plan for a smaller input or batch, or "
         "combine Width with a pass that saves activations, such as recompute or checkpoint"
     )
 
@@ -313,11 +298,7 @@ def _check_knowledge(
 def _slopes(
     network: Network, given: Degradation | None, complexities: Sequence[float], layerwise: bool
 ) -> tuple[float, ...]:
-    """Return ``k_i = lambda C_i + delta`` for each level; all the same for a uniform plan.
-
-    Raises:
-        PlanningError: there are not as many complexities as levels, or a slope is not positive.
-    """
+    """Return ``k_i = lambda C_i + delta`` for each level; all the same for a uniform plan."""
     number = len(network.levels)
     if len(complexities) != number and (layerwise or len(complexities) > 1):
         found = ", ".join(map(str, network.levels))

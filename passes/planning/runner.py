@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["PointCache", "Trained", "TrainedKey", "train_points"]
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -12,9 +11,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -180,17 +178,8 @@ def _fingerprint(net: nn.Module, keep: Sequence[str]) -> str:
 _HEADER = {"pocketize": "trained points", "format": 1}
 
 
-@dataclass(frozen=True)
-class TrainedKey:
-    """What was trained.
-
-    Attributes:
-        model: fingerprint of the uncompressed network: its class, and names and shapes of its
-            parameters.
-        dataset: name of the data set.
-        multiplier: width multiplier.
-        seed: seed of the weights it started from.
-    """
+class TrainedKey(NamedTuple):
+    """What was trained: ``model`` is a fingerprint of the class and its parameters' shapes."""
 
     model: str
     dataset: str
@@ -198,15 +187,8 @@ class TrainedKey:
     seed: int
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What came of it.
-
-    Attributes:
-        weights: convolution weights.
-        accuracy: what ``train`` returned.
-        seconds: how long that took.
-    """
+class Trained(NamedTuple):
+    """What came of it: convolution weights, what ``train`` returned, and how long that took."""
 
     weights: int
     accuracy: float
@@ -242,31 +224,36 @@ class PointCache:
         self._points = {**self._read(), **self._points, key: trained}  # others may write too
         if self.path is None:
             return
-        lines = [json.dumps(_HEADER)]
-        for each, point in self._points.items():
-            lines.append(json.dumps(dataclasses.asdict(each) | dataclasses.asdict(point)))
+        rows = [each._asdict() | point._asdict() for each, point in self._points.items()]
         with atomic_write(self.path, overwrite=True) as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            lines = [json.dumps(row) + "\n" for row in (_HEADER, *rows)]
+            temporary.write_text("".join(lines), encoding="utf-8")
 
     def _read(self) -> dict[TrainedKey, Trained]:
         if self.path is None or not self.path.exists():
             return {}
         advice = "move it away to train all points anew, or name another file"
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            header, *lines = self.path.read_text(encoding="utf-8").splitlines() or [""]
         except (OSError, UnicodeDecodeError) as error:
             raise PlanningError(
                 f"{self.path} cannot be read as a cache of trained points ({error}); {advice}"
             ) from error
-        if not lines or _parsed(lines[0]) != _HEADER:
+        if header != json.dumps(_HEADER):
             raise PlanningError(
                 f"{self.path} is no cache of trained points: expected the first line "
                 f"{json.dumps(_HEADER)}; {advice}"
             )
         points = {}
-        for number, line in enumerate(lines[1:], start=2):
+        for number, line in enumerate(lines, start=2):
             try:
-                key, trained = _point(_parsed(line))
+                data = read_json(line)
+                name, dataset = str(data["model"]), str(data["dataset"])
+                key = TrainedKey(name, dataset, float(data["multiplier"]), int(data["seed"]))
+                accuracy, seconds = float(data["accuracy"]), float(data["seconds"])
+                trained = Trained(int(data["weights"]), accuracy, seconds)
+                if not (math.isfinite(trained.accuracy) and trained.weights > 0):
+                    raise ValueError("accuracy or weights out of range")
             except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise PlanningError(
                     f"{self.path}, line {number}, is no trained point ({error}); delete the line "
@@ -274,22 +261,3 @@ class PointCache:
                 ) from error
             points[key] = trained
         return points
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return read_json(line)
-    except ValueError:
-        return None
-
-
-def _point(data: Any) -> tuple[TrainedKey, Trained]:
-    if not isinstance(data, dict):
-        raise TypeError("not a JSON object")
-    key = TrainedKey(
-        str(data["model"]), str(data["dataset"]), float(data["multiplier"]), int(data["seed"])
-    )
-    trained = Trained(int(data["weights"]), float(data["accuracy"]), float(data["seconds"]))
-    if not (math.isfinite(trained.accuracy) and trained.weights > 0):
-        raise ValueError("accuracy or weights out of range")
-    return key, trained

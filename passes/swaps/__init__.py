@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 attach(
     __name__,
     {
-        "Bottleneck": "bottleneck",
-        "CompactBlock": "compact",
-        "Separable": "separable",
+        "bottleneck": "Bottleneck",
+        "compact": "CompactBlock",
+        "separable": "Separable",
     },
 )

@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 attach(
     __name__,
     {
-        "FORMAT": "store",
-        "load": "store",
-        "load_weights": "weights",
-        "read_header": "safefile",
-        "save": "store",
+        "store": "FORMAT load save",
+        "weights": "load_weights",
+        "safefile": "read_header",
     },
 )

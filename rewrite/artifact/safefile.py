@@ -51,12 +51,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself.
-
-    Attributes:
-        shapes: the shape of every tensor.
-        metadata: the file's free text entries.
-    """
+    """What a safetensors file says of itself."""
 
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]

@@ -209,10 +209,6 @@ MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 def describe_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Describe modes, frozen parameters, memory formats and dtypes that ``state`` leaves out.
 
-    Args:
-        model: the model.
-        state: what :func:`full_state` says of it.
-
     Returns:
         A JSON-able mapping for :func:`apply_state`: ``modes`` holds the paths of the modules whose
         mode is not that of the module around them, ``frozen`` and ``channels_last`` hold keys of
@@ -280,12 +276,7 @@ def _is_channels_last(value: Tensor) -> bool:
 def describe_mismatch(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> str:
-    """Say how the shapes in a file differ from those of a model; ``""`` where they agree.
-
-    Args:
-        expected: shapes of the model, by key.
-        found: shapes in the file, by key.
-    """
+    """Say how the shapes in a file differ from those of a model; ``""`` where they agree."""
     lines = []
     if missing := [key for key in expected if key not in found]:
         lines.append(f"  not in the file: {_few(missing)}")

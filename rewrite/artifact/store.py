@@ -311,10 +311,9 @@ def _read_recipe(path: str | os.PathLike[str], header: Header) -> _Recipe:
         names = {field.name for field in dataclasses.fields(_Recipe)}
         given = {key: value for key, value in data.items() if key in names}
         # older files have no constants
-        recipe: _Recipe = read_as(_Recipe, {"constants": {}, **given}, "recipe")
+        return read_as(_Recipe, {"constants": {}, **given}, "recipe")
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"the recipe in {path} is damaged: {error}") from error
-    return recipe
 
 
 def _read_tensors(file: SafeFile, described: _State) -> dict[str, Tensor]:

@@ -34,10 +34,6 @@ logger = logging.getLogger(__name__)
 def analyse(model: nn.Module, inputs: Any = None) -> ChannelGroups:
     """Find the channel groups of a model.
 
-    Args:
-        model: any module; not changed.
-        inputs: example inputs, ``None`` to guess.
-
     Raises:
         CaptureError: the model does not run.
         InputError: the inputs cannot be read or guessed.

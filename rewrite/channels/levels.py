@@ -81,9 +81,6 @@ def find_levels(channels: ChannelGroups) -> tuple[Level, ...]:
 
     Layers on pooled vectors (squeeze-and-excitation, a classifier's head) count to the level that
     was pooled.
-
-    Args:
-        channels: the analysis of the model.
     """
     traced = channels.traces[0]
     places = find_places(traced)
@@ -113,9 +110,6 @@ def find_sides(traced: TracedGraph) -> dict[str, str]:
     A layer is in the decoder where anything before it, or itself, raises the resolution: a strided
     transposed convolution, an interpolation, a pixel shuffle. The layers at the coarsest resolution
     are in the encoder. A layer that runs on both sides is in the decoder.
-
-    Args:
-        traced: the traced model.
     """
     places = find_places(traced)
     sides: dict[str, str] = {}
@@ -130,11 +124,7 @@ def find_sides(traced: TracedGraph) -> dict[str, str]:
 
 
 def find_places(traced: TracedGraph) -> dict[fx.Node, Place]:
-    """Return the place of every traced result that depends on an input.
-
-    Args:
-        traced: the traced model.
-    """
+    """Return the place of every traced result that depends on an input."""
     surveyor = _Surveyor(traced)
     for node in traced.graph.nodes:
         if node.op == "placeholder":

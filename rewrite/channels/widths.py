@@ -22,34 +22,19 @@ Slices: TypeAlias = list[tuple[Tensor, int, NDArray[np.int64]]]
 
 @dataclass(frozen=True)
 class Resized:
-    """Edits that resize groups, and how a plan tells them.
-
-    Attributes:
-        edits: the edits.
-        changes: one row for each layer whose width changes.
-    """
+    """Edits that resize groups, and how a plan tells them."""
 
     edits: tuple[Edit, ...]
     changes: tuple[Change, ...]
 
 
 def units_for(group: ChannelGroup, channels: int) -> int:
-    """Return the most whole units of a group that have no more channels than this; at least one.
-
-    Args:
-        group: the group.
-        channels: channels, counted as in :attr:`ChannelGroup.channels`.
-    """
+    """Return the most whole units of a group that have no more channels than this; at least one."""
     return min(group.units, max(1, channels // group.step))
 
 
 def fit_units(group: ChannelGroup, channels: int) -> tuple[int, Refusal | None]:
-    """Return the units that a group keeps for a number of channels, and what cannot be met of it.
-
-    Args:
-        group: the group.
-        channels: channels to keep, at least one.
-    """
+    """Return the units that a group keeps for a number of channels, and what cannot be met."""
     units = units_for(group, channels)
     got = units * group.step
     if got == min(channels, group.channels):
@@ -64,12 +49,7 @@ def fit_units(group: ChannelGroup, channels: int) -> tuple[int, Refusal | None]:
 def sizes_after(
     channels: ChannelGroups, wanted: Mapping[ChannelGroup, int]
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape that every parameter would have; nothing is copied or rewritten.
-
-    Args:
-        channels: the analysis.
-        wanted: units to keep for each group that changes.
-    """
+    """Return the shape that every parameter would have; nothing is copied or rewritten."""
     shapes = {name: list(p.shape) for name, p in channels.model.named_parameters()}
     for group, units in wanted.items():
         for member in group.members:

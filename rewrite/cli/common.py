@@ -127,12 +127,7 @@ def seed(text: str) -> int:
 
 
 def add_model(parser: argparse.ArgumentParser, **options: Any) -> None:
-    """Declare MODEL and what goes with it: what :func:`resolve_model` and :func:`inputs_of` read.
-
-    Args:
-        parser: the command's.
-        **options: of the argument MODEL.
-    """
+    """Declare MODEL and what :func:`resolve_model` and :func:`inputs_of` read with it."""
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP, **options)
     parser.add_argument("--kwargs", metavar="JSON", help="keyword arguments of the factory")
     parser.add_argument(

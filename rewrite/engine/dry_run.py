@@ -18,11 +18,10 @@ import torch
 from torch import nn
 
 from pocketize._torch import FakeTensorMode
-from pocketize.engine.surgery import apply_edits
+from pocketize.engine.surgery import edited_copy
 from pocketize.engine.verify import run_backward
 from pocketize.errors import brief
 from pocketize.graph.capture import quiet_tracing, structure_of
-from pocketize.graph.clone import fake_clone
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
 from pocketize.plugin.edits import Convert, Edit
@@ -30,13 +29,7 @@ from pocketize.plugin.edits import Convert, Edit
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a caller sees of one forward, and in training of one backward.
-
-    Attributes:
-        outputs: nesting, dtypes and shapes.
-        gradients: shapes of the gradients by parameter.
-        parameters: every parameter, and whether it is to get one.
-    """
+    """What a caller sees of one forward, and in training of one backward."""
 
     outputs: Any
     gradients: dict[str, tuple[int, ...]]
@@ -44,12 +37,7 @@ class _Outcome:
 
 
 class DryRun:
-    """Tries edits on fake copies of one model.
-
-    Args:
-        model: the model; never changed.
-        inputs: example inputs on its device.
-    """
+    """Tries edits on fake copies of one model."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model, self.inputs = model, inputs
@@ -79,9 +67,8 @@ class DryRun:
 
     def _run(self, edits: Sequence[Edit], train: bool) -> _Outcome | Exception:
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        copy = fake_clone(self.model, fakes)
         with torch.inference_mode(False):
-            apply_edits(copy, [edit for edit in edits if edit.kind != "redraw"])
+            copy = edited_copy(self.model, edits, fakes)
             set_mode(copy, train)
             try:
                 with fakes, quiet_tracing(copy), torch.enable_grad():

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,24 +27,21 @@ from pocketize.engine.surgery import apply_edits
 from pocketize.errors import NoEffectWarning, OptionError, OrderError, RewriteError
 from pocketize.graph.capture import settle_inputs
 from pocketize.graph.clone import clone
-from pocketize.plugin.base import Change, Guarantee, Pass, PassRecord, Proposal, Refusal
-from pocketize.plugin.edits import Edit
+from pocketize.plugin.base import Guarantee, Pass, PassRecord, Proposal
 from pocketize.plugin.registry import get_pass, parse_pass
 from pocketize.untrusted import markdown, one_line, printable
 from pocketize.version import VERSION
 
 
 @dataclass(frozen=True)
-class PassPlan:
-    """What one pass will do.
+class PassPlan(Proposal):
+    """What one pass will do: its proposal, checked.
 
     Attributes:
         rewrite: the pass.
-        proposal: checked edits, changes, refusals and notes.
     """
 
-    rewrite: Pass
-    proposal: Proposal
+    rewrite: Pass = field(kw_only=True)
 
     @property
     def name(self) -> str:
@@ -55,26 +52,6 @@ class PassPlan:
     def guarantee(self) -> Guarantee:
         """What the pass keeps."""
         return self.rewrite.guarantee
-
-    @property
-    def edits(self) -> tuple[Edit, ...]:
-        """The edits, in the order in which they are applied."""
-        return self.proposal.edits
-
-    @property
-    def changes(self) -> tuple[Change, ...]:
-        """What will change, a row per layer."""
-        return self.proposal.changes
-
-    @property
-    def refused(self) -> tuple[Refusal, ...]:
-        """What is left alone, with reasons."""
-        return self.proposal.refused
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Sentences about the whole."""
-        return self.proposal.notes
 
     def record(self) -> PassRecord:
         """Return the record that :func:`history` will return."""
@@ -296,7 +273,7 @@ def plan(
         with _own_randomness(current, seed) as generator:
             proposal = settle_proposal(current, given, settled, generator)
         if proposal.edits or not repeated:
-            plans.append(PassPlan(given, proposal))
+            plans.append(PassPlan(**vars(proposal), rewrite=given))
         repeated = bool(proposal.again and proposal.edits)
         if repeated:
             queue.insert(0, proposal.again if isinstance(proposal.again, Pass) else given)

@@ -35,12 +35,6 @@ def settle_proposal(
 ) -> Proposal:
     """Return a pass's proposal that has been checked.
 
-    Args:
-        model: the model to be rewritten; unchanged.
-        given: the pass.
-        inputs: example inputs on the model's device.
-        generator: source of random numbers for the pass.
-
     Raises:
         VerifyError: no variant of the proposal does what it predicts.
     """

@@ -38,13 +38,7 @@ _FACTORS = {"": 1.0, "2 ** 0.5 * ": 2**0.5, "3 ** 0.5 * ": 3**0.5, "6 ** 0.5 * "
 
 
 def candidates(model: nn.Module, traced: TracedGraph, at: Mismatch) -> Iterator[tuple[Edit, ...]]:
-    """Yield edits that may make an operator run as predicted, the likeliest first.
-
-    Args:
-        model: the model, unchanged.
-        traced: the trace in which the mismatch was found.
-        at: the mismatch.
-    """
+    """Yield edits that may make an operator run as predicted, the likeliest first."""
     if isinstance(model, fx.GraphModule):
         edits = _literals(model, traced, at)
         if edits:
@@ -145,13 +139,7 @@ class Derived:
 
 
 def derived(model: nn.Module, channels: ChannelGroups, edits: Sequence[Edit]) -> list[Derived]:
-    """Return attributes that equal a size that changes, or a usual function of one.
-
-    Args:
-        model: the model, unchanged.
-        channels: its analysis.
-        edits: what is to be done to it.
-    """
+    """Return attributes that equal a size that changes, or a usual function of one."""
     done = {(e.module, e.name.partition(".")[0]) for e in edits if isinstance(e, SetAttribute)}
     resized = {edit.tensor for edit in edits if isinstance(edit, Resize)}
     seen = _sizes_seen(channels, edits)

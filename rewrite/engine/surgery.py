@@ -6,8 +6,9 @@ attributes of parameters survive, and an optimiser that was given it still holds
 
 from __future__ import annotations
 
-__all__ = ["apply_edits", "numbers_in"]
+__all__ = ["apply_edits", "edited_copy", "numbers_in"]
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -18,8 +19,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from pocketize._torch import ConvNd, ConvTransposeNd, NormBase, schema_of
+from pocketize._torch import ConvNd, ConvTransposeNd, FakeTensorMode, NormBase, schema_of
 from pocketize.errors import RewriteError, nearest
+from pocketize.graph.clone import fake_clone
 from pocketize.initial import infer_schemes
 from pocketize.ops.schema import bind
 from pocketize.plugin.conversions import convert, find_conversion
@@ -63,12 +65,12 @@ def apply_edits(
     extends: list[Extend] = []
     for edit in edits:
         if isinstance(edit, Resize):
-            _check_resize(edit, tensors)
+            _check_axis(edit, tensors)
             if edit.axis in resizes[edit.tensor]:
                 raise RewriteError(f"axis {edit.axis} of {edit.tensor} is resized twice")
             resizes[edit.tensor][edit.axis] = edit
         elif isinstance(edit, Extend):
-            _check_extend(edit, tensors)
+            _check_axis(edit, tensors)
             extends.append(edit)
         elif isinstance(edit, SetAttribute):
             _check_attribute(edit, model)
@@ -107,6 +109,13 @@ def apply_edits(
         schemes.redraw_made(model, made, generator, init)
 
 
+def edited_copy(model: nn.Module, edits: Sequence[Edit], mode: FakeTensorMode) -> nn.Module:
+    """Return a fake copy with edits; nothing is drawn anew."""
+    copy = fake_clone(model, mode)
+    apply_edits(copy, [edit for edit in edits if not isinstance(edit, Redraw)])
+    return copy
+
+
 def _recompute(module: nn.Module) -> None:
     """Recompute the weight that torch's older weight_norm and spectral_norm keep as an attribute.
 
@@ -134,26 +143,15 @@ def _check_axis(edit: Resize | Extend, tensors: dict[str, Tensor]) -> None:
             f"cannot {edit.kind} axis {edit.axis} of {edit.tensor}: expected size {edit.size}, "
             f"got shape {tuple(tensor.shape)}"
         )
-
-
-def _check_resize(edit: Resize, tensors: dict[str, Tensor]) -> None:
-    _check_axis(edit, tensors)
-    ascending = all(a < b for a, b in zip(edit.keep, edit.keep[1:], strict=False))
-    if not edit.keep or not ascending or edit.keep[0] < 0 or edit.keep[-1] >= edit.size:
+    if isinstance(edit, Resize):
+        which, indices, end = "the indices to keep", edit.keep, edit.size
+    else:
+        which, indices, end = "the new indices", edit.new, edit.size + len(edit.new)
+    ascending = all(a < b for a, b in itertools.pairwise(indices))
+    if not indices or not ascending or indices[0] < 0 or indices[-1] >= end:
         raise RewriteError(
-            f"cannot resize axis {edit.axis} of {edit.tensor}: the indices to keep must be "
-            f"ascending, at least one, and below {edit.size}"
-        )
-
-
-def _check_extend(edit: Extend, tensors: dict[str, Tensor]) -> None:
-    _check_axis(edit, tensors)
-    ascending = all(a < b for a, b in zip(edit.new, edit.new[1:], strict=False))
-    end = edit.size + len(edit.new)
-    if not edit.new or not ascending or edit.new[0] < 0 or edit.new[-1] >= end:
-        raise RewriteError(
-            f"cannot extend axis {edit.axis} of {edit.tensor}: the new indices must be ascending, "
-            f"at least one, and below {end}"
+            f"cannot {edit.kind} axis {edit.axis} of {edit.tensor}: {which} must be ascending, at "
+            f"least one, and below {end}"
         )
 
 

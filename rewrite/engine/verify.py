@@ -31,10 +31,10 @@ from torch import Tensor, fx, nn
 from pocketize._torch import FakeTensor, FakeTensorMode, pytree
 from pocketize.channels.groups import ChannelGroups
 from pocketize.channels.labels import Value, axes_of
-from pocketize.engine.surgery import apply_edits
+from pocketize.engine.surgery import apply_edits, edited_copy
 from pocketize.errors import CaptureError
 from pocketize.graph.capture import TracedGraph, find_tensors, quiet_tracing, trace_module
-from pocketize.graph.clone import clone, fake_clone
+from pocketize.graph.clone import clone
 from pocketize.graph.constants import Constants
 from pocketize.graph.methods import set_mode
 from pocketize.ops import Kind, bind, operator_name, operator_of
@@ -65,12 +65,7 @@ class Mismatch:
 
 
 def predicted_shape(value: Value, stays: NDArray[np.bool_]) -> tuple[int, ...]:
-    """Return the shape of a value after indices have been dropped.
-
-    Args:
-        value: the value before.
-        stays: for every index whether it stays.
-    """
+    """Return the shape of a value after indices have been dropped."""
     shape = list(value.shape)
     for label in value.labels:
         kept = stays[label]
@@ -85,11 +80,6 @@ def check_edits(
     model: nn.Module, channels: ChannelGroups, edits: Sequence[Edit]
 ) -> Mismatch | None:
     """Carry out edits on a copy without memory and compare its traces with the prediction.
-
-    Args:
-        model: the model that was analysed; not changed.
-        channels: its analysis.
-        edits: what a pass has proposed.
 
     Returns:
         The first mismatch, ``None`` if everything is as predicted.
@@ -137,9 +127,10 @@ def split_channel(channels: ChannelGroups, edits: Sequence[Edit]) -> str:
 
 
 def _edited(model: nn.Module, traced: TracedGraph, edits: Sequence[Edit]) -> nn.Module:
-    copy = clone(model) if traced.real else fake_clone(model, _mode_of(traced))
-    shapes = [edit for edit in edits if edit.kind != "redraw"]
-    apply_edits(copy, shapes)
+    if not traced.real:
+        return edited_copy(model, edits, _mode_of(traced))
+    copy = clone(model)
+    apply_edits(copy, [edit for edit in edits if not isinstance(edit, Redraw)])
     return copy
 
 

@@ -163,10 +163,6 @@ class Tracer:
     def trace(self, inputs: Inputs, *, train: bool) -> TracedGraph:
         """Trace the model's forward.
 
-        Args:
-            inputs: real or fake inputs on the model's device.
-            train: in training instead of evaluation mode.
-
         Raises:
             CaptureError: the forward raised.
         """

@@ -226,7 +226,8 @@ def fit(
         """What a scheme gains for each tensor; 0 for those that it does not explain."""
         with np.errstate(invalid="ignore"):
             off = np.log(gains[fan] / gain) / errors
-        return np.nan_to_num(np.clip(_GAIN - off**2 / 2, 0, None))
+        gained: Array = np.nan_to_num(np.clip(_GAIN - off**2 / 2, 0, None))
+        return gained
 
     usual = [
         (fan, gain, 1.0 + cost + prior)

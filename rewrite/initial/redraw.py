@@ -27,12 +27,7 @@ _POWER_ITERATIONS = 40
 
 @dataclass(frozen=True)
 class Schemes:
-    """How a model's parameters were initialised; made by :func:`~pocketize.initial.infer_schemes`.
-
-    Attributes:
-        by_name: one scheme per parameter name, aliases included.
-        trained: whether most weights follow no scheme, as after training.
-    """
+    """How a model's parameters were initialised: by name, aliases included."""
 
     by_name: Mapping[str, Scheme]
     trained: bool

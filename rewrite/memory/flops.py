@@ -88,12 +88,6 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
 
     They are those of convolutions and matrix products: two for each multiply-accumulate.
 
-    Args:
-        func: the operator.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        out: what it returned.
-
     Returns:
         The count; ``None`` for an operator without a formula.
     """

@@ -8,7 +8,7 @@ in this process.
 
 from __future__ import annotations
 
-__all__ = ["Settings", "measure_isolated"]
+__all__ = ["Settings", "main", "measure_isolated"]
 
 import dataclasses
 import json
@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pocketize import errors
 from pocketize.errors import MeasureError, PocketizeError, brief
+from pocketize.graph.inputs import Inputs
 from pocketize.memory.profile import MemoryProfile
-from pocketize.memory.step import Request
+from pocketize.memory.step import MeasuredStep, Request
 from pocketize.plugin.registry import is_installed
 
 #: Large blocks go back to the system when they are freed, so that resident memory follows use.
@@ -40,7 +42,7 @@ def end_with_parent():
 threading.Thread(target=end_with_parent, daemon=True).start()
 with open(sys.argv[1], encoding="utf-8") as file:
     sys.path[:] = json.load(file)["path"]
-from pocketize.memory._worker import main
+from pocketize.memory.isolate import main
 main(*sys.argv[1:])
 """
 
@@ -49,13 +51,7 @@ main(*sys.argv[1:])
 class Settings:
     """Settings of this process that affect a measurement, besides the model.
 
-    Attributes:
-        path: ``sys.path``, and after it the folders of the model's classes that are not on it.
-        threads: threads of one operator.
-        dtype: default dtype.
-        matmul_precision: of float32 matrix products.
-        deterministic: only deterministic algorithms.
-        benchmark: cuDNN tries its algorithms.
+    ``path`` is ``sys.path``, and after it the folders of the model's classes that are not on it.
     """
 
     path: list[str]
@@ -187,3 +183,34 @@ def _death(request: Request, done: subprocess.CompletedProcess[str]) -> str:
         f"the process that measured {name} ended with status {done.returncode}: {last}. "
         "Try isolate=False to measure in this process"
     )
+
+
+def main(settings: str, payload: str, answer: str) -> None:
+    """Measure what a file says and write what came out; the fresh process runs this.
+
+    Args:
+        settings: JSON of :class:`Settings`.
+        payload: pickle of the fields of a :class:`~pocketize.memory.step.Request`.
+        answer: where to write JSON: ``profile``, or ``unreadable``, or ``error`` and ``text``.
+    """
+    Settings(**json.loads(Path(settings).read_text())).apply()
+    Path(answer).write_text(json.dumps(_answer(payload)))
+
+
+def _answer(payload: str) -> dict[str, Any]:
+    from pocketize.memory.meter import measure_here  # which imports this file
+
+    # Load what torch loads on first use, so that it does not count as the model's memory.
+    net = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1), nn.ReLU())
+    for optimizer in ("adam", "sgd"):
+        inputs = Inputs((torch.ones(2, 1, 8, 8),))
+        MeasuredStep(net, inputs, train=True, optimizer=optimizer).run()
+    try:
+        # Our own parent wrote this file a moment ago.
+        request = Request(**torch.load(payload, weights_only=False))
+    except Exception as error:  # a user's __setstate__ may raise anything; so may their imports
+        return {"unreadable": brief(error)}
+    try:
+        return {"profile": measure_here(request, own=True).to_json()}
+    except PocketizeError as error:
+        return {"error": type(error).__name__, "text": str(error)}

@@ -23,7 +23,7 @@ from pocketize.memory.isolate import measure_isolated
 from pocketize.memory.modules import ModulePaths, held_tensors
 from pocketize.memory.profile import MemoryProfile, thin_out
 from pocketize.memory.stage import Stage, device_of, explained, fake_stage, real_stage
-from pocketize.memory.step import MeasuredStep, Request, fixed_surroundings, make_step
+from pocketize.memory.step import MeasuredStep, Request, fixed_surroundings
 from pocketize.memory.tracker import LiveTracker, Trace, storage_bytes
 
 
@@ -144,16 +144,8 @@ def measure_here(request: Request, *, own: bool = False) -> MemoryProfile:
 def measure_on(
     stage: Stage, request: Request, macs: Macs, counters: CudaCounters | None, *, own: bool
 ) -> MemoryProfile:
-    """Take every figure of a model and inputs that are ready to run.
-
-    Args:
-        stage: the copies; they are trained.
-        request: what to measure.
-        macs: multiply-accumulates, counted before.
-        counters: those of the GPU that the stage is on.
-        own: see :func:`measure_here`.
-    """
-    step = make_step(
+    """Take every figure of a model and inputs that are ready to run."""
+    step = MeasuredStep(
         stage.model,
         stage.inputs,
         train=request.train,

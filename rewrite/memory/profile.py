@@ -100,10 +100,9 @@ class MemoryProfile:
             MeasureError: fields are missing, unknown or of the wrong type.
         """
         try:
-            profile: MemoryProfile = read_as(cls, data, "memory profile")
+            return read_as(cls, data, "memory profile")
         except ValueError as error:
             raise MeasureError(str(error)) from None
-        return profile
 
     def __str__(self) -> str:
         """Return the peak by category and the largest modules as a table."""

@@ -103,11 +103,6 @@ def fake_stage(model: nn.Module, inputs: Any, device: torch.device | None) -> St
     """Prepare an estimate, which takes no memory at any size.
 
     The tensors are on the device asked for where the machine has it, and otherwise on the CPU.
-
-    Args:
-        model: the model, also one on the meta device; untouched.
-        inputs: as for :func:`real_stage`.
-        device: where to; ``None`` is where the model is.
     """
     wanted = device or device_of(model)
     if wanted.type == "meta":
@@ -169,14 +164,7 @@ def fake_inputs(given: Any, model: nn.Module, place: torch.device) -> Inputs:
 
 @contextlib.contextmanager
 def explained(model: nn.Module, inputs: str, *, train: bool, estimate: bool) -> Iterator[None]:
-    """Turn what a user's model raises into a :class:`MeasureError` that says what to do.
-
-    Args:
-        model: the model that runs inside.
-        inputs: its inputs, described.
-        train: whether it trains.
-        estimate: whether it runs on fake tensors.
-    """
+    """Turn what a user's model raises into a :class:`MeasureError` that says what to do."""
     what = f"{type(model).__name__} did not get through a " + (
         f"training step on {inputs}" if train else f"forward pass on {inputs}"
     )

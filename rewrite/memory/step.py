@@ -18,7 +18,6 @@ __all__ = [
     "MeasuredStep",
     "Request",
     "fixed_surroundings",
-    "make_step",
     "mean_square",
 ]
 
@@ -77,24 +76,46 @@ class Request:
         return self.mode == "train"
 
 
-@dataclass(frozen=True)
 class MeasuredStep:
-    """One step of a model that belongs to the measurement.
+    """One step of a copy of a model that belongs to the measurement, with its optimizer.
 
-    Attributes:
-        model: a copy made for the purpose; it is trained.
-        inputs: its inputs, on its device.
-        train: a training step, otherwise a forward under ``torch.inference_mode()``.
-        optimizer: updates the trainable parameters; ``None`` for inference, for a step that stops
-            after the backward, and for a model without trainable parameters.
-        loss: turns the outputs into the scalar to differentiate.
+    Args:
+        model: the copy. For training, a model that is in training mode keeps the modes of all its
+            modules (norms that were frozen stay so), one in evaluation mode is set to training as a
+            whole. For inference it is set to evaluation mode, and runs under
+            ``torch.inference_mode()``.
+        optimizer: ``"adam"``, ``"sgd"`` or ``None``: the step ends after the backward pass, as that
+            of a model without trainable parameters does.
+        loss: turns the outputs into the scalar to differentiate; :func:`mean_square` by default.
+        like_cuda: update all parameters at once, as torch does on a GPU, also where the tensors
+            that stand for the GPU's are on the CPU.
     """
 
-    model: nn.Module
-    inputs: Inputs
-    train: bool
-    optimizer: torch.optim.Optimizer | None
-    loss: Callable[[Any], Tensor]
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        *,
+        train: bool,
+        optimizer: str | None,
+        loss: Callable[[Any], Tensor] | None = None,
+        like_cuda: bool = False,
+    ) -> None:
+        self.model, self.inputs, self.train = model, inputs, train
+        self.loss = loss or mean_square
+        if not train:
+            set_mode(model, False)
+        elif not model.training:
+            set_mode(model, True)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer: torch.optim.Optimizer | None = None
+        if train and optimizer is not None and trainable:
+            together = True if like_cuda else None
+            if optimizer == "adam":
+                self.optimizer = torch.optim.Adam(trainable, foreach=together)
+            else:
+                self.optimizer = torch.optim.SGD(trainable, lr=1e-3, foreach=together)
+        self.clear()
 
     def clear(self) -> None:
         """Drop the gradients, as ``zero_grad(set_to_none=True)`` does before a step."""
@@ -147,45 +168,6 @@ class MeasuredStep:
         if self.optimizer is not None:
             self.optimizer.step()
         enter("end")
-
-
-def make_step(
-    model: nn.Module,
-    inputs: Inputs,
-    *,
-    train: bool,
-    optimizer: str | None,
-    loss: Callable[[Any], Tensor] | None,
-    like_cuda: bool = False,
-) -> MeasuredStep:
-    """Put a copy of a model into the mode to be measured and give it its optimizer.
-
-    Args:
-        model: the copy. For training, a model that is in training mode keeps the modes of all its
-            modules (norms that were frozen stay so), one in evaluation mode is set to training as a
-            whole. For inference it is set to evaluation mode.
-        inputs: its inputs.
-        train: whether to train.
-        optimizer: ``"adam"``, ``"sgd"`` or ``None``.
-        loss: see :class:`MeasuredStep`; :func:`mean_square` by default.
-        like_cuda: update all parameters at once, as torch does on a GPU, also where the tensors
-            that stand for the GPU's are on the CPU.
-    """
-    if not train:
-        set_mode(model, False)
-    elif not model.training:
-        set_mode(model, True)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    made: torch.optim.Optimizer | None = None
-    if train and optimizer is not None and trainable:
-        together = True if like_cuda else None
-        if optimizer == "adam":
-            made = torch.optim.Adam(trainable, foreach=together)
-        else:
-            made = torch.optim.SGD(trainable, lr=1e-3, foreach=together)
-    step = MeasuredStep(model, inputs, train, made, loss or mean_square)
-    step.clear()
-    return step
 
 
 def mean_square(outputs: Any) -> Tensor:

@@ -249,11 +249,7 @@ _NOT_COUNTED: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.W
 
 
 def do_not_count(tensor: Tensor) -> None:
-    """Leave out a fake tensor that represents a mapped file, or host memory.
-
-    Args:
-        tensor: fake, and made while no tracker was active.
-    """
+    """Leave out a fake tensor that represents a mapped file, or host memory."""
     for storage in storages_of(tensor):
         _NOT_COUNTED[storage_key(storage)] = storage
 

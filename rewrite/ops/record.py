@@ -192,11 +192,11 @@ def define(
     """Write the records of some operators of ``aten``; see :class:`Operator`.
 
     Args:
-        names: without namespace.
+        names: without namespace, separated by spaces.
         keeps: words separated by spaces; ``""`` for nothing.
     """
     kept = UNKNOWN if keeps is UNKNOWN else frozenset(str(keeps).split())
-    for short in names:
+    for short in " ".join(names).split():
         name = f"aten.{short}"
         assert name not in _OPERATORS, f"{name} has two records"
         _OPERATORS[name] = Operator(name, kind, data, weight, kept, heavy, window)

@@ -34,8 +34,7 @@ _define(
 )
 _define(
     Kind.POOLING,
-    "fractional_max_pool2d",
-    "fractional_max_pool3d",
+    "fractional_max_pool2d fractional_max_pool3d",
     data="self",
     keeps="input",
     window=None,  # random windows
@@ -43,8 +42,7 @@ _define(
 _define(
     Kind.ADAPTIVE_POOLING,
     *(f"adaptive_{name}_pool{n}d" for n in (1, 2, 3) for name in ("avg", "max")),
-    "_adaptive_avg_pool2d",
-    "_adaptive_avg_pool3d",
+    "_adaptive_avg_pool2d _adaptive_avg_pool3d",
     data="self",
     keeps="input",
     window=None,
@@ -54,21 +52,15 @@ _define(
     Kind.RESIZE,
     *(f"upsample_nearest{n}d" for n in (1, 2, 3)),
     *(f"_upsample_nearest_exact{n}d" for n in (1, 2, 3)),
-    "upsample_linear1d",
-    "upsample_bilinear2d",
-    "upsample_bicubic2d",
-    "upsample_trilinear3d",
-    "_upsample_bilinear2d_aa",
-    "_upsample_bicubic2d_aa",
+    "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa",
     data="self",
     keeps="",
     window=None,
 )
 define(
     Kind.SAMPLING,
-    "grid_sampler",
-    "grid_sampler_2d",
-    "grid_sampler_3d",
+    "grid_sampler grid_sampler_2d grid_sampler_3d",
     data="input",
     weight="",
     keeps="input",

@@ -289,18 +289,16 @@ class Pass(abc.ABC):
     def describe_options(cls) -> tuple[OptionInfo, ...]:
         """The options with types, defaults and explanations, in the order of declaration."""
         annotations, sentences = _annotations(cls), attribute_sentences(cls)
-        described = []
-        for option in dataclasses.fields(cls):
-            default = _default(option)
-            described.append(
-                OptionInfo(
-                    name=option.name,
-                    type=describe_annotation(annotations[option.name]),
-                    default=None if default is MISSING else write_text(default),
-                    help=sentences.get(option.name, ""),
-                )
+        defaults = {option.name: _default(option) for option in dataclasses.fields(cls)}
+        return tuple(
+            OptionInfo(
+                name,
+                type=describe_annotation(annotations[name]),
+                default=None if default is MISSING else write_text(default),
+                help=sentences.get(name, ""),
             )
-        return tuple(described)
+            for name, default in defaults.items()
+        )
 
 
 def check_declaration(cls: type[Pass]) -> None:

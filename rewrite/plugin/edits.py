@@ -36,7 +36,8 @@ class Edit:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _KINDS[cls.kind] = cls
+        if "kind" in cls.__dict__:
+            _KINDS[cls.kind] = cls
 
     @property
     def path(self) -> str:
@@ -57,60 +58,57 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Resize(Edit):
+class _AxisEdit(Edit):
+    """A change to the size of one axis of a parameter or buffer."""
+
+    tensor: str
+    axis: int
+
+    @property
+    def path(self) -> str:
+        return self.tensor.rpartition(".")[0]
+
+    def _sizes(self, before: int, after: int) -> str:
+        return f"axis {self.axis} of {self.tensor.rpartition('.')[2]}: {before} -> {after}"
+
+
+@dataclass(frozen=True)
+class Resize(_AxisEdit):
     """Keep some indices on one axis of a parameter or buffer, and of its gradient.
 
     Attributes:
-        tensor: name of the parameter or buffer.
-        axis: the axis.
         keep: ascending indices that stay.
         size: the size of the axis before.
     """
 
     kind: ClassVar[str] = "resize"
-    tensor: str
-    axis: int
     keep: tuple[int, ...]
     size: int
 
     @property
-    def path(self) -> str:
-        """Path of the module that owns the tensor."""
-        return self.tensor.rpartition(".")[0]
-
-    @property
     def what(self) -> str:
         """Sizes of the axis before and after."""
-        return _sizes(self, len(self.keep))
+        return self._sizes(self.size, len(self.keep))
 
 
 @dataclass(frozen=True)
-class Extend(Edit):
+class Extend(_AxisEdit):
     """Add zeros on one axis of a parameter or buffer, and of its gradient: a resize undone.
 
     Attributes:
-        tensor: name of the parameter or buffer.
-        axis: the axis.
         new: ascending indices, on the axis as it will be, of what is added; what was there fills
             the others in its order.
         size: the size of the axis before.
     """
 
     kind: ClassVar[str] = "extend"
-    tensor: str
-    axis: int
     new: tuple[int, ...]
     size: int
 
     @property
-    def path(self) -> str:
-        """Path of the module that owns the tensor."""
-        return self.tensor.rpartition(".")[0]
-
-    @property
     def what(self) -> str:
         """Sizes of the axis before and after."""
-        return _sizes(self, self.size + len(self.new))
+        return self._sizes(self.size, self.size + len(self.new))
 
     @property
     def old(self) -> tuple[int, ...]:
@@ -211,11 +209,6 @@ class Convert(Edit):
         return f"converted by {self.conversion}" + (f" ({options})" if options else "")
 
 
-def _sizes(edit: Resize | Extend, after: int) -> str:
-    name = edit.tensor.rpartition(".")[2]
-    return f"axis {edit.axis} of {name}: {edit.size} -> {after}"
-
-
 def edit_from_json(data: dict[str, Any]) -> Edit:
     """Read an edit that :meth:`Edit.to_json` wrote.
 
@@ -229,10 +222,9 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
         )
     names = {field.name for field in dataclasses.fields(kind)}
     try:
-        edit: Edit = read_as(kind, {k: v for k, v in data.items() if k in names}, kind.kind)
+        return read_as(kind, {k: v for k, v in data.items() if k in names}, kind.kind)
     except ValueError as error:
         raise ArtifactError(f"edit {data!r:.200}: {error}") from None
-    return edit
 
 
 def read_attribute(module: Any, name: str) -> Any:

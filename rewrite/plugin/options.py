@@ -3,8 +3,8 @@
 The options of a pass come from a Python call, a recipe (TOML), a saved model (JSON) or the command
 line (text). The annotation of the dataclass field says what a value may be in all four cases.
 
-A library (pydantic, cattrs) would replace ``_check``, about 45 lines, at the price of a dependency.
-The text form, its inverse, the words for a type and strict JSON would remain to be written.
+A library (pydantic, cattrs) would replace half of ``_convert``, about 30 lines, at the price of a
+dependency. The text form, its inverse, the words for a type and strict JSON would remain.
 
 Text is read as follows. ``none`` is None; ``true``, ``yes``, ``on`` and ``1`` are true; a list is
 ``a|b|c`` or JSON ``["a","b"]``; a mapping is a JSON object; a double-quoted value is a JSON string.
@@ -54,6 +54,10 @@ class _MismatchError(Exception):
     """A value that does not fit the annotation."""
 
 
+class _NotJSONError(_MismatchError):
+    pass
+
+
 def check_value(value: Any, annotation: Any, *, from_file: bool = False) -> Any:
     """Return ``value`` in its canonical form for ``annotation``: lists as tuples, ints as floats.
 
@@ -68,7 +72,7 @@ def check_value(value: Any, annotation: Any, *, from_file: bool = False) -> Any:
         UnsupportedAnnotation: the annotation is none that an option can have.
     """
     try:
-        return _check(value, annotation)
+        return _convert(value, annotation)
     except _MismatchError as mismatch:
         if from_file and isinstance(value, str):
             return read_text(value, annotation)
@@ -85,113 +89,89 @@ def read_text(text: str, annotation: Any) -> Any:
         UnsupportedAnnotation: the annotation is none that an option can have.
     """
     try:
-        return _read(text.strip(), annotation)
+        return _convert(text.strip(), annotation, text=True)
     except _MismatchError as mismatch:
         raise OptionError(f"expected {describe_annotation(annotation)}, got {text!r}") from mismatch
 
 
-def _check(value: Any, annotation: Any) -> Any:
+def _convert(value: Any, annotation: Any, text: bool = False) -> Any:
+    """Return a value in its canonical form; with ``text`` it is a text to be read."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is Any:
-        return value
     if annotation is None or annotation is type(None):
-        return _expect(value is None, value)
+        _expect(value.lower() in _NONE if text else value is None, value)
+        return None
     if annotation is bool:
+        if text:
+            _expect(value.lower() in _TRUE + _FALSE, value)
+            return value.lower() in _TRUE
         return _expect(isinstance(value, bool), value)
-    if annotation is int:
-        return int(
-            _expect(isinstance(value, numbers.Integral) and not isinstance(value, bool), value)
-        )
-    if annotation is float:
-        _expect(isinstance(value, numbers.Real) and not isinstance(value, bool), value)
+    if annotation in (int, float):
+        number_kind = numbers.Integral if annotation is int else numbers.Real
+        _expect(text or (isinstance(value, number_kind) and not isinstance(value, bool)), value)
         try:
-            number = float(value)
-        except OverflowError as error:
+            number = annotation(value)
+        except (ValueError, OverflowError) as error:
             raise _MismatchError(value) from error
         # JSON has no word for infinity, so an infinite option could not be saved with the model
-        return _expect(math.isfinite(number), number)
+        return _expect(annotation is int or math.isfinite(number), number)
     if annotation is str:
-        return _expect(isinstance(value, str), value)
+        return _unquote(value) if text else _expect(isinstance(value, str), value)
     if origin is typing.Literal:
-        same = [a for a in arguments if a == value and type(a) is type(value)]
-        return _expect(bool(same), value)
+        if text:
+            same = [a for a in arguments if str(a).lower() == _unquote(value).lower()]
+        else:
+            same = [a for a in arguments if a == value and type(a) is type(value)]
+        _expect(bool(same), value)
+        return same[0]
     if origin in _UNIONS:
-        return _first(lambda member: _check(value, member), arguments)
+        # the pickiest text first: str takes any text, and true or false also 1 and 0
+        late = {bool: 1, str: 2} if text else {}
+        for member in sorted(arguments, key=lambda member: late.get(member, 0)):
+            with contextlib.suppress(_MismatchError):
+                return _convert(value, member, text)
+        raise _MismatchError(value)
     if annotation is tuple or origin is tuple:
-        return _check_tuple(value, arguments)
-    if annotation in _MAPPINGS or origin in _MAPPINGS:
-        _expect(isinstance(value, collections.abc.Mapping), value)
-        kind = arguments[1] if arguments else Any
-        return {_check(key, str): _check(item, kind) for key, item in value.items()}
-    raise _unsupported(annotation)
+        return _convert_tuple(value, arguments, text)
+    if annotation is not Any and annotation not in _MAPPINGS and origin not in _MAPPINGS:
+        raise UnsupportedAnnotation(
+            f"{annotation!r} cannot be the type of an option: use bool, int, float, str, None, "
+            "Literal, tuple or dict of these, or a union of them"
+        )
+    if text:
+        return _convert(_json(value), annotation)
+    if annotation is Any:
+        return value
+    _expect(isinstance(value, collections.abc.Mapping), value)
+    kind = arguments[1] if arguments else Any
+    return {_convert(key, str): _convert(item, kind) for key, item in value.items()}
 
 
-def _check_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _convert_tuple(value: Any, arguments: tuple[Any, ...], text: bool) -> tuple[Any, ...]:
     many = not arguments or arguments[-1] is Ellipsis
-    if isinstance(value, str) and many:
+    if text and value.startswith("["):
+        try:
+            return _convert_tuple(_json(value), arguments, False)
+        except _NotJSONError:
+            # a pattern such as [ab]*.conv begins like a list; a JSON list of strings begins with ["
+            if value[1:].lstrip().startswith('"'):
+                raise
+    if text:
+        value = [item.strip() for item in value.split("|")] if value else []
+    elif isinstance(value, str) and many:
         # keep="enc*" means one pattern; taken as a sequence it would be four of one letter each
         value = (value,)
     _expect(isinstance(value, (list, tuple)), value)
-    kinds = (arguments[0] if arguments else Any,) * len(value) if many else arguments
+    untyped = str if text else Any
+    kinds = (arguments[0] if arguments else untyped,) * len(value) if many else arguments
     _expect(len(kinds) == len(value), value)
-    return tuple(_check(item, kind) for item, kind in zip(value, kinds, strict=True))
+    return tuple(_convert(item, kind, text) for item, kind in zip(value, kinds, strict=True))
 
 
-def _read(text: str, annotation: Any) -> Any:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is None or annotation is type(None):
-        _expect(text.lower() in _NONE, text)
-        return None
-    if annotation is bool:
-        _expect(text.lower() in _TRUE + _FALSE, text)
-        return text.lower() in _TRUE
-    if annotation in (int, float):
-        try:
-            number = annotation(text)
-        except ValueError as error:
-            raise _MismatchError(text) from error
-        return _check(number, annotation)
-    if annotation is str:
-        return _unquote(text)
-    if origin is typing.Literal:
-        named = [a for a in arguments if str(a).lower() == _unquote(text).lower()]
-        _expect(bool(named), text)
-        return named[0]
-    if origin in _UNIONS:
-        # the pickiest first: str takes any text, and true or false also 1 and 0
-        late = {bool: 1, str: 2}
-        pickiest = sorted(arguments, key=lambda member: late.get(member, 0))
-        return _first(lambda member: _read(text, member), pickiest)
-    if annotation is tuple or origin is tuple:
-        return _read_tuple(text, arguments)
-    if annotation is Any or annotation in _MAPPINGS or origin in _MAPPINGS:
-        try:
-            return _check(read_json(text), annotation)
-        except ValueError as error:
-            raise _MismatchError(text) from error
-    raise _unsupported(annotation)
-
-
-def _read_tuple(text: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    if text.startswith("["):
-        try:
-            return _check_tuple(read_json(text), arguments)
-        except ValueError as error:
-            # a pattern such as [ab]*.conv begins like a list; a JSON list of strings begins with ["
-            if text[1:].lstrip().startswith('"'):
-                raise _MismatchError(text) from error
-    items = [item.strip() for item in text.split("|")] if text else []
-    many = not arguments or arguments[-1] is Ellipsis
-    kinds = (arguments[0] if arguments else str,) * len(items) if many else arguments
-    _expect(len(kinds) == len(items), text)
-    return tuple(_read(item, kind) for item, kind in zip(items, kinds, strict=True))
-
-
-def _first(attempt: typing.Callable[[Any], Any], members: typing.Iterable[Any]) -> Any:
-    for member in members:
-        with contextlib.suppress(_MismatchError):
-            return attempt(member)
-    raise _MismatchError
+def _json(text: str) -> Any:
+    try:
+        return read_json(text)
+    except ValueError as error:
+        raise _NotJSONError(text) from error
 
 
 def _expect(fits: bool, value: Any) -> Any:
@@ -203,18 +183,8 @@ def _expect(fits: bool, value: Any) -> Any:
 def _unquote(text: str) -> str:
     if not text.startswith('"'):
         return text
-    try:
-        value = read_json(text)
-    except ValueError as error:
-        raise _MismatchError(text) from error
+    value = _json(text)
     return str(_expect(isinstance(value, str), value))
-
-
-def _unsupported(annotation: Any) -> UnsupportedAnnotation:
-    return UnsupportedAnnotation(
-        f"{annotation!r} cannot be the type of an option: use bool, int, float, str, None, "
-        "Literal, tuple or dict of these, or a union of them"
-    )
 
 
 def describe_annotation(annotation: Any) -> str:

@@ -72,16 +72,8 @@ class PassRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The record as a mapping that :mod:`json` can write."""
-        return {
-            "name": self.name,
-            "options": self.options,
-            "guarantee": self.guarantee,
-            "version": self.version,
-            "edits": list(self.edits),
-            "changes": [dataclasses.asdict(change) for change in self.changes],
-            "refused": [dataclasses.asdict(refusal) for refusal in self.refused],
-            "notes": list(self.notes),
-        }
+        data: dict[str, Any] = to_jsonable(dataclasses.asdict(self))
+        return data
 
     @classmethod
     def from_json(cls, data: Any) -> PassRecord:
@@ -96,7 +88,6 @@ class PassRecord:
                 f"a record of a pass needs exactly the keys {', '.join(names)}; got {data!r:.200}"
             )
         try:
-            record: PassRecord = read_as(cls, data, "record of a pass")
+            return read_as(cls, data, "record of a pass")
         except ValueError as error:
             raise ArtifactError(str(error)) from None
-        return record

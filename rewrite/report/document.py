@@ -99,17 +99,7 @@ class RewriteRow:
 
 @dataclasses.dataclass(frozen=True)
 class Rewrite:
-    """One pass that lies between the two networks.
-
-    Attributes:
-        name: The pass.
-        guarantee: ``"EXACT"``, ``"APPROXIMATE"`` or ``"RETRAIN"``.
-        options: The options that differ from the defaults.
-        version: Version of pocketize that applied it.
-        changed: What it changed.
-        refused: What it left alone, and why.
-        notes: Further remarks of the pass.
-    """
+    """One pass that lies between the two networks."""
 
     name: str
     guarantee: str
@@ -182,9 +172,6 @@ def dump(document: Document) -> str:
 def load(text: str) -> Document:
     """Read a document back.
 
-    Args:
-        text: What :func:`dump` wrote.
-
     Raises:
         ReportError: The text is no JSON, of another schema, or lacks or misspells a field.
     """
@@ -201,7 +188,6 @@ def load(text: str) -> Document:
             "Make the report again, or read it with the version of pocketize that wrote it."
         )
     try:
-        document: Document = read_as(Document, data, "report")
+        return read_as(Document, data, "report")
     except ValueError as error:
         raise ReportError(str(error)) from None
-    return document

@@ -125,12 +125,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Bars:
-    """Stacked bars on one scale, for the formats that can draw.
-
-    Attributes:
-        labels: A label for each bar.
-        stacks: For each bar, bytes by category.
-    """
+    """Stacked bars on one scale, for the formats that can draw."""
 
     labels: tuple[str, ...]
     stacks: tuple[dict[str, int], ...]

@@ -19,13 +19,12 @@ def whole(plan: Plan) -> PassPlan:
 def _follow(first: PassPlan, then: PassPlan) -> PassPlan:
     # a later round may have other options: what is left to do, in numbers
     another_round = first.rewrite.name == then.rewrite.name
-    proposal = replace(
-        then.proposal,
+    return replace(
+        then,
         edits=composed(first.edits, then.edits),
         changes=first.changes + then.changes,
         refused=then.refused if another_round else first.refused + then.refused,
     )
-    return replace(then, proposal=proposal)
 
 
 def composed(first: tuple[Edit, ...], then: tuple[Edit, ...]) -> tuple[Edit, ...]:

@@ -21,7 +21,7 @@ from pocketize.engine.pipeline import PassPlan
 from pocketize.errors import NoEffectWarning
 from pocketize.graph.inputs import as_inputs
 from pocketize.passes import Pocket
-from pocketize.plugin.base import Change, Guarantee, PassRecord, Proposal
+from pocketize.plugin.base import Change, Guarantee, PassRecord
 from tests.contract.case import Case
 from tests.contract.everything import CHECKS, failures
 from tests.contract.snapshot import Snapshot
@@ -449,7 +449,7 @@ def test_an_error_inside_a_check_is_a_failure_with_its_name() -> None:
 
 
 def test_changes_that_the_plan_states_are_no_fault() -> None:
-    plan = PassPlan(Pocket(), Proposal(changes=(Change("act", "ReLU -> LeakyReLU"),)))
+    plan = PassPlan(rewrite=Pocket(), changes=(Change("act", "ReLU -> LeakyReLU"),))
     case = replace(fake_case(replace_layer), plan=plan)
     assert failures(case, ["same_classes"]) == []
 

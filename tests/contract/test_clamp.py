@@ -48,5 +48,5 @@ class TestClamp:
             AssertionError, match=r"stem: stays at 8 channels, and the plan says nothing"
         ):
             clamped(silent)
-        told = replace(case.plan.proposal, refused=(Refusal("stem", "r"), Refusal("a", "r")))
-        clamped(replace(silent, plan=replace(case.plan, proposal=told)))
+        told = replace(case.plan, refused=(Refusal("stem", "r"), Refusal("a", "r")))
+        clamped(replace(silent, plan=told))

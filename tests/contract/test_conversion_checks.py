@@ -13,7 +13,7 @@ from torch import nn
 from pocketize.engine.pipeline import PassPlan
 from pocketize.errors import NoEffectWarning
 from pocketize.passes import Pocket
-from pocketize.plugin.base import Change, Proposal
+from pocketize.plugin.base import Change
 from pocketize.plugin.edits import Convert
 from tests.contract.everything import failures
 from tests.contract.hooks import RUNTIME
@@ -47,7 +47,7 @@ def swap_hooks(model: Any) -> None:
 
 def test_hooks_survive_lets_only_a_conversion_add_hooks_and_only_of_the_runtime() -> None:
     def plan(path: str) -> PassPlan:
-        return PassPlan(Pocket(), Proposal((Convert(path, "fake"),)))
+        return PassPlan((Convert(path, "fake"),), rewrite=Pocket())
 
     ours = fake_case(add_runtime_hook)
     assert failures(ours, ["hooks_survive"])
@@ -90,7 +90,7 @@ def test_a_module_made_anew_may_have_other_parameters_only_where_the_plan_conver
 
     def plan(path: str) -> PassPlan:
         rows = (Change("head", "another layer"),)
-        return PassPlan(Pocket(), Proposal((Convert(path, "fake"),), rows))
+        return PassPlan((Convert(path, "fake"),), rows, rewrite=Pocket())
 
     told = ["same_keys", "trains", "finite", "ties_survive", "same_classes"]
     assert failures(replace(fake_case(rebuild), plan=plan("head")), told) == []
@@ -109,6 +109,6 @@ def test_parameters_of_a_module_made_anew_must_be_finite_and_get_gradients() -> 
         model.head = nn.Sequential(nn.Conv2d(8, 2, 1)).requires_grad_(False)
 
     rows = (Change("head", "another layer"),)
-    plan = PassPlan(Pocket(), Proposal((Convert("head", "fake"),), rows))
+    plan = PassPlan((Convert("head", "fake"),), rows, rewrite=Pocket())
     assert failures(replace(fake_case(rebuild), plan=plan), ["finite"])
     assert failures(replace(fake_case(freeze), plan=plan), ["trains"])

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pocketize.memory.modules import held_tensors
 from pocketize.memory.stage import real_stage
-from pocketize.memory.step import MeasuredStep, fixed_surroundings, make_step
+from pocketize.memory.step import MeasuredStep, fixed_surroundings
 from pocketize.memory.tracker import is_composite, storages_of
 
 
@@ -42,9 +42,7 @@ def profiled_peak(
 ) -> ProfiledPeak:
     with fixed_surroundings():
         stage = real_stage(model, inputs, None)
-        step = make_step(
-            stage.model, stage.inputs, train=mode == "train", optimizer=optimizer, loss=None
-        )
+        step = MeasuredStep(stage.model, stage.inputs, train=mode == "train", optimizer=optimizer)
         step.run()
         step.clear()
         before = _held(step)

@@ -20,7 +20,7 @@ from pocketize.memory.counters import ProcessMemory
 from pocketize.memory.flops import Macs
 from pocketize.memory.meter import measure_on
 from pocketize.memory.stage import Stage, real_stage
-from pocketize.memory.step import MeasuredStep, Request, fixed_surroundings, make_step
+from pocketize.memory.step import MeasuredStep, Request, fixed_surroundings
 from tools.bench.fresh import MARK, trim
 from tools.bench.memory_nets import NETS
 from tools.bench.memory_rows import ROWS, NotApplicableError, Row
@@ -85,7 +85,7 @@ def work(task: Task) -> dict[str, Any]:
 
 def _untracked(stage: Stage, task: Task) -> dict[str, Any]:
     """The second step and those after it, as the clock and the system see them."""
-    step = make_step(stage.model, stage.inputs, train=True, optimizer="adam", loss=None)
+    step = MeasuredStep(stage.model, stage.inputs, train=True, optimizer="adam")
     step.run()  # Adam's state and, where there is one, the compiler's work
     step.clear()
     trim()
