@@ -91,32 +91,29 @@ class Float32Statistics(Forward):
             ones = input.new_ones(norm.num_channels, dtype=torch.float32)
             return functional.group_norm(input, norm.num_groups, ones, None, norm.eps)
         check_norm_input(norm, input)
-        single = input.dim() == _unbatched(norm)
+        running = isinstance(norm, InstanceNorm)
+        single = running and input.dim() == unbatched_dim(norm)
         batch = input.unsqueeze(0) if single else input
         ones = input.new_ones(batch.shape[1], dtype=torch.float32)
-        if isinstance(norm, InstanceNorm):
+        zeros = torch.zeros_like(ones)
+        if running:
+            momentum = norm.momentum if norm.momentum is not None else 0.0
+            own = norm.training or not norm.track_running_stats
             normalised = functional.instance_norm(
-                batch,
-                norm.running_mean,
-                norm.running_var,
-                ones,
-                torch.zeros_like(ones),
-                norm.training or not norm.track_running_stats,
-                norm.momentum if norm.momentum is not None else 0.0,
-                norm.eps,
+                batch, norm.running_mean, norm.running_var, ones, zeros, own, momentum, norm.eps
             )
         else:  # a batch norm without running statistics: those it has are float32 already
-            normalised = functional.batch_norm(
-                batch, None, None, ones, torch.zeros_like(ones), True, 0.0, norm.eps
-            )
+            normalised = functional.batch_norm(batch, None, None, ones, zeros, True, 0.0, norm.eps)
         return normalised.squeeze(0) if single else normalised
 
 
-def _unbatched(norm: Any) -> int:
-    """How many axes an input has that an instance norm takes for a single sample; 0 if none."""
-    if not isinstance(norm, InstanceNorm):
-        return 0
-    return unbatched_dim(norm)
+_NORMS = (InstanceNorm, BatchNorm, nn.GroupNorm, nn.LayerNorm)
+_FORWARDS = (
+    nn.InstanceNorm1d.forward,
+    nn.BatchNorm1d.forward,
+    nn.GroupNorm.forward,
+    nn.LayerNorm.forward,
+)
 
 
 def keeps_low_statistics(module: nn.Module) -> bool:
@@ -128,15 +125,6 @@ def keeps_low_statistics(module: nn.Module) -> bool:
     if getattr(module, "weight", None) is not None:
         return False
     return not isinstance(module, BatchNorm) or module.running_mean is None
-
-
-_NORMS = (InstanceNorm, BatchNorm, nn.GroupNorm, nn.LayerNorm)
-_FORWARDS = (
-    nn.InstanceNorm1d.forward,
-    nn.BatchNorm1d.forward,
-    nn.GroupNorm.forward,
-    nn.LayerNorm.forward,
-)
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,30 +1,45 @@
 """Checkpointing as a pass: the submodules that free most for the least work are run twice.
 
-Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
+Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174. The
+machinery is ``torch.utils.checkpoint``'s, which replays random states and autocast;
+:mod:`~pocketize.passes.shared.second_run` makes the module for it as the first run found it.
 """
 
 from __future__ import annotations
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "CheckpointedForward"]
 
+import bisect
 import re
+import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from pocketize._torch import global_forward_hooks
 from pocketize.engine.dry_run import DryRun
 from pocketize.engine.pipeline import history
 from pocketize.engine.surgery import apply_edits
-from pocketize.errors import MeasureError, OptionError, PatternError, RewriteError, nearest
+from pocketize.errors import MeasureError, OptionError, PocketizeWarning, RewriteError
 from pocketize.graph.clone import clone_modules
 from pocketize.memory import measure
-from pocketize.passes.checkpoint.checkpointing import CheckpointedForward
 from pocketize.passes.shared import REBUILDING
-from pocketize.passes.shared.forwards import obstacle, wrapping
+from pocketize.passes.shared.forwards import (
+    Forward,
+    hooked,
+    is_foreign,
+    obstacle,
+    without_backward,
+    wrapping,
+)
+from pocketize.passes.shared.patterns import matched
 from pocketize.passes.shared.regions import Region, Survey, survey
+from pocketize.passes.shared.second_run import Run
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.plugin.conversions import conversion
 from pocketize.plugin.edits import Convert
@@ -112,8 +127,7 @@ class Checkpoint(Pass):
         changes = tuple(
             Change(region.path, "runs again in backward", _why(region)) for region in chosen
         )
-        edits = tuple(Convert(region.path, "checkpoint", {}) for region in chosen)
-        return Proposal(edits, changes, tuple(refused), tuple(notes))
+        return Proposal(tuple(_edits(chosen)), changes, tuple(refused), tuple(notes))
 
 
 def _refusal(model: nn.Module) -> str:
@@ -132,19 +146,14 @@ def _why(region: Region) -> str:
     return f"frees {bytes_text(region.frees)} for {large_text(region.work)} operations more"
 
 
+def _edits(regions: Iterable[Region]) -> list[Convert]:
+    return [Convert(region.path, "checkpoint", {}) for region in regions]
+
+
 def _matching(model: nn.Module, patterns: Sequence[str], option: str) -> set[str]:
-    """Return the paths of the submodules that patterns match."""
-    paths = [path for path, _ in model.named_modules() if path]
-    found: set[str] = set()
-    for pattern in patterns:
-        matches = {path for path in paths if fnmatchcase(path, pattern)}
-        if not matches:
-            raise PatternError(
-                f"checkpoint: {option}={pattern!r} matches no module of {type(model).__name__}."
-                f"{nearest(pattern, paths)}"
-            )
-        found |= matches
-    return found
+    """Return the paths of the submodules that patterns match, one path for each."""
+    found = {id(model.get_submodule(p)) for p in matched(model, patterns, f"checkpoint: {option}")}
+    return {path for path, module in model.named_modules() if id(module) in found}
 
 
 def _candidates(
@@ -184,14 +193,10 @@ def _outermost(regions: Sequence[Region]) -> list[Region]:
 
 def _broken(dry_run: DryRun, chosen: Sequence[Region]) -> Iterator[Refusal]:
     """Find the regions that do not train once they are checkpointed."""
-
-    def failure(regions: Sequence[Region]) -> str:
-        return dry_run.error([Convert(region.path, "checkpoint", {}) for region in regions])
-
-    if not chosen or not failure(chosen):
+    if not chosen or not dry_run.error(_edits(chosen)):
         return
     for region in chosen:
-        if text := failure([region]):
+        if text := dry_run.error(_edits([region])):
             yield Refusal(region.path, f"run again it does not do what it did: {text}")
 
 
@@ -247,14 +252,7 @@ class _Search:
         )
         if fits is None:
             return None
-        low, high = 0, fits
-        while low < high:
-            middle = (low + high) // 2
-            if self._peak(middle) <= goal:
-                high = middle
-            else:
-                low = middle + 1
-        return high
+        return bisect.bisect_left(range(fits), True, key=lambda i: self._peak(i) <= goal)
 
     def _peak(self, index: int) -> int:
         if index not in self.tried:
@@ -263,7 +261,7 @@ class _Search:
 
     def _estimated(self, chosen: Sequence[Region]) -> int:
         copied = clone_modules(self.model)
-        apply_edits(copied, [Convert(region.path, "checkpoint", {}) for region in chosen])
+        apply_edits(copied, _edits(chosen))
         given = self.given.optimizer
         return measure(copied, self.inputs, "train", given, estimate=True).peak
 
@@ -332,3 +330,65 @@ def _convert(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> 
         raise RewriteError(f"checkpoint: {reason or 'the module is already checkpointed'}")
     CheckpointedForward(module).install()
     return module
+
+
+class CheckpointedForward(Forward):
+    """A module's forward of which only the inputs are kept for the backward pass.
+
+    Without gradients, and inside function transforms, it is the forward itself; also while modules
+    inside have forward hooks, which must not run twice. Under ``torch.compile`` a module without
+    buffers is part of the compiled graph, and the compiler recomputes its operators; a module with
+    buffers runs outside of it, because the compiler would update them twice.
+    """
+
+    #: Whether the warning about hooks was given.
+    _warned = False
+
+    lowers: ClassVar[str] = "checkpoint"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.RLock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward, and remember how to run it again."""
+        if without_backward():
+            return self.original(*args, **kwargs)
+        if torch.compiler.is_compiling() and not list(self.module.buffers()):
+            return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
+        return self._checkpointed(*args, **kwargs)
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
+    def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_hooked():
+            return self.original(*args, **kwargs)
+        # A second run gives the module the attributes that it had: other threads wait meanwhile.
+        with self._lock:
+            run = Run(self.module, self.original, self._lock, args, kwargs)
+            return checkpoint(run, *run.saved, use_reentrant=False, context_fn=run.contexts)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _is_hooked(self) -> bool:
+        """Tell, and warn once, if forward hooks would run twice."""
+        inner = {path: m for path, m in self.module.named_modules() if m is not self.module}
+        path = hooked(inner)
+        if not path and not (inner and any(map(is_foreign, global_forward_hooks()))):
+            return False
+        if not self._warned:
+            self._warned = True
+            kind = type(self.module).__name__
+            warnings.warn(
+                f"checkpoint: {path or 'every module'} of a checkpointed {kind} has forward hooks, "
+                f"which would run again in the backward pass, so the {kind} keeps its activations "
+                "until they are removed",
+                PocketizeWarning,
+                stacklevel=2,
+            )
+        return True

@@ -24,6 +24,7 @@ from pocketize._torch import FakeTensor, storage_key, version_of
 from pocketize.engine.pipeline import history
 from pocketize.errors import ExecutionError, OptionError, RewriteError
 from pocketize.graph.capture import find_tensors
+from pocketize.memory.in_place import is_dense
 from pocketize.passes.shared import REBUILDING
 from pocketize.passes.shared.forwards import (
     Forward,
@@ -179,13 +180,13 @@ class OffloadedForward(Forward):
                 "weights cannot be told from activations; shard the model without this pass, e.g. "
                 "with fully_shard(model, offload_policy=CPUOffloadPolicy())"
             )
-        return _Mover(self, own, dict(self.module.named_parameters()))
+        return _Mover(self, own)
 
     def place(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Move a tensor away and return what brings it back."""
         if isinstance(tensor, FakeTensor):
-            return _FakeCopy(tensor)
-        return _FileCopy(tensor, self.folder) if self.disk else _HostCopy(tensor)
+            return _fake_copy(tensor)
+        return _file_copy(tensor, self.folder) if self.disk else _host_copy(tensor)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -196,14 +197,12 @@ def _fetch(kept: _StayingTensor | _MovedTensor) -> Tensor:
 class _Mover:
     """Moves the tensors that autograd saves in one forward, each of them once."""
 
-    def __init__(
-        self, forward: OffloadedForward, own: Iterable[Tensor], weights: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, forward: OffloadedForward, own: Iterable[Tensor]) -> None:
         self._forward = forward
         self._own = {storage_key(tensor) for tensor in own if tensor.layout is torch.strided}
         self._names = {
             storage_key(weight): f"parameter {name!r}"
-            for name, weight in weights.items()
+            for name, weight in forward.module.named_parameters()
             if weight.layout is torch.strided
         }
         self._moved: weakref.WeakValueDictionary[Any, _MovedTensor] = weakref.WeakValueDictionary()
@@ -212,10 +211,8 @@ class _Mover:
     def pack(self, tensor: Tensor) -> _StayingTensor | _MovedTensor:
         """Return what autograd keeps instead of a tensor."""
         if not self._moves(tensor):
-            name = ""
-            if self._names and tensor.layout is torch.strided:
-                name = self._names.get(storage_key(tensor), "")
-            return _StayingTensor(tensor, name)
+            strided = self._names and tensor.layout is torch.strided
+            return _StayingTensor(tensor, strided and self._names.get(storage_key(tensor)))
         layout = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
         key = storage_key(tensor), version_of(tensor), layout
         moved = self._moved.get(key)
@@ -250,7 +247,7 @@ class _StayingTensor:
 
     __slots__ = ("_name", "_tensor", "_version")
 
-    def __init__(self, tensor: Tensor, name: str) -> None:
+    def __init__(self, tensor: Tensor, name: Any) -> None:
         self._tensor, self._version, self._name = tensor.detach(), version_of(tensor), name
 
     def fetch(self) -> Tensor:
@@ -280,68 +277,51 @@ class _MovedTensor:
         return tensor
 
 
-class _HostCopy:
-    """A copy in host memory; pinned, so that copying does not block the host."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._device = tensor.device
-        self._pinned = tensor.is_cuda
-        self._copy = torch.empty_like(tensor, device="cpu", pin_memory=self._pinned)
-        self._copy.copy_(tensor, non_blocking=self._pinned)
-
-    def __call__(self) -> Tensor:
-        return self._copy.to(self._device, non_blocking=self._pinned)
+def _host_copy(tensor: Tensor) -> Callable[[], Tensor]:
+    """Copy to host memory; pinned, so that copying does not block the host."""
+    device, pinned = tensor.device, tensor.is_cuda
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+    copy.copy_(tensor, non_blocking=pinned)
+    return lambda: copy.to(device, non_blocking=pinned)
 
 
-class _FileCopy:
-    """The bytes in a temporary file, which is closed after the last read."""
+def _file_copy(tensor: Tensor, folder: str | None) -> Callable[[], Tensor]:
+    """Write the bytes to a temporary file, which is closed after the last read."""
+    flat = tensor if is_dense(tensor.shape, tensor.stride()) else tensor.contiguous()
+    device, dtype, shape, stride = flat.device, flat.dtype, flat.shape, flat.stride()
+    try:
+        # It has no name, so that none is left behind; closed with the last who may read it.
+        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
 
-    def __init__(self, tensor: Tensor, folder: str | None) -> None:
-        self._empty = tensor.new_empty(0)
-        self._shape, self._stride = tensor.shape, tensor.stride()
-        flat = tensor if _is_dense(tensor) else tensor.contiguous()
-        self._stride = flat.stride()
-        try:
-            # It has no name, so that none is left behind; closed with the last who may read it.
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-            weakref.finalize(self, self._file.close)
-            _write(flat, self._file)
-        except OSError as error:
-            where = folder or tempfile.gettempdir()
-            raise ExecutionError(
-                f"offload: {bytes_text(tensor.nbytes)} cannot be written to {where}: {error}. "
-                "Make room there, or name another folder"
-            ) from error
+        def read() -> Tensor:
+            file.seek(0)
+            linear = torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(dtype)
+            return linear.to(device).as_strided(shape, stride)
 
-    def __call__(self) -> Tensor:
-        self._file.seek(0)
-        read = torch.from_numpy(np.fromfile(self._file, dtype=np.uint8)).view(self._empty.dtype)
-        return read.to(self._empty.device).as_strided(self._shape, self._stride)
+        weakref.finalize(read, file.close)
+        _write(flat, file)
+    except OSError as error:
+        where = folder or tempfile.gettempdir()
+        raise ExecutionError(
+            f"offload: {bytes_text(tensor.nbytes)} cannot be written to {where}: {error}. "
+            "Make room there, or name another folder"
+        ) from error
+    return read
 
 
-class _FakeCopy:
-    """A copy in estimates, where tensors have no values."""
+def _fake_copy(tensor: FakeTensor) -> Callable[[], Tensor]:
+    """Copy in an estimate, where tensors have no values."""
+    shape, stride, dtype, device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    mode = tensor.fake_mode
 
-    def __init__(self, tensor: FakeTensor) -> None:
-        self._like = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.fake_mode
-
-    def __call__(self) -> Tensor:
-        shape, stride, dtype, device, mode = self._like
+    def empty() -> Tensor:
         with mode:
             return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+    return empty
 
 
 def _write(tensor: Tensor, file: Any) -> None:
     """Write a dense tensor in the order of memory, as bytes: NumPy has no bfloat16."""
     linear = tensor.as_strided((tensor.numel(),), (1,)).cpu().view(torch.uint8)
     linear.numpy().tofile(file)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["matching"]
+__all__ = ["matched", "matching"]
 
 import fnmatch
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from torch import nn
 from pocketize.errors import PatternError, nearest
 
 
-def matching(model: nn.Module, patterns: Sequence[str], option: str) -> dict[str, str]:
-    """Return the pattern that names a module, for every module that one names or that is inside.
+def matched(model: nn.Module, patterns: Sequence[str], option: str) -> dict[str, str]:
+    """Return the first pattern that names a module, by the module's path.
 
     Args:
         model: the model.
@@ -26,14 +26,25 @@ def matching(model: nn.Module, patterns: Sequence[str], option: str) -> dict[str
     paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
     found: dict[str, str] = {}
     for pattern in patterns:
-        matched = {path for path in paths if fnmatch.fnmatchcase(path, pattern)}
-        if not matched:
+        named = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
+        if not named:
             raise PatternError(
                 f"{option}={pattern!r} matches no module of {type(model).__name__}."
                 f"{nearest(pattern, paths)}"
             )
-        inside = {id(m) for path in matched for m in model.get_submodule(path).modules()}
-        for path, module in model.named_modules():
-            if id(module) in inside:
-                found.setdefault(path, pattern)
+        for path in named:
+            found.setdefault(path, pattern)
     return found
+
+
+def matching(model: nn.Module, patterns: Sequence[str], option: str) -> dict[str, str]:
+    """Return the same as :func:`matched`, also for every module inside one that is named."""
+    patterns_of: dict[int, str] = {}
+    for path, pattern in matched(model, patterns, option).items():
+        for module in model.get_submodule(path).modules():
+            patterns_of.setdefault(id(module), pattern)
+    return {
+        path: patterns_of[id(module)]
+        for path, module in model.named_modules()
+        if id(module) in patterns_of
+    }

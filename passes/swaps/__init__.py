@@ -1,8 +1,8 @@
 """Swaps: blocks with fewer parameters replace convolutions, and start from their weights.
 
-Low to high: ``decompositions`` of a weight, ``blocks`` (modules), ``conversions`` (a convolution
-becomes a block), ``sites`` (which convolutions could, and what that saves), ``intermediate`` (norms
-and activations inside), ``base`` (the pass), and one file for each pass.
+Low to high: ``decompositions`` of a weight, ``intermediate`` (norms and activations inside),
+``blocks`` (modules, and how a convolution becomes one), ``sites`` (which convolutions could, and
+what that saves), ``base`` (the pass), and one file for each pass.
 """
 
 from __future__ import annotations

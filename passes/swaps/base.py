@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-__all__ = ["Swap", "Swapped", "kept_share", "no_values"]
+__all__ = ["Swap", "Swapped"]
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pocketize._torch import ConvNd
+from pocketize.channels.levels import find_sides
 from pocketize.engine.dry_run import DryRun
 from pocketize.errors import OptionError
 from pocketize.initial.parameters import has_values
 from pocketize.passes.shared import RESIZING
-from pocketize.passes.swaps.decompositions import folded, relative_error
+from pocketize.passes.shared.patterns import matching
+from pocketize.passes.swaps.blocks import ConvBlock
+from pocketize.passes.swaps.decompositions import folded, relative_error, rounding_of
 from pocketize.passes.swaps.intermediate import Intermediate, Intermediates
-from pocketize.passes.swaps.sites import (
-    SIDES,
-    ConvSite,
-    SwapCost,
-    find_sites,
-    matching,
-    on_side,
-    swap_cost,
-)
+from pocketize.passes.swaps.sites import ConvSite, SwapCost, find_sites, swap_cost
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.plugin.edits import Convert, Edit, Redraw
 from pocketize.units import bytes_text
 
-_NOTHING = Intermediate({}, {})
+_SIDES = ("encoder", "decoder")
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Swapped:
         cost: what it costs and saves.
         error: relative error of the block's weight; None where the block gets new weights.
         inner: norm and activation inside the block.
-        options: of the conversion.
+        edit: the conversion.
     """
 
     site: ConvSite
@@ -53,12 +48,12 @@ class Swapped:
     cost: SwapCost
     error: float | None
     inner: Intermediate
-    options: Mapping[str, Any]
+    edit: Convert
 
 
 @dataclass(frozen=True, kw_only=True)
 class Swap(Pass):
-    """Replace convolutions by blocks with fewer parameters.
+    """Replace convolutions by blocks with fewer parameters; the conversion is named as the pass.
 
     Attributes:
         keep: patterns of module paths (fnmatch) whose convolutions stay.
@@ -71,11 +66,13 @@ class Swap(Pass):
         activations: "weighed" swaps where weights, gradients and Adam's moments save at least the
             bytes that the activations inside cost, "any" wherever parameters are saved.
         force: patterns of the module paths to swap even where that saves nothing.
+        ratio: how many channels or kernels are inside, or "energy:0.95": the fewest parameters that
+            keep that share of the squared norm of each weight.
     """
 
     after: ClassVar[tuple[str, ...]] = RESIZING
-    #: Name of the conversion.
-    conversion: ClassVar[str]
+    #: Class of the blocks.
+    block: ClassVar[type[ConvBlock]]
 
     keep: tuple[str, ...] = ()
     min_channels: int = 8
@@ -84,17 +81,37 @@ class Swap(Pass):
     weights: Literal["decompose", "reset"] = "decompose"
     activations: Literal["weighed", "any"] = "weighed"
     force: tuple[str, ...] = ()
+    ratio: int | str | None = None
 
     def validate(self) -> None:
-        """Refuse options that choose nothing."""
-        if self.min_channels < 1:
-            raise OptionError(
-                f"{self.name}: option 'min_channels' must be at least 1, not {self.min_channels}"
-            )
+        """Refuse options that choose nothing, and ratios that are no number and no share."""
         if not self.where:
             raise OptionError(
-                f"{self.name}: option 'where' must name {', '.join(map(repr, SIDES))} or patterns"
+                f"{self.name}: option 'where' must name 'all', 'encoder', 'decoder' or patterns"
             )
+        self._share()
+        for option in ("min_channels", "multiplier"):
+            if (value := getattr(self, option, 1)) < 1:
+                raise OptionError(f"{self.name}: option {option!r} must be at least 1, not {value}")
+
+    def _share(self) -> float | None:
+        """Return the share that ``"energy:0.95"`` names; None for a number or for none."""
+        ratio = self.ratio
+        if ratio is None or (isinstance(ratio, int) and ratio >= 1):
+            return None
+        if isinstance(ratio, str):
+            word, _, number = ratio.partition(":")
+            try:
+                share = float(number)
+            except ValueError:
+                share = 0.0
+            if word == "energy" and 0.0 < share <= 1.0:
+                return share
+        raise OptionError(
+            f"{self.name}: option 'ratio': expected a whole number of at least 1, or "
+            "'energy:SHARE' with a share above 0 and at most 1 such as 'energy:0.95', "
+            f"got {ratio!r}"
+        )
 
     @property
     def guarantee(self) -> Guarantee:
@@ -102,17 +119,46 @@ class Swap(Pass):
         carried = self.weights == "decompose" and not self.inner_norm
         return Guarantee.APPROXIMATE if carried else Guarantee.RETRAIN
 
-    @abc.abstractmethod
     def ranks(self, conv: ConvNd) -> tuple[int, ...] | str:
         """Return the ranks of the block for a convolution, or why there are none."""
+        share = self._share()
+        if share is None:
+            o, i, *kernel = conv.weight.shape
+            return self.given_ranks(o, i, torch.Size(kernel).numel())
+        if not has_values(conv.weight):
+            return (
+                f"ratio={self.ratio!r} needs the weight's values, and it has none (it is on the "
+                "meta device); give a number"
+            )
+        return self.ranks_by_energy(folded(conv.weight), share, rounding_of(conv.weight.dtype))
 
     @abc.abstractmethod
-    def approximation(self, weight: Tensor, ranks: Sequence[int]) -> Tensor:
-        """Return the weight (o, i, k) that a block of these ranks has before training."""
+    def given_ranks(self, o: int, i: int, taps: int) -> tuple[int, ...]:
+        """Return the ranks that the options name.
+
+        Args:
+            o: channels out.
+            i: channels in.
+            taps: size of the kernel.
+        """
+
+    @abc.abstractmethod
+    def ranks_by_energy(self, weight: Tensor, share: float, rounding: float) -> tuple[int, ...]:
+        """Return the ranks with the fewest parameters that keep enough.
+
+        Args:
+            weight: (o, i, k) in float64.
+            share: of the energy that is to be kept.
+            rounding: how much less than that is still enough.
+        """
 
     @abc.abstractmethod
     def describe(self, ranks: Sequence[int]) -> str:
         """Say the ranks, for the plan."""
+
+    def approximation(self, weight: Tensor, ranks: Sequence[int]) -> Tensor:
+        """Return the weight (o, i, k) that a block of these ranks has before training."""
+        return self.block.decompose(weight, *ranks).composed()
 
     def propose(self, target: Target) -> Proposal:
         """Choose the convolutions.
@@ -123,10 +169,12 @@ class Swap(Pass):
         model = target.model
         kept = matching(model, self.keep, f"{self.name}: keep")
         forced = matching(model, self.force, f"{self.name}: force")
-        patterns = [word for word in self.where if word not in SIDES]
+        patterns = [word for word in self.where if word not in ("all", *_SIDES)]
         wanted = set(matching(model, patterns, f"{self.name}: where"))
-        if "encoder" in self.where or "decoder" in self.where:
-            wanted |= on_side(target.traced(), self.where)
+        sides = set(self.where).intersection(_SIDES)
+        if sides:
+            found = find_sides(target.traced())
+            wanted |= {path for path, side in found.items() if side in sides}
         inside = Intermediates(model, target.traced()) if self.inner_norm else None
         swapped: list[Swapped] = []
         refused: list[Refusal] = []
@@ -137,7 +185,7 @@ class Swap(Pass):
             if not why and "all" not in self.where and site.path not in wanted:
                 why = f"where={'|'.join(self.where)} leaves it out"
             if not why:
-                inner = inside.of(site.path) if inside else _NOTHING
+                inner = inside.of(site.path) if inside else Intermediate({}, {})
                 why = self._weighed(site, inner, site.path in forced)
             if isinstance(why, Swapped):
                 swapped.append(why)
@@ -173,7 +221,7 @@ class Swap(Pass):
             "norm": dict(inner.norm),
             "activation": dict(inner.activation),
         }
-        cost = swap_cost(conv, site.calls, self.conversion, options)
+        cost = swap_cost(conv, site.calls, self.name, options)
         if cost.after >= cost.before and not forced:
             return f"no parameters saved: {cost.before:,} -> {cost.after:,}"
         if self.activations == "weighed" and cost.saved < cost.added and not forced:
@@ -186,11 +234,12 @@ class Swap(Pass):
             with torch.inference_mode(False), torch.no_grad():
                 weight = folded(conv.weight)
                 error = relative_error(weight, self.approximation(weight, ranks))
-        return Swapped(site, ranks, cost, error, inner, options)
+        edit = Convert(site.path, self.name, options)
+        return Swapped(site, ranks, cost, error, inner, edit)
 
     def _edits(self, swapped: Sequence[Swapped]) -> Iterator[Edit]:
         for one in swapped:
-            yield Convert(one.site.path, self.conversion, dict(one.options))
+            yield one.edit
         if self.weights == "reset":
             for one in swapped:
                 yield Redraw(one.site.path)
@@ -252,37 +301,3 @@ class Swap(Pass):
             yield "the blocks are initialised as the convolutions were; all other weights stay"
         elif any(one.error is None for one in swapped):
             yield "weights without values cannot be decomposed: only shapes are planned"
-
-
-def kept_share(ratio: int | str | None, name: str) -> float | None:
-    """Return the share that ``"energy:0.95"`` names; None for a number or for none.
-
-    Args:
-        ratio: the option.
-        name: of the pass, for the error.
-
-    Raises:
-        OptionError: it is neither a number of at least 1 nor a share above 0 and at most 1.
-    """
-    if ratio is None or (isinstance(ratio, int) and ratio >= 1):
-        return None
-    if isinstance(ratio, str):
-        word, _, number = ratio.partition(":")
-        try:
-            share = float(number)
-        except ValueError:
-            share = 0.0
-        if word == "energy" and 0.0 < share <= 1.0:
-            return share
-    raise OptionError(
-        f"{name}: option 'ratio': expected a whole number of at least 1, or 'energy:SHARE' with a "
-        f"share above 0 and at most 1 such as 'energy:0.95', got {ratio!r}"
-    )
-
-
-def no_values(ratio: int | str | None) -> str:
-    """Return why a share of energy cannot be kept of a weight without memory."""
-    return (
-        f"ratio={ratio!r} needs the weight's values, and it has none (it is on the meta device); "
-        "give a number"
-    )

@@ -15,11 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pocketize._torch import ConvNd
-from pocketize.initial.parameters import has_values
-from pocketize.passes.swaps.base import Swap, kept_share, no_values
-from pocketize.passes.swaps.conversions import BOTTLENECK
-from pocketize.passes.swaps.decompositions import cheapest, folded, rounding_of, tucker, tucker_kept
+from pocketize.passes.swaps.base import Swap
+from pocketize.passes.swaps.blocks import BottleneckBlock
+from pocketize.passes.swaps.decompositions import cheapest, tucker_kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,38 +34,26 @@ class Bottleneck(Swap):
 
     name: ClassVar[str] = "bottleneck"
     summary: ClassVar[str] = "Convolutions become 1x1, kernel between few channels, 1x1"
-    conversion: ClassVar[str] = BOTTLENECK
+    block = BottleneckBlock
 
     ratio: int | str = 4
 
-    def validate(self) -> None:
-        """Refuse ratios that are no number and no share."""
-        super().validate()
-        kept_share(self.ratio, self.name)
-
-    def ranks(self, conv: ConvNd) -> tuple[int, ...] | str:
+    def given_ranks(self, o: int, i: int, taps: int) -> tuple[int, ...]:
         """Return r_o and r_i."""
-        o, i, *kernel = conv.weight.shape
-        share = kept_share(self.ratio, self.name)
-        if isinstance(self.ratio, int):
-            inside = max(1, o // self.ratio)
-            if self.weights == "reset":
-                return inside, inside
-            taps = int(torch.Size(kernel).numel())
-            # More channels than the other side can fill would carry nothing.
-            inner = min(inside, i)
-            return min(inside, inner * taps), inner
-        if not has_values(conv.weight):
-            return no_values(self.ratio)
-        assert share is not None
-        weight = folded(conv.weight)
-        rows, columns = (torch.arange(1, n + 1, device=weight.device) for n in (o, i))
-        cost = columns * i + rows[:, None] * (columns * weight.shape[2] + o)
-        return cheapest(tucker_kept(weight), cost, share, rounding_of(conv.weight.dtype))
+        assert isinstance(self.ratio, int)
+        inside = max(1, o // self.ratio)
+        if self.weights == "reset":
+            return inside, inside
+        # More channels than the other side can fill would carry nothing.
+        inner = min(inside, i)
+        return min(inside, inner * taps), inner
 
-    def approximation(self, weight: Tensor, ranks: Sequence[int]) -> Tensor:
-        """Return the weight of Tucker ranks r_o and r_i."""
-        return tucker(weight, ranks[0], ranks[1]).composed()
+    def ranks_by_energy(self, weight: Tensor, share: float, rounding: float) -> tuple[int, ...]:
+        """Return r_o and r_i."""
+        o, i, taps = weight.shape
+        rows, columns = (torch.arange(1, n + 1, device=weight.device) for n in (o, i))
+        cost = columns * i + rows[:, None] * (columns * taps + o)
+        return cheapest(tucker_kept(weight), cost, share, rounding)
 
     def describe(self, ranks: Sequence[int]) -> str:
         """Say the channels inside, in the order in which they come."""

@@ -16,18 +16,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pocketize._torch import ConvNd
 from pocketize.errors import OptionError
-from pocketize.initial.parameters import has_values
-from pocketize.passes.swaps.base import Swap, kept_share, no_values
-from pocketize.passes.swaps.conversions import COMPACT
+from pocketize.passes.swaps.base import Swap
+from pocketize.passes.swaps.blocks import CompactConvBlock
 from pocketize.passes.swaps.decompositions import (
     block_terms,
     block_terms_kept,
     cheapest,
-    folded,
     relative_error,
-    rounding_of,
 )
 
 #: Multipliers for which fewer channels are looked for than the first decomposition needs.
@@ -51,78 +47,57 @@ class CompactBlock(Swap):
 
     name: ClassVar[str] = "compact-block"
     summary: ClassVar[str] = "Convolutions become 1x1, depthwise between few channels, 1x1"
-    conversion: ClassVar[str] = COMPACT
+    block = CompactConvBlock
 
     ratio: int | str = 4
     multiplier: int = 1
 
     def validate(self) -> None:
-        """Refuse ratios that are no number and no share, and multipliers below one."""
+        """Refuse a share together with a multiplier."""
         super().validate()
-        share = kept_share(self.ratio, self.name)
-        if self.multiplier < 1:
-            raise OptionError(
-                f"{self.name}: option 'multiplier' must be at least 1, not {self.multiplier}"
-            )
-        if share is not None and self.multiplier != 1:
+        if isinstance(self.ratio, str) and self.multiplier != 1:
             raise OptionError(
                 f"{self.name}: ratio={self.ratio!r} chooses the multiplier, too; leave it out"
             )
 
-    def ranks(self, conv: ConvNd) -> tuple[int, ...] | str:
+    def given_ranks(self, o: int, i: int, taps: int) -> tuple[int, ...]:
         """Return the channels inside and the depth multiplier."""
-        o, i, *kernel = conv.weight.shape
-        share = kept_share(self.ratio, self.name)
-        if isinstance(self.ratio, int):
-            inside = max(1, o // self.ratio)
-            if self.weights == "reset":
-                return inside, self.multiplier
-            return min(inside, i), min(self.multiplier, o, torch.Size(kernel).numel())
-        if not has_values(conv.weight):
-            return no_values(self.ratio)
-        assert share is not None
-        return _by_energy(folded(conv.weight), share, rounding_of(conv.weight.dtype))
+        assert isinstance(self.ratio, int)
+        inside = max(1, o // self.ratio)
+        if self.weights == "reset":
+            return inside, self.multiplier
+        return min(inside, i), min(self.multiplier, o, taps)
 
-    def approximation(self, weight: Tensor, ranks: Sequence[int]) -> Tensor:
-        """Return the weight of so many channels inside, with so many kernels each."""
-        return block_terms(weight, ranks[0], ranks[1]).composed()
+    def ranks_by_energy(self, weight: Tensor, share: float, rounding: float) -> tuple[int, ...]:
+        """Return the channels inside and the multiplier.
+
+        The decomposition before any improvement tells exactly what it keeps, for all ranks at once.
+        From there, fewer channels are tried by bisection, with the improvement.
+        """
+        o, i, k = weight.shape
+        kept = block_terms_kept(weight)
+        channels, kernels = (torch.arange(1, n + 1, device=kept.device) for n in kept.shape)
+        cost = channels[:, None] * (i + kernels * (k + o))
+        best = cheapest(kept, cost, share, rounding)
+
+        def enough(r: int, m: int) -> bool:
+            error = relative_error(weight, block_terms(weight, r, m, _SWEEPS).composed())
+            return 1 - error**2 >= share - rounding
+
+        # However many kernels they have, fewer channels cannot keep enough.
+        least = 1 + int((kept[:, -1] < share - rounding).sum())
+        for m in (m for m in _TRIED if m <= kept.shape[1]):
+            cheaper = (cost[:, m - 1] < cost[best[0] - 1, best[1] - 1]).sum()
+            low, high = min(least, i), min(int(cheaper), o * i * k // (i + m * (k + o)))
+            if high < low or not enough(high, m):
+                continue
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if enough(middle, m) else (middle + 1, high)
+            best = high, m
+        return best
 
     def describe(self, ranks: Sequence[int]) -> str:
         """Say channels and multiplier."""
         kernels = "" if ranks[1] == 1 else f" with {ranks[1]} kernels each"
         return f"{ranks[0]} channels inside{kernels}"
-
-
-def _by_energy(weight: Tensor, share: float, rounding: float) -> tuple[int, ...]:
-    """Return the channels inside and the multiplier with the fewest parameters that were found.
-
-    The decomposition before any improvement tells exactly what it keeps, for all ranks at once.
-    From there, fewer channels are tried by bisection, with the improvement.
-
-    Args:
-        weight: (o, i, k) in float64.
-        share: of the energy that is to be kept.
-        rounding: how much less than that is still enough.
-    """
-    o, i, k = weight.shape
-    kept = block_terms_kept(weight)
-    channels, kernels = (torch.arange(1, n + 1, device=kept.device) for n in kept.shape)
-    cost = channels[:, None] * (i + kernels * (k + o))
-    best = cheapest(kept, cost, share, rounding)
-
-    def enough(r: int, m: int) -> bool:
-        error = relative_error(weight, block_terms(weight, r, m, _SWEEPS).composed())
-        return 1 - error**2 >= share - rounding
-
-    # However many kernels they have, fewer channels cannot keep enough.
-    least = 1 + int((kept[:, -1] < share - rounding).sum())
-    for m in (m for m in _TRIED if m <= kept.shape[1]):
-        cheaper = (cost[:, m - 1] < cost[best[0] - 1, best[1] - 1]).sum()
-        low, high = min(least, i), min(int(cheaper), o * i * k // (i + m * (k + o)))
-        if high < low or not enough(high, m):
-            continue
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if enough(middle, m) else (middle + 1, high)
-        best = high, m
-    return best

@@ -124,6 +124,10 @@ class Tucker(NamedTuple):
         wide = torch.einsum("abk,ib->aik", self.core, self.inner)
         return torch.einsum("oa,aik->oik", self.outer, wide)
 
+    def weights(self) -> tuple[Tensor, ...]:
+        """Return the weights of the layers of a block, in the order in which they run."""
+        return self.inner.T, self.core, self.outer
+
 
 def tucker(weight: Tensor, outer: int, inner: int) -> Tucker:
     """Return the truncated higher-order SVD, improved by a few sweeps of orthogonal iteration.
@@ -182,6 +186,10 @@ class Channelwise(NamedTuple):
     def composed(self) -> Tensor:
         """Return the tensor (o, i, k) that the factors stand for."""
         return torch.einsum("iom,imk->oik", self.columns, self.kernels)
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """Return the weights of the layers of a block, in the order in which they run."""
+        return self.kernels, self.columns.permute(1, 0, 2)
 
 
 def channelwise(weight: Tensor, multiplier: int) -> Channelwise:
@@ -257,10 +265,12 @@ class BlockTerms(NamedTuple):
 
     def composed(self) -> Tensor:
         """Return the tensor (o, i, k) that the factors stand for."""
-        return torch.einsum("ojk,ij->oik", self._mixed(), self.mix)
+        mixed = torch.einsum("ojl,jlk->ojk", self.columns, self.kernels)
+        return torch.einsum("ojk,ij->oik", mixed, self.mix)
 
-    def _mixed(self) -> Tensor:
-        return torch.einsum("ojl,jlk->ojk", self.columns, self.kernels)
+    def weights(self) -> tuple[Tensor, ...]:
+        """Return the weights of the layers of a block, in the order in which they run."""
+        return self.mix.T, self.kernels, self.columns
 
 
 def block_terms(

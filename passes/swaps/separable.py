@@ -16,18 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pocketize._torch import ConvNd
 from pocketize.errors import OptionError
-from pocketize.initial.parameters import has_values
-from pocketize.passes.swaps.base import Swap, kept_share, no_values
-from pocketize.passes.swaps.conversions import SEPARABLE
-from pocketize.passes.swaps.decompositions import (
-    channelwise,
-    channelwise_kept,
-    cheapest,
-    folded,
-    rounding_of,
-)
+from pocketize.passes.swaps.base import Swap
+from pocketize.passes.swaps.blocks import SeparableBlock
+from pocketize.passes.swaps.decompositions import channelwise_kept, cheapest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,41 +37,30 @@ class Separable(Swap):
 
     name: ClassVar[str] = "separable"
     summary: ClassVar[str] = "Convolutions become depthwise, then pointwise"
-    conversion: ClassVar[str] = SEPARABLE
+    block = SeparableBlock
 
     multiplier: int = 1
     ratio: str | None = None
 
     def validate(self) -> None:
-        """Refuse multipliers below one and ratios that are no share."""
+        """Refuse a ratio together with a multiplier."""
         super().validate()
-        kept_share(self.ratio, self.name)
-        if self.multiplier < 1:
-            raise OptionError(
-                f"{self.name}: option 'multiplier' must be at least 1, not {self.multiplier}"
-            )
         if self.ratio is not None and self.multiplier != 1:
             raise OptionError(
                 f"{self.name}: options 'ratio' and 'multiplier' both say how many kernels a channel"
                 " gets; give one of them"
             )
 
-    def ranks(self, conv: ConvNd) -> tuple[int, ...] | str:
+    def given_ranks(self, o: int, i: int, taps: int) -> tuple[int, ...]:
         """Return the depth multiplier."""
-        o, _, *kernel = conv.weight.shape
-        share = kept_share(self.ratio, self.name)
-        if share is None:
-            full = min(o, torch.Size(kernel).numel())
-            return (self.multiplier if self.weights == "reset" else min(self.multiplier, full),)
-        if not has_values(conv.weight):
-            return no_values(self.ratio)
-        kept = channelwise_kept(folded(conv.weight))
-        cost = torch.arange(1, len(kept) + 1, device=kept.device)
-        return cheapest(kept, cost, share, rounding_of(conv.weight.dtype))
+        reset = self.weights == "reset"
+        return (self.multiplier if reset else min(self.multiplier, o, taps),)
 
-    def approximation(self, weight: Tensor, ranks: Sequence[int]) -> Tensor:
-        """Return the weight with so many kernels a channel."""
-        return channelwise(weight, ranks[0]).composed()
+    def ranks_by_energy(self, weight: Tensor, share: float, rounding: float) -> tuple[int, ...]:
+        """Return the depth multiplier."""
+        kept = channelwise_kept(weight)
+        cost = torch.arange(1, len(kept) + 1, device=kept.device)
+        return cheapest(kept, cost, share, rounding)
 
     def describe(self, ranks: Sequence[int]) -> str:
         """Say the multiplier."""

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "SIDES",
-    "STATES",
-    "ConvCall",
-    "ConvSite",
-    "SwapCost",
-    "find_sites",
-    "matching",
-    "on_side",
-    "swap_cost",
-]
+__all__ = ["ConvSite", "SwapCost", "find_sites", "swap_cost"]
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,41 +14,17 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from pocketize._torch import ConvNd, ConvTransposeNd, FakeTensorMode, same_convolution
-from pocketize.channels.levels import find_sides
 from pocketize.graph.capture import TracedGraph
 from pocketize.initial.parameters import has_values
 from pocketize.memory.saved import SavedTensors
 from pocketize.ops import is_convolution
 from pocketize.passes.shared.forwards import obstacle
-from pocketize.passes.shared.patterns import matching
-from pocketize.passes.swaps.blocks import ConvBlock
-from pocketize.passes.swaps.conversions import conv_layer, numbers
+from pocketize.passes.swaps.blocks import ConvBlock, conv_layer
 from pocketize.plugin.conversions import find_conversion
 
-#: Words of the option ``where`` that are no patterns.
-SIDES = ("all", "encoder", "decoder")
-
-
-def on_side(traced: TracedGraph, where: Sequence[str]) -> set[str]:
-    """Return the paths of the layers on the sides of a network that are named."""
-    wanted = set(where) & {"encoder", "decoder"}
-    return {path for path, side in find_sides(traced).items() if side in wanted}
-
-
 _STOCK = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@dataclass(frozen=True)
-class ConvCall:
-    """One use of a convolution in a forward.
-
-    Attributes:
-        shape: of what comes in, (N, i, *spatial) or (i, *spatial).
-        dtype: its dtype.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+#: Tensors of a parameter's size in a training step: itself, its gradient, and Adam's two moments.
+_STATES = 4
 
 
 @dataclass(frozen=True)
@@ -68,13 +34,14 @@ class ConvSite:
     Attributes:
         path: its path.
         conv: the module; None where it is of another kind.
-        calls: its uses in one forward, in training.
+        calls: shape, (N, i, *spatial) or (i, *spatial), and dtype of its inputs in one forward, in
+            training.
         refused: why it has to stay; ``""`` if it has not.
     """
 
     path: str
     conv: ConvNd | None = None
-    calls: tuple[ConvCall, ...] = ()
+    calls: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
     refused: str = ""
 
 
@@ -90,7 +57,7 @@ def find_sites(model: nn.Module, evaluated: TracedGraph, trained: TracedGraph) -
         Sites in the order of registration. Convolutions with a kernel of one voxel are none, and of
         blocks from an earlier swap only the block itself is one.
     """
-    reader = _ConvUses(model, evaluated, trained)
+    uses = _ConvUses(model, evaluated, trained)
     sites: list[ConvSite] = []
     blocks: set[int] = set()
     for path, module in model.named_modules():
@@ -103,22 +70,18 @@ def find_sites(model: nn.Module, evaluated: TracedGraph, trained: TracedGraph) -
             if "Conv" in str(getattr(module, "original_name", "")):
                 sites.append(ConvSite(path, refused=obstacle(module)))
         elif isinstance(module, ConvNd) and max(module.kernel_size) > 1:
-            why = reader.obstacle(path, module)
-            sites.append(ConvSite(path, module, reader.calls(path, module), why))
+            calls = tuple(_call(node, module) for node in uses.trained[path])
+            why = next((why for why in uses.obstacles(path, module) if why), "")
+            sites.append(ConvSite(path, module, calls, why))
     return sites
 
 
 class _ConvUses:
-    """Reads both traces of a model."""
+    """Who calls and who reads convolutions, in both traces of a model."""
 
     def __init__(self, model: nn.Module, evaluated: TracedGraph, trained: TracedGraph) -> None:
         self.model = model
-        self.uses: dict[bool, dict[str, list[fx.Node]]] = {}
-        for traced in (evaluated, trained):
-            uses = self.uses[traced.train] = defaultdict(list)
-            for node in traced.operators():
-                if is_convolution(node):
-                    uses[str(node.meta["module"])].append(node)
+        self.evaluated, self.trained = _convolutions(evaluated), _convolutions(trained)
         self.readers: dict[str, list[fx.Node]] = defaultdict(list)
         for traced in (evaluated, trained):
             for node in traced.graph.find_nodes(op="get_attr"):
@@ -127,32 +90,33 @@ class _ConvUses:
         self.owners: dict[int, set[int]] = defaultdict(set)
         for module in model.modules():
             for parameter in module._parameters.values():
-                if parameter is not None:
-                    self.owners[id(parameter)].add(id(module))
+                self.owners[id(parameter)].add(id(module))
 
-    def calls(self, path: str, conv: ConvNd) -> tuple[ConvCall, ...]:
-        """Return the uses of a convolution in a forward in training."""
-        return tuple(_call(node, conv) for node in self.uses[True][path])
-
-    def obstacle(self, path: str, conv: ConvNd) -> str:
+    def obstacles(self, path: str, conv: ConvNd) -> Iterator[str]:
         """Say why a convolution has to stay, by what it is and by how it is used."""
-        return next((why for why in self._obstacles(path, conv) if why), "")
-
-    def _obstacles(self, path: str, conv: ConvNd) -> Iterator[str]:
         yield _kind_obstacle(conv)
         if conv is self.model:
             yield "it is the model itself, which stays the object it is; wrap it in nn.Sequential"
         for name, parameter in conv._parameters.items():
             if parameter is not None and len(self.owners[id(parameter)]) > 1:
                 yield f"its {name} is shared with another module"
-        nodes = [*self.uses[False][path], *self.uses[True][path]]
-        if not nodes:
+        if not self.evaluated[path] and not self.trained[path]:
             yield "the forward never calls it"
         for name in conv._parameters:
             readers = self.readers[f"{path}.{name}"]
             if any(str(reader.meta.get("module")) != path for reader in readers):
                 yield f"the forward reads its {name} elsewhere too"
-        yield _value_obstacle(conv.weight)
+        if not conv.weight.is_floating_point():
+            yield f"its weight is {str(conv.weight.dtype).removeprefix('torch.')}"
+        elif has_values(conv.weight) and not bool(conv.weight.isfinite().all()):
+            yield "its weight is not finite"
+
+
+def _convolutions(traced: TracedGraph) -> dict[str, list[fx.Node]]:
+    found: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in filter(is_convolution, traced.operators()):
+        found[str(node.meta["module"])].append(node)
+    return found
 
 
 def _kind_obstacle(conv: ConvNd) -> str:
@@ -173,15 +137,7 @@ def _kind_obstacle(conv: ConvNd) -> str:
     return ""
 
 
-def _value_obstacle(weight: Tensor) -> str:
-    if not weight.is_floating_point():
-        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
-    if has_values(weight) and not bool(weight.isfinite().all()):
-        return "its weight is not finite"
-    return ""
-
-
-def _call(node: fx.Node, conv: ConvNd) -> ConvCall:
+def _call(node: fx.Node, conv: ConvNd) -> tuple[tuple[int, ...], torch.dtype]:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     value: Tensor = source.meta["val"]
@@ -190,11 +146,7 @@ def _call(node: fx.Node, conv: ConvNd) -> ConvCall:
         pads = conv._reversed_padding_repeated_twice
         for axis, (low, high) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
             shape[-1 - axis] -= low + high
-    return ConvCall(tuple(shape), value.dtype)
-
-
-#: Tensors of a parameter's size in a training step: itself, its gradient, and Adam's two moments.
-STATES = 4
+    return tuple(shape), value.dtype
 
 
 @dataclass(frozen=True)
@@ -205,28 +157,26 @@ class SwapCost:
         before: parameters of the convolution.
         after: parameters of the block.
         added: bytes of activations that a training step keeps more than before, over all calls.
-        element: bytes of one parameter.
+        saved: bytes of parameters, gradients and Adam's moments that it keeps less.
     """
 
     before: int
     after: int
     added: int
-    element: int
-
-    @property
-    def saved(self) -> int:
-        """Bytes of parameters, gradients and Adam's moments that a training step keeps less."""
-        return STATES * self.element * (self.before - self.after)
+    saved: int
 
 
 def swap_cost(
-    conv: ConvNd, calls: Sequence[ConvCall], conversion: str, options: Mapping[str, Any]
+    conv: ConvNd,
+    calls: tuple[tuple[tuple[int, ...], torch.dtype], ...],
+    conversion: str,
+    options: Mapping[str, Any],
 ) -> SwapCost:
     """Try a swap on tensors without memory.
 
     Args:
         conv: the convolution; untouched.
-        calls: its uses in one forward.
+        calls: its uses in one forward, see :class:`ConvSite`.
         conversion: the name of the conversion.
         options: its options.
     """
@@ -240,16 +190,18 @@ def swap_cost(
         ends = (conv.in_channels, conv.out_channels)
         twin = conv_layer(conv, ends, kernel=True, bias=bias)
         block = find_conversion(conversion)(twin, options, twin)
-        added = sum(max(0, _kept(block, call) - _kept(twin, call)) for call in calls)
-    return SwapCost(numbers(conv), numbers(block), added, conv.weight.element_size())
+        added = sum(max(0, _kept(block, *call) - _kept(twin, *call)) for call in calls)
+    before, after = (sum(p.numel() for p in module.parameters()) for module in (conv, block))
+    saved = _STATES * conv.weight.element_size() * (before - after)
+    return SwapCost(before, after, added, saved)
 
 
-def _kept(module: nn.Module, call: ConvCall) -> int:
+def _kept(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Return the bytes of what autograd keeps of one forward, parameters aside."""
     weight = next(module.parameters())
-    given = torch.empty(call.shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    given = torch.empty(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
     module.train()
     saved = SavedTensors(module.parameters())
     with torch.enable_grad(), saved.hooks():
         module(given)
-    return saved.bytes() * call.dtype.itemsize // weight.dtype.itemsize
+    return saved.bytes() * dtype.itemsize // weight.dtype.itemsize

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from pocketize import Guarantee, history, load, measure, plan, rewrite, save
 from pocketize.errors import NoEffectWarning, OptionError, OrderError, PatternError, RewriteError
 from pocketize.passes import Amp, Checkpoint, InPlaceNorm, Pocket, Recompute
-from pocketize.passes.checkpoint.checkpointing import CheckpointedForward
+from pocketize.passes.checkpoint.checkpoint import CheckpointedForward
 from pocketize.passes.shared.forwards import wrapping
 
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from pocketize import plan, rewrite
 from pocketize.graph.capture import capture
 from pocketize.passes import CompactBlock, Separable
-from pocketize.passes.swaps.conversions import groups_for
-from pocketize.passes.swaps.intermediate import Intermediates
+from pocketize.passes.swaps.intermediate import Intermediates, groups_for
 
 X = torch.randn(2, 16, 8, 8)
 
