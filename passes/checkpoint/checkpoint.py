@@ -118,12 +118,14 @@ class Checkpoint(Pass):
                 except MeasureError as error:
                     refusal = Refusal("", f"its training step cannot be estimated: {error}")
                     return Proposal(refused=(refusal,))
-            broken = list(_broken(dry_run, chosen))
+            broken = dry_run.errors(_edits(chosen))
             if not broken:
                 break
-            refused += broken
-            lost = {row.path for row in broken}
-            possible = [region for region in possible if region.path not in lost]
+            refused += [
+                Refusal(path, f"run again it does not do what it did: {why}")
+                for path, why in broken.items()
+            ]
+            possible = [region for region in possible if region.path not in broken]
         changes = tuple(
             Change(region.path, "runs again in backward", _why(region)) for region in chosen
         )
@@ -189,15 +191,6 @@ def _candidates(
 
 def _outermost(regions: Sequence[Region]) -> list[Region]:
     return [r for r in regions if not any(other.contains(r) for other in regions)]
-
-
-def _broken(dry_run: DryRun, chosen: Sequence[Region]) -> Iterator[Refusal]:
-    """Find the regions that do not train once they are checkpointed."""
-    if not chosen or not dry_run.error(_edits(chosen)):
-        return
-    for region in chosen:
-        if text := dry_run.error(_edits([region])):
-            yield Refusal(region.path, f"run again it does not do what it did: {text}")
 
 
 class _Search:

@@ -99,12 +99,7 @@ class Activation(Elementwise):
 
 
 class ActivationTag:
-    """Says which activation a tensor has had.
-
-    Args:
-        activation: the activation.
-        layer: what an error calls the norm that applied it.
-    """
+    """Says which activation a tensor has had; ``layer`` is what an error calls the norm."""
 
     def __init__(self, activation: Activation, layer: str) -> None:
         self.activation, self.layer = activation, layer
@@ -134,11 +129,7 @@ def is_tagged(tensor: Any) -> bool:
 
 
 def remove_tag(tensor: Any, activation: Activation) -> bool:
-    """Whether this activation has been applied to a tensor already; removes the tag.
-
-    Args:
-        tensor: the input of an activation.
-        activation: that activation.
+    """Whether an activation has been applied to its input already; removes the tag.
 
     Raises:
         ExecutionError: another activation has been applied, because an attribute was changed since.
@@ -168,14 +159,12 @@ class IdentityOnTagged(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        entry = _FUNCTIONS.get(func)
-        if entry is not None:
-            tensor = args[0] if args else kwargs.get("input")
-            if is_tagged(tensor):
-                kind, name, default = entry
-                slope = args[1] if len(args) > 1 else kwargs.get(name, default)
-                if remove_tag(tensor, Activation(kind, float(slope))):
-                    return tensor
+        tensor = args[0] if args else kwargs.get("input")
+        if func in _FUNCTIONS and is_tagged(tensor):
+            kind, name, default = _FUNCTIONS[func]
+            slope = args[1] if len(args) > 1 else kwargs.get(name, default)
+            remove_tag(tensor, Activation(kind, float(slope)))
+            return tensor
         return func(*args, **kwargs)
 
 
@@ -191,8 +180,5 @@ _FUNCTIONS: dict[Any, tuple[str, str, float]] = {
         ),
         ("leaky_relu", "negative_slope", 0.01),
     ),
-    **dict.fromkeys(
-        (F.elu, F.elu_, *activations_of_torch("elu")),
-        ("elu", "alpha", 1.0),
-    ),
+    **dict.fromkeys((F.elu, F.elu_, *activations_of_torch("elu")), ("elu", "alpha", 1.0)),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 __all__ = ["ACTIVATION", "CALL", "NORM", "InPlaceNorm"]
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pocketize._torch import FakeTensorMode
 from pocketize.engine.surgery import apply_edits
-from pocketize.errors import OptionError, RewriteError
+from pocketize.errors import OptionError, RewriteError, brief
 from pocketize.graph.capture import quiet_tracing
 from pocketize.graph.clone import clone, fake_clone
 from pocketize.graph.inputs import Inputs
@@ -91,25 +91,25 @@ class InPlaceNorm(Pass):
                 "no package"
             )
         kept = matching(target.model, self.keep, "in-place-norm: keep")
-        found = find_sites(
+        sites = find_sites(
             target.model, target.traced(), target.traced(train=True), self._exchange()
         )
         modules = dict(target.model.named_modules())
-        sites = []
-        for site in found:
-            if site.norm in kept:
-                site = NormSite(site.norm, refused=f"kept by keep={kept[site.norm]!r}")
-            elif self.backend == "inplace_abn" and not site.refused:
-                dtype = _dtype(modules[site.norm])
-                why = site.shared or package_obstacle(modules[site.norm], dtype, site.activation)
-                site = replace(site, refused=why) if why else site
-            sites.append(site)
-        sites = self._tried(target.model, target.inputs, sites)
-        accepted = [site for site in sites if not site.refused]
+        for path, site in sites.items():
+            if path in kept:
+                sites[path] = f"kept by keep={kept[path]!r}"
+            elif self.backend == "inplace_abn" and isinstance(site, NormSite):
+                dtype = _dtype(modules[path])
+                why = site.shared or package_obstacle(modules[path], dtype, site.activation)
+                sites[path] = why or site
+        accepted = [site for site in sites.values() if isinstance(site, NormSite)]
+        if accepted:
+            sites |= _failures(target.model, target.inputs, self._edits(accepted), accepted)
+        accepted = [site for site in sites.values() if isinstance(site, NormSite)]
         return Proposal(
             self._edits(accepted),
             tuple(self._rows(target.model, accepted)),
-            tuple(Refusal(site.norm, site.refused) for site in sites if site.refused),
+            tuple(Refusal(path, why) for path, why in sites.items() if isinstance(why, str)),
             tuple(self._notes(target, accepted)),
         )
 
@@ -130,29 +130,18 @@ class InPlaceNorm(Pass):
 
     def _edits(self, sites: Sequence[NormSite]) -> tuple[Edit, ...]:
         backend = "inplace_abn" if self.backend == "inplace_abn" else "native"
-        edits: dict[tuple[str, str], Edit] = {}
+        norms, readers = [], {}
         for site in sites:
-            options: dict[str, Any] = {"kind": site.activation.kind, "slope": site.activation.slope}
-            options |= {"slopes_of": site.reader} if site.activation.kind == "prelu" else {}
-            edits[NORM, site.norm] = Convert(site.norm, NORM, {**options, "backend": backend})
-        for site in sites:
-            options = {"kind": site.activation.kind, "slope": site.activation.slope}
+            kind = site.activation.kind
+            options: dict[str, Any] = {"kind": kind, "slope": site.activation.slope}
+            slopes_of = {"slopes_of": site.reader} if kind == "prelu" else {}
+            norms.append(Convert(site.norm, NORM, {**options, **slopes_of, "backend": backend}))
             if site.call:
-                edits[CALL, site.reader] = Convert(site.reader, CALL, {})
-            elif site.activation.kind != "identity":
+                readers[CALL, site.reader] = Convert(site.reader, CALL, {})
+            elif kind != "identity":
                 options |= {"exchange": True} if site.exchange else {}
-                edits[ACTIVATION, site.reader] = Convert(site.reader, ACTIVATION, options)
-        return tuple(edits.values())
-
-    def _tried(self, model: nn.Module, inputs: Inputs, sites: list[NormSite]) -> list[NormSite]:
-        """Refuse the sites that do not work in place when the converted model is trained."""
-        accepted = [site for site in sites if not site.refused]
-        if not accepted:
-            return sites
-        failures = _Trial(model, inputs, self._edits(accepted)).failures(accepted)
-        return [
-            replace(site, refused=site.refused or failures.get(site.norm, "")) for site in sites
-        ]
+                readers[ACTIVATION, site.reader] = Convert(site.reader, ACTIVATION, options)
+        return (*norms, *readers.values())
 
     def _rows(self, model: nn.Module, sites: Sequence[NormSite]) -> Iterator[Change]:
         modules = dict(model.named_modules())
@@ -206,57 +195,47 @@ class InPlaceNorm(Pass):
             )
 
 
-class _Trial:
-    """A training forward of the converted model, on fake tensors where that works."""
-
-    def __init__(self, model: nn.Module, inputs: Inputs, edits: Sequence[Edit]) -> None:
-        self.model, self.inputs, self.edits = model, inputs, edits
-        self.outputs: list[tuple[str, Tensor]] = []
-        self.why: dict[str, str] = {}
-
-    def failures(self, sites: Sequence[NormSite]) -> dict[str, str]:
-        """Return why sites do not work in place, by the path of the norm."""
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+def _failures(
+    model: nn.Module, inputs: Inputs, edits: Sequence[Edit], sites: Sequence[NormSite]
+) -> dict[str, str]:
+    """Return why sites do not work in place when the converted model is trained, by their path."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        copy, given = fake_clone(model, mode), inputs.map(mode.from_tensor)
+        with mode:
+            return _tried(copy, given, edits, sites)
+    except Exception:  # a branch that depends on values, or anything a user's forward raises
         try:
-            copy = fake_clone(self.model, mode)
-            inputs = self.inputs.map(mode.from_tensor)
-            with mode:
-                self._run(copy, inputs, sites)
-        except Exception:  # a branch that depends on values, or anything a user's forward raises
-            self.outputs, self.why = [], {}
-            try:
-                self._run(clone(self.model), self.inputs.map(lambda t: t.detach().clone()), sites)
-            except Exception as error:  # it was recorded without gradients, and fails with them
-                text = " ".join(str(error).split())
-                why = f"the model does not run with gradients: {type(error).__name__}: {text:.200}"
-                return {site.norm: why for site in sites}
-        for path, output in self.outputs:
-            if is_tagged(output):
-                self.why[path] = "its activation could not be skipped"
-        return self.why
+            given = inputs.map(lambda t: t.detach().clone())
+            return _tried(clone(model), given, edits, sites)
+        except Exception as error:  # it was recorded without gradients, and fails with them
+            why = f"the model does not run with gradients: {brief(error)}"
+            return {site.norm: why for site in sites}
 
-    def _run(self, model: nn.Module, inputs: Inputs, sites: Sequence[NormSite]) -> None:
-        with torch.inference_mode(False), torch.enable_grad():
-            apply_edits(model, self.edits)
-            set_mode(model, True)
+
+def _tried(
+    model: nn.Module, inputs: Inputs, edits: Sequence[Edit], sites: Sequence[NormSite]
+) -> dict[str, str]:
+    found: dict[str, str] = {}
+    outputs: list[tuple[str, Tensor]] = []
+
+    def watch(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if why := plain_reason(module):
+                found[path] = why
+            outputs.append((path, output))
+
+        return hook
+
+    with torch.inference_mode(False), torch.enable_grad():
+        apply_edits(model, edits)
+        set_mode(model, True)
+        with quiet_tracing(model):  # which undoes what the hooks before it write
             for site in sites:
-                layer = model.get_submodule(site.norm)
-                layer.register_forward_hook(_TrialHook(self, site.norm))
-            with quiet_tracing(model):
-                inputs.call(model)
-
-
-class _TrialHook:
-    """Forward hook of a converted norm in a trial."""
-
-    def __init__(self, trial: _Trial, path: str) -> None:
-        self.trial, self.path = trial, path
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        why = plain_reason(module)
-        if why:
-            self.trial.why[self.path] = why
-        self.trial.outputs.append((self.path, output))
+                model.get_submodule(site.norm).register_forward_hook(watch(site.norm))
+            inputs.call(model)
+    skipped = "its activation could not be skipped"
+    return found | {path: skipped for path, output in outputs if is_tagged(output)}
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -272,14 +251,11 @@ def _title(activation: Activation) -> str:
 
 
 @conversion(NORM)
-def convert_norm(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
+def _convert_norm(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
     """Let a norm keep its activated output only.
 
-    Args:
-        module: a norm layer that runs one of torch's forwards.
-        options: ``kind`` and ``slope`` of the activation after it, ``slopes_of``, the path of a
-            PReLU, and the ``backend``.
-        root: the model.
+    The options are ``kind`` and ``slope`` of the activation after it, ``slopes_of``, the path of a
+    PReLU, and the ``backend``.
     """
     if isinstance(module, NormInPlace) or norm_kind(module) is None:
         raise RewriteError(
@@ -302,13 +278,12 @@ def convert_norm(module: nn.Module, options: Mapping[str, Any], root: nn.Module)
 
 
 @conversion(ACTIVATION)
-def convert_activation(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
+def _convert_activation(
+    module: nn.Module, options: Mapping[str, Any], root: nn.Module
+) -> nn.Module:
     """Let an activation layer pass on what a norm has activated.
 
-    Args:
-        module: a LeakyReLU or an ELU, or a ReLU that is to become leaky.
-        options: ``kind`` and ``slope``; ``exchange`` is true for a ReLU.
-        root: the model.
+    The options are ``kind`` and ``slope``; ``exchange`` is true for a ReLU that becomes leaky.
     """
     activation = _activation(options)
     exchange = bool(options.get("exchange", False))
@@ -328,16 +303,12 @@ def convert_activation(module: nn.Module, options: Mapping[str, Any], root: nn.M
 
 
 @conversion(CALL)
-def convert_call(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
+def _convert_call(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
     """Let the activation functions that a module's forward calls pass on what a norm has activated.
 
-    Args:
-        module: any Python module.
-        options: none.
-        root: the model.
+    There are no options.
     """
-    why = obstacle(module)
-    if why:
+    if why := obstacle(module):
         raise RewriteError(f"in-place-norm: {why}")
     if wrapping(module, IdentityForward) is None:
         IdentityForward(module).install()

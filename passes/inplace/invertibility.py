@@ -47,10 +47,7 @@ _SMALL_SLOPE = 0.02
 class InPlaceCall(FusedCall):
     """A norm and an activation that keep their output, and of their input what cannot be undone.
 
-    Args:
-        norm: the norm.
-        tag: says which activation; the caller attaches it to the output.
-        invertibility: decides what is kept.
+    The caller attaches the tag, which says which activation, to the output.
     """
 
     name: ClassVar[str] = "in-place-norm"
@@ -70,10 +67,8 @@ class InPlaceCall(FusedCall):
         self, y: Tensor, weight: Tensor | None, bias: Tensor | None, slopes: Tensor | None
     ) -> KeptInput:
         """Keep the slices of the input that cannot be recovered from the output."""
-        norm, exact = self.norm, accumulation(y.dtype)
-        activation = self.tag.activation
-        parameters = weight, bias, slopes
-        lowest = None
+        norm, exact, activation = self.norm, accumulation(y.dtype), self.tag.activation
+        parameters, lowest = (weight, bias, slopes), None
         if activation.kind == "elu" and y.numel():
             lowest = norm.cells(y).amin((0, 3), keepdim=True).to(exact)
         if weight is None:
@@ -140,8 +135,7 @@ def unsafe_channels(
 class InvertibilityCheck:
     """Decides for one layer, step by step, which slices of the input are kept.
 
-    It holds what is known of the layer between steps. That is no part of the model's state: copies
-    and pickles start anew.
+    What it knows from earlier steps is no part of the model's state: copies and pickles start anew.
     """
 
     def __init__(self) -> None:
@@ -172,7 +166,7 @@ class InvertibilityCheck:
         if isinstance(unsafe, FakeTensor) or unsafe.is_meta:
             return KeptInput()  # values are not there, and neither are gradients
         if unsafe.device.type == "cpu":
-            return _keep(unsafe, int(unsafe.sum()))
+            return _keep_worst(unsafe, unsafe, int(unsafe.sum()))
         return self._on_device(unsafe, unsafe | nearly, parameters, name)
 
     def _on_device(
@@ -211,14 +205,6 @@ class InvertibilityCheck:
         self._event.record()
 
 
-def _keep(unsafe: Tensor, count: int) -> KeptInput:
-    if count == 0:
-        return KeptInput()
-    if 2 * count > unsafe.numel():
-        return KeptInput(everything=True)
-    return KeptInput(index=unsafe.nonzero().flatten())
-
-
 def _keep_worst(unsafe: Tensor, suspect: Tensor, capacity: int) -> KeptInput:
     """Keep a number of slices that the host knows: unsafe ones first, then nearly unsafe ones."""
     if capacity == 0:
@@ -226,7 +212,7 @@ def _keep_worst(unsafe: Tensor, suspect: Tensor, capacity: int) -> KeptInput:
     if 2 * capacity > unsafe.numel():
         return KeptInput(everything=True)
     rank = unsafe.to(torch.float32) + suspect.to(torch.float32)
-    return KeptInput(index=rank.topk(capacity).indices)
+    return KeptInput(index=rank.topk(capacity).indices.sort().values)
 
 
 def _missed(unsafe: Tensor, kept: KeptInput) -> Tensor:

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from pocketize._torch import (
-    BatchNorm,
     FakeTensor,
     check_norm_input,
     in_checkpoint,
@@ -127,6 +126,9 @@ def _remake(mixin: type[_Converted], original: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
+_CLASSES: dict[Any, type[nn.Module]] = {}
+
+
 def converted_class(mixin: type[_Converted], original: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of a module class that runs in place.
 
@@ -134,19 +136,13 @@ def converted_class(mixin: type[_Converted], original: type[nn.Module]) -> type[
         mixin: :class:`NormInPlace` or :class:`ActivationInPlace`.
         original: the class of the module.
     """
-    key = mixin, original
-    if key not in _CLASSES:
+    if (mixin, original) not in _CLASSES:
+        held: dict[str, Any] = {"converted_by": mixin, "converted_from": original}
         # In the module of the original: torch.fx takes what torch.nn defines as a unit.
-        held = {
-            "converted_by": mixin,
-            "converted_from": original,
-            "__module__": original.__module__,
-        }
-        _CLASSES[key] = type(f"InPlace{original.__name__}", key, held)
-    return _CLASSES[key]
-
-
-_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+        held |= {"__module__": original.__module__}
+        made = type(f"InPlace{original.__name__}", (mixin, original), held)
+        _CLASSES[mixin, original] = made
+    return _CLASSES[mixin, original]
 
 
 class NormInPlace(_Converted):
@@ -155,8 +151,7 @@ class NormInPlace(_Converted):
     Attributes:
         absorbed: the activation that it computes as well.
         backend: ``"native"`` or ``"inplace_abn"``.
-        invertibility: decides what has to be kept.
-        slopes_of: the PReLU that it computes; it is that layer's child, not this one's.
+        slopes_of: the PReLU that it computes; no child of this layer.
     """
 
     #: The pass that lowers what training keeps by this class.
@@ -166,6 +161,7 @@ class NormInPlace(_Converted):
     invertibility: InvertibilityCheck
     slopes_of: nn.Module | None
     eps: float
+    num_features: int
     weight: Tensor | None
     bias: Tensor | None
 
@@ -181,7 +177,9 @@ class NormInPlace(_Converted):
         if group is not None:
             # In all cases here, saving or not: processes whose batches differ must exchange the
             # same sums, and torch has no SyncBatchNorm for CPUs to fall back to.
-            _check_shape(self, input)
+            check_norm_input(self, input)
+            if input.shape[1] != self.num_features:
+                raise ValueError(f"expected {self.num_features} channels, got {input.shape[1]}")
         elif reason or not _saves(self, input, kind, slopes):
             return self._plain(input)
         tag = ActivationTag(Activation("identity") if reason else self.absorbed, self._title())
@@ -278,14 +276,6 @@ def _group_to_share_with(module: nn.Module, input: Tensor) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def _check_shape(module: nn.Module, input: Tensor) -> None:
-    """Raise torch's own errors for an input that does not fit a batch norm."""
-    checked = cast(nn.SyncBatchNorm, module)
-    check_norm_input(checked, input)
-    if input.shape[1] != checked.num_features:
-        raise ValueError(f"expected {checked.num_features} channels, got {input.shape[1]}")
-
-
 def _slopes_obstacle(slopes: Tensor | None, input: Tensor, kind: str) -> str:
     """Say why a PReLU cannot be computed with the norm, for this input; ``""`` if it can."""
     if slopes is None:
@@ -302,7 +292,7 @@ def _slopes_obstacle(slopes: Tensor | None, input: Tensor, kind: str) -> str:
     return ""
 
 
-def _saves(module: NormInPlace, input: Tensor, kind: str, slopes: Tensor | None) -> bool:
+def _saves(module: Any, input: Tensor, kind: str, slopes: Tensor | None) -> bool:
     """Whether there will be a backward pass, and the input is an ordinary one.
 
     Unusual inputs (no batch axis, one value per mean, a wrong number of channels) are left to
@@ -316,34 +306,29 @@ def _saves(module: NormInPlace, input: Tensor, kind: str, slopes: Tensor | None)
     channels = module.num_channels if kind == "group" else module.num_features
     size = math.prod(input.shape[2:])
     if kind == "group":
-        return input.shape[1] == channels and size * input.shape[1] > int(_groups(module))
+        return bool(input.shape[1] == channels and size * channels > module.num_groups)
     check_norm_input(module, input)
     if kind == "instance":
         batched = input.ndim != unbatched_dim(module)
-        return bool(batched) and input.shape[1] == channels and size > 1
-    return input.shape[1] == channels and input.shape[0] * size > 1
-
-
-def _groups(module: nn.Module) -> int:
-    return int(cast(nn.GroupNorm, module).num_groups)
+        return bool(batched and input.shape[1] == channels and size > 1)
+    return bool(input.shape[1] == channels and input.shape[0] * size > 1)
 
 
 def _settings(
-    module: NormInPlace, kind: str, group: Any
+    layer: Any, kind: str, group: Any
 ) -> tuple[Norm, tuple[Tensor | None, Tensor | None]]:
     """Return what the layer does in its present mode, and its running statistics.
 
     This is what torch's forwards work out before they call the functional.
     """
     if kind == "group":
-        return Norm("group", module.eps, groups=_groups(module)), (None, None)
-    layer = cast(BatchNorm, module)
+        return Norm("group", layer.eps, groups=layer.num_groups), (None, None)
     mean, var = layer.running_mean, layer.running_var
     momentum = 0.0 if layer.momentum is None else layer.momentum
     if kind == "instance":
         if not layer.training and layer.track_running_stats:
-            return Norm("batch", module.eps, from_input=False), (mean, var)
-        return Norm("instance", module.eps, momentum=momentum), (mean, var)
+            return Norm("batch", layer.eps, from_input=False), (mean, var)
+        return Norm("instance", layer.eps, momentum=momentum), (mean, var)
     if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
         if layer.momentum is None:  # a cumulative average
@@ -351,7 +336,7 @@ def _settings(
     from_input = layer.training or (mean is None and var is None)
     if layer.training and not layer.track_running_stats:
         mean = var = None
-    norm = Norm("batch", module.eps, from_input=from_input, momentum=momentum, process_group=group)
+    norm = Norm("batch", layer.eps, from_input=from_input, momentum=momentum, process_group=group)
     return norm, (mean, var)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["NormSite", "find_sites"]
+__all__ = ["NormSite", "NormSites", "find_sites"]
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, fx, nn
 
@@ -45,7 +45,6 @@ class NormSite:
         exchange: the activation is a ReLU that is to become leaky.
         saved: bytes that a training step no longer keeps, at the recorded sizes.
         shared: why the norm's input may not be overwritten; ``""`` if it may.
-        refused: why it is left alone; ``""`` if it is not.
     """
 
     norm: str
@@ -55,70 +54,45 @@ class NormSite:
     exchange: bool = False
     saved: int = 0
     shared: str = ""
-    refused: str = ""
+
+
+#: By the path of the norm; or why it is left alone.
+NormSites: TypeAlias = "dict[str, NormSite | str]"
 
 
 def find_sites(
     model: nn.Module, evaluated: TracedGraph, trained: TracedGraph, exchange: Activation | None
-) -> list[NormSite]:
-    """Find every norm layer that a forward calls.
+) -> NormSites:
+    """Find every norm layer that a forward calls, in the order in which they run.
 
     Args:
         model: the model that was recorded.
         evaluated: the trace in evaluation mode.
         trained: the trace in training mode.
         exchange: what ReLUs after a norm are to become; None to leave them.
-
-    Returns:
-        One site for each norm layer, in the order in which they run.
     """
-    both = [_Reader(model, traced, exchange).sites() for traced in (trained, evaluated)]
-    sites = []
-    for path, site in both[0].items():
-        other = both[1].get(path)
-        if site.refused:
-            sites.append(site)
-        elif other is None:
-            sites.append(NormSite(path, refused="it runs in training mode only"))
-        elif other.refused:
-            sites.append(other)
+    sites, others = (_Reader(model, t, exchange).sites() for t in (trained, evaluated))
+    for path, site in sites.items():
+        other = others.get(path, "it runs in training mode only")
+        if isinstance(site, str):
+            continue
+        if isinstance(other, str):
+            sites[path] = other
         elif (site.activation, site.reader) != (other.activation, other.reader):
-            sites.append(
-                NormSite(path, refused="other code follows it in training than in evaluation")
+            sites[path] = "other code follows it in training than in evaluation"
+    for path in others:
+        sites.setdefault(path, "it runs in evaluation mode only")
+    # A ReLU that is called in other places as well is not exchanged.
+    exchanging = [s for s in sites.values() if isinstance(s, NormSite) and s.exchange]
+    users = Counter(site.reader for site in exchanging)
+    calls = [Counter(n.meta["module"] for n in t.operators()) for t in (evaluated, trained)]
+    for site in exchanging:
+        if any(count[site.reader] != users[site.reader] for count in calls):
+            sites[site.norm] = (
+                f"the ReLU {site.reader} after it is called elsewhere too, where it must stay a "
+                "ReLU; give each place one of its own"
             )
-        else:
-            sites.append(site)
-    sites += [
-        NormSite(path, refused="it runs in evaluation mode only")
-        for path in both[1].keys() - both[0]
-    ]
-    return _exchange_whole_modules(sites, (evaluated, trained))
-
-
-def _exchange_whole_modules(
-    sites: list[NormSite], traces: tuple[TracedGraph, ...]
-) -> list[NormSite]:
-    """Refuse to exchange a ReLU layer that is called in other places as well."""
-    wanted = defaultdict(list)
-    for site in sites:
-        if site.exchange and not site.refused:
-            wanted[site.reader].append(site)
-    reused = set()
-    for path, users in wanted.items():
-        for traced in traces:
-            calls = [n for n in traced.operators() if n.meta["module"] == path]
-            if len(calls) != len(users):
-                reused.add(path)
-    return [
-        NormSite(
-            site.norm,
-            refused=f"the ReLU {site.reader} after it is called elsewhere too, where it must stay "
-            "a ReLU; give each place one of its own",
-        )
-        if site.exchange and site.reader in reused
-        else site
-        for site in sites
-    ]
+    return sites
 
 
 class _Reader:
@@ -129,16 +103,15 @@ class _Reader:
         self.nodes = traced.operators()
         self.exchange = exchange
 
-    def sites(self) -> dict[str, NormSite]:
-        found: dict[str, NormSite] = {}
+    def sites(self) -> NormSites:
         calls = defaultdict(list)
         for node in self.nodes:
             if operator_of(node.target).kind in _NORMS:
                 calls[str(node.meta["module"])].append(node)
-        for path, nodes in calls.items():
-            why = self._layer_obstacle(path, nodes)
-            found[path] = NormSite(path, refused=why) if why else self._site(path, nodes[0])
-        return found
+        return {
+            path: self._layer_obstacle(path, nodes) or self._site(path, nodes[0])
+            for path, nodes in calls.items()
+        }
 
     def _layer_obstacle(self, path: str, nodes: list[fx.Node]) -> str:
         """Say why a layer cannot be converted, whatever follows it."""
@@ -154,80 +127,70 @@ class _Reader:
         hook = hooks_of(module)
         return f"a {hook} reads the tensor between norm and activation" if hook else ""
 
-    def _site(self, path: str, node: fx.Node) -> NormSite:
-        last, reader, why = _follow(node)
-        if reader is None:
-            return NormSite(path, refused=why)
+    def _site(self, path: str, node: fx.Node) -> NormSite | str:
+        passed = _follow(node)
+        if isinstance(passed, str):
+            return passed
+        *idle, reader = passed
         site = self._activation(path, reader)
-        if site.refused:
+        if isinstance(site, str):
             return site
-        if site.activation.kind != "identity":
-            last = reader
-        why = self._hooked(path, node, reader, site) or self._overwritten(node, last)
-        if why:
-            return NormSite(path, refused=why)
+        activated = site.activation.kind != "identity"
+        why = self._hooked(idle, site) if activated else ""
+        last = reader if activated else [node, *idle][-1]
+        if why := why or self._overwritten(node, last):
+            return why
         source = node.args[0]
         assert isinstance(source, fx.Node)
         others = [user for user in source.users if user is not node]
         kept = next((_operator(user) for user in others if _keeps(user)), None)
         saved = 0 if kept else _bytes(source)
-        if site.activation.kind != "identity" and not _operator(reader).endswith("_"):
+        if activated and not _operator(reader).endswith("_"):
             saved += _bytes(node)  # an activation that is not in place keeps its input as well
         if not saved:
-            return NormSite(path, refused=f"nothing to save: its input is kept for {kept} anyway")
+            return f"nothing to save: its input is kept for {kept} anyway"
         return replace(site, saved=saved, shared=self._shared(source, others))
 
-    def _activation(self, path: str, reader: fx.Node) -> NormSite:
-        """Return what the reader computes, and whether it can be part of the norm."""
+    def _activation(self, path: str, reader: fx.Node) -> NormSite | str:
+        """Return what the reader computes, or why it cannot be part of the norm."""
         name = _operator(reader)
         plain = name.removesuffix("_")
         where = str(reader.meta["module"])
         module = self.modules[where]
-        read = operator_of(reader.target).facet(_INVERTIBLE)
-        activation: Activation | None = None if read is UNKNOWN else read(reader)
+        record = operator_of(reader.target)
         if plain == "relu" and self.exchange is not None:
             if type(module).forward is nn.ReLU.forward:
                 return NormSite(path, self.exchange, where, exchange=True)
-            return NormSite(
-                path,
-                refused=f"the ReLU after it is called as a function by {where or 'the model'}; "
-                "only layers can be exchanged, so make it an nn.ReLU",
+            return (
+                f"the ReLU after it is called as a function by {where or 'the model'}; only layers "
+                "can be exchanged, so make it an nn.ReLU"
             )
+        read = record.facet(_INVERTIBLE)
+        activation: Activation | None = None if read is UNKNOWN else read(reader)
         if plain == "prelu" and activation_of(module) == Activation("prelu"):
             activation = Activation("prelu")
         if activation is not None:
-            return self._invertible(path, where, activation)
-        kind = operator_of(reader.target).kind
-        if kind in _LAYERS:
+            if not activation.slope > 0:
+                return f"activation {activation} is not invertible; Recompute does it"
+            if activation_of(module) == activation:
+                return NormSite(path, activation, where)
+            if why := obstacle(module):
+                return f"{where or 'the model'} calls the activation, and {why}"
+            return NormSite(path, activation, where, call=True)
+        if record.kind in _LAYERS:
             return NormSite(path)
-        if kind in _ACTIVATIONS:
+        if record.kind in _ACTIVATIONS:
             more = ", or activation='leaky_relu:0.01' exchanges it" if plain == "relu" else ""
             why = "is called as a function" if plain == "prelu" else "is not invertible"
-            return NormSite(path, refused=f"activation {plain} {why}; Recompute does it{more}")
-        return NormSite(path, refused=f"{name} reads it, not an activation")
+            return f"activation {plain} {why}; Recompute does it{more}"
+        return f"{name} reads it, not an activation"
 
-    def _invertible(self, path: str, where: str, activation: Activation) -> NormSite:
-        if not activation.slope > 0:
-            return NormSite(
-                path, refused=f"activation {activation} is not invertible; Recompute does it"
-            )
-        module = self.modules[where]
-        if activation_of(module) == activation:
-            return NormSite(path, activation, where)
-        why = obstacle(module)
-        if why:
-            return NormSite(path, refused=f"{where or 'the model'} calls the activation, and {why}")
-        return NormSite(path, activation, where, call=True)
-
-    def _hooked(self, path: str, node: fx.Node, reader: fx.Node, site: NormSite) -> str:
+    def _hooked(self, idle: list[fx.Node], site: NormSite) -> str:
         """Say which hook sees the tensor between norm and activation."""
-        if site.activation.kind == "identity":
-            return ""
-        left, entered = set(_parents(path)), set(_parents(site.reader))
-        passed = [str(n.meta["module"]) for n in _between(node, reader)]
+        left, entered = set(_parents(site.norm)), set(_parents(site.reader))
+        passed = [str(n.meta["module"]) for n in idle]
         for outside in sorted(left - entered) + passed:
-            hook = hooks_of(self.modules[outside])
-            if hook:
+            if hook := hooks_of(self.modules[outside]):
                 return f"a {hook} of {outside} reads the tensor between norm and activation"
         inner = set() if site.call else {site.reader}
         for inside in sorted(entered - left - {site.reader} | inner):
@@ -261,26 +224,22 @@ class _Reader:
         return ""
 
 
-def _follow(node: fx.Node) -> tuple[fx.Node, fx.Node | None, str]:
-    """Go from a norm past idle dropout.
-
-    Returns:
-        The last node before the reader, the reader or None, and why there is none.
-    """
-    last = node
+def _follow(node: fx.Node) -> list[fx.Node] | str:
+    """Return idle dropouts after a norm, and what reads them; or why nothing can."""
+    passed: list[fx.Node] = []
     while True:
-        readers = list(last.users)
+        readers = list([node, *passed][-1].users)
         if len(readers) != 1:
             times = f"read {len(readers)} times" if readers else "not read at all"
-            return last, None, f"the tensor between norm and activation is {times}"
-        (reader,) = readers
+            return f"the tensor between norm and activation is {times}"
+        passed += readers
+        reader = passed[-1]
         if reader.op == "output":
-            return last, None, "its output is an output of the model"
+            return "its output is an output of the model"
         if operator_of(reader.target).kind is not Kind.DROPOUT:
-            return last, reader, ""
+            return passed
         if float(_argument(reader, 1, "p", 0.5)) > 0 and _argument(reader, 2, "train", False):
-            return last, None, "dropout is active between norm and activation"
-        last = reader
+            return "dropout is active between norm and activation"
 
 
 @register(_INVERTIBLE, "aten.leaky_relu")
@@ -294,13 +253,6 @@ def _leaky_relu(node: fx.Node) -> Activation:
 def _elu(node: fx.Node) -> Activation | None:
     scaled = any(_argument(node, i, key, 1) != 1 for i, key in ((2, "scale"), (3, "input_scale")))
     return None if scaled else Activation("elu", float(_argument(node, 1, "alpha", 1.0)))
-
-
-def _between(node: fx.Node, reader: fx.Node) -> Iterator[fx.Node]:
-    current = next(iter(node.users))
-    while current is not reader:
-        yield current
-        current = next(iter(current.users))
 
 
 def _operator(node: fx.Node) -> str:

@@ -61,25 +61,23 @@ def normalise(
     if x.dtype.itemsize < 4:
         # torch keeps statistics in the input's type unless some parameter has a wider one.
         ones = x.new_ones(x.shape[1], dtype=torch.float32)
-        weight = ones if weight is None else weight.float()
-        bias = torch.zeros_like(ones) if bias is None else bias.float()
-        running_mean = None if running_mean is None else running_mean.float()
-        running_var = None if running_var is None else running_var.float()
-    parameters = weight, bias, running_mean, running_var
-    if not norm.from_input:
-        return _with_running(x, parameters, norm)
-    if norm.process_group is not None:
-        return _over_processes(x, parameters, norm)
-    return {"batch": _batch, "instance": _instance, "group": _group}[norm.kind](x, parameters, norm)
+        weight = ones if weight is None else weight
+        bias = torch.zeros_like(ones) if bias is None else bias
+        given = (weight, bias, running_mean, running_var)
+        weight, bias, running_mean, running_var = (None if t is None else t.float() for t in given)
+    kinds = {"batch": _batch, "instance": _instance, "group": _group}
+    run = kinds[norm.kind] if norm.process_group is None else _over_processes
+    run = run if norm.from_input else _with_running
+    return run(x, (weight, bias, running_mean, running_var), norm)
 
 
 def _batch(x: Tensor, parameters: _Parameters, norm: Norm) -> NormResult:
     weight, bias, running_mean, running_var = parameters
     if running_mean is None:
-        output, mean, invstd = _ATEN._native_batch_norm_legit.no_stats(
+        made = _ATEN._native_batch_norm_legit.no_stats(
             x, weight, bias, True, norm.momentum, norm.eps
         )
-        return NormResult(output, mean, invstd)
+        return NormResult(*made)
     output, mean, invstd, new_mean, new_var = _ATEN._native_batch_norm_legit_functional(
         x, weight, bias, running_mean, running_var, True, norm.momentum, norm.eps
     )
@@ -101,19 +99,14 @@ def _instance(x: Tensor, parameters: _Parameters, norm: Norm) -> NormResult:
 
 
 def _group(x: Tensor, parameters: _Parameters, norm: Norm) -> NormResult:
-    n, channels = x.shape[:2]
-    size = math.prod(x.shape[2:])
-    if x.device.type != "cpu" or not _channels_last(x):
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    if x.device.type != "cpu" or last is None or not x.is_contiguous(memory_format=last):
         x = x.contiguous()
-    output, mean, invstd = _ATEN.native_group_norm(
-        x, *parameters[:2], n, channels, size, norm.groups, norm.eps
+    n, channels, *sizes = x.shape
+    made = _ATEN.native_group_norm(
+        x, *parameters[:2], n, channels, math.prod(sizes), norm.groups, norm.eps
     )
-    return NormResult(output, mean, invstd)
-
-
-def _channels_last(x: Tensor) -> bool:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim])
+    return NormResult(*made)
 
 
 def _with_running(x: Tensor, parameters: _Parameters, norm: Norm) -> NormResult:
@@ -129,9 +122,9 @@ def _over_processes(x: Tensor, parameters: _Parameters, norm: Norm) -> NormResul
     """Batch statistics of all processes; a batch may be larger here than there, or empty."""
     weight, bias, running_mean, running_var = parameters
     exact = accumulation(x.dtype)
-    axes = [0, *range(2, x.ndim)]
     size = x.shape[0] * math.prod(x.shape[2:])
     if size:
+        axes = [0, *range(2, x.ndim)]
         local_var, local_mean = torch.var_mean(x.to(exact), axes, correction=0)
     else:
         local_mean = torch.zeros(x.shape[1], dtype=exact, device=x.device)

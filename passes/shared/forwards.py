@@ -29,6 +29,7 @@ __all__ = [
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from types import CodeType
 from typing import Any, ClassVar, TypeVar
 
@@ -192,24 +193,18 @@ def refuse_exchanged(name: str, parameter: torch.Tensor, before: torch.Tensor) -
     """
     if storage_key(parameter) == storage_key(before) or type(before) is not torch.Tensor:
         return  # fake tensors and other subclasses may have no values to compare
-    if parameter.device == before.device and torch.equal(parameter, before):
-        return
-    raise ExecutionError(
-        f"{name}: a weight of shape {list(before.shape)} was given other data between the forward "
-        "and the backward pass (p.data = ...), and both must see the same; run the forward again "
-        "after weights change"
-    )
+    if parameter.device != before.device or not torch.equal(parameter, before):
+        raise ExecutionError(
+            f"{name}: a weight of shape {list(before.shape)} was given other data between the "
+            "forward and the backward pass (p.data = ...), and both must see the same; run the "
+            "forward again after weights change"
+        )
 
 
 def first_parameter(module: nn.Module) -> torch.Tensor | None:
     """Return the first floating-point parameter, or buffer: it tells where a module works."""
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            return parameter
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            return buffer
-    return None
+    tensors = chain(module.parameters(), module.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
 
 def hooked(modules: Mapping[str, nn.Module]) -> str:

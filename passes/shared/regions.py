@@ -11,8 +11,9 @@ __all__ = ["Region", "Survey", "survey"]
 
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketize._torch import TorchDispatchMode, schema_of, storage_key
-from pocketize.errors import RewriteError
+from pocketize.errors import RewriteError, brief
 from pocketize.graph.capture import find_tensors, quiet_tracing
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
@@ -126,27 +127,25 @@ def survey(model: nn.Module, inputs: Inputs) -> Survey:
         stage = fake_stage(model, inputs, None)
         copy, given = stage.model, stage.inputs
         set_mode(copy, True)
-        surveyor = _RegionSurveyor(copy)
-        surveyor.born(given.tensors())
+        surveyor = _RegionSurveyor(copy, given.tensors())
         with stage.active, quiet_tracing(copy), torch.enable_grad(), surveyor.watching():
             try:
                 with surveyor.saved.hooks(), surveyor:
                     given.call(copy)
             except Exception as error:  # a user's forward may raise anything
-                text = " ".join(str(error).split())
                 raise RewriteError(
                     f"{type(model).__name__} does not run on tensors without values, which is "
-                    f"how its activations are weighed: {type(error).__name__}: {text:.300}"
+                    f"how its activations are weighed: {brief(error)}"
                 ) from error
             finally:
-                surveyor.release()
-    return surveyor.finish()
+                surveyor.alive.clear()  # their graphs refer to the surveyor
+    return surveyor.survey()
 
 
 class _RegionSurveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches one forward: operators as a dispatch mode, modules by hooks, autograd by its own."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, given: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.regions: dict[str, Region] = {}
@@ -155,75 +154,60 @@ class _RegionSurveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         #: Of what autograd saves, the modules that ran whenever it was saved.
         self._paths: dict[int, frozenset[str]] = {}
         self._birth: dict[int, frozenset[str]] = {}
-        self._alive: list[Tensor] = []  # a storage's key is its own only while it lives
+        self.alive: list[Tensor] = []  # a storage's key is its own only while it lives
         self._buffers = {storage_key(b) for b in model.buffers()}
         self.saved = SavedTensors(
             [*model.parameters(), *model.buffers()], _noting(self._paths, self._stack)
         )
+        self._born(given)
 
-    def finish(self) -> Survey:
-        """Take stock."""
+    def survey(self) -> Survey:
         modules = dict(self.model.named_modules())
         for path, region in self.regions.items():
             ran = [other.path for other in self.regions.values() if region.contains(other)]
             inner = {f"{path}.{name}": m for name, m in modules[path].named_modules() if name}
             inner |= {name: modules[name] for name in ran}
-            region.obstacle = region.obstacle or _standing(modules[path], inner)
+            region.obstacle = region.obstacle or _module_obstacle(modules[path], inner)
             if region.calls > 1:
                 region.obstacle = f"it runs {region.calls} times in one forward"
         return Survey(self.regions, self.saved.sizes, self._paths, self.work)
 
-    def release(self) -> None:
-        """Drop all tensors, whose graphs refer to this object."""
-        self._alive.clear()
-
-    def born(self, tensors: Sequence[Tensor]) -> None:
+    def _born(self, tensors: Sequence[Tensor]) -> None:
         """Note the modules that run while tensors come into being."""
         for tensor in tensors:
             self._birth.setdefault(storage_key(tensor), frozenset(self._stack))
-            self._alive.append(tensor)
+            self.alive.append(tensor)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Follow the calls of all submodules."""
-        handles = []
-        for path, module in self.model.named_modules():
-            if path and not isinstance(module, torch.jit.ScriptModule):
-                handles.append(
-                    module.register_forward_pre_hook(
-                        self._enter(path), prepend=True, with_kwargs=True
-                    )
-                )
-                handles.append(module.register_forward_hook(self._leave))
-        try:
+        with ExitStack() as handles:
+            for path, module in self.model.named_modules():
+                if path and not isinstance(module, torch.jit.ScriptModule):
+                    enter = partial(self._enter, path)
+                    before = module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+                    handles.callback(before.remove)
+                    handles.callback(module.register_forward_hook(self._leave).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _enter(self, path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if self._stack and (parent := self.regions.get(self._stack[-1])):
-                parent.composite = True
-            region = self.regions.setdefault(path, Region(path))
-            region.calls += 1
-            region.begin = len(self.saved.sizes)
-            region.inside = frozenset(self._stack)
-            for tensor in find_tensors((args, kwargs)):
-                region._arguments[storage_key(tensor)] = tensor.untyped_storage().nbytes()
-                self._alive.append(tensor)
-            region._own |= {storage_key(tensor) for tensor in tensors_of(module)}
-            region._random = random.getstate(), _numpy_state()
-            self._stack.append(path)
-
-        return hook
+    def _enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._stack:
+            self.regions[self._stack[-1]].composite = True
+        region = self.regions.setdefault(path, Region(path))
+        region.calls += 1
+        region.begin = len(self.saved.sizes)
+        region.inside = frozenset(self._stack)
+        for tensor in find_tensors((args, kwargs)):
+            region._arguments[storage_key(tensor)] = tensor.untyped_storage().nbytes()
+            self.alive.append(tensor)
+        region._own |= {storage_key(tensor) for tensor in tensors_of(module)}
+        region._random = _random_state()
+        self._stack.append(path)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         region = self.regions[self._stack.pop()]
         region.end = len(self.saved.sizes)
-        python, (keys, position) = region._random
-        now = _numpy_state()
-        if python != random.getstate() or position != now[1] or (keys != now[0]).any():
+        if region._random != _random_state():
             self._bar(
                 region, "it draws random numbers from Python or NumPy, which cannot be drawn again"
             )
@@ -243,9 +227,7 @@ class _RegionSurveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.work += work
         written = {storage_key(tensor) for tensor in _written(func, args, kwargs)}
         literal = func.__name__.startswith("lift")  # torch.tensor(...), whose numbers stand there
-        read = (
-            set() if literal else {storage_key(tensor) for tensor in find_tensors((args, kwargs))}
-        )
+        read = {storage_key(t) for t in ([] if literal else find_tensors((args, kwargs)))}
         own = any(isinstance(v, torch.Generator) for v in (*args, *kwargs.values()))
         for path in self._stack:
             region = self.regions[path]
@@ -257,14 +239,13 @@ class _RegionSurveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._bar(
                     region, "it reads a tensor that is neither its own nor among its arguments"
                 )
-            strange = {k for k in written if k not in self._birth and k not in self._buffers}
-            if strange:
+            if written - self._birth.keys() - self._buffers:
                 self._bar(region, "it writes to a tensor that is neither its own nor a buffer")
         for region in self.regions.values():
             changed = written & region._arguments.keys()
             if any(region.path not in self._birth.get(key, ()) for key in changed):
                 self._bar(region, "its input is changed in place, so it could not be run again")
-        self.born(made)
+        self._born(made)
         return out
 
     def _bar(self, region: Region, why: str) -> None:
@@ -281,9 +262,9 @@ def _noting(paths: dict[int, frozenset[str]], stack: list[str]) -> Callable[[int
     return saw
 
 
-def _numpy_state() -> tuple[Any, int]:
+def _random_state() -> tuple[Any, ...]:
     state: Any = np.random.get_state()
-    return state[1], state[2]
+    return random.getstate(), state[1].tobytes(), state[2]
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
@@ -294,7 +275,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
             yield from find_tensors(given)
 
 
-def _standing(module: nn.Module, inner: Mapping[str, nn.Module]) -> str:
+def _module_obstacle(module: nn.Module, inner: Mapping[str, nn.Module]) -> str:
     """Say what forbids to run a module and those inside it twice; ``""`` if nothing does."""
     if reason := obstacle(module):
         return reason

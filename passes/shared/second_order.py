@@ -94,7 +94,7 @@ def aliases_of_hooked(tensors: Iterable[Any]) -> list[Any]:
 
 
 class HistoryOf(torch.autograd.Function):
-    """Gives a tensor the history of another one of its shape."""
+    """Give a tensor the history of another one of its shape."""
 
     @staticmethod
     def of(tensor: Tensor) -> Tensor:

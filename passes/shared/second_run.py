@@ -51,9 +51,6 @@ class Run:
         lock: held during the second run.
         args: arguments of the first run.
         kwargs: keyword arguments of the first run.
-
-    Attributes:
-        saved: the tensors among the arguments; aliases, for autograd's hooks to keep.
     """
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -67,6 +64,7 @@ class Run:
     ) -> None:
         self._module, self._forward, self._lock = module, forward, lock
         self._given: Any = args, kwargs  # until the first run
+        #: The tensors among the arguments; aliases, for autograd's hooks to keep.
         self.saved: list[Tensor] = []
         self._inputs: list[_Input] = []
         self._held: list[_NotedTensor] = []
@@ -149,14 +147,12 @@ class Run:
         self._held = [item for item in self._held if id(item.tensor) not in wanted]
 
     def __enter__(self) -> None:
-        """Make everything as the first run found it."""
         with ExitStack() as stack:
             stack.enter_context(self._lock)
             stack.enter_context(self._as_it_was())
             self._open.append(stack.pop_all())
 
     def __exit__(self, *error: Any) -> None:
-        """Make everything as it was in the meantime."""
         self._open.pop().__exit__(*error)
 
     @contextmanager
@@ -206,11 +202,10 @@ class _NotedTensor:
 
     def change(self) -> str:
         """Say how it was changed since; ``""`` if it was not."""
-        if told := _written(self.name, self.tensor, self.version):
-            return told
-        if _key(self.tensor) != self.key:
-            return f"{self.name} was given other memory, as an assignment to its .data does"
-        return ""
+        told = _written(self.name, self.tensor, self.version)
+        if not told and _key(self.tensor) != self.key:
+            told = f"{self.name} was given other memory, as an assignment to its .data does"
+        return told
 
 
 class _Input:

@@ -191,14 +191,14 @@ class Swap(Pass):
                 swapped.append(why)
             else:
                 refused.append(Refusal(site.path, why))
-        broken = self._broken(DryRun(model, target.inputs), swapped)
+        broken = DryRun(model, target.inputs).errors([one.edit for one in swapped])
         refused += [
             Refusal(path, f"with a block in its place the model does not run as before: {why}")
             for path, why in broken.items()
         ]
         swapped = [one for one in swapped if one.site.path not in broken]
         return Proposal(
-            tuple(self._edits(swapped)),
+            (*(one.edit for one in swapped), *self._redrawn(swapped)),
             tuple(self._rows(model, swapped)),
             tuple(refused),
             tuple(self._notes(target, swapped, inside)),
@@ -237,28 +237,8 @@ class Swap(Pass):
         edit = Convert(site.path, self.name, options)
         return Swapped(site, ranks, cost, error, inner, edit)
 
-    def _edits(self, swapped: Sequence[Swapped]) -> Iterator[Edit]:
-        for one in swapped:
-            yield one.edit
-        if self.weights == "reset":
-            for one in swapped:
-                yield Redraw(one.site.path)
-
-    def _broken(self, dry_run: DryRun, swapped: Sequence[Swapped]) -> dict[str, str]:
-        """Return why swaps break the model, by path; they are found by halving."""
-        failure = dry_run.error(list(self._edits(swapped))) if swapped else ""
-        if not failure:
-            return {}
-        if len(swapped) == 1:
-            return {swapped[0].site.path: failure}
-        half = len(swapped) // 2
-        found: dict[str, str] = {}
-        for part in (swapped[:half], swapped[half:]):
-            found |= self._broken(dry_run, part)
-        rest = [one for one in swapped if one.site.path not in found]
-        if rest and (not found or dry_run.error(list(self._edits(rest)))):
-            found |= {one.site.path: f"together with others, {failure}" for one in rest}
-        return found
+    def _redrawn(self, swapped: Sequence[Swapped]) -> Iterator[Edit]:
+        return (Redraw(one.site.path) for one in swapped if self.weights == "reset")
 
     def _rows(self, model: nn.Module, swapped: Sequence[Swapped]) -> Iterator[Change]:
         modules = dict(model.named_modules())

@@ -116,7 +116,7 @@ class BottleneckBlock(ConvBlock):
 
     @staticmethod
     def layers(i: int, o: int, *ranks: int) -> _Sizes:
-        """Return channels in and out and the groups of each convolution."""
+        """Return the sizes of three convolutions."""
         outer, inner = ranks
         return (i, inner, 1), (inner, outer, 1), (outer, o, 1)
 
@@ -218,15 +218,8 @@ def _to_block(
 ) -> nn.Module:
     """Make a block that has what the convolution had.
 
-    Args:
-        kind: the block's class.
-        name: of the conversion.
-        module: a convolution of 1 to 3 dimensions without groups.
-        options: "ranks"; "shape", the weight's; "weights", "decompose" or "reset"; "norm" and
-            "activation" inside, empty for none.
-
-    Raises:
-        RewriteError: the module is no convolution of the shape that was planned for.
+    The options are "ranks"; "shape", the weight's; "weights", "decompose" or "reset"; "norm" and
+    "activation" inside, empty for none.
     """
     *inside, last = kind.convolutions
     conv, ranks = _checked(module, options, name, len(inside))

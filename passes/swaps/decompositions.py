@@ -24,7 +24,6 @@ __all__ = [
     "BlockTerms",
     "Channelwise",
     "Tucker",
-    "balanced",
     "block_terms",
     "block_terms_kept",
     "channelwise",
@@ -61,16 +60,10 @@ def rounding_of(dtype: torch.dtype) -> float:
 
 
 def principal(matrix: Tensor) -> Tensor:
-    """Return the left singular vectors of a matrix by falling singular value.
+    """Return the left singular vectors (..., n, n) of (..., n, m) by falling singular value.
 
     They are the eigenvectors of its Gram matrix, which is small: an unfolding is many times as wide
-    as it is high.
-
-    Args:
-        matrix: (..., n, m).
-
-    Returns:
-        (..., n, n), orthonormal columns whose largest component is positive.
+    as it is high. The largest component of each is positive.
     """
     _, vectors = torch.linalg.eigh(matrix @ matrix.mT)
     vectors = vectors.flip(-1)
@@ -163,9 +156,15 @@ def tucker_kept(weight: Tensor) -> Tensor:
     """
     left = principal(weight.flatten(1))
     right = principal(weight.transpose(0, 1).flatten(1))
-    energy = _core(weight, left, right).square().sum(dim=2)
+    return _share(_core(weight, left, right).square().sum(dim=2))
+
+
+def _share(energy: Tensor) -> Tensor:
+    """Return, of energies by rank, the share of the whole up to each rank."""
     total = energy.sum()
-    return energy.cumsum(0).cumsum(1) / total if total else torch.ones_like(energy)
+    for axis in range(energy.ndim):
+        energy = energy.cumsum(axis)
+    return energy / total if total else torch.ones_like(energy)
 
 
 def _core(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -202,18 +201,13 @@ def channelwise(weight: Tensor, multiplier: int) -> Channelwise:
     matrices = weight.transpose(0, 1)  # (i, o, k)
     kernels = principal(matrices.mT)[..., :multiplier]  # (i, k, m)
     columns = matrices @ kernels
-    kernels, columns = balanced(kernels.mT, columns)
-    return Channelwise(kernels, columns)
+    return Channelwise(*_balanced(kernels.mT, columns))
 
 
-def balanced(kernels: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Share the size of each product between its unit kernel and its column.
+def _balanced(kernels: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Share the size of each product between its unit kernel (..., m, k) and column (..., o, m).
 
     Columns of zeros keep the unit kernel: two zeros in a row would never learn.
-
-    Args:
-        kernels: (..., m, k), each of norm 1.
-        columns: (..., o, m).
     """
     sizes = torch.linalg.vector_norm(columns, dim=-2).sqrt()
     usable = sizes > 1e-6 * sizes.amax()
@@ -232,9 +226,7 @@ def channelwise_kept(weight: Tensor) -> Tensor:
     """
     matrices = weight.transpose(0, 1)
     energies = (matrices @ principal(matrices.mT)).square().sum(dim=(0, 1))
-    total = energies.sum()
-    shares = energies.cumsum(0) / total if total else torch.ones_like(energies)
-    return shares[: min(len(weight), weight.shape[2])]
+    return _share(energies)[: min(len(weight), weight.shape[2])]
 
 
 _SWEEPS = 40
@@ -353,7 +345,7 @@ def _scaled(found: BlockTerms) -> BlockTerms:
     sizes = torch.linalg.vector_norm(columns, dim=0).mean(dim=1)  # of each mixed channel
     usable = sizes > 1e-6 * sizes.amax()
     third = torch.where(usable, sizes, torch.ones_like(sizes)) ** (1 / 3)
-    kernels, columns = balanced(kernels, columns.permute(1, 0, 2) / third[:, None, None])
+    kernels, columns = _balanced(kernels, columns.permute(1, 0, 2) / third[:, None, None])
     return BlockTerms(found.mix / lengths * third, kernels, columns.permute(1, 0, 2))
 
 
@@ -369,6 +361,4 @@ def block_terms_kept(weight: Tensor) -> Tensor:
     mix = principal(weight.transpose(0, 1).flatten(1))
     mixed = torch.einsum("oik,ij->jok", weight, mix)
     energies = (mixed @ principal(mixed.mT)).square().sum(dim=1)  # (i, k)
-    total = energies.sum()
-    shares = energies.cumsum(0).cumsum(1) / total if total else torch.ones_like(energies)
-    return shares[:, : min(len(weight), weight.shape[2])]
+    return _share(energies)[:, : min(len(weight), weight.shape[2])]

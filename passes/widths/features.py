@@ -39,17 +39,10 @@ _SHUFFLES = {Kind.SHUFFLE, Kind.RESHAPE, Kind.PERMUTATION}
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A layer that ran, or a pixel shuffle.
+    """A layer that ran, or a pixel shuffle, with the units of the channels it makes and reads.
 
-    Attributes:
-        node: the operator.
-        path: path of the module.
-        width: the channels that it makes.
-        octave: its resolution, as in :class:`~pocketize.channels.levels.Place`.
-        makes: the units of these channels.
-        reads: the units of the channels that it reads.
-        passes: why its channels are no features, which is known from the layer alone; ``""`` if
-            they may be.
+    ``octave`` is its resolution, as in :class:`~pocketize.channels.levels.Place`; ``passes`` why
+    its channels are no features, where that is known from the layer alone.
     """
 
     node: fx.Node
@@ -59,6 +52,10 @@ class _Layer:
     makes: frozenset[int]
     reads: frozenset[int]
     passes: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.path or "the model"
 
 
 def finest_width(channels: ChannelGroups) -> tuple[int, str]:
@@ -83,34 +80,29 @@ def finest_width(channels: ChannelGroups) -> tuple[int, str]:
     features = [layer for layer in layers if not excluded[layer]]
     if not features:
         first = layers[0]
-        return first.width, f"the first layer, {_name(first)}, as none makes features"
+        return first.width, f"the first layer, {first.title}, as none makes features"
     finest = min(layer.octave for layer in features)
     chosen = next(layer for layer in features if layer.octave < finest + 0.5)
     others = {
-        _name(layer): excluded[layer] or "works at a coarser resolution"
+        layer.title: excluded[layer] or "works at a coarser resolution"
         for layer in layers
         if layer is layers[0]
         or layer.octave < finest - 0.5
         or (excluded[layer] and layer in layers[: layers.index(chosen)])
     }
-    others.pop(_name(chosen), None)
+    others.pop(chosen.title, None)
     told = ", nor of ".join(f"{path}, which {why}" for path, why in list(others.items())[:_SHOWN])
     rest = f", nor of {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
     passed = f" (not of {told}{rest})" if told else ""
-    return chosen.width, f"the first features at the finest resolution, of {_name(chosen)}{passed}"
-
-
-def _name(layer: _Layer) -> str:
-    return layer.path or "the model"
+    return chosen.width, f"the first features at the finest resolution, of {chosen.title}{passed}"
 
 
 class _FeatureLayers:
     """Goes through the recorded operators in the order in which they ran."""
 
     def __init__(self, channels: ChannelGroups) -> None:
-        self.channels = channels
+        self.channels, self.values = channels, channels.values[0]
         self.traced = channels.traces[0]
-        self.values = channels.values[0]
         self.places = find_places(self.traced)
         self.inputs: set[int] = set()
         #: Results that hold the input's channels, each of them changed or not.
@@ -139,7 +131,7 @@ class _FeatureLayers:
 
     def _layer(self, node: fx.Node, source: fx.Node, raw: bool) -> _Layer:
         out, given = node.meta["val"], source.meta["val"]
-        octave = self.places[node].octave
+        octave, path = self.places[node].octave, str(node.meta["module"])
         if operator_of(node.target).kind is Kind.LINEAR:
             axis, passes = -1, self._mixes_positions(source)
             # tokens of two maps side by side are no finer than either
@@ -150,7 +142,6 @@ class _FeatureLayers:
         width = out.shape[axis]
         if width == 1 and not passes:
             passes = "makes one channel"
-        path = str(node.meta["module"])
         return _Layer(node, path, width, octave, self._units(node), self._units(source), passes)
 
     def _passed_on(self, node: fx.Node, before: int, after: int, raw: bool) -> str:

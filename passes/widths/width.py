@@ -70,19 +70,17 @@ class Width(Pass):
         ((name, value),) = given.items()
         if value in ({}, ()):
             raise OptionError(f"width: option {name!r} is empty; leave the pass out")
+        numbers = value.values() if isinstance(value, dict) else value
+        numbers = numbers if isinstance(value, dict | tuple) else [value]
         if name == "channels" or (name == "levels" and self._absolute):
-            numbers = value.values() if isinstance(value, dict) else value
             if bad := [n for n in numbers if n < 1]:
                 raise OptionError(f"width: a layer has at least 1 channel, not {bad[0]}")
-        else:
-            numbers = list(value.values()) if isinstance(value, dict) else [value]
-            numbers = list(value) if isinstance(value, tuple) else numbers
-            if bad := [n for n in numbers if not 0 < n <= 1]:
-                raise OptionError(
-                    f"width: a multiplier is above 0 and at most 1, not {bad[0]}: this pass only "
-                    "makes layers narrower. To say numbers of channels, give levels as integers "
-                    "only, or channels={path: number}"
-                )
+        elif bad := [n for n in numbers if not 0 < n <= 1]:
+            raise OptionError(
+                f"width: a multiplier is above 0 and at most 1, not {bad[0]}: this pass only "
+                "makes layers narrower. To say numbers of channels, give levels as integers "
+                "only, or channels={path: number}"
+            )
         for option in ("round_to", "minimum"):
             if getattr(self, option) < 1:
                 raise OptionError(
@@ -217,14 +215,12 @@ class Width(Pass):
             )
         for group in groups:
             # several groups side by side, of a fused layer, share the number out
-            share = group.channels * number // have
-            yield group, max(1, share), f"{path}: {number}"
+            yield group, max(1, group.channels * number // have), f"{path}: {number}"
 
     def _scaled(self, group: ChannelGroup, scale: float) -> int:
         """Return a group's channels times a multiplier, rounded as the options say."""
-        steps = round(
-            group.channels * scale / self.round_to, 9
-        )  # 0.1 * 30 is no 3.0000000000000004
+        # 0.1 * 30 is no 3.0000000000000004
+        steps = round(group.channels * scale / self.round_to, 9)
         rounded = {
             "nearest": math.floor(steps + 0.5),
             "up": math.ceil(steps),

@@ -65,6 +65,24 @@ class DryRun:
                 return f"in {mode} mode these parameters get other gradients: {names[:3]}"
         return ""
 
+    def errors(self, edits: Sequence[Convert]) -> dict[str, str]:
+        """Return which conversions break the model, found by halving.
+
+        Returns:
+            For each of them, by the path of its module, what :meth:`error` says.
+        """
+        failure = self.error(edits) if edits else ""
+        if not failure:
+            return {}
+        if len(edits) == 1:
+            return {edits[0].module: failure}
+        half = len(edits) // 2
+        found = self.errors(edits[:half]) | self.errors(edits[half:])
+        rest = [edit for edit in edits if edit.module not in found]
+        if rest and (not found or self.error(rest)):
+            found |= {edit.module: f"together with others, {failure}" for edit in rest}
+        return found
+
     def _run(self, edits: Sequence[Edit], train: bool) -> _Outcome | Exception:
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.inference_mode(False):
