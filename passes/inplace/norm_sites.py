@@ -137,7 +137,7 @@ class _Reader:
             return site
         activated = site.activation.kind != "identity"
         why = self._hooked(idle, site) if activated else ""
-        last = reader if activated else [node, *idle][-1]
+        last = reader if activated else idle[-1] if idle else node
         if why := why or self._overwritten(node, last):
             return why
         source = node.args[0]
@@ -227,13 +227,14 @@ class _Reader:
 def _follow(node: fx.Node) -> list[fx.Node] | str:
     """Return idle dropouts after a norm, and what reads them; or why nothing can."""
     passed: list[fx.Node] = []
+    reader = node
     while True:
-        readers = list([node, *passed][-1].users)
+        readers = list(reader.users)
         if len(readers) != 1:
             times = f"read {len(readers)} times" if readers else "not read at all"
             return f"the tensor between norm and activation is {times}"
-        passed += readers
-        reader = passed[-1]
+        (reader,) = readers
+        passed.append(reader)
         if reader.op == "output":
             return "its output is an output of the model"
         if operator_of(reader.target).kind is not Kind.DROPOUT:

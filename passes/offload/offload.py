@@ -211,8 +211,8 @@ class _Mover:
     def pack(self, tensor: Tensor) -> _StayingTensor | _MovedTensor:
         """Return what autograd keeps instead of a tensor."""
         if not self._moves(tensor):
-            strided = self._names and tensor.layout is torch.strided
-            return _StayingTensor(tensor, strided and self._names.get(storage_key(tensor)))
+            named = self._names and tensor.layout is torch.strided
+            return _StayingTensor(tensor, self._names.get(storage_key(tensor)) if named else None)
         layout = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
         key = storage_key(tensor), version_of(tensor), layout
         moved = self._moved.get(key)
@@ -247,7 +247,7 @@ class _StayingTensor:
 
     __slots__ = ("_name", "_tensor", "_version")
 
-    def __init__(self, tensor: Tensor, name: Any) -> None:
+    def __init__(self, tensor: Tensor, name: str | None) -> None:
         self._tensor, self._version, self._name = tensor.detach(), version_of(tensor), name
 
     def fetch(self) -> Tensor:

@@ -70,8 +70,8 @@ class Width(Pass):
         ((name, value),) = given.items()
         if value in ({}, ()):
             raise OptionError(f"width: option {name!r} is empty; leave the pass out")
-        numbers = value.values() if isinstance(value, dict) else value
-        numbers = numbers if isinstance(value, dict | tuple) else [value]
+        numbers = value if isinstance(value, tuple) else [value]
+        numbers = list(value.values()) if isinstance(value, dict) else numbers
         if name == "channels" or (name == "levels" and self._absolute):
             if bad := [n for n in numbers if n < 1]:
                 raise OptionError(f"width: a layer has at least 1 channel, not {bad[0]}")
