@@ -126,12 +126,8 @@ def _check_size(shape: Any, itemsize: int, *, file_bytes: int | None = None) -> 
     """Check what a header says before memory is taken for it.
 
     Args:
-        shape: of the pixels.
-        itemsize: bytes of one, once it is decoded.
+        itemsize: bytes of a pixel, once it is decoded.
         file_bytes: of a file that is not compressed, and has no fewer.
-
-    Raises:
-        ValueError: it is too large, or more than the file can hold.
     """
     nbytes = math.prod(int(size) for size in shape) * itemsize
     if nbytes > MOST_BYTES:

@@ -60,7 +60,8 @@ class WeightCounter:
         # what one unit of a group has in buffers, which the engine does not count
         self._each = {
             group: sum(
-                member.positions.shape[1] * _rest(buffers[member.tensor], member.axis)
+                member.positions.shape[1]
+                * (math.prod(buffers[member.tensor]) // buffers[member.tensor][member.axis])
                 for member in group.members
                 if member.tensor in buffers
             )
@@ -108,10 +109,6 @@ def _source(weight: fx.Node) -> str | None:
                 seen.add(source)
                 queue.append(source)
     return None
-
-
-def _rest(shape: Sequence[int], axis: int) -> int:
-    return math.prod(size for number, size in enumerate(shape) if number != axis)
 
 
 class Network:

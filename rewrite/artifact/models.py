@@ -120,7 +120,8 @@ def _from_import(name: str, kwargs: Mapping[str, Any]) -> ResolvedModel:
     owner: Any = module
     for part in path.split("."):
         if not hasattr(owner, part):
-            raise ModelError(f"{module_name} has no {path!r}.{nearest(part, _factories(owner))}")
+            there = [name for name, value in vars(owner).items() if callable(value)]
+            raise ModelError(f"{module_name} has no {path!r}.{nearest(part, there)}")
         owner = getattr(owner, part)
     if isinstance(owner, nn.Module):
         raise ModelError(f"{name} is a model that exists already; name what builds it")
@@ -150,10 +151,6 @@ def _current_folder(module_name: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):  # somebody else may have removed it
             sys.path.remove(folder)
-
-
-def _factories(owner: Any) -> list[str]:
-    return [name for name, value in vars(owner).items() if callable(value)]
 
 
 def _built(name: str, factory: functools.partial[Any]) -> nn.Module:

@@ -9,13 +9,12 @@ and the initialisation that follows works on the meta tensor.
 
 from __future__ import annotations
 
-__all__ = ["Built", "build"]
+__all__ = ["build"]
 
 import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,23 +28,13 @@ from pocketize.errors import ArtifactError
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Built:
-    """A model made by a factory.
-
-    Attributes:
-        model: the model.
-        hollow: its parameters are on the meta device and must be given data.
-    """
-
-    model: nn.Module
-    hollow: bool
-
-
-def build(factory: Callable[[], nn.Module]) -> Built:
+def build(factory: Callable[[], nn.Module]) -> tuple[nn.Module, bool]:
     """Call the factory, without memory for parameters where that gives the same model.
 
     Torch's global random state is left as it was.
+
+    Returns:
+        The model, and whether its parameters are on the meta device and must be given data.
 
     Raises:
         ArtifactError: ``factory`` is not a callable that returns a module.
@@ -58,9 +47,7 @@ def build(factory: Callable[[], nn.Module]) -> Built:
         )
     with torch.random.fork_rng(devices=[]):
         model = _build_hollow(factory)
-        if model is not None:
-            return Built(model, hollow=True)
-        return Built(_checked(factory()), hollow=False)
+        return (_checked(factory()), False) if model is None else (model, True)
 
 
 def _build_hollow(factory: Callable[[], nn.Module]) -> nn.Module | None:

@@ -168,8 +168,7 @@ def _load(
             f"{path} keeps what it has computed in a folder, and a file does not decide which: "
             "name one, load(path, factory, folder='...') or --folder"
         )
-    built = build(factory)
-    model = built.model
+    model, hollow = build(factory)
     if lazy := [name for name, value in model.named_parameters() if is_lazy(value)]:
         raise ArtifactError(
             f"the factory must run its model once: {lazy[0]} is not initialised yet (a lazy module)"
@@ -219,7 +218,7 @@ def _load(
     tensors = _read_tensors(file, recipe.state)
     tensors |= {alias: tensors[key] for alias, key in ties.items() if key in tensors}
     try:
-        values = _fill(model, state, tensors, hollow=built.hollow)
+        values = _fill(model, state, tensors, hollow=hollow)
         _tie(model, ties)
         let_classes_load(model, values, recipe.constants, origin)
         apply_state(model, dataclasses.asdict(recipe.state))

@@ -234,7 +234,8 @@ class UnionFind:
         for index, operand in enumerate(operands):
             for label in operand.labels:
                 others = operands[:index] + operands[index + 1 :]
-                label = self._meet_fixed(label, others, reason)
+                met = {a for a in axes_of(label) for other in others if other.fixed(a)}
+                label = self.tie_axes(label, met, reason)
                 clash = [x for x in result if set(axes_of(x)) & set(axes_of(label))]
                 for other in clash:
                     self.unite(other, label, reason)
@@ -261,10 +262,6 @@ class UnionFind:
                 for value in operands
             ]
         return operands
-
-    def _meet_fixed(self, label: Indices, others: Sequence[Value], reason: str) -> Indices:
-        met = {axis for axis in axes_of(label) for other in others if other.fixed(axis)}
-        return self.tie_axes(label, met, reason)
 
     def solve(self) -> tuple[Indices, dict[int, str]]:
         """Find the units.

@@ -20,7 +20,7 @@ __all__ = [
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,10 +171,12 @@ class _Surveyor:
         """Return the octave of a result, and whether its axes are known."""
         record, bound = operator_of(node.target), bind(node.target, node.args, node.kwargs)
         kind, window = record.kind, record.window
-        steps = _octaves(window(bound, out.ndim - 2).stride) if callable(window) else 0.0
+        strides = window(bound, out.ndim - 2).stride if callable(window) else ()
+        steps = round(sum(map(math.log2, strides)), 6)
         if kind in CONVOLUTIONS:
             if not before.certain:
-                return self._seen(_voxels(node)), True
+                voxels = _voxels(node)  # a map of just this size may have been seen
+                return self.known.get(voxels, self._octave(voxels)), True
             up = kind is Kind.TRANSPOSED_CONVOLUTION or bool(bound.get("transposed"))
             octave = before.octave + (-steps if up else steps)
             self.known.setdefault(_voxels(node), octave)
@@ -221,17 +223,8 @@ class _Surveyor:
         whole = abs(raw - round(raw)) < 0.01
         return float(round(raw)) if whole or abs(raw - carried) > 0.85 * self.spatial else carried
 
-    def _seen(self, voxels: int) -> float:
-        """Return the octave of a number of positions: that of a map of just this size, if any."""
-        return self.known[voxels] if voxels in self.known else self._octave(voxels)
-
     def _octave(self, voxels: int) -> float:
         return float(round(math.log2(self.voxels / max(1, voxels)))) if self.voxels else 0.0
-
-
-def _octaves(strides: Iterable[int]) -> float:
-    """Return log2 of the product of strides."""
-    return round(sum(math.log2(step) for step in strides), 6)
 
 
 def is_layer(node: fx.Node) -> bool:

@@ -149,7 +149,8 @@ class _Planner:
         self.repairs = []
         self.settled = None
         split = f"#{at.node.name}"
-        pending = [key for key in self._deferred() if key.endswith(split)]
+        deferred = self.analysis.unions.deferred_keys() if self.analysis else ()
+        pending = [key for key in deferred if key.endswith(split)]
         if pending and pending[0] not in self.trailing:
             self.trailing |= frozenset(pending)
             return
@@ -190,11 +191,12 @@ class _Planner:
             for unit in group.roots.tolist():
                 self.frozen.setdefault(unit, f"the check found that it cannot change: {why}")
 
-    def _deferred(self) -> tuple[str, ...]:
-        return self.analysis.unions.deferred_keys() if self.analysis else ()
-
     def _finished(self, proposal: Proposal) -> Proposal:
-        rows = tuple(_row(edit) for edit in self.repairs)
+        whys = {True: "a literal in its graph", False: "its forward reads it"}
+        rows = tuple(
+            Change(edit.path, edit.what, whys[isinstance(edit, SetArgument)])
+            for edit in self.repairs
+        )
         proposal = replace(proposal, edits=self._edits(proposal), changes=proposal.changes + rows)
         return self._scaled(proposal) if Redraw() in proposal.edits else proposal
 
@@ -243,13 +245,6 @@ def _place(edit: Edit) -> tuple[str, ...]:
     if isinstance(edit, SetAttribute):
         return edit.module, edit.name
     return (edit.path,)
-
-
-def _row(edit: Edit) -> Change:
-    literal = isinstance(edit, SetArgument)
-    return Change(
-        edit.path, edit.what, "a literal in its graph" if literal else "its forward reads it"
-    )
 
 
 def _around(channels: ChannelGroups, node: fx.Node, tried: int) -> tuple[int, ...]:

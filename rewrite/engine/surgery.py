@@ -83,7 +83,10 @@ def apply_edits(
             _module(model, edit)
         else:
             raise RewriteError(f"no surgery for an edit of kind {type(edit).__name__}")
-    _check_once(extends, resizes)
+    names = [edit.tensor for edit in extends]
+    for name in names:  # edits expect the size before all
+        if name in resizes or names.count(name) > 1:
+            raise RewriteError(f"{name} is extended twice, or resized as well")
     redraws = [edit.module for edit in edits if isinstance(edit, Redraw)]
     schemes = infer_schemes(model) if redraws else None
     for name, axes in resizes.items():
@@ -153,14 +156,6 @@ def _check_axis(edit: Resize | Extend, tensors: dict[str, Tensor]) -> None:
             f"cannot {edit.kind} axis {edit.axis} of {edit.tensor}: {which} must be ascending, at "
             f"least one, and below {end}"
         )
-
-
-def _check_once(extends: Sequence[Extend], resizes: dict[str, dict[int, Resize]]) -> None:
-    """Check that a tensor is extended once and not resized: edits expect the size before all."""
-    names = [edit.tensor for edit in extends]
-    for name in names:
-        if name in resizes or names.count(name) > 1:
-            raise RewriteError(f"{name} is extended twice, or resized as well")
 
 
 def _module(model: nn.Module, edit: SetAttribute | SetArgument | Convert | Redraw) -> nn.Module:

@@ -153,10 +153,6 @@ def _compare(
     """Return the first operator that differs from the prediction, among those that ran.
 
     Args:
-        channels: the analysis.
-        stays: for every index whether it stays.
-        index: which of the traces is compared.
-        graph: the new trace.
         moved: channels keep their weights, so constants must be those of the kept channels.
         finished: the new trace is complete.
     """
@@ -361,7 +357,8 @@ def _backward(model: nn.Module, traced: TracedGraph, edits: Sequence[Edit]) -> E
     set_mode(copy, True)
     try:
         with _mode_of(traced), quiet_tracing(copy), torch.enable_grad():
-            run_backward(traced.inputs.map(_detached).call(copy))
+            # a copy is no inference tensor, a view of one is
+            run_backward(traced.inputs.map(lambda t: t.detach().clone()).call(copy))
     except Exception as error:  # a user's forward or backward may raise anything
         return error
     return None
@@ -372,7 +369,3 @@ def run_backward(output: Any) -> None:
     losses = [t.sum() for t in find_tensors(output) if t.requires_grad and t.numel()]
     if losses:
         torch.autograd.backward(losses)
-
-
-def _detached(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()  # a copy is no inference tensor, a view of one is

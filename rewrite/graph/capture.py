@@ -56,7 +56,7 @@ from pocketize._torch import (
     user_frames,
 )
 from pocketize.errors import CaptureError, InputError
-from pocketize.graph.clone import clone, fake_clone, quiet_hooks
+from pocketize.graph.clone import clone, fake_clone, kept_random_states, quiet_hooks
 from pocketize.graph.constants import Constants
 from pocketize.graph.inputs import (
     Inputs,
@@ -116,9 +116,11 @@ def capture(model: nn.Module, inputs: Any = None, *, train: bool = False) -> Tra
         CaptureError: the model could not be copied or did not run; the text names the module.
         InputError: the inputs cannot be read, or none could be guessed.
     """
-    if inputs is not None:
-        return _capture(model, to_model(as_inputs(inputs, model), model), train)
-    return _capture(model, settle_inputs(model, None), train)
+    if inputs is None:
+        settled = settle_inputs(model, None)
+    else:
+        settled = to_model(as_inputs(inputs, model), model)
+    return Tracer(model).trace(settled, train=train)
 
 
 def settle_inputs(model: nn.Module, inputs: Any) -> Inputs:
@@ -146,10 +148,6 @@ def settle_inputs(model: nn.Module, inputs: Any) -> Inputs:
         f"no guessed input runs through {type(model).__name__}; pass inputs=... . Tried:\n"
         + "\n".join(tried)
     )
-
-
-def _capture(model: nn.Module, inputs: Inputs, train: bool) -> TracedGraph:
-    return Tracer(model).trace(inputs, train=train)
 
 
 class Tracer:
@@ -227,7 +225,8 @@ class TraceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for index, tensor in enumerate(inputs.tensors()):
             if id(tensor) not in self._nodes:
                 self._assign(tensor, self.graph.placeholder(f"input_{index}"))
-        self._names = _tensor_names(model)
+        held = [*model.named_parameters(), *model.named_buffers()]
+        self._names = {id(tensor): name for name, tensor in reversed(held)}
         self._constants = Constants(self.graph)
 
     def __torch_dispatch__(
@@ -318,13 +317,6 @@ class TraceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._assign(item, part)
 
 
-def _tensor_names(model: nn.Module) -> dict[int, str]:
-    names: dict[int, str] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        names.setdefault(id(tensor), name)
-    return names
-
-
 #: Recordings change what all threads share, so they take turns.
 _TRACING = threading.RLock()
 
@@ -342,29 +334,21 @@ def quiet_tracing(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fixed() -> Iterator[None]:
-    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = cuda and torch.cuda.get_rng_state_all()
     fastpath = torch.backends.mha.get_fastpath_enabled()
     # A shape that does not fit is an answer here; torch logs it as an error with its traceback.
     fake_logger = fake_tensor_logger()
     disabled, fake_logger.disabled = fake_logger.disabled, True
     torch.backends.mha.set_fastpath_enabled(False)
-    random.seed(0)
-    np.random.seed(0)
-    torch.default_generator.manual_seed(_SEED)
     try:
-        with warnings.catch_warnings():
+        with kept_random_states(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            random.seed(0)
+            np.random.seed(0)
+            torch.default_generator.manual_seed(_SEED)
             yield
     finally:
         fake_logger.disabled = disabled
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(cpu)
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
 
 
 @contextlib.contextmanager

@@ -7,11 +7,12 @@ only shapes are wanted. Both are cured with the memo of ``deepcopy``.
 
 from __future__ import annotations
 
-__all__ = ["clone", "clone_modules", "fake_clone", "quiet_hooks"]
+__all__ = ["clone", "clone_modules", "fake_clone", "kept_random_states", "quiet_hooks"]
 
 import contextlib
 import copy
 import gc
+import random
 import types
 import warnings
 import weakref
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -102,6 +104,22 @@ def _reached_tensors(model: nn.Module) -> list[Tensor]:
         else:
             stack += gc.get_referents(held)
     return found
+
+
+@contextlib.contextmanager
+def kept_random_states() -> Iterator[None]:
+    """Put back the states of Python's, NumPy's and torch's generators, where code sets seeds."""
+    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = torch.cuda.get_rng_state_all() if cuda else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(cpu)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
 
 
 @contextlib.contextmanager

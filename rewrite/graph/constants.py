@@ -102,14 +102,13 @@ class Constants:
         )
 
     def _update(self) -> None:
-        for node in list(self._graph.nodes)[self._read :] if self._stale() else ():
+        if self._read == len(self._graph.nodes):
+            return
+        for node in list(self._graph.nodes)[self._read :]:
             self._order[node] = len(self._order)
             if node.op == "call_function" or node.op == "get_attr":
                 self._add(node)
         self._read = len(self._order)
-
-    def _stale(self) -> bool:
-        return self._read != len(self._graph.nodes)
 
     def _add(self, node: fx.Node) -> None:
         sources = _sources(node)

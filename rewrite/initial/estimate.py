@@ -32,6 +32,7 @@ from pocketize.initial.schemes import (
     Orthogonal,
     Random,
     Scheme,
+    draw,
 )
 
 Array = npt.NDArray[np.float64]
@@ -152,7 +153,7 @@ def structure(values: Tensor, groups: int) -> Scheme | None:
         for by_groups in (False, True) if groups > 1 else (False,):
             diagonal = Diagonal(kernel, by_groups)
             expected = torch.empty_like(values, memory_format=torch.contiguous_format)
-            diagonal.draw(expected, Geometry(tuple(values.shape), groups=groups), None)
+            draw(diagonal, expected, Geometry(tuple(values.shape), groups=groups), None)
             if torch.equal(expected, values):
                 return diagonal
     if any(

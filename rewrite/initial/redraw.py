@@ -16,7 +16,16 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from pocketize.initial.parameters import ParameterInfo, find_parameters, has_values, real
-from pocketize.initial.schemes import Constant, IfResized, Keep, Orthogonal, Random, Reset, Scheme
+from pocketize.initial.schemes import (
+    Constant,
+    IfResized,
+    Keep,
+    Orthogonal,
+    Random,
+    Reset,
+    Scheme,
+    draw,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -153,7 +162,7 @@ def _draw(info: ParameterInfo, scheme: Scheme, generator: torch.Generator | None
         wide = torch.float64 if target.dtype == torch.float64 else torch.float32
         device = generator.device if generator is not None else target.device
         out = torch.empty(target.shape, dtype=wide, device=device)
-        scheme.draw(out, info.geometry, generator)
+        draw(scheme, out, info.geometry, generator)
         target.copy_(out)
     if padding is not None:
         target[padding] = 0

@@ -21,6 +21,7 @@ __all__ = [
     "Repeated",
     "Reset",
     "Scheme",
+    "draw",
 ]
 
 import math
@@ -73,14 +74,7 @@ FANS: Mapping[str, Callable[[Geometry], float]] = {
 
 
 class Scheme:
-    """How one tensor is drawn."""
-
-    def draw(self, out: Tensor, geometry: Geometry, generator: torch.Generator | None) -> None:
-        """Fill ``out`` (real, floating, of the shape that ``geometry`` has) with new values."""
-        self._fill(out, geometry, generator)
-
-    def _fill(self, out: Tensor, geometry: Geometry, generator: torch.Generator | None) -> None:
-        raise NotImplementedError(f"{self} draws nothing")
+    """How one tensor is drawn; see :func:`draw`."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +105,6 @@ class Constant(Scheme):
 
     value: float
 
-    def _fill(self, out: Tensor, geometry: Geometry, generator: torch.Generator | None) -> None:
-        out.fill_(self.value)
-
 
 @dataclass(frozen=True)
 class Random(Scheme):
@@ -142,19 +133,6 @@ class Random(Scheme):
         """Return the standard deviation at this geometry; NaN if it has no such fan."""
         return self.gain / math.sqrt(FANS[self.fan](geometry))
 
-    def _fill(self, out: Tensor, geometry: Geometry, generator: torch.Generator | None) -> None:
-        if self.quantiles is not None:
-            count = len(self.quantiles)
-            index = torch.randint(count, out.shape, generator=generator, device=out.device)
-            out.copy_(self.quantiles.to(out.device, out.dtype)[index])
-        elif self.distribution == "normal":
-            out.normal_(generator=generator)
-        elif self.distribution == "uniform":
-            out.uniform_(-SQRT3, SQRT3, generator=generator)
-        else:
-            out.uniform_(0, 2 * SQRT3, generator=generator)
-        out.mul_(self.std(geometry)).add_(self.mean)
-
 
 @dataclass(frozen=True)
 class Orthogonal(Scheme):
@@ -165,9 +143,6 @@ class Orthogonal(Scheme):
     """
 
     gain: float
-
-    def _fill(self, out: Tensor, geometry: Geometry, generator: torch.Generator | None) -> None:
-        torch.nn.init.orthogonal_(out, self.gain, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -181,12 +156,6 @@ class Diagonal(Scheme):
     kernel: Tensor
     by_groups: bool
 
-    def _fill(self, out: Tensor, geometry: Geometry, generator: torch.Generator | None) -> None:
-        out.zero_()
-        for block in out.tensor_split(geometry.groups if self.by_groups else 1):
-            index = torch.arange(min(block.shape[:2]), device=out.device)
-            block[index, index] = self.kernel.to(out.device, out.dtype)
-
 
 @dataclass(frozen=True)
 class Repeated(Scheme):
@@ -198,8 +167,36 @@ class Repeated(Scheme):
     scheme: Scheme
     times: int
 
-    def _fill(self, out: Tensor, geometry: Geometry, generator: torch.Generator | None) -> None:
-        once = out.new_empty(-(-out.shape[0] // self.times), *out.shape[1:])
+
+def draw(
+    scheme: Scheme, out: Tensor, geometry: Geometry, generator: torch.Generator | None
+) -> None:
+    """Fill ``out`` (real, floating, of the shape that ``geometry`` has) with new values."""
+    if isinstance(scheme, Constant):
+        out.fill_(scheme.value)
+    elif isinstance(scheme, Random):
+        if scheme.quantiles is not None:
+            count = len(scheme.quantiles)
+            index = torch.randint(count, out.shape, generator=generator, device=out.device)
+            out.copy_(scheme.quantiles.to(out.device, out.dtype)[index])
+        elif scheme.distribution == "normal":
+            out.normal_(generator=generator)
+        elif scheme.distribution == "uniform":
+            out.uniform_(-SQRT3, SQRT3, generator=generator)
+        else:
+            out.uniform_(0, 2 * SQRT3, generator=generator)
+        out.mul_(scheme.std(geometry)).add_(scheme.mean)
+    elif isinstance(scheme, Orthogonal):
+        torch.nn.init.orthogonal_(out, scheme.gain, generator=generator)
+    elif isinstance(scheme, Diagonal):
+        out.zero_()
+        for block in out.tensor_split(geometry.groups if scheme.by_groups else 1):
+            place = torch.arange(min(block.shape[:2]), device=out.device)
+            block[place, place] = scheme.kernel.to(out.device, out.dtype)
+    elif isinstance(scheme, Repeated):
+        once = out.new_empty(-(-out.shape[0] // scheme.times), *out.shape[1:])
         shape = tuple(once.shape)
-        self.scheme.draw(once, replace(geometry, shape=shape, weight=shape), generator)
-        out.copy_(once.repeat_interleave(self.times, dim=0)[: out.shape[0]])
+        draw(scheme.scheme, once, replace(geometry, shape=shape, weight=shape), generator)
+        out.copy_(once.repeat_interleave(scheme.times, dim=0)[: out.shape[0]])
+    else:
+        raise NotImplementedError(f"{scheme} draws nothing")

@@ -145,10 +145,8 @@ class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if packet in _CONVOLUTIONS:
             return "conv"
         factors = args[1:3] if packet in _ADDING else args[:2]
-        return "linear" if any(map(self._is_weight, factors)) else "products"
-
-    def _is_weight(self, factor: Tensor) -> bool:
-        return any(storage_key(storage) in self._weights for storage in storages_of(factor))
+        keys = {storage_key(storage) for factor in factors for storage in storages_of(factor)}
+        return "products" if keys.isdisjoint(self._weights) else "linear"
 
 
 def _attention(args: tuple[Any, ...], out: Tensor) -> int:

@@ -102,7 +102,7 @@ def measure_isolated(request: Request) -> MemoryProfile | str:
         boot = Path(folder, "boot.py")
         boot.write_text(_BOOT)
         try:
-            torch.save(_fields(request), payload)
+            torch.save(vars(request), payload)
         except Exception as error:  # a user's __reduce__ may raise anything
             return f"it cannot be pickled: {brief(error, 200)}"
         command = [sys.executable, str(boot), str(settings), str(payload), str(answer)]
@@ -141,11 +141,6 @@ def _folders(request: Request) -> list[str]:
             place = Path(file).absolute().parent
             folders.add(str(place.parent if Path(file).stem == "__init__" else place))
     return sorted(folders)
-
-
-def _fields(request: Request) -> dict[str, Any]:
-    # Not dataclasses.asdict, which would copy the model.
-    return {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
 
 
 def _obstacle(request: Request) -> str | None:

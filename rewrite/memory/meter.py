@@ -236,7 +236,8 @@ def _timed(stage: Stage, step: MeasuredStep) -> float:
 
     def note(phase: str) -> None:
         if phase in ("forward", "end"):
-            _synchronize(stage.device)
+            if stage.device.type != "cpu":
+                getattr(torch, stage.device.type).synchronize()
             moments.append(time.perf_counter())
 
     step.clear()
@@ -251,11 +252,6 @@ def _median_and_spread(seconds: list[float]) -> tuple[float, float] | None:
         return seconds[0], 0.0
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return median, high - low
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 def _loaded_bytes(stage: Stage) -> int:

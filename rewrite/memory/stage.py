@@ -44,11 +44,7 @@ class Stage:
     """A model and inputs that may be run, trained and thrown away.
 
     Attributes:
-        model: the copy.
-        inputs: its inputs, on its device.
-        device: where its tensors are.
         description: the device as the report names it.
-        fake: the tensors are fake.
         like_cuda: tensors on the CPU represent those of a GPU.
         active: context to run in: the fake mode, or nothing.
     """

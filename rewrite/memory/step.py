@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from pocketize.errors import MeasureError, nearest
 from pocketize.graph.capture import find_tensors
-from pocketize.graph.clone import quiet_hooks
+from pocketize.graph.clone import kept_random_states, quiet_hooks
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
 
@@ -193,33 +193,27 @@ def fixed_surroundings() -> Iterator[None]:
 
     Python collects reference cycles at any time. Without that, a step has the same peak every time.
     """
-    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if _uses_cuda() else None
     collecting = gc.isenabled()
     if collecting:  # otherwise an outer context has just done it, and it is slow
         gc.collect()
         gc.disable()
     try:
-        with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
+        with (
+            kept_random_states(),
+            warnings.catch_warnings(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
         if collecting:
             gc.enable()
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)
-    if _uses_cuda():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(0)
-
-
-def _uses_cuda() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

@@ -64,9 +64,7 @@ class Trace:
     """What one tracked step held.
 
     Attributes:
-        peak: most bytes alive at once.
-        categories: those bytes by category; the sum is ``peak``.
-        modules: those bytes by the path of the module that made them; the sum is ``peak``.
+        peak: most bytes alive at once; ``categories`` and ``modules`` divide them.
         events: ``(label, live bytes)`` after every allocation and release, in order.
     """
 

@@ -36,6 +36,9 @@ class Effect(enum.Enum):
     """Anything else, or what cannot be run again with the same result."""
 
 
+_TENSORS = ("Tensor", "List[Tensor]", "Tensor[]", "Optional[Tensor]", "Tensor?")
+
+
 @functools.cache
 def effect_of(target: Any) -> Effect:
     """Return the effect of an overload; that of foreign operators is never told, so ``OTHER``.
@@ -58,12 +61,8 @@ def effect_of(target: Any) -> Effect:
         aliased = [a.name for a in schema.arguments if a.alias_info is not None]
         alone = aliased == names[:1] and len(schema.returns) == 1
         return Effect.VIEW if alone else Effect.OTHER
-    tensors = all(_is_tensor(returned.type) for returned in schema.returns)
+    tensors = all(str(returned.type) in _TENSORS for returned in schema.returns)
     return Effect.PURE if schema.returns and tensors else Effect.OTHER
-
-
-def _is_tensor(kind: Any) -> bool:
-    return str(kind) in ("Tensor", "List[Tensor]", "Tensor[]", "Optional[Tensor]", "Tensor?")
 
 
 def draws_random_numbers(target: Any) -> bool:

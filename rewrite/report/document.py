@@ -61,11 +61,8 @@ class Side:
 
     Attributes:
         model: Name of its class.
-        parameters: Number of parameters.
         weight_bytes: Bytes of parameters and buffers.
         macs: Multiply-accumulates of the convolutions and linear layers of one forward.
-        training: Peak of a training step.
-        inference: Peak of a forward without gradients.
         not_counted: Operators that multiply and are not in ``macs``; only in the JSON where there
             are any.
     """
@@ -116,15 +113,6 @@ class Environment:
 
     Attributes:
         method: ``"measured"`` on real tensors or ``"estimated"`` under fake ones.
-        device: Device of the model and its inputs.
-        dtype: Type of the weights.
-        input: Shapes and types of the inputs.
-        optimizer: Optimizer of the training step.
-        loss: The scalar that was differentiated.
-        torch: Its version.
-        pocketize: Its version.
-        python: Its version.
-        machine: Operating system and architecture.
         threads: Threads that torch used within an operator.
     """
 

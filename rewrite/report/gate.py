@@ -117,13 +117,9 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Violation:
-    """A threshold that a comparison exceeds; ``str()`` is one line.
+    """A threshold that a comparison exceeds, with figures in bytes, counts or seconds.
 
-    Attributes:
-        threshold: Which.
-        before: The figure of the first network: bytes, a count or seconds.
-        after: The figure of the second.
-        limit: What it was allowed to be.
+    ``str()`` is one line.
     """
 
     threshold: Threshold

@@ -59,9 +59,8 @@ class Uncopyable(nn.Module):
 
 
 def test_only_parameters_lose_their_data() -> None:
-    built = build(Buffers)
-    assert built.hollow
-    model = built.model
+    model, hollow = build(Buffers)
+    assert hollow
     assert isinstance(model, Buffers)
     assert model.conv.weight.is_meta
     assert model.conv.weight.requires_grad
@@ -73,19 +72,19 @@ def test_only_parameters_lose_their_data() -> None:
 
 def test_weights_that_do_not_fit_into_memory_are_never_touched() -> None:
     width, layers = 1 << 13, 1000
-    built = build(lambda: nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)]))
-    assert built.hollow
-    size = sum(p.nbytes for p in built.model.parameters())
+    model, hollow = build(lambda: nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)]))
+    assert hollow
+    size = sum(p.nbytes for p in model.parameters())
     assert size == layers * 4 * (width * width + width)  # 250 GiB
 
 
 @pytest.mark.parametrize("factory", [Norming, Aliased, Derived, Uncopyable])
 def test_a_model_that_needs_its_data_is_built_for_real(factory: Callable[[], nn.Module]) -> None:
-    built = build(factory)
-    assert not built.hollow
-    assert not any(p.is_meta for p in built.model.parameters())
-    if isinstance(built.model, Aliased):
-        assert built.model.all[0] is built.model.weight
+    model, hollow = build(factory)
+    assert not hollow
+    assert not any(p.is_meta for p in model.parameters())
+    if isinstance(model, Aliased):
+        assert model.all[0] is model.weight
 
 
 def test_ties_and_attributes_of_parameters_survive() -> None:
@@ -99,9 +98,8 @@ def test_ties_and_attributes_of_parameters_survive() -> None:
             self.second.weight = self.first.weight
             self.one, self.two = shared, shared
 
-    built = build(Tied)
-    model = built.model
-    assert built.hollow
+    model, hollow = build(Tied)
+    assert hollow
     assert isinstance(model, Tied)
     assert model.second.weight is model.first.weight
     assert model.one is model.two

@@ -142,9 +142,7 @@ def select_by_value(call: Call) -> Result:
     kept = call.tie_axes(value, [axis])
     gone = len(call.shapes[0] if call.several else call.shape)
     labels = tuple(x if gone == value.ndim else x.squeeze(axis) for x in kept.labels)
-    if call.several:
-        return [Value(shape, labels) for shape in call.shapes]
-    return Value(call.shape, labels)
+    return call.results(labels)
 
 
 @channel_rule(Kind.REDUCTION)
@@ -182,9 +180,7 @@ def _reduced(call: Call, *, tells_where: bool) -> Result:
         left = call.unions.reduce(label, axes, reason)
         if axes_of(left):
             labels.append(left if keep else left.squeeze(tuple(axes)))
-    if call.several:
-        return [Value(shape, tuple(labels)) for shape in call.shapes]
-    return Value(call.shape, tuple(labels))
+    return call.results(labels)
 
 
 def _tells_where(call: Call) -> bool:

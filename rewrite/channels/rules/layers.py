@@ -166,8 +166,6 @@ def channel_norm(call: Call) -> Result:
             call.unite(indices, call.vector_on(parameter, 0))
     call.read(indices)
     call.count("num_features", indices)
-    if call.several:
-        return [Value(call.shapes[0], x.labels), *map(Value, call.shapes[1:])]
     return call.like("input")
 
 
@@ -204,8 +202,6 @@ def layer_norm(call: Call) -> Result:
         axis = x.ndim - len(normalized) + offset
         if x.label_on(axis) is not None:
             call.count(f"normalized_shape.{offset}", call.vector_on(x, axis))
-    if call.several:
-        return [Value(call.shapes[0], x.labels), *map(Value, call.shapes[1:])]
     return call.like("input")
 
 
@@ -238,9 +234,7 @@ def spatial(call: Call) -> Result:
         if x.ndim == rank + 2:
             call.unite(call.vector_on(x, 0), call.vector_on(samples, 0))
     labels = call.tie_axes(x, range(x.ndim - rank, x.ndim)).labels
-    if call.several:
-        return [Value(shape, labels) for shape in call.shapes]
-    return Value(call.shape, labels)
+    return call.results(labels)
 
 
 @channel_rule(Kind.UNPOOLING)

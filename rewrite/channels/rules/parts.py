@@ -106,9 +106,7 @@ def select(call: Call) -> Result:
     axis = value.axis(call.get("dim", 0))
     kept = call.tie_axes(value, [axis])
     labels = tuple(x.squeeze(axis) for x in kept.labels)
-    if call.several:
-        return [Value(shape, labels) for shape in call.shapes]
-    return Value(call.shape, labels)
+    return call.results(labels)
 
 
 @channel_rule("aten.index")

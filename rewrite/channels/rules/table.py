@@ -17,7 +17,7 @@ from __future__ import annotations
 
 __all__ = ["Call", "LayerChannels", "Rule", "apply_rule", "channel_rule", "has_rule", "unlabelled"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -157,9 +157,21 @@ class Call:
         """Return every tensor argument, those in lists too."""
         return list(_flat_values(self.arguments.values()))
 
-    def like(self, name: str) -> Value:
-        """Return the result of an operator that keeps the shape and the channels of one input."""
+    def results(self, labels: Iterable[Indices]) -> Result:
+        """Return the result, or each of several results, with the same labels."""
+        held = tuple(labels)
+        if self.several:
+            return [Value(shape, held) for shape in self.shapes]
+        return Value(self.shape, held)
+
+    def like(self, name: str) -> Result:
+        """Return the result of an operator that keeps the shape and the channels of one input.
+
+        Of several results that is the first; the others have no channels.
+        """
         value: Value = self[name]
+        if self.several:
+            return [Value(self.shapes[0], value.labels), *map(Value, self.shapes[1:])]
         return Value(self.shape, value.labels)
 
     def freeze(self, value: Value, why: str = "") -> None:
