@@ -54,7 +54,7 @@ OPTIONAL = {"PIL", "cv2", "matplotlib", "monai", "nibabel", "pyrtools", "scipy",
 ALSO_ALLOWED = {
     "passes/complexity": {"tabulate", "tqdm", *OPTIONAL},
     "passes/planning": {"tabulate", "tqdm", *OPTIONAL},
-    "passes/tiling": {"tqdm", "monai"},
+    "passes/tiling": {"tqdm"},
 }
 
 

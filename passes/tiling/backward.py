@@ -11,14 +11,13 @@ from __future__ import annotations
 
 __all__ = ["TiledBackward", "differentiable"]
 
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from pocketize.passes.tiling.execution import Execution, ExecutionSettings
+from pocketize.passes.tiling.execution import Execution
 from pocketize.passes.tiling.intervals import Box, cut
 from pocketize.passes.tiling.program import FullSizeOp, TileLoop
 from pocketize.passes.tiling.statistics import NormMoments, Pooled
@@ -28,13 +27,6 @@ from pocketize.passes.tiling.storage import Buffer, Storage
 def differentiable(tensor: Tensor) -> bool:
     """Whether a tensor's dtype has gradients."""
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-class _Leaf:
-    """A tensor with ``requires_grad``, and the box of a result that its gradient is added to."""
-
-    def __init__(self, node: fx.Node, box: Box | None, index: int, tensor: Tensor) -> None:
-        self.node, self.box, self.index, self.tensor = node, box, index, tensor
 
 
 class TiledBackward(Execution):
@@ -56,13 +48,11 @@ class TiledBackward(Execution):
         retain: bool = False,
     ) -> None:
         super().__init__(
-            ExecutionSettings(
-                program=execution.program,
-                tensors=execution.tensors,
-                inputs={},
-                storage=execution.storage,
-                retain=retain,
-            )
+            execution.program,
+            tensors=execution.tensors,
+            inputs={},
+            storage=execution.storage,
+            retain=retain,
         )
         self.stored, self.norms = execution.stored, execution.norms
         if retain:
@@ -71,7 +61,8 @@ class TiledBackward(Execution):
         self._sums: dict[tuple[fx.Node, int], Buffer | Tensor] = {}
         self._norm_sums: dict[fx.Node, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
-        self._leaves: list[_Leaf] = []
+        #: tensors with ``requires_grad``, and the boxes of results that their gradients belong to
+        self._leaves: list[tuple[Tensor, fx.Node, Box | None, int]] = []
         self._norm_leaves: dict[fx.Node, Tensor] = {}
         self._used: dict[str, Tensor] = {}
 
@@ -105,11 +96,10 @@ class TiledBackward(Execution):
 
     def part(self, node: fx.Node, box: Box) -> Tensor:
         """Return a box of a result; of a stored one, as a leaf."""
-        if node in self._local:
-            return super().part(node, box)
-        if node.op == "get_attr":
-            return cut(self.value(node), box)
-        return self._leaf(node, box, 0, super().part(node, box))
+        part = super().part(node, box)
+        if node in self._local or node.op == "get_attr":
+            return part
+        return self._leaf(node, box, 0, part)
 
     def value(self, node: fx.Node) -> Any:
         """Return a weight, or a stored result as a leaf."""
@@ -135,7 +125,7 @@ class TiledBackward(Execution):
         if not differentiable(tensor) or (idle and node.op == "placeholder"):
             return tensor.detach()
         leaf = tensor.detach().requires_grad_()
-        self._leaves.append(_Leaf(node, box, index, leaf))
+        self._leaves.append((leaf, node, box, index))
         return leaf
 
     # -- steps ------------------------------------------------------------------------------------
@@ -158,16 +148,12 @@ class TiledBackward(Execution):
         for node in step.reductions:
             self._scatter(node, step)
         for tile in self._tiles(step):
-            shares = {node: self._share(node, step, tile) for node in step.targets}
-            wanted = {
-                node: box
-                for node, box in shares.items()
-                if box is not None and (node, 0) in self._sums
-            }
+            boxes = self.program.wanted(step, tile)
+            wanted = {n: boxes[n] for n in step.targets if n in boxes and (n, 0) in self._sums}
             if not wanted:
                 continue
             with torch.enable_grad():
-                self._compute(step, wanted, {})
+                self._compute(step, wanted)
                 pairs = []
                 for node, box in wanted.items():
                     result = super().part(node, box)
@@ -191,12 +177,11 @@ class TiledBackward(Execution):
         if not pairs:
             return
         results, gradients = zip(*pairs, strict=True)
-        asked = [*(leaf.tensor for leaf in leaves), *norms.values(), *used.values()]
-        found = torch.autograd.grad(results, asked, gradients, allow_unused=True)
-        rest = iter(found)
-        for leaf in leaves:
+        asked = [*(leaf for leaf, *_ in leaves), *norms.values(), *used.values()]
+        rest = iter(torch.autograd.grad(results, asked, gradients, allow_unused=True))
+        for _, node, box, index in leaves:
             if (gradient := next(rest)) is not None:
-                self._add(leaf.node, leaf.box, leaf.index, gradient)
+                self._add(node, box, index, gradient)
         for node in norms:
             if (gradient := next(rest)) is not None:
                 held = self._norm_sums.get(node)
@@ -209,7 +194,9 @@ class TiledBackward(Execution):
     def _scatter(self, node: fx.Node, step: TileLoop) -> None:
         """Scatter the gradient of a reduction to its map."""
         reduction = self.graph.reductions[node]
-        sizes = reduction.source.meta["val"].shape
+        source = reduction.source
+        wanted = [self.program.wanted(step, tile) for tile in self._tiles(step)]
+        boxes = [each[source] for each in wanted if source in each]
         if isinstance(reduction, NormMoments):
             arrived = self._norm_sums.pop(node, None)
         else:
@@ -218,44 +205,32 @@ class TiledBackward(Execution):
         if arrived is None:
             return
         if isinstance(reduction, Pooled):
-            arrived = arrived.reshape(*sizes[:2], *(1 for _ in sizes[2:]))
-            arrived = arrived / self._sharers(reduction, step)
-        for box in self._shares(reduction.source, step):
-            part = super().part(reduction.source, box)
+            arrived = _as_vector(arrived, source) / self._sharers(reduction, boxes)
+        for box in boxes:
+            part = super().part(source, box)
             if isinstance(reduction, NormMoments):
-                gradient = _of_moments(reduction, arrived, self.norms[node], part, sizes)
+                gradient = _of_moments(reduction, arrived, self.norms[node], part)
             else:
                 assert isinstance(reduction, Pooled)
                 gradient = arrived.expand_as(part)
                 if reduction.kind == "max":
                     gradient = gradient * self._is_largest(reduction, part)
-            self._add(reduction.source, box, 0, gradient.to(part.dtype))
+            self._add(source, box, 0, gradient.to(part.dtype))
 
-    def _sharers(self, pooled: Pooled, step: TileLoop) -> Tensor | int:
+    def _sharers(self, pooled: Pooled, boxes: Sequence[Box]) -> Tensor | int:
         """Return the number of entries of each channel that share its gradient.
 
         All entries that equal the maximum do, as in torch's own gradient.
         """
         if pooled.kind == "mean":
-            sizes: torch.Size = pooled.source.meta["val"].shape[2:]
-            return sizes.numel()
-        total: Any = 0
-        for box in self._shares(pooled.source, step):
-            equal = self._is_largest(pooled, super().part(pooled.source, box))
-            total = total + equal.flatten(2).sum(-1)
-        found: Tensor = total
-        return found.reshape(*found.shape, *(1 for _ in step.counts))
+            return self.graph.voxels(pooled.source)
+        parts = (super(TiledBackward, self).part(pooled.source, box) for box in boxes)
+        counts = [self._is_largest(pooled, part).flatten(2).sum(-1) for part in parts]
+        return _as_vector(torch.stack(counts).sum(0), pooled.source)
 
     def _is_largest(self, pooled: Pooled, part: Tensor) -> Tensor:
-        largest = super().value(pooled.node)
-        equal: Tensor = part == largest.reshape(*part.shape[:2], *(1 for _ in part.shape[2:]))
+        equal: Tensor = part == _as_vector(super().value(pooled.node), pooled.source)
         return equal
-
-    def _shares(self, node: fx.Node, step: TileLoop) -> Iterator[Box]:
-        for tile in self._tiles(step):
-            box = self._share(node, step, tile)
-            if box is not None:
-                yield box
 
     # -- sums -------------------------------------------------------------------------------------
 
@@ -291,18 +266,21 @@ def _all_of(held: Buffer | Tensor) -> Tensor:
     return held
 
 
-def _of_moments(
-    moments: NormMoments, arrived: Tensor, statistics: Tensor, part: Tensor, sizes: torch.Size
-) -> Tensor:
+def _as_vector(tensor: Tensor, source: fx.Node) -> Tensor:
+    """Give values of samples and channels the shape (N, C, 1, ...) of a map."""
+    shape = source.meta["val"].shape
+    return tensor.reshape(*shape[:2], *(1 for _ in shape[2:]))
+
+
+def _of_moments(moments: NormMoments, arrived: Tensor, statistics: Tensor, part: Tensor) -> Tensor:
     """Return the gradient of a part through the mean and the variance of its map.
 
     With n entries, d mean / d x = 1 / n and d variance / d x = 2 (x - mean) / n.
     """
     each = part.shape[1] // moments.groups
-    count = each * math.prod(sizes[2:]) * (sizes[0] if moments.over_batch else 1)
     ends = (1,) * (part.ndim - 2)
     mean = statistics[0].repeat_interleave(each, -1)
-    by_mean, by_variance = (arrived / count).repeat_interleave(each, -1)
+    by_mean, by_variance = (arrived / moments.count).repeat_interleave(each, -1)
     centred = part.to(mean.dtype) - mean.reshape(*mean.shape, *ends)
     scaled: Tensor = torch.addcmul(
         by_mean.reshape(*mean.shape, *ends), centred, 2 * by_variance.reshape(*mean.shape, *ends)

@@ -7,7 +7,6 @@ __all__ = [
     "Prepared",
     "check_training",
     "prepare",
-    "prepare_traced",
 ]
 
 import logging
@@ -21,10 +20,10 @@ from pocketize._torch import pytree, transforms_active
 from pocketize.errors import ExecutionError
 from pocketize.graph.capture import TracedGraph, find_tensors
 from pocketize.graph.clone import clone
-from pocketize.graph.inputs import Inputs
+from pocketize.graph.inputs import Inputs, as_plain
 from pocketize.graph.methods import set_mode
 from pocketize.passes.shared.forwards import first_parameter
-from pocketize.passes.tiling.execution import Execution, ExecutionSettings
+from pocketize.passes.tiling.execution import Execution
 from pocketize.passes.tiling.figures import estimated_peak, largest_tile, measured_peak
 from pocketize.passes.tiling.forward import (
     PatchForward,
@@ -37,25 +36,18 @@ from pocketize.passes.tiling.forward import (
     is_fake,
     is_traced,
     output_reduction,
-    plain,
     volume_of,
 )
 from pocketize.passes.tiling.operators import draws
-from pocketize.passes.tiling.processes import (
-    ShardedExecution,
-    TileGroup,
-    group_for,
-    output_storage,
-)
+from pocketize.passes.tiling.processes import ShardedExecution, group_for
 from pocketize.passes.tiling.program import Program, TileLoop, build_program
 from pocketize.passes.tiling.resume import (
     ResumableExecution,
     ResumeState,
-    ResumeStorage,
     resume_state_for,
+    storage_for,
 )
 from pocketize.passes.tiling.side_effects import check_hooks, mark_lost
-from pocketize.passes.tiling.storage import Storage
 from pocketize.passes.tiling.tiled_graph import AliasSets, TiledGraph, TilingError, leave_views_out
 from pocketize.passes.tiling.tracing import (
     ForwardTrace,
@@ -79,16 +71,11 @@ _SLACK = 256
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """How a model is computed by tiles for inputs of one size.
-
-    Attributes:
-        trace: of its forward.
-        program: the steps.
-        peak: estimated bytes of live tensors, known with ``max_peak``; 0 otherwise.
-    """
+    """How a model is computed by tiles for inputs of one size."""
 
     trace: ForwardTrace
     program: Program
+    #: estimated bytes of live tensors, known with ``max_peak``; 0 otherwise
     peak: int = 0
 
 
@@ -108,11 +95,7 @@ def prepare(
         InputError: the tiles do not fit the inputs.
         OptionError: no tile meets ``max_peak``.
     """
-    return prepare_traced(trace_forward(model, inputs, training=training), tiling)
-
-
-def prepare_traced(trace: ForwardTrace, tiling: Tiling) -> Prepared:
-    """Plan a traced forward; see :func:`prepare`."""
+    trace = trace_forward(model, inputs, training=training)
     if tiling.reduce is None:
         leave_views_out(trace.traced.graph)
         _check_overlaps(trace.traced)
@@ -120,9 +103,8 @@ def prepare_traced(trace: ForwardTrace, tiling: Tiling) -> Prepared:
     for node in graph.nodes:
         if draws(node):
             raise TilingError(
-                f"{node.target} in {node.meta['module'] or 'the model itself'} draws random "
-                "numbers, which tiles would draw in another order; set its probability to 0, or "
-                "put it into evaluation mode"
+                f"{node.target} in {_where(node)} draws random numbers, which tiles would draw in "
+                "another order; set its probability to 0, or put it into evaluation mode"
             )
     if tiling.size is None:
 
@@ -133,20 +115,14 @@ def prepare_traced(trace: ForwardTrace, tiling: Tiling) -> Prepared:
         return Prepared(trace, build_program(graph, tile), peak)
     program = build_program(graph, tiling.tile(graph.volume), sampled=tiling.sampled)
     if not any(isinstance(step, TileLoop) for step in program.steps):
+        rows = graph.obstacles.items()
+        found = list(dict.fromkeys(f"{why} ({_where(node)})" for node, why in rows))
         raise TilingError(
-            "none of its operators on maps can be computed part by part: " + _obstacles_text(graph)
+            "none of its operators on maps can be computed part by part: "
+            + ("; ".join(found[:3]) or "there are none")
+            + ("; ..." if len(found) > 3 else "")
         )
     return Prepared(trace, program)
-
-
-def _obstacles_text(graph: TiledGraph) -> str:
-    """Say which operators need their inputs whole, where, and why."""
-    found = dict.fromkeys(
-        f"{why} ({node.meta['module'] or 'the model itself'})"
-        for node, why in graph.obstacles.items()
-    )
-    shown = list(found)[:3]
-    return "; ".join(shown) + ("; ..." if len(found) > 3 else "") if shown else "there are none"
 
 
 def _check_overlaps(traced: TracedGraph) -> None:
@@ -155,9 +131,12 @@ def _check_overlaps(traced: TracedGraph) -> None:
         if len(outputs.intersection(aliases.aliases_of(node))) > 1:
             raise TilingError(
                 f"it returns two parts of one tensor that overlap ({node.target} in "
-                f"{node.meta['module'] or 'the model itself'}), and tiles would make two tensors "
-                "of them; return a clone of one"
+                f"{_where(node)}), and tiles would make two tensors of them; return a clone of one"
             )
+
+
+def _where(node: fx.Node) -> str:
+    return node.meta["module"] or "the model itself"
 
 
 def check_training(model: nn.Module, inputs: Inputs, tiling: Tiling) -> None:
@@ -218,10 +197,10 @@ class ExactForward(PatchForward):
             return self.original(*args, **kwargs)
         try:
             if self._infers(inputs):
-                bare = plain(inputs)
+                bare = inputs.map(as_plain)
                 return dress(self.module, self._run(self.prepare(bare), bare), inputs)
             if trains:
-                return dress(self.module, self._train(plain(inputs)), inputs)
+                return dress(self.module, self._train(inputs.map(as_plain)), inputs)
         except TilingError as error:
             # a dry run puts all modules into training mode; a model that cannot be trained by
             # tiles in its present modes is refused by the first real step
@@ -248,17 +227,7 @@ class ExactForward(PatchForward):
         return False
 
     def prepare(self, inputs: Inputs, *, training: bool = False) -> Prepared:
-        """Return the program for a call, from the cache where there is one.
-
-        Args:
-            inputs: of the call.
-            training: with each module in its present mode.
-
-        Raises:
-            TilingError: the model cannot be computed by tiles.
-            InputError: the tiles do not fit.
-            OptionError: no tiles meet ``max_peak``.
-        """
+        """Return the program for a call, from the cache where there is one; see :func:`prepare`."""
         check_hooks(self.module, training=training)
         key = (_shapes(inputs), autocast_state(), fingerprint(self.module), training)
         found = self._prepared.pop(key, None)
@@ -298,7 +267,8 @@ class ExactForward(PatchForward):
 
     def _train(self, inputs: Inputs) -> Any:
         prepared = self.prepare(inputs, training=True)
-        made = differentiable_forward(self._settings(prepared, inputs), model=self.module)
+        settings = self._settings(prepared, inputs)
+        made = differentiable_forward(prepared.program, model=self.module, **settings)
         mark_lost(self.module, prepared.trace.lost)
         return prepared.trace.outputs(made, inputs)
 
@@ -310,8 +280,13 @@ class ExactForward(PatchForward):
             group = group_for(self, inputs)
             identity = prepared.program.tile, trace.traced.graph
             with resume_state_for(self, inputs, *identity) as state:
-                settings = self._settings(prepared, inputs, state, finish=finish, progress=bar)
-                execution = _execution(settings, group, state)
+                settings = self._settings(prepared, inputs, state)
+                kind: Any = Execution
+                if state is not None:
+                    kind, settings["state"] = ResumableExecution, state
+                elif group is not None:
+                    kind, settings["group"] = ShardedExecution, group
+                execution = kind(prepared.program, finish=finish, progress=bar, **settings)
                 try:
                     # the trace has autocast's casts in it
                     with torch.autocast(device.type, enabled=False):
@@ -324,36 +299,16 @@ class ExactForward(PatchForward):
         return trace.outputs(made, inputs)
 
     def _settings(
-        self,
-        prepared: Prepared,
-        inputs: Inputs,
-        state: ResumeState | None = None,
-        **more: Any,
-    ) -> ExecutionSettings:
-        tiling, device = self.tiling, self.device(inputs)
-        dtype = tiling.stored_dtype
-        return ExecutionSettings(
-            program=prepared.program,
-            tensors=tensors_by_name(self.module),
-            inputs=prepared.trace.placeholders(inputs),
-            storage=(
-                Storage(tiling.keep, device, folder=tiling.folder, dtype=dtype)
-                if state is None
-                else ResumeStorage(state, device, dtype=dtype)
-            ),
-            outputs=output_storage(self, device, state),
-            **more,
-        )
-
-
-def _execution(
-    settings: ExecutionSettings, group: TileGroup | None, state: ResumeState | None
-) -> Execution:
-    if state is not None:
-        return ResumableExecution(settings, state)
-    if group is not None:
-        return ShardedExecution(settings, group)
-    return Execution(settings)
+        self, prepared: Prepared, inputs: Inputs, state: ResumeState | None = None
+    ) -> dict[str, Any]:
+        """Return what :class:`Execution` takes."""
+        device = self.device(inputs)
+        return {
+            "tensors": tensors_by_name(self.module),
+            "inputs": prepared.trace.placeholders(inputs),
+            "storage": storage_for(self, self.tiling.keep, device, state, self.tiling.stored_dtype),
+            "outputs": storage_for(self, self.tiling.output, device, state),
+        }
 
 
 def _finished(node: fx.Node, tensor: Tensor, finish: Any) -> Tensor:

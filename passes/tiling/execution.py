@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-__all__ = ["Execution", "ExecutionSettings"]
+__all__ = ["Execution"]
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from pocketize._torch import OpOverload, schema_of
-from pocketize.passes.tiling.intervals import Box, box_of, cut, hull
-from pocketize.passes.tiling.program import FullSizeOp, Program, TileLoop, needed_boxes, share
+from pocketize.passes.tiling.intervals import Box, box_of, cut
+from pocketize.passes.tiling.program import FullSizeOp, Program, TileLoop, needed_boxes
 from pocketize.passes.tiling.storage import Buffer, Storage, is_channels_last
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ExecutionSettings:
-    """What a program runs on, and where results go.
+class Execution:
+    """One forward, tile by tile; the context that the network's forms read from.
 
-    Attributes:
+    Args:
         program: the steps.
         tensors: parameters and buffers by name.
-        inputs: the input tensors by placeholder, on any device.
+        inputs: the input tensors by placeholder, on any device; not kept once nothing reads them.
         storage: of results between tile loops.
         outputs: storage of the outputs; the same by default.
         retain: free nothing, for the backward pass.
@@ -33,52 +31,38 @@ class ExecutionSettings:
         progress: called after each tile with the number of tiles that are done, and of all.
     """
 
-    program: Program
-    tensors: Mapping[str, Tensor]
-    inputs: Mapping[fx.Node, Tensor]
-    storage: Storage
-    outputs: Storage | None = None
-    retain: bool = False
-    finish: Callable[[Tensor], Tensor] | None = None
-    progress: Callable[[int, int], None] | None = None
-
-
-class Execution:
-    """One forward, tile by tile; the context that the network's forms read from.
-
-    The settings themselves are not kept, as they would keep the inputs alive.
-    """
-
-    def __init__(self, settings: ExecutionSettings) -> None:
-        self.program, self.graph = settings.program, settings.program.graph
-        self.tensors, self.storage = settings.tensors, settings.storage
-        self.output_storage = settings.outputs or settings.storage
-        self.finish, self.progress, self.retain = (
-            settings.finish,
-            settings.progress,
-            settings.retain,
-        )
+    def __init__(
+        self,
+        program: Program,
+        *,
+        tensors: Mapping[str, Tensor],
+        inputs: Mapping[fx.Node, Tensor],
+        storage: Storage,
+        outputs: Storage | None = None,
+        retain: bool = False,
+        finish: Callable[[Tensor], Tensor] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.program, self.graph, self.tensors = program, program.graph, tensors
+        self.storage, self.output_storage = storage, outputs or storage
+        self.retain, self.finish, self.progress = retain, finish, progress
         self.stored: dict[fx.Node, Any] = {}
         self.finished: dict[fx.Node, Buffer] = {}
         self.norms: dict[fx.Node, Tensor] = {}
-        device = self.storage.device
-        for node, tensor in settings.inputs.items():
+        device = storage.device
+        for node, tensor in inputs.items():
             is_map = self.graph.is_map(node)
-            self.stored[node] = (
-                Buffer(tensor, device, tensor.dtype) if is_map else tensor.to(device)
-            )
-        self._local: dict[fx.Node, tuple[Tensor, Box]] = {}
+            self.stored[node] = Buffer(tensor, device) if is_map else tensor.to(device)
+        self._local: dict[fx.Node, Buffer] = {}
         self._measures: dict[fx.Node, tuple[Any, ...]] = {}
         self._done = self._total = 0
 
     def run(self) -> dict[fx.Node, Tensor]:
         """Return the outputs, after ``finish``."""
-        self._total = sum(
-            len(self._tiles(step)) if isinstance(step, TileLoop) else 1
-            for step in self.program.steps
-        )
+        steps = self.program.steps
+        self._total = sum(len(self._tiles(s)) if isinstance(s, TileLoop) else 1 for s in steps)
         try:
-            for number in range(self._begin(), len(self.program.steps)):
+            for number in range(self._begin(), len(steps)):
                 self._step(number)
             results = {}
             for node in self.program.outputs:
@@ -114,17 +98,10 @@ class Execution:
 
     def part(self, node: fx.Node, box: Box) -> Tensor:
         """Return a box of a result."""
-        if node in self._local:
-            tensor, have = self._local[node]
-            inside = tuple(
-                (low - start, high - start)
-                for (low, high), (start, _) in zip(box, have, strict=True)
-            )
-            return cut(tensor, inside)
-        held = self.stored[node] if node in self.stored else self.value(node)
+        held = self._local.get(node, self.stored.get(node))
         if isinstance(held, Buffer):
             return held.read(box)
-        return cut(held, box)
+        return cut(self.value(node) if held is None else held, box)
 
     def value(self, node: fx.Node) -> Any:
         """Return a result that is no map, or a map as a whole."""
@@ -171,18 +148,15 @@ class Execution:
     def _tile_loop(self, step: TileLoop) -> None:
         buffers = {node: self._allocate(node) for node in step.targets}
         for tile in self._tiles(step):
-            shares = {node: self._share(node, step, tile) for node in step.targets}
-            sources = {
-                node: self._share(self.graph.reductions[node].source, step, tile)
-                for node in step.reductions
-            }
-            self._compute(step, shares, sources)
-            for node, box in shares.items():
-                if box is not None:
-                    self._write(buffers[node], node, box)
-            for node, box in sources.items():
-                if box is not None:
-                    reduction = self.graph.reductions[node]
+            wanted = self.program.wanted(step, tile)
+            self._compute(step, wanted)
+            for node, buffer in buffers.items():
+                if node in wanted:
+                    self._write(buffer, node, wanted[node])
+            for node in step.reductions:
+                reduction = self.graph.reductions[node]
+                box = wanted.get(reduction.source)
+                if box is not None:  # no name for the part, which would outlive the tile
                     self._join(node, tile, reduction.measure(self.part(reduction.source, box)))
             self._local.clear()
             self._tell()
@@ -206,36 +180,20 @@ class Execution:
         """Return the measure of all tiles."""
         return self._measures.pop(node)
 
-    def _compute(
-        self,
-        step: TileLoop,
-        shares: Mapping[fx.Node, Box | None],
-        sources: Mapping[fx.Node, Box | None],
-    ) -> None:
-        """Compute all that a tile takes: the boxes, from the last operator back; then values."""
-        inside = set(step.order)
-        wanted = {node: box for node, box in shares.items() if box is not None}
-        for node, box in sources.items():
-            source = self.graph.reductions[node].source
-            if box is not None and source in inside:
-                wanted[source] = hull(wanted.get(source), box)
-        needed = needed_boxes(self.graph, step.order, wanted)
+    def _compute(self, step: TileLoop, wanted: Mapping[fx.Node, Box]) -> None:
+        """Compute boxes, and what they read: boxes from the last operator back, then values."""
+        forms, needed = self.graph.forms, needed_boxes(self.graph, step.order, wanted)
+        order = [node for node in step.order if node in needed]
         last: dict[fx.Node, fx.Node] = {}
-        for node in reversed(step.order):
-            if node in needed:
-                for source in self.graph.forms[node].input_boxes(needed[node]):
-                    last.setdefault(source, node)
-        kept = {*shares, *(self.graph.reductions[node].source for node in sources)}
-        for node in step.order:
-            if node not in needed:
-                continue
-            self._local[node] = self.graph.forms[node].run(needed[node], self), needed[node]
-            for source in [s for s in self._local if last.get(s) is node and s not in kept]:
+        for node in reversed(order):
+            for source in forms[node].input_boxes(needed[node]):
+                last.setdefault(source, node)
+        for node in order:
+            self._local[node] = Buffer(
+                forms[node].run(needed[node], self), origin=[low for low, _ in needed[node]]
+            )
+            for source in [s for s in self._local if last.get(s) is node and s not in wanted]:
                 del self._local[source]
-
-    def _share(self, node: fx.Node, step: TileLoop, tile: tuple[int, ...]) -> Box | None:
-        box = share(node.meta["val"].shape[2:], step.counts, tile)
-        return box if all(low < high for low, high in box) else None
 
     def _is_finished(self, node: fx.Node) -> bool:
         """Whether ``finish`` is applied before storing: to an output that nothing else reads."""
@@ -245,17 +203,15 @@ class Execution:
 
     def _allocate(self, node: fx.Node) -> Buffer:
         value = node.meta["val"]
+        if node not in self.program.outputs:
+            return self._allocate_between(node, value.shape)
+        shape, dtype, last = value.shape, value.dtype, is_channels_last(value)
         if self._is_finished(node):
             assert self.finish is not None
-            sample = torch.zeros((1, value.shape[1], *(1 for _ in value.shape[2:])))
-            made = self.finish(sample.to(value.dtype))
-            shape = (value.shape[0], *made.shape[1:2], *value.shape[2:])
-            return self.output_storage.allocate(shape, made.dtype, name=node.name)
-        if node in self.program.outputs:
-            return self.output_storage.allocate(
-                value.shape, value.dtype, name=node.name, channels_last=is_channels_last(value)
-            )
-        return self._allocate_between(node, value.shape)
+            sample = torch.zeros((1, shape[1], *(1 for _ in shape[2:])))
+            made = self.finish(sample.to(dtype))
+            shape, dtype, last = (shape[0], *made.shape[1:2], *shape[2:]), made.dtype, False
+        return self.output_storage.allocate(shape, dtype, name=node.name, channels_last=last)
 
     def _allocate_between(self, node: fx.Node, shape: Sequence[int]) -> Buffer:
         """Return a buffer between tile loops, for a map or for a box of it."""
@@ -270,7 +226,7 @@ class Execution:
         if self._is_finished(node):
             assert self.finish is not None
             part = self.finish(part)
-        buffer.write(box, part)
+        buffer.view(box).copy_(part)
 
     def _tell(self) -> None:
         """Report one more tile."""

@@ -12,9 +12,9 @@ __all__ = [
     "whole_peak",
 ]
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,10 +29,11 @@ from pocketize.errors import OptionError
 from pocketize.graph.clone import clone_modules
 from pocketize.graph.inputs import Inputs
 from pocketize.memory import measure
-from pocketize.memory.tracker import LiveTracker, do_not_count
+from pocketize.memory.tracker import LiveTracker
 from pocketize.passes.shared.forwards import wrapping
-from pocketize.passes.tiling.execution import Execution, ExecutionSettings
+from pocketize.passes.tiling.execution import Execution
 from pocketize.passes.tiling.forward import PatchForward, Tiling, output_reduction
+from pocketize.passes.tiling.intervals import Box, box_of
 from pocketize.passes.tiling.program import FullSizeOp, Program, TileLoop, needed_boxes
 from pocketize.passes.tiling.storage import Storage
 from pocketize.passes.tiling.tiled_graph import TiledGraph
@@ -98,20 +99,19 @@ def overhead(program: Program) -> float:
             continue
         there.update(node for node in step.order if not graph.forms[node].cheap)
         tiles = program.tiles(step)
-        stride = -(-len(tiles) // _TILES)
-        some = tiles[::stride]
+        some = tiles[:: -(-len(tiles) // _TILES)]
         for tile in some:
             for node, box in program.boxes(step, tile).items():
                 if not graph.forms[node].cheap:
-                    voxels = math.prod([high - low for low, high in box])
-                    computed += voxels * _channels(node) * len(tiles) / len(some)
-    network = sum(graph.voxels(node) * _channels(node) for node in there)
+                    computed += _entries(node, box) * len(tiles) / len(some)
+    network = sum(_entries(node) for node in there)
     return computed / network if network else 1.0
 
 
-def _channels(node: fx.Node) -> int:
+def _entries(node: fx.Node, box: Box | None = None) -> int:
+    """Return the number of entries of a map, or of a box of it."""
     shape = node.meta["val"].shape
-    return int(shape[0] * shape[1])
+    return math.prod([*shape[:2], *(b - a for a, b in box or box_of(shape))])
 
 
 def kept_bytes(program: Program, dtype: torch.dtype | None = None) -> int:
@@ -121,27 +121,22 @@ def kept_bytes(program: Program, dtype: torch.dtype | None = None) -> int:
         program: the steps.
         dtype: in which floating-point maps are stored; None for their own.
     """
+
+    def stored_bytes(node: fx.Node) -> int:
+        value = node.meta["val"]
+        if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
+            return program.graph.nbytes(node)
+        return int(value.numel()) * dtype.itemsize
+
     held: dict[fx.Node, int] = {}
     most = 0
     for step in program.steps:
-        if isinstance(step, FullSizeOp):
-            made: Sequence[fx.Node] = [step.node]
-        else:
-            made = step.targets
-        for node in made:
-            if node not in program.outputs:
-                held[node] = _stored_bytes(program.graph, node, dtype)
+        made = [step.node] if isinstance(step, FullSizeOp) else step.targets
+        held |= {node: stored_bytes(node) for node in made if node not in program.outputs}
         most = max(most, sum(held.values()))
         for node in step.frees:
             held.pop(node, None)
     return most
-
-
-def _stored_bytes(graph: TiledGraph, node: fx.Node, dtype: torch.dtype | None) -> int:
-    value = node.meta["val"]
-    if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
-        return graph.nbytes(node)
-    return int(value.numel()) * dtype.itemsize
 
 
 def measured_peak(
@@ -210,32 +205,6 @@ def _halved_tiles(volume: Sequence[int]) -> Iterator[tuple[int, ...]]:
         yield tile
 
 
-class _EstimatedStorage(Storage):
-    """Allocates fake tensors, which do not count where they would not be on the device."""
-
-    def __init__(
-        self,
-        place: str,
-        device: torch.device,
-        mode: FakeTensorMode,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__("device", device, dtype=dtype)
-        # host memory counts for a model that is on the CPU
-        self.counts = place == "device" or (place == "host" and device.type == "cpu")
-        self.mode = mode
-
-    def allocate_row(
-        self, size: int, dtype: torch.dtype, *, small: bool, name: str
-    ) -> tuple[Tensor, Path | None]:
-        if self.counts or small:
-            return super().allocate_row(size, dtype, small=small, name=name)
-        with without_dispatch_modes(), self.mode:
-            made = super().allocate_row(size, dtype, small=small, name=name)
-        do_not_count(made[0])
-        return made
-
-
 def estimated_peak(trace: ForwardTrace, program: Program, tiling: Tiling) -> int:
     """Return the peak of the live tensors of a forward by tiles, in bytes, without running it.
 
@@ -246,19 +215,15 @@ def estimated_peak(trace: ForwardTrace, program: Program, tiling: Tiling) -> int
         program: the steps.
         tiling: where results and outputs are stored.
     """
-    inputs = trace.traced.inputs
-    mode, device = _mode_of(trace), _device_of(trace)
-    with without_dispatch_modes(), torch.no_grad(), mode:
-        counter = _counter(trace, device)
+    with _counting(trace) as counter:
+        device = _device_of(trace)
         execution = Execution(
-            ExecutionSettings(
-                program=program,
-                tensors=trace.tensors,
-                inputs=trace.placeholders(inputs),
-                storage=_EstimatedStorage(tiling.keep, device, mode, tiling.stored_dtype),
-                outputs=_EstimatedStorage(tiling.output, device, mode),
-                finish=output_reduction(tiling.reduce),
-            )
+            program,
+            tensors=trace.tensors,
+            inputs=trace.placeholders(trace.traced.inputs),
+            storage=Storage(tiling.keep, device, dtype=tiling.stored_dtype),
+            outputs=Storage(tiling.output, device),
+            finish=output_reduction(tiling.reduce),
         )
         with counter:
             execution.run()
@@ -267,12 +232,8 @@ def estimated_peak(trace: ForwardTrace, program: Program, tiling: Tiling) -> int
 
 def whole_peak(trace: ForwardTrace) -> int:
     """Return the peak of the traced operators, each result freed after its last reader."""
-    inputs, graph = trace.traced.inputs, trace.traced.graph
-    mode, device = _mode_of(trace), _device_of(trace)
-    with without_dispatch_modes(), torch.no_grad(), mode:
-        counter = _counter(trace, device)
-        with counter:
-            _run_whole(graph, trace, trace.placeholders(inputs))
+    with _counting(trace) as counter, counter:
+        _run_whole(trace.traced.graph, trace, trace.placeholders(trace.traced.inputs))
     return counter.peak
 
 
@@ -294,19 +255,20 @@ def _run_whole(graph: fx.Graph, trace: ForwardTrace, inputs: dict[fx.Node, Tenso
                 del held[source]
 
 
-def _counter(trace: ForwardTrace, device: torch.device) -> LiveTracker:
-    """Return a counter of live bytes that has seen the weights and the inputs."""
-    counter = LiveTracker(device, fake=True)
-    counter.assign("inputs", [*trace.tensors.values(), *trace.traced.inputs.tensors()])
-    counter.enter("forward")
-    return counter
-
-
-def _mode_of(trace: ForwardTrace) -> FakeTensorMode:
-    for tensor in trace.traced.inputs.tensors():
-        if isinstance(tensor, FakeTensor):
-            return tensor.fake_mode
-    return FakeTensorMode(allow_non_fake_inputs=True)
+@contextlib.contextmanager
+def _counting(trace: ForwardTrace) -> Iterator[LiveTracker]:
+    """Yield a counter of live bytes, not yet entered, that has seen the weights and the inputs."""
+    inputs = trace.traced.inputs.tensors()
+    mode = next((t.fake_mode for t in inputs if isinstance(t, FakeTensor)), None)
+    with (
+        without_dispatch_modes(),
+        torch.no_grad(),
+        mode or FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        counter = LiveTracker(_device_of(trace), fake=True)
+        counter.assign("inputs", [*trace.tensors.values(), *inputs])
+        counter.enter("forward")
+        yield counter
 
 
 def _device_of(trace: ForwardTrace) -> torch.device:

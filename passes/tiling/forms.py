@@ -13,11 +13,10 @@ __all__ = [
     "Convolution",
     "Expanded",
     "Form",
-    "OutOfPlace",
     "Pointwise",
     "Pooling",
     "ResampleForm",
-    "SplitPart",
+    "Shuffled",
     "Transposed",
 ]
 
@@ -77,34 +76,45 @@ class Pointwise(Form):
     Args:
         node: the operator; it is called with its own arguments, tensors cut to the box.
         maps: the tensor arguments that are maps of the result's size, or of size 1 on some axes.
+        target: called instead of the operator; None for the operator itself.
     """
 
     cheap = True
 
-    def __init__(self, node: fx.Node, maps: Sequence[fx.Node]) -> None:
+    def __init__(self, node: fx.Node, maps: Sequence[fx.Node], target: Any = None) -> None:
         super().__init__(node)
         self.maps = {source: tuple(source.meta["val"].shape[2:]) for source in maps}
+        self.target: Any = target or node.target
 
     def input_boxes(self, box: Box) -> InputBoxes:
-        """The receptive field."""
-        return {source: _broadcast(box, sizes) for source, sizes in self.maps.items()}
+        """The same box, of sources of size 1 all of them."""
+        return {source: self._within(box, source) for source in self.maps}
 
     def run(self, box: Box, context: Context) -> Tensor:
         """Run the operator on the boxes."""
 
         def local(source: fx.Node) -> Any:
             if source in self.maps:
-                return context.part(source, _broadcast(box, self.maps[source]))
+                return context.part(source, self._within(box, source))
             return context.value(source)
 
         args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), local)
-        result: Tensor = self.call(args, kwargs, box)
+        result: Tensor = self.target(*args, **kwargs)
         return result
 
-    def call(self, args: Any, kwargs: Any, box: Box) -> Any:
-        """Call the operator on the parts."""
-        assert callable(self.node.target)
-        return self.node.target(*args, **kwargs)
+    def _within(self, box: Box, source: fx.Node) -> Box:
+        pairs = zip(box, self.maps[source], strict=True)
+        return tuple(interval if size != 1 else (0, 1) for interval, size in pairs)
+
+
+class Expanded(Pointwise):
+    """A map expanded along axes of size 1, to the size of the box."""
+
+    def run(self, box: Box, context: Context) -> Tensor:
+        """Expand the part."""
+        (source,) = self.maps
+        x, sizes = context.part(source, self._within(box, source)), self.node.meta["val"].shape
+        return x.expand(*sizes[:2], *(high - low for low, high in box))
 
 
 class _Kernel(Form):
@@ -113,6 +123,8 @@ class _Kernel(Form):
     def __init__(self, node: fx.Node, source: fx.Node, fields: Sequence[ReceptiveField]) -> None:
         super().__init__(node)
         self.source, self.fields = source, tuple(fields)
+        self._stride = tuple(field.stride for field in fields)
+        self._dilation = tuple(field.dilation for field in fields)
 
     def input_boxes(self, box: Box) -> InputBoxes:
         """The receptive field of the box."""
@@ -149,20 +161,21 @@ class Convolution(_Kernel):
         x = self._input(context, box)
         rows = list(zip(self.fields, box, strict=True))
         native = [_native_padding(field, interval) for field, interval in rows]
-        pads: list[int] = []
-        for (field, interval), by_operator in zip(rows, native, strict=True):
-            pads = [*((0, 0) if by_operator else field.outside(interval)), *pads]
-        x = F.pad(x, pads) if any(pads) else x
-        weight = context.value(self.weight)
-        bias = None if self.bias is None else context.value(self.bias)
+        x = _padded(
+            x,
+            [
+                (0, 0) if by_operator else field.outside(interval)
+                for (field, interval), by_operator in zip(rows, native, strict=True)
+            ],
+        )
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(box) - 1]
         y = convolve(
             x,
-            weight,
-            bias,
-            stride=tuple(field.stride for field in self.fields),
+            context.value(self.weight),
+            None if self.bias is None else context.value(self.bias),
+            stride=self._stride,
             padding=tuple(native),
-            dilation=tuple(field.dilation for field in self.fields),
+            dilation=self._dilation,
             groups=self.groups,
         )
         for axis, ((field, interval), by_operator) in enumerate(zip(rows, native, strict=True)):
@@ -195,19 +208,18 @@ class Transposed(Convolution):
             x,
             context.value(self.weight),
             None,
-            stride=tuple(field.stride for field in self.fields),
-            dilation=tuple(field.dilation for field in self.fields),
+            stride=self._stride,
+            dilation=self._dilation,
             groups=self.groups,
         )
-        pads: list[int] = []
+        pads = []
         for axis, (field, interval) in enumerate(zip(self.fields, box, strict=True)):
             low, high = field.written(read[axis])
             start = min(max(interval[0], low), interval[1])
             stop = max(start, min(interval[1], high))
             y = y.narrow(axis + 2, start - low if start < stop else 0, stop - start)
-            pads = [start - interval[0], interval[1] - stop, *pads]  # the last axis comes first
-        if any(pads):
-            y = F.pad(y, pads)  # what no input writes to
+            pads.append((start - interval[0], interval[1] - stop))
+        y = _padded(y, pads)  # what no input writes to
         if self.bias is not None:
             y = y + context.value(self.bias).to(y.dtype).reshape(1, -1, *(1 for _ in box))
         return y
@@ -241,37 +253,28 @@ class Pooling(_Kernel):
 
     def run(self, box: Box, context: Context) -> Tensor:
         """Pool, with padding at the border."""
-        x = self._input(context, box)
+        x, rank = self._input(context, box), len(box)
+        pads = [field.outside(each) for field, each in zip(self.fields, box, strict=True)]
         kernel = tuple(field.kernel for field in self.fields)
-        stride = tuple(field.stride for field in self.fields)
-        rank = len(box)
         if self.kind == "max":
             lowest = -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
-            x = self._padded(x, box, lowest)
-            dilation = tuple(field.dilation for field in self.fields)
             pool: Any = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[rank - 1]
-            result: Tensor = pool(x, kernel, stride, 0, dilation)
+            result: Tensor = pool(_padded(x, pads, lowest), kernel, self._stride, 0, self._dilation)
             return result
-        x = self._padded(x, box, 0.0)
         mean: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
-        result = mean(x, kernel, stride)
+        result = mean(_padded(x, pads), kernel, self._stride)
+        if self.divisor is not None:
+            return result * (math.prod(kernel) / self.divisor)
         for axis, (field, interval, end) in enumerate(
             zip(self.fields, box, self.ends, strict=True)
         ):
             counts = self._counts(field, interval, end)
-            if self.divisor is None and all(count == field.kernel for count in counts):
+            if all(count == field.kernel for count in counts):
                 continue
-            ratio = [field.kernel / count if self.divisor is None else 1.0 for count in counts]
+            ratio = [field.kernel / count for count in counts]
             factor = torch.tensor(ratio, dtype=result.dtype, device=result.device)
             result = result * factor.reshape([-1 if a == axis + 2 else 1 for a in range(rank + 2)])
-        size = math.prod(kernel)
-        return result * (size / self.divisor) if self.divisor is not None else result
-
-    def _padded(self, x: Tensor, box: Box, value: float) -> Tensor:
-        pads: list[int] = []
-        for field, interval in zip(self.fields, box, strict=True):
-            pads = [*field.outside(interval), *pads]  # the last axis comes first
-        return F.pad(x, pads, value=value) if any(pads) else x
+        return result
 
     def _counts(self, field: ReceptiveField, interval: Interval, end: int) -> list[int]:
         """Return the number of entries that each window along one axis counts."""
@@ -355,45 +358,41 @@ def _native_padding(field: ReceptiveField, interval: Interval) -> int:
     return most if not wasted else 0
 
 
-def _broadcast(box: Box, sizes: Sequence[int]) -> Box:
-    """Return a box in a map that may have size 1 on some axes."""
-    return tuple(
-        interval if size != 1 else (0, 1) for interval, size in zip(box, sizes, strict=True)
-    )
+def _padded(x: Tensor, pads: Sequence[Interval], value: float = 0.0) -> Tensor:
+    """Add entries before and behind each spatial axis."""
+    flat = [size for pair in reversed(pads) for size in pair]  # the last axis comes first
+    return F.pad(x, flat, value=value) if any(flat) else x
 
 
-class OutOfPlace(Pointwise):
-    """The out-of-place overload of an operator that writes into its input."""
+class Shuffled(Form):
+    """A pixel shuffle, which makes a block of pixels of each, or its inverse.
 
-    def __init__(self, node: fx.Node, maps: list[fx.Node], target: Any) -> None:
-        super().__init__(node, maps)
-        self.target = target
+    Args:
+        node: the operator; it is called on the blocks that a box touches.
+        source: the input map.
+        factor: the length of a block.
+        up: channels become space.
+    """
 
-    def call(self, args: Any, kwargs: Any, box: Box) -> Any:
-        """Call the other overload."""
-        return self.target(*args, **kwargs)
+    cheap = True
 
+    def __init__(self, node: fx.Node, source: fx.Node, factor: int, *, up: bool) -> None:
+        super().__init__(node)
+        self.source, self.factor, self.up = source, factor, up
 
-class Expanded(Pointwise):
-    """A map expanded along axes of size 1, to the size of the box."""
-
-    def call(self, args: Any, kwargs: Any, box: Box) -> Any:
-        """Expand the part."""
-        x, sizes = args[0], list(self.node.meta["val"].shape)
-        return x.expand(*sizes[:2], *(high - low for low, high in box))
-
-
-class SplitPart(Pointwise):
-    """One of several results of an operator that splits channels."""
-
-    def __init__(self, node: fx.Node, maps: list[fx.Node], split: fx.Node, index: int) -> None:
-        super().__init__(node, maps)
-        self.split, self.index = split, index
+    def input_boxes(self, box: Box) -> InputBoxes:
+        """The pixels whose blocks the box touches, or the blocks that become its pixels."""
+        n = self.factor
+        if self.up:
+            return {self.source: tuple((low // n, -(-high // n)) for low, high in box)}
+        return {self.source: tuple((low * n, high * n) for low, high in box)}
 
     def run(self, box: Box, context: Context) -> Tensor:
-        """Split the part and return one of the results."""
-        x = context.part(next(iter(self.maps)), box)
-        args, kwargs = fx.node.map_arg((self.split.args, self.split.kwargs), lambda _: x)
-        assert callable(self.split.target)
-        result: Tensor = self.split.target(*args, **kwargs)[self.index]
-        return result
+        """Shuffle, and cut blocks that are in the box in part."""
+        read = self.input_boxes(box)[self.source]
+        assert callable(self.node.target)
+        x: Tensor = self.node.target(context.part(self.source, read), self.factor)
+        for axis, ((low, high), (start, _)) in enumerate(zip(box, read, strict=True)):
+            if self.up:
+                x = x.narrow(axis + 2, low - start * self.factor, high - low)
+        return x

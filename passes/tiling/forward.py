@@ -13,16 +13,13 @@ __all__ = [
     "is_exported",
     "is_fake",
     "is_traced",
-    "name_and_code",
     "output_reduction",
-    "plain",
     "spatial_axis",
     "volume_of",
 ]
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -230,18 +227,6 @@ def autocast_state() -> Any:
     return tuple(states), torch.get_default_dtype()
 
 
-def name_and_code(value: Any) -> str:
-    """Identify an object in the same way in every process: by name and code, without addresses."""
-    named = value if hasattr(value, "__qualname__") else type(value)
-    code = getattr(getattr(value, "__code__", None), "co_code", b"")
-    return f"{named.__module__}.{named.__qualname__} {code.hex()}"
-
-
-def plain(inputs: Inputs) -> Inputs:
-    """Return inputs as plain tensors, where they are of a tensor subclass."""
-    return inputs.map(as_plain)
-
-
 # -- outputs -------------------------------------------------------------------------------------
 
 
@@ -311,26 +296,20 @@ class ProgressBar:
 
     def __init__(self, wanted: bool) -> None:
         self.wanted = wanted and sys.stderr.isatty()
-        self.began = time.monotonic()
         self.bar: Any = None
 
     def __call__(self, done: int, total: int) -> None:
         """Show how many tiles are done."""
         if not self.wanted:
             return
-        if self.bar is None:
-            if time.monotonic() - self.began < PATIENCE:
-                return
-            from tqdm import tqdm
+        from tqdm import tqdm
 
-            self.bar = tqdm(total=total, unit="tile", leave=False, file=sys.stderr)
-        self.bar.n = done
-        self.bar.refresh()
-        if done >= total:
-            self.close()
+        self.bar = self.bar or tqdm(
+            total=total, unit="tile", leave=False, file=sys.stderr, delay=PATIENCE, mininterval=0
+        )
+        self.bar.update(done - self.bar.n)
 
     def close(self) -> None:
         """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
-            self.bar = None

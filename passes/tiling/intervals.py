@@ -17,7 +17,9 @@ __all__ = [
     "box_of",
     "crop_resampling",
     "cut",
+    "hull",
     "is_contested",
+    "is_empty",
     "linear_resampling",
     "nearest_resampling",
     "pad_resampling",
@@ -44,6 +46,11 @@ def cut(tensor: Tensor, box: Box) -> Tensor:
 def box_of(shape: Sequence[int]) -> Box:
     """Return the box that covers a tensor (N, C, *spatial)."""
     return tuple((0, size) for size in shape[2:])
+
+
+def is_empty(box: Box) -> bool:
+    """Whether a box has no entries."""
+    return any(low >= high for low, high in box)
 
 
 def hull(a: Box | None, b: Box) -> Box:

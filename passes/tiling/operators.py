@@ -21,11 +21,10 @@ from pocketize.passes.tiling.forms import (
     Convolution,
     Expanded,
     Form,
-    OutOfPlace,
     Pointwise,
     Pooling,
     ResampleForm,
-    SplitPart,
+    Shuffled,
     Transposed,
 )
 from pocketize.passes.tiling.intervals import (
@@ -37,7 +36,6 @@ from pocketize.passes.tiling.intervals import (
     nearest_resampling,
     pad_resampling,
 )
-from pocketize.passes.tiling.shuffles import Shuffled
 
 Bound: TypeAlias = Mapping[str, Any]
 _FACET = "tile form"
@@ -61,13 +59,9 @@ def local_form(node: fx.Node, rank: int) -> Form:
     Raises:
         NotLocal: there is none.
     """
-    name = operator_name(node.target)
-    if name == "getitem":
-        return _split_part(node, rank)
-    record = operator_of(node.target)
-    rule = record.facet(_FACET)
+    rule = operator_of(node.target).facet(_FACET)
     if rule is UNKNOWN:
-        raise NotLocal(f"{name} is not known to be local")
+        raise NotLocal(f"{operator_name(node.target)} is not known to be local")
     check_rank(node, rank)
     form: Form = rule(node, bind(node.target, node.args, node.kwargs), rank)
     return form
@@ -152,7 +146,7 @@ def _out_of_place(node: fx.Node, maps: list[fx.Node]) -> Form:
         plain = getattr(packet, schema_of(target).overload_name or "default", None)
         if plain is None or schema_of(plain).is_mutable:
             raise NotLocal(f"{target} writes into its input, and there is no overload without")
-        return OutOfPlace(node, maps, plain)
+        return Pointwise(node, maps, plain)
     return Pointwise(node, maps)
 
 
@@ -213,17 +207,6 @@ def _expand(node: fx.Node, bound: Bound, rank: int) -> Form:
     if shape is None or len(shape) != rank + 2:
         raise NotLocal("it makes a map of something that is none")
     return Expanded(node, [bound["self"]])
-
-
-def _split_part(node: fx.Node, rank: int) -> Form:
-    split, index = node.args
-    assert isinstance(split, fx.Node)
-    bound = bind(split.target, split.args, split.kwargs)
-    if operator_of(split.target).kind is Kind.SPLIT:
-        if bound["dim"] % (rank + 2) > 1:
-            raise NotLocal("it cuts a map along a spatial axis")
-        return SplitPart(node, [bound["self"]], split, int(index))  # type: ignore[arg-type]
-    raise NotLocal(f"{operator_name(split.target)} is not known to be local")
 
 
 # -- kernels -------------------------------------------------------------------------------------

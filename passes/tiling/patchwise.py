@@ -25,14 +25,15 @@ from pocketize.errors import (
 )
 from pocketize.graph.clone import clone_modules
 from pocketize.passes.shared import REBUILDING
-from pocketize.passes.shared.forwards import first_parameter, obstacle, wrapping
-from pocketize.passes.tiling.exact import ExactForward, Prepared, check_training, prepare
+from pocketize.passes.shared.forwards import obstacle, wrapping
+from pocketize.passes.tiling.exact import ExactForward, check_training, prepare
 from pocketize.passes.tiling.figures import measured_peak
 from pocketize.passes.tiling.forward import PatchForward, SampledTiling, Tiling, volume_of
 from pocketize.passes.tiling.plan_text import (
+    compare,
     exact_notes,
-    probe,
     slab_notes,
+    times,
     training_note,
     window_notes,
 )
@@ -188,12 +189,12 @@ class Patchwise(Tiling, Pass):
             if self.keep_dtype
             else "with the same outputs"
         )
-        what = f"runs by tiles of {_times(prepared.program.tile)}, {answer}"
+        what = f"runs by tiles of {times(prepared.program.tile)}, {answer}"
         peaks, notes = exact_notes(model, prepared, inputs, tiling)
         if self.train:
             tile, *steps = self._training_peaks(target, tiling)
             peaks = tuple(steps)
-            what += f"; trains by tiles of {_times(tile)}"
+            what += f"; trains by tiles of {times(tile)}"
             if peaks:
                 notes = (*notes, training_note(*peaks))
         lower = len(peaks) < 2 or peaks[0] < peaks[1]
@@ -202,7 +203,7 @@ class Patchwise(Tiling, Pass):
             if lower
             else "on this input the peak is no lower than that of the whole; see the notes"
         )
-        return what, why, (*notes, *self._compare(target, tiling, prepared))
+        return what, why, (*notes, *compare(model, inputs, tiling))
 
     def _training_peaks(self, target: Target, tiling: Tiling) -> tuple[Any, ...]:
         """Return the tile of a training step; its peak and that of the whole, where known."""
@@ -238,41 +239,9 @@ class Patchwise(Tiling, Pass):
             raise InputError(f"in {self.mode}s, {failure}")
         return what, notes
 
-    def _compare(self, target: Target, tiling: Tiling, prepared: Prepared) -> tuple[str, ...]:
-        """Compare tiles with the whole on a small volume.
-
-        Raises:
-            TilingError: they differ.
-        """
-        first = first_parameter(target.model)
-        if first is not None and first.is_meta:
-            return ("it has no values yet, so that tiles could not be compared with the whole",)
-        found = probe(target.model, target.inputs, tiling)
-        if found is None:
-            return ("no small volume runs through it, so that tiles were not compared with one",)
-        where = f"a volume of {_times(found.sizes)} by tiles of {_times(found.tile)}"
-        if not found.agrees:
-            raise TilingError(
-                f"on {where} the outputs differ from the whole volume's by {found.difference:.2g} "
-                f"of their largest value, more than rounding explains ({found.tolerance:.2g})"
-            )
-        same = f"{where} gave the whole volume's outputs to {found.difference:.2g} of the largest"
-        if self.keep_dtype is None:
-            return (same,)
-        rounded = probe(target.model, target.inputs, tiling, rounded=True)
-        assert rounded is not None  # the same volume has just run
-        return (
-            same,
-            f"with {self.keep_dtype} between tile loops, to {rounded.difference:.2g} of it",
-        )
-
     def conversion_options(self) -> dict[str, Any]:
         """All options."""
         return {option.name: to_jsonable(getattr(self, option.name)) for option in fields(self)}
-
-
-def _times(sizes: tuple[int, ...]) -> str:
-    return "x".join(map(str, sizes))
 
 
 def _refusal(model: nn.Module) -> str:

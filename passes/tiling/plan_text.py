@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 __all__ = [
-    "Agreement",
+    "compare",
     "exact_notes",
-    "probe",
     "slab_notes",
+    "times",
     "training_note",
     "window_notes",
 ]
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,7 +23,7 @@ from pocketize.graph.capture import find_tensors
 from pocketize.graph.clone import clone
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
-from pocketize.passes.shared.forwards import lowering
+from pocketize.passes.shared.forwards import first_parameter, lowering
 from pocketize.passes.tiling.exact import ExactForward, Prepared
 from pocketize.passes.tiling.figures import (
     estimated_peak,
@@ -35,7 +35,7 @@ from pocketize.passes.tiling.figures import (
 )
 from pocketize.passes.tiling.forward import PatchForward, Tiling, spatial_axis, volume_of
 from pocketize.passes.tiling.program import Program, TileLoop
-from pocketize.passes.tiling.slabs import SlabForward, Volume
+from pocketize.passes.tiling.slabs import Layout, SlabForward, Volume
 from pocketize.passes.tiling.tiled_graph import TiledGraph, TilingError
 from pocketize.passes.tiling.tracing import trace_forward
 from pocketize.passes.tiling.windows import WindowForward
@@ -45,6 +45,11 @@ _PLACES = {"device": "on the device", "host": "in host memory", "disk": "in file
 #: Volumes of up to so many voxels are compared at their own size.
 _SMALL = 2**18
 _SIZES = (32, 48, 64, 96, 128)
+
+
+def times(sizes: Sequence[int]) -> str:
+    """Write sizes as "16x16x8"."""
+    return "x".join(map(str, sizes))
 
 
 def exact_notes(
@@ -101,14 +106,13 @@ def slab_notes(forward: SlabForward, inputs: Inputs) -> tuple[str, tuple[str, ..
     Raises:
         InputError: the inputs have no volume, or not the axis.
     """
-    volume = Volume(inputs, forward.device(inputs))
-    axis, sizes, starts = forward.slabs(volume)
-    padding = len(starts) * sizes[axis] - volume.sizes[axis]
+    layout = forward.layout(Volume(inputs, forward.device(inputs)))
+    axis, size, count = layout.axis, layout.sizes[layout.axis], sum(map(len, layout.rows))
+    padding = count * size - layout.volume.sizes[axis]
     padded = f", {padding} of them zeros behind the volume" if padding else ""
-    what = f"runs in slabs of {sizes[axis]} along axis {axis}, each alone"
-    text = f"on {inputs.describe()}: {len(starts)} slabs{padded}"
-    notes = (text, *_part_peak(forward, volume, sizes, "slab"), *_common_notes(forward.tiling))
-    return what, notes
+    what = f"runs in slabs of {size} along axis {axis}, each alone"
+    text = f"on {inputs.describe()}: {count} slabs{padded}"
+    return what, (text, *_part_peak(forward, layout, "slab"), *_common_notes(forward.tiling))
 
 
 def window_notes(forward: WindowForward, inputs: Inputs) -> tuple[str, tuple[str, ...]]:
@@ -117,17 +121,14 @@ def window_notes(forward: WindowForward, inputs: Inputs) -> tuple[str, tuple[str
     Raises:
         InputError: the inputs have no volume, or another number of axes.
     """
-    volume = Volume(inputs, forward.device(inputs))
-    layout = forward.layout(volume)
-    ratio = layout.count * math.prod(layout.window) / math.prod(volume.sizes)
-    shown = "x".join(map(str, layout.window))
-    what = f"runs in windows of {shown}, each alone, and averages them"
+    layout = forward.layout(Volume(inputs, forward.device(inputs)))
+    ratio = layout.count * math.prod(layout.sizes) / math.prod(layout.volume.sizes)
+    what = f"runs in windows of {times(layout.sizes)}, each alone, and averages them"
     text = (
         f"on {inputs.describe()}: {layout.count} windows, {ratio:.2f} times the voxels of the "
         "volume are computed"
     )
-    notes = (text, *_part_peak(forward, volume, layout.window, "window"))
-    return what, (*notes, *_common_notes(forward.tiling))
+    return what, (text, *_part_peak(forward, layout, "window"), *_common_notes(forward.tiling))
 
 
 def _common_notes(tiling: Tiling) -> list[str]:
@@ -155,21 +156,19 @@ def _ineffective(model: nn.Module, tiling: Tiling) -> list[str]:
     ]
 
 
-def _part_peak(
-    forward: PatchForward, volume: Volume, sizes: Sequence[int], word: str
-) -> tuple[str, ...]:
+def _part_peak(forward: PatchForward, layout: Layout, word: str) -> tuple[str, ...]:
     """Return the peak of one part's forward, and the volume's, where they can be traced."""
-    count = forward.tiling.batch
+    volume, count = layout.volume, forward.tiling.batch
     try:
-        part = trace_forward(forward.module, _part(volume, sizes, count))
+        part = trace_forward(forward.module, _part(volume, layout.sizes, count))
     except TilingError:
         return ()  # it cannot be traced; it can be run
     except CaptureError as error:
         if not hasattr(error, "trace_mode"):
             raise  # it could not even be copied
         raise InputError(
-            f"a {word} of {'x'.join(map(str, sizes))} does not run through the model: {error}"
-            f"{_nearest(forward, volume, sizes)}"
+            f"a {word} of {times(layout.sizes)} does not run through the model: {error}"
+            f"{_nearest(forward, volume, layout.sizes)}"
         ) from None
     try:
         whole = trace_forward(forward.module, volume.inputs)
@@ -203,7 +202,7 @@ def _nearest(forward: PatchForward, volume: Volume, sizes: Sequence[int]) -> str
             trace_forward(forward.module, _part(volume, tried))
         except (TilingError, CaptureError):
             continue
-        return f". The nearest size that does is {'x'.join(map(str, tried))}"
+        return f". The nearest size that does is {times(tried)}"
     return ""
 
 
@@ -251,82 +250,77 @@ def _reads_maps(graph: TiledGraph, node: fx.Node) -> bool:
 # -- a small volume, computed by tiles and whole ---------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How far the outputs by tiles are from those of the whole volume.
-
-    Attributes:
-        difference: the largest, relative to the largest value of the output; of integers the
-            fraction that differs.
-        tolerance: what rounding explains.
-        sizes: of the volume that was compared.
-        tile: its tiles.
-    """
-
-    difference: float
-    tolerance: float
-    sizes: tuple[int, ...]
-    tile: tuple[int, ...]
-
-    @property
-    def agrees(self) -> bool:
-        """Whether rounding explains the difference."""
-        return self.difference <= self.tolerance
-
-
-def probe(
-    model: nn.Module, inputs: Inputs, tiling: Tiling, *, rounded: bool = False
-) -> Agreement | None:
-    """Run a copy of a model on random values, whole and by tiles.
+def compare(model: nn.Module, inputs: Inputs, tiling: Tiling) -> tuple[str, ...]:
+    """Run copies of a model on random values, whole and by tiles; return how far they agree.
 
     Args:
-        model: with values; unchanged.
+        model: unchanged.
         inputs: example inputs, whose sizes are taken, or reduced where they are large.
         tiling: how the volume is to be cut; at least two tiles are tried.
-        rounded: use ``keep_dtype`` between tile loops.
-
-    Returns:
-        The difference; None where no small volume runs through the model.
 
     Raises:
-        TilingError: the model cannot be computed by tiles.
+        TilingError: they differ, or the model cannot be computed by tiles.
     """
+    first = first_parameter(model)
+    if first is not None and first.is_meta:
+        return ("it has no values yet, so that tiles could not be compared with the whole",)
     found = _small_inputs(model, inputs)
+    try:
+        whole = _run(model, found[0]) if found is not None else []
+    except Exception:  # a user's forward may raise anything on random values
+        found = None
     if found is None:
-        return None
+        return ("no small volume runs through it, so that tiles were not compared with one",)
     small, rounding = found
+    sizes = volume_of(small)
+    alone = Tiling(size=_tile(tiling, sizes), axis=tiling.axis, progress=False)
+    where = f"a volume of {times(sizes)} by tiles of {times(alone.sizes)}"
+    difference, tolerance = _difference(whole, _run(model, small, alone), rounding)
+    if difference > tolerance:
+        raise TilingError(
+            f"on {where} the outputs differ from the whole volume's by {difference:.2g} of their "
+            f"largest value, more than rounding explains ({tolerance:.2g})"
+        )
+    same = f"{where} gave the whole volume's outputs to {difference:.2g} of the largest"
+    if tiling.keep_dtype is None:
+        return (same,)
+    rounded = _run(model, small, replace(alone, keep_dtype=tiling.keep_dtype))
+    difference, _ = _difference(whole, rounded, rounding)
+    return same, f"with {tiling.keep_dtype} between tile loops, to {difference:.2g} of it"
+
+
+def _run(model: nn.Module, inputs: Inputs, tiling: Tiling | None = None) -> list[Tensor]:
     copy = clone(model)
     set_mode(copy, False)
-    sizes = volume_of(small)
-    tile = _tile(tiling, sizes)
-    kept = tiling.keep_dtype if rounded else None
-    alone = Tiling(size=tile, axis=tiling.axis, progress=False, keep_dtype=kept)
-    forward = ExactForward(copy, alone)
+    if tiling is not None:
+        ExactForward(copy, tiling).install()
     with torch.no_grad():
-        try:
-            whole = find_tensors(small.call(copy))
-        except Exception:  # a user's forward may raise anything on random values
-            return None
-        forward.install()
-        tiled = find_tensors(small.call(copy))
+        return find_tensors(inputs.call(copy))
+
+
+def _difference(whole: list[Tensor], tiled: list[Tensor], rounding: float) -> tuple[float, float]:
+    """Return the difference of the worst output, and what rounding explains of it.
+
+    It is relative to the largest value; of integers it is the fraction that differs.
+    """
     worst, tolerance = 0.0, 0.0
     for a, b in zip(whole, tiled, strict=True):
         allowed = rounding**0.5 if a.is_floating_point() else 0.01
-        apart = _difference(a, b)
+        apart = _apart(a, b)
         if apart / allowed >= (worst / tolerance if tolerance else 0.0):
             worst, tolerance = apart, allowed
-    return Agreement(worst, tolerance, sizes, tile)
+    return worst, tolerance
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
+def _apart(a: Tensor, b: Tensor) -> float:
     if not a.numel():
         return 0.0
     if not a.is_floating_point():
         return float((a != b).double().mean())
     a, b = a.double(), b.double()
     same = (a == b) | (a.isnan() & b.isnan())
-    apart = torch.where(same, 0.0, (a - b).abs()).max()
-    return float(apart / a[a.isfinite()].abs().max().clamp_min(1e-30)) if float(apart) else 0.0
+    apart = float(torch.where(same, 0.0, (a - b).abs()).max())
+    return apart / float(a[a.isfinite()].abs().max().clamp_min(1e-30)) if apart else 0.0
 
 
 def _small_inputs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, float] | None:

@@ -15,12 +15,10 @@ __all__ = [
     "TileGroup",
     "group_for",
     "group_name",
-    "group_of",
-    "output_storage",
 ]
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,12 +30,12 @@ from torch import Tensor, fx
 from pocketize._torch import pytree
 from pocketize.errors import InputError
 from pocketize.graph.inputs import Inputs
-from pocketize.passes.tiling.execution import Execution, ExecutionSettings
+from pocketize.passes.tiling.execution import Execution
 from pocketize.passes.tiling.forward import PatchForward, is_fake
-from pocketize.passes.tiling.intervals import Box, box_of, cut, hull
+from pocketize.passes.tiling.intervals import Box, box_of, cut, hull, is_empty
 from pocketize.passes.tiling.program import FullSizeOp, Program, TileLoop, needed_boxes
-from pocketize.passes.tiling.resume import ResumeState, ResumeStorage
-from pocketize.passes.tiling.storage import Buffer, Storage
+from pocketize.passes.tiling.resume import ResumeState
+from pocketize.passes.tiling.storage import Buffer
 from pocketize.passes.tiling.tracing import tensors_by_name
 
 #: The name of the group of all processes.
@@ -65,24 +63,6 @@ class TileGroup:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def check(self, described: Any, tensors: Mapping[str, Tensor]) -> None:
-        """Check that all processes run the same; the values of their inputs are not compared.
-
-        Args:
-            described: the sizes of the inputs and how they are cut.
-            tensors: parameters and buffers by name.
-
-        Raises:
-            InputError: they do not; all processes raise.
-        """
-        self.agree("inputs or tiles", described)
-        sums = {
-            name: str(float(tensor.detach().sum(dtype=torch.float64)))
-            for name, tensor in tensors.items()
-            if tensor.is_floating_point()
-        }
-        self.agree("weights", sorted(sums.items()))
-
     def agree(self, what: str, value: Any) -> None:
         """Check that all processes gave the same.
 
@@ -101,19 +81,17 @@ class TileGroup:
     def exchange(
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
     ) -> None:
-        """Send tensors to other ranks and receive others, from each rank in the order of sending.
-
-        Args:
-            sends: rank and tensor.
-            receives: rank and the tensor that is overwritten.
-        """
+        """Send tensors to other ranks and overwrite others by what these send, in their order."""
         rows = [(rank, target, self._row_like(target)) for rank, target in receives]
-        sent = [(rank, self._bytes(tensor)) for rank, tensor in sends]
-        operations = [self._operation(dist.isend, row, rank) for rank, row in sent]
-        operations += [self._operation(dist.irecv, row, rank) for rank, _, row in rows]
-        if not operations:
-            return
-        for work in dist.batch_isend_irecv(operations):
+        every: list[tuple[Any, int, Tensor]] = [
+            (dist.isend, rank, self._bytes(tensor)) for rank, tensor in sends
+        ]
+        every += [(dist.irecv, rank, row) for rank, _, row in rows]
+        operations = [
+            dist.P2POp(kind, row, dist.get_global_rank(self.group, rank), group=self.group)
+            for kind, rank, row in every
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else ():
             work.wait()
         for _, target, row in rows:
             target.copy_(row.view(target.dtype).reshape(target.shape))
@@ -127,9 +105,6 @@ class TileGroup:
         dist.broadcast(row, dist.get_global_rank(self.group, source), group=self.group)
         if not mine:
             tensor.copy_(row.view(tensor.dtype).reshape(tensor.shape))
-
-    def _operation(self, kind: Any, row: Tensor, rank: int) -> dist.P2POp:
-        return dist.P2POp(kind, row, dist.get_global_rank(self.group, rank), group=self.group)
 
     def _bytes(self, tensor: Tensor) -> Tensor:
         """Return the bytes of a tensor: not every backend knows every dtype."""
@@ -147,28 +122,42 @@ def group_name(group: Any) -> Any:
     return WORLD if group is dist.group.WORLD else group.group_name
 
 
-def group_of(name: str | None, device: torch.device) -> TileGroup | None:
-    """Return the process group with a name; None without a name.
+def _difference(a: Any, b: Any) -> str:
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        a, b = next((one, two) for one, two in zip(a, b, strict=True) if one != two)
+    return f"{a} and {b}"
 
-    Args:
-        name: "world" for all processes, or the ``group_name`` of a process group.
-        device: where tiles are computed.
+
+def group_for(forward: PatchForward, inputs: Inputs) -> TileGroup | None:
+    """Return the group that shares the tiles of a call; None where gradients are enabled.
 
     Raises:
-        InputError: there is no such group here, or this process is not in it.
+        InputError: there is no such group, this process is not in it, or its processes do not run
+            the same; the values of inputs are not compared.
     """
-    if name is None:
+    name = forward.tiling.group
+    if name is None or is_fake(inputs) or torch.is_grad_enabled():
         return None
+    group = TileGroup(_resolved(name), forward.device(inputs))
+    shapes = [list(tensor.shape) for tensor in inputs.tensors()]
+    alike = replace(forward.tiling, folder=None, progress=False)  # these may differ
+    group.agree("inputs or tiles", [*shapes, alike])
+    sums = {
+        path: str(float(tensor.detach().sum(dtype=torch.float64)))
+        for path, tensor in tensors_by_name(forward.module).items()
+        if tensor.is_floating_point()
+    }
+    group.agree("weights", sorted(sums.items()))
+    return group
+
+
+def _resolved(name: str) -> dist.ProcessGroup:
     if not (dist.is_available() and dist.is_initialized()):
         raise InputError(
             f"patchwise: group={name!r} needs an initialised process group; start the processes "
             "with torchrun and call torch.distributed.init_process_group() first, or rewrite "
             "without group"
         )
-    return TileGroup(_resolved(name), device)
-
-
-def _resolved(name: str) -> dist.ProcessGroup:
     if name == WORLD:
         world = dist.group.WORLD
         assert world is not None  # it is initialised
@@ -182,37 +171,6 @@ def _resolved(name: str) -> dist.ProcessGroup:
             "or the group_name of a group that torch.distributed.new_group made here"
         ) from error
     return found
-
-
-def _difference(a: Any, b: Any) -> str:
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        a, b = next((one, two) for one, two in zip(a, b, strict=True) if one != two)
-    return f"{a} and {b}"
-
-
-def group_for(forward: PatchForward, inputs: Inputs) -> TileGroup | None:
-    """Return the group that shares the tiles of a call; None where gradients are enabled.
-
-    Raises:
-        InputError: there is no such group, or its processes do not run the same.
-    """
-    if is_fake(inputs) or torch.is_grad_enabled():
-        return None
-    group = group_of(forward.tiling.group, forward.device(inputs))
-    if group is not None:
-        shapes = [list(tensor.shape) for tensor in inputs.tensors()]
-        alike = replace(forward.tiling, folder=None, progress=False)  # these may differ
-        group.check([*shapes, alike], tensors_by_name(forward.module))
-    return group
-
-
-def output_storage(
-    forward: PatchForward, device: torch.device, state: ResumeState | None
-) -> Storage:
-    """Return the storage for the outputs of a call."""
-    if state is not None:
-        return ResumeStorage(state, device)
-    return Storage(forward.tiling.output, device, folder=forward.tiling.folder)
 
 
 class Shard:
@@ -300,12 +258,12 @@ class ShardLayout:
         graph = program.graph
         sources = [graph.reductions[node].source for node in step.reductions]
         wanted = {node: self.block(node, step, rank) for node in (*step.targets, *sources)}
-        wanted = {node: box for node, box in wanted.items() if not _empty(box)}
+        wanted = {node: box for node, box in wanted.items() if not is_empty(box)}
         inside = set(step.order)
         for node, box in needed_boxes(graph, step.order, wanted).items():
             if node not in inside and node in self.held:
                 held = self.held[node][rank]
-                self.held[node][rank] = box if _empty(held) else hull(held, box)
+                self.held[node][rank] = box if is_empty(held) else hull(held, box)
 
 
 class ShardedExecution(Execution):
@@ -314,9 +272,9 @@ class ShardedExecution(Execution):
     Program and tensors are the same in all processes, and the inputs are whole in each.
     """
 
-    def __init__(self, settings: ExecutionSettings, group: TileGroup) -> None:
-        super().__init__(settings)
-        self.group, self.layout = group, ShardLayout(settings.program, group.size)
+    def __init__(self, program: Program, *, group: TileGroup, **settings: Any) -> None:
+        super().__init__(program, **settings)
+        self.group, self.layout = group, ShardLayout(program, group.size)
         self._parts: dict[fx.Node, dict[tuple[int, ...], tuple[Any, ...]]] = {}
 
     def _begin(self) -> int:
@@ -379,8 +337,8 @@ class ShardedExecution(Execution):
         given = [(rank, _common(owned[me], held[rank])) for rank in others]
         taken = [(rank, _common(owned[rank], held[me])) for rank in others]
         self.group.exchange(
-            [(rank, buffer.view(box)) for rank, box in given if not _empty(box)],
-            [(rank, buffer.view(box)) for rank, box in taken if not _empty(box)],
+            [(rank, buffer.view(box)) for rank, box in given if not is_empty(box)],
+            [(rank, buffer.view(box)) for rank, box in taken if not is_empty(box)],
         )
 
 
@@ -393,7 +351,3 @@ def _common(a: Box, b: Box) -> Box:
     return tuple(
         (max(low, other[0]), min(high, other[1])) for (low, high), other in zip(a, b, strict=True)
     )
-
-
-def _empty(box: Box) -> bool:
-    return any(low >= high for low, high in box)

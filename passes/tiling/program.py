@@ -8,7 +8,7 @@ connection. Statistics of a norm are reduced in the loop that stores the norm's 
 
 from __future__ import annotations
 
-__all__ = ["FullSizeOp", "Program", "Step", "TileLoop", "build_program", "needed_boxes", "share"]
+__all__ = ["FullSizeOp", "Program", "Step", "TileLoop", "build_program", "needed_boxes"]
 
 import itertools
 import math
@@ -18,12 +18,20 @@ from typing import TypeAlias
 
 from torch import fx
 
-from pocketize.passes.tiling.intervals import Box, hull
+from pocketize.passes.tiling.intervals import Box, hull, is_empty
 from pocketize.passes.tiling.tiled_graph import TiledGraph
 
 
 @dataclass(eq=False)
-class TileLoop:
+class _Reading:
+    """The stored results that a step reads, and those of them that nothing reads afterwards."""
+
+    reads: tuple[fx.Node, ...] = field(default=(), kw_only=True)
+    frees: tuple[fx.Node, ...] = field(default=(), kw_only=True)
+
+
+@dataclass(eq=False)
+class TileLoop(_Reading):
     """Compute some maps tile by tile.
 
     Attributes:
@@ -31,31 +39,19 @@ class TileLoop:
         reductions: operators whose sums over a map are accumulated.
         order: what is computed for each tile, in the order in which it runs.
         counts: number of tiles along each axis.
-        reads: stored results that it reads.
-        frees: stored results that nothing reads afterwards.
     """
 
     targets: tuple[fx.Node, ...]
     reductions: tuple[fx.Node, ...]
     order: tuple[fx.Node, ...]
     counts: tuple[int, ...]
-    reads: tuple[fx.Node, ...] = ()
-    frees: tuple[fx.Node, ...] = ()
 
 
 @dataclass(eq=False)
-class FullSizeOp:
-    """Run one operator on stored results.
-
-    Attributes:
-        node: the operator.
-        reads: stored results that it reads.
-        frees: stored results that nothing reads afterwards.
-    """
+class FullSizeOp(_Reading):
+    """Run one operator on stored results."""
 
     node: fx.Node
-    reads: tuple[fx.Node, ...] = ()
-    frees: tuple[fx.Node, ...] = ()
 
 
 #: Maps that are smaller than this fraction of a part run whole and stay on the device.
@@ -97,16 +93,21 @@ class Program:
             self._chosen[step] = [(0,) * len(step.counts), largest, largest]
         return self._chosen[step]
 
+    def wanted(self, step: TileLoop, tile: Sequence[int]) -> dict[fx.Node, Box]:
+        """Return the boxes of maps that one tile stores or measures; empty ones are left out."""
+        sources = [self.graph.reductions[node].source for node in step.reductions]
+        found = {}
+        for node in [*step.targets, *sources]:
+            rows = zip(node.meta["val"].shape[2:], step.counts, tile, strict=True)
+            box = tuple((size * at // count, size * (at + 1) // count) for size, count, at in rows)
+            if not is_empty(box):
+                found[node] = box
+        return found
+
     def boxes(self, step: TileLoop, tile: Sequence[int]) -> dict[fx.Node, Box]:
         """Return the boxes that a loop computes for one tile."""
-        graph, inside = self.graph, set(step.order)
-        wanted: dict[fx.Node, Box] = {}
-        for node in [*step.targets, *(graph.reductions[node].source for node in step.reductions)]:
-            box = share(node.meta["val"].shape[2:], step.counts, tile)
-            if node in inside and all(low < high for low, high in box):
-                wanted[node] = hull(wanted.get(node), box)
-        needed = needed_boxes(graph, step.order, wanted)
-        return {node: box for node, box in needed.items() if node in inside}
+        needed = needed_boxes(self.graph, step.order, self.wanted(step, tile))
+        return {node: needed[node] for node in step.order if node in needed}
 
     def _largest(self, step: TileLoop) -> tuple[int, ...]:
         """Return the tile that computes most; axes are independent of each other."""
@@ -124,20 +125,6 @@ class Program:
             max(range(count), key=lambda index: entries(axis, index))
             for axis, count in enumerate(step.counts)
         )
-
-
-def share(sizes: Sequence[int], counts: Sequence[int], tile: Sequence[int]) -> Box:
-    """Return the box of a map of some sizes that belongs to one tile; it may be empty.
-
-    Args:
-        sizes: of the map.
-        counts: tiles along each axis.
-        tile: index of the tile along each axis.
-    """
-    return tuple(
-        (size * index // count, size * (index + 1) // count)
-        for size, count, index in zip(sizes, counts, tile, strict=True)
-    )
 
 
 def needed_boxes(
@@ -166,38 +153,27 @@ def build_program(graph: TiledGraph, tile: Sequence[int], *, sampled: bool = Fal
         tile: size of a tile at full resolution, one number for each spatial axis.
         sampled: see :class:`Program`.
     """
-    builder = _Builder(graph, tuple(tile))
+    builder = _Builder(graph, tile)
     for node in graph.nodes:
         builder.add(node)
     outputs = tuple(dict.fromkeys(graph.traced.outputs()))
     builder.tile_loop([node for node in outputs if node in builder.pending])
-    return Program(
-        graph,
-        _freed(builder.steps, outputs),
-        outputs,
-        builder.tile,
-        builder.limit // _SMALL,
-        sampled,
-    )
+    steps = _freed(builder.steps, outputs)
+    return Program(graph, steps, outputs, builder.tile, builder.limit // _SMALL, sampled)
 
 
-@dataclass(eq=False)
 class _Builder:
-    graph: TiledGraph
-    tile: tuple[int, ...]
-    steps: list[Step] = field(default_factory=list)
-    #: maps that have a form and are computed where a loop needs them
-    pending: dict[fx.Node, None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        graph = self.graph
-        full = graph.largest_input
-        self.full = graph.volume
-        self.tile = tuple(min(t, size) for t, size in zip(self.tile, self.full, strict=True))
+    def __init__(self, graph: TiledGraph, tile: Sequence[int]) -> None:
+        self.graph, self.full = graph, graph.volume
+        self.steps: list[Step] = []
+        #: maps that have a form and are computed where a loop needs them
+        self.pending: dict[fx.Node, None] = {}
+        self.tile = tuple(min(pair) for pair in zip(tile, self.full, strict=True))
         self.grid = tuple(-(-size // t) for t, size in zip(self.tile, self.full, strict=True))
-        finest = [graph.nbytes(n) for n in graph.forms if graph.voxels(n) >= graph.voxels(full)]
+        whole = graph.largest_input
+        finest = [graph.nbytes(n) for n in graph.forms if graph.voxels(n) >= graph.voxels(whole)]
         # bytes of a tile of the widest map at full resolution: the limit for the tile of any map
-        self.limit: int = max([*finest, graph.nbytes(full)]) // math.prod(self.grid)
+        self.limit: int = max([*finest, graph.nbytes(whole)]) // math.prod(self.grid)
 
     def add(self, node: fx.Node) -> None:
         graph = self.graph
@@ -207,20 +183,12 @@ class _Builder:
             if node in graph.forms:
                 self.pending[node] = None
         elif node in graph.forms and self._keeps_pending(node):
+            self.pending[node] = None
             if self._small(node):
-                self.pending[node] = None
                 self.tile_loop([node])
-            else:
-                self.pending[node] = None
-        elif not self._is_cut_up(node):
+        else:
             self.tile_loop([n for n in node.all_input_nodes if n in self.pending])
             self.steps.append(FullSizeOp(node))
-
-    def _is_cut_up(self, node: fx.Node) -> bool:
-        """Whether a node returns several maps, each of which loops compute from its input."""
-        if not isinstance(node.meta["val"], list | tuple) or not node.users:
-            return False
-        return all(user in self.graph.forms and self._keeps_pending(user) for user in node.users)
 
     def _keeps_pending(self, node: fx.Node) -> bool:
         """Whether a local operator is to be computed in loops: it or an input is large."""
@@ -261,7 +229,7 @@ class _Builder:
                 tuple(reductions),
                 tuple(order),
                 self._counts(largest),
-                tuple(dict.fromkeys(reads)),
+                reads=tuple(dict.fromkeys(reads)),
             )
         )
         for node in wanted:

@@ -5,14 +5,20 @@ replaced atomically, says how far they are valid; what was written after it is w
 the same values. So a process may end at any moment. Before the small file is written, all others
 are flushed to the disk.
 
-The small file has the size of each map and checksums of all that was written. Files that were
-deleted, truncated or overwritten since are found before anything is read from them, and the volume
-is then computed from the beginning.
+The small file has the size of each map and checksums of all that was written. If a file was
+deleted, truncated or overwritten since, the volume is computed from the beginning.
 """
 
 from __future__ import annotations
 
-__all__ = ["ResumableExecution", "ResumeState", "ResumeStorage", "digest", "resume_state_for"]
+__all__ = [
+    "ResumableExecution",
+    "ResumeState",
+    "ResumeStorage",
+    "digest",
+    "resume_state_for",
+    "storage_for",
+]
 
 import contextlib
 import functools
@@ -35,10 +41,10 @@ from torch import Tensor, fx
 from pocketize._torch import pytree
 from pocketize.errors import InputError, PocketizeWarning
 from pocketize.graph.inputs import Inputs
-from pocketize.passes.tiling.execution import Execution, ExecutionSettings
+from pocketize.passes.tiling.execution import Execution
 from pocketize.passes.tiling.forward import PatchForward, autocast_state, is_fake
 from pocketize.passes.tiling.intervals import Box
-from pocketize.passes.tiling.program import TileLoop
+from pocketize.passes.tiling.program import Program, TileLoop
 from pocketize.passes.tiling.storage import Buffer, Storage, mapped_file
 from pocketize.passes.tiling.tracing import fingerprint, tensors_by_name
 
@@ -48,24 +54,16 @@ logger = logging.getLogger(__name__)
 INTERVAL = 10.0
 _STATE = "progress.pt"
 _LOCK = "lock"
-_Place = tuple[int, tuple[int, ...], tuple[int, ...]]
 #: Bytes that are read at once where a digest is made.
 _BLOCK = 1 << 24
 
 
-class _DamageError(Exception):
-    """A file is not what was written."""
-
-
 class ResumeState:
-    """A folder with the results of one forward.
+    """A folder with the results of one forward; ``progress`` is as it was last committed, or empty.
 
     Args:
         folder: of the user, with one folder for each forward that is not finished.
         identity: of the forward: a digest of operators and values.
-
-    Attributes:
-        progress: as it was last committed; empty at the beginning.
 
     Raises:
         InputError: the folder cannot be made, or another process runs the same forward.
@@ -82,11 +80,11 @@ class ResumeState:
             ) from error
         self._lock = _locked(self.folder / _LOCK)
         self._committed = time.monotonic()
-        self._maps: dict[str, Path] = {}
-        self._rows: dict[str, tuple[int, torch.dtype]] = {}
-        #: checksums of the parts of maps, by offset, shape and strides; and of small results
-        self._parts: dict[str, dict[_Place, int]] = {}
-        self._small: dict[str, str] = {}
+        #: files of maps that are flushed by each commit
+        self.maps: dict[str, Path] = {}
+        #: sizes of maps, checksums of their parts by offset, shape and strides, and those of small
+        #: results
+        self._tables: dict[str, dict[str, Any]] = {"rows": {}, "parts": {}, "small": {}}
         self.progress: dict[str, Any] = {}
         if (self.folder / _STATE).exists():
             self._restore()
@@ -98,14 +96,14 @@ class ResumeState:
             for name, (size, dtype) in held["rows"].items():
                 path = self.folder / f"{name}.map"
                 if path.stat().st_size != size * dtype.itemsize:
-                    raise _DamageError(f"{path.name} has another size")
+                    raise OSError(f"{path.name} has another size")
                 row = mapped_file(path, size, dtype)
                 for (offset, shape, stride), written in held["parts"].get(name, {}).items():
                     if _checksum(row.as_strided(shape, stride, offset)) != written:
-                        raise _DamageError(f"{path.name} holds other values")
+                        raise OSError(f"{path.name} holds other values")
             for name, written in held["small"].items():
                 _read(self.folder / f"{name}.pt", written)
-        except (_DamageError, OSError) as error:
+        except OSError as error:
             warnings.warn(
                 f"patchwise: what was computed in {self.folder} is damaged ({error}); the volume "
                 "is computed from the beginning",
@@ -116,59 +114,49 @@ class ResumeState:
                 if path.name != _LOCK:
                     path.unlink()
             return
-        self.progress, self._small = held["state"], held["small"]
-        self._rows, self._parts = held["rows"], held["parts"]
+        self.progress = held["state"]
+        self._tables = {name: held[name] for name in self._tables}
         logger.info("continuing from %s", self.folder)
 
     def row(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
         """Return a row of entries, with what was written into it before."""
-        path = self._maps[name] = self.folder / f"{name}.map"
-        self._rows[name] = size, dtype
+        path = self.maps[name] = self.folder / f"{name}.map"
+        self._tables["rows"][name] = size, dtype
         return mapped_file(path, size, dtype)
 
     def note_written(self, name: str, part: Tensor) -> None:
         """Note that a part of a map, a view of it, has been written."""
         place = int(part.storage_offset()), tuple(part.shape), part.stride()
-        self._parts.setdefault(name, {})[place] = _checksum(part)
+        self._tables["parts"].setdefault(name, {})[place] = _checksum(part)
 
     def put(self, name: str, value: Any) -> None:
         """Store a small result."""
-        self._small[name] = _replace(self.folder / f"{name}.pt", value)
+        self._tables["small"][name] = _replace(self.folder / f"{name}.pt", value)
 
     def get(self, name: str) -> Any:
         """Return a small result."""
-        return _read(self.folder / f"{name}.pt", self._small[name])
+        return _read(self.folder / f"{name}.pt", self._tables["small"][name])
 
     def is_due(self) -> bool:
         """Whether it is time to commit."""
         return time.monotonic() - self._committed >= INTERVAL
 
     def commit(self, progress: dict[str, Any], unused: Iterable[str] = ()) -> None:
-        """Note that all that was written until now is valid.
-
-        Args:
-            progress: numbers, texts and tensors in dicts, lists and tuples.
-            unused: maps and small results that nothing reads any more; they are removed.
-        """
+        """Note that all that was written until now is valid, and remove what nothing reads."""
         unused = tuple(unused)
         for name in unused:
-            for table in (self._maps, self._rows, self._parts, self._small):
+            for table in (self.maps, *self._tables.values()):
                 table.pop(name, None)
-        for path in self._maps.values():
+        for path in self.maps.values():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-        held = {"rows": self._rows, "parts": self._parts, "small": self._small}
-        _replace(self.folder / _STATE, {"state": progress, **held})
+        _replace(self.folder / _STATE, {"state": progress, **self._tables})
         self.progress = progress
         self._committed = time.monotonic()
         for name in unused:
             for path in (self.folder / f"{name}.map", self.folder / f"{name}.pt"):
                 with contextlib.suppress(PermissionError):  # a mapped file that cannot be removed
                     path.unlink(missing_ok=True)
-
-    def freeze_maps(self) -> None:
-        """Nothing more is written into the present maps, so that they need no further flush."""
-        self._maps.clear()
 
     def finish(self) -> None:
         """Remove the folder; tensors that were read from it stay."""
@@ -201,6 +189,19 @@ class ResumeStorage(Storage):
         self.state.note_written(name, part)
 
 
+def storage_for(
+    forward: PatchForward,
+    place: str,
+    device: torch.device,
+    state: ResumeState | None,
+    dtype: torch.dtype | None = None,
+) -> Storage:
+    """Return the storage of results, or of outputs, in a call of a forward."""
+    if state is not None:
+        return ResumeStorage(state, device, dtype=dtype)
+    return Storage(place, device, folder=forward.tiling.folder, dtype=dtype)
+
+
 @contextlib.contextmanager
 def resume_state_for(
     forward: PatchForward, inputs: Inputs, *more: Any
@@ -215,11 +216,11 @@ def resume_state_for(
         yield None
         return
     leaves, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
-    options = replace(tiling, folder=None)
-    identity = (torch.__version__, options, autocast_state(), fingerprint(model), spec, *more)
-    values = [value for pair in tensors_by_name(model).items() for value in pair]
+    identity = [torch.__version__, replace(tiling, folder=None), autocast_state()]
+    identity += [fingerprint(model), spec, *more]
+    identity += [value for pair in tensors_by_name(model).items() for value in pair]
     assert tiling.folder is not None  # the pass requires one
-    state = ResumeState(tiling.folder, digest([*identity, *values, *leaves]))
+    state = ResumeState(tiling.folder, digest([*identity, *leaves]))
     try:
         yield state
     except BaseException:
@@ -231,18 +232,15 @@ def resume_state_for(
 class ResumableExecution(Execution):
     """One forward whose progress is in a resume state, which also has its storage."""
 
-    def __init__(self, settings: ExecutionSettings, state: ResumeState) -> None:
-        super().__init__(settings)
+    def __init__(self, program: Program, *, state: ResumeState, **settings: Any) -> None:
+        super().__init__(program, **settings)
         self.state = state
-        self._number = 0
-        #: tiles of the current loop that are done
-        self._passed = 0
+        self._number = self._passed = 0  # of the step, and tiles of its loop that are done
         #: small results that are in files, and names of those that nothing reads any more
         self._written: set[str] = set()
         self._unused: list[str] = []
 
     def _begin(self) -> int:
-        """Read the results of earlier steps, and return the step to continue with."""
         progress = self.state.progress
         if not progress:
             return 0
@@ -252,12 +250,14 @@ class ResumableExecution(Execution):
         here = _to(self.storage.device)
         self.norms = {by_name[name]: here(tensor) for name, tensor in progress["norms"].items()}
         self._measures = {by_name[name]: here(held) for name, held in progress["measures"].items()}
-        freed: set[fx.Node] = set()
-        for step in self.program.steps[: self._number]:
-            freed.update(step.frees)
-        for step in self.program.steps[: self._number]:
-            maps = step.targets if isinstance(step, TileLoop) else ()
-            small = step.reductions if isinstance(step, TileLoop) else (step.node,)
+        steps = self.program.steps[: self._number]
+        freed = {node for step in steps for node in step.frees}
+        for step in steps:
+            maps, small = (
+                (step.targets, step.reductions)
+                if isinstance(step, TileLoop)
+                else ((), (step.node,))
+            )
             for node in maps:
                 if node not in freed:
                     made = self.finished if self._is_finished(node) else self.stored
@@ -276,12 +276,11 @@ class ResumableExecution(Execution):
         self._passed = 0
 
     def _free(self, nodes: Sequence[fx.Node]) -> None:
-        """Free memory; files are removed by the commit that says that nothing reads them."""
-        super()._free(nodes)
+        super()._free(nodes)  # of files only the memory; the next commit removes them
         self._unused += [node.name for node in nodes if node.op != "placeholder"]
         if isinstance(self.program.steps[self._number], TileLoop) or self.state.is_due():
             self._commit(self._number + 1, 0)
-            self.state.freeze_maps()
+            self.state.maps.clear()  # nothing more is written into them
 
     def _write(self, buffer: Buffer, node: fx.Node, box: Box) -> None:
         super()._write(buffer, node, box)
@@ -376,7 +375,7 @@ def _read(path: Path, expected: str | None = None) -> Any:
     told, content = content[:40], content[40:]
     made = hashlib.blake2b(content, digest_size=20).hexdigest()
     if made.encode() != told or expected not in (None, made):
-        raise _DamageError(f"{path.name} is not what was written")
+        raise OSError(f"{path.name} is not what was written")
     return torch.load(io.BytesIO(content), weights_only=True)
 
 

@@ -6,7 +6,7 @@ voxels, the last one padded with zeros, and in training a backward pass of its o
 
 from __future__ import annotations
 
-__all__ = ["Assembly", "OutputParts", "PartForward", "SlabForward", "Volume", "slab_backward"]
+__all__ = ["Assembly", "Layout", "PartForward", "SlabForward", "Volume", "slab_backward"]
 
 import abc
 from collections.abc import Callable, Sequence
@@ -25,13 +25,13 @@ from pocketize.passes.tiling.forward import (
     OutputReduction,
     PatchForward,
     ProgressBar,
+    Tiling,
     is_traced,
     output_reduction,
-    plain,
     spatial_axis,
 )
-from pocketize.passes.tiling.processes import Shard, TileGroup, group_for, output_storage
-from pocketize.passes.tiling.resume import ResumeState, resume_state_for
+from pocketize.passes.tiling.processes import Shard, TileGroup, group_for
+from pocketize.passes.tiling.resume import resume_state_for, storage_for
 from pocketize.passes.tiling.storage import Storage, is_channels_last
 
 
@@ -93,34 +93,43 @@ class Volume:
         return F.pad(tensor, pads) if any(pads) else tensor
 
 
-class OutputParts:
+class Assembly:
     """One output, put together of consecutive parts along one axis.
 
     Args:
         axis: the axis, counted from the last, such as -1.
-        length: of the whole along it.
+        begins: where in the output each row of parts begins; at last, the length of the output.
+        first: the first row that is put into the output; those before are there, or computed by
+            another process.
         storage: of outputs that need no gradients.
         finish: applied to a part before it is stored.
         name: of the output.
-        done: how much of it is stored already, or computed by another process.
     """
 
     def __init__(
         self,
         axis: int,
-        length: int,
+        begins: Sequence[int],
+        first: int,
+        *,
         storage: Storage,
         finish: OutputReduction | None,
-        *,
         name: str = "output",
-        done: int = 0,
     ) -> None:
-        self.axis, self.length, self.storage, self.finish = axis, length, storage, finish
-        self.name, self.done = name, min(done, length)
+        self.axis, self.begins, self.first, self.length = axis, begins, first, begins[-1]
+        self.storage, self.finish, self.name = storage, finish, name
+        self.done = begins[first]
         self._whole: Tensor | None = None
         self._parts: list[Tensor] = []
 
-    def add(self, part: Tensor) -> None:
+    def add(self, start: Sequence[int], part: Tensor) -> None:
+        """Add the output for the part of the volume with some start."""
+        self._append(part)
+
+    def end_row(self, row: int) -> None:
+        """Called when a row of parts is done."""
+
+    def _append(self, part: Tensor) -> None:
         """Append a part; what is beyond the length is left out."""
         size = min(part.shape[self.axis], self.length - self.done)
         if size <= 0 and self.done:
@@ -142,11 +151,11 @@ class OutputParts:
             self.storage.note_written(self.name, written)
         self.done += size
 
-    def publish(self, group: TileGroup, bounds: Sequence[tuple[int, int]]) -> None:
-        """Give every process what each has computed, by rank from start to end of its bounds."""
+    def publish(self, group: TileGroup, rows: Sequence[tuple[int, int]]) -> None:
+        """Give every process the rows that each has computed, by rank."""
         assert self._whole is not None
-        for rank, (low, high) in enumerate(bounds):
-            low, high = min(low, self.length), min(high, self.length)
+        for rank, row in enumerate(rows):
+            low, high = (self.begins[each] for each in row)
             group.broadcast(self._whole.narrow(self.axis, low, high - low), rank)
 
     def result(self) -> Tensor:
@@ -157,70 +166,64 @@ class OutputParts:
         return self._whole
 
 
-class Assembly(abc.ABC):
-    """Makes one output of the network of its outputs for parts; ``parts`` has the result."""
+class Layout(abc.ABC):
+    """How a volume is cut into parts, which run row by row.
 
-    parts: OutputParts
+    Attributes:
+        volume: the inputs.
+        sizes: of a part.
+        axis: along which rows follow each other.
+        rows: the starts of the parts of each row, in the volume; they may be outside of it.
+    """
+
+    volume: Volume
+    sizes: tuple[int, ...]
+    axis: int
+    rows: list[list[tuple[int, ...]]]
 
     @abc.abstractmethod
-    def add(self, start: Sequence[int], part: Tensor) -> None:
-        """Add the output for the part of the volume with some start."""
+    def assembly(self, sample: Tensor, before: Sequence[Any], first: int, **more: Any) -> Assembly:
+        """Return the assembly of one output.
 
-    @abc.abstractmethod
-    def begin(self, row: int) -> int:
-        """Return where in the output a row begins; of the row after the last, the end."""
+        Args:
+            sample: the output for the first parts.
+            before: the assemblies of earlier outputs.
+            first: the first row that is put into the result.
+            more: storage, finish and name for :class:`Assembly`.
+        """
 
-    def end_row(self, row: int) -> None:  # noqa: B027  (rows of slabs need nothing)
-        """Called when a row of parts is done."""
+    def first_row(self, row: int) -> int:
+        """Return the first row that contributes to the output of a row."""
+        return row
 
 
 class PartForward(PatchForward):
     """A model's forward that runs on rows of parts, in inference and in training."""
+
+    @abc.abstractmethod
+    def layout(self, volume: Volume) -> Layout:
+        """Cut a volume.
+
+        Raises:
+            InputError: it has another number of axes.
+        """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run every part through the network and put the outputs together."""
         if is_traced():
             return self.original(*args, **kwargs)
         inputs = Inputs(args, kwargs)
-        group = group_for(self, plain(inputs))
-        with resume_state_for(self, plain(inputs)) as state:
-            volume = Volume(inputs, self.device(inputs))
-            rows, sizes = self.rows(volume)
-            return self._run(volume, rows, sizes, Shard(len(rows), group, state), state)
+        bare = inputs.map(as_plain)
+        group = group_for(self, bare)
+        with resume_state_for(self, bare) as state:
+            layout = self.layout(Volume(inputs, self.device(inputs)))
+            storage = storage_for(self, self.tiling.output, layout.volume.device, state)
+            return self._run(layout, Shard(len(layout.rows), group, state), storage)
 
-    @abc.abstractmethod
-    def rows(self, volume: Volume) -> tuple[list[list[tuple[int, ...]]], tuple[int, ...]]:
-        """Return the starts of the parts of each row, and the sizes of a part."""
-
-    @abc.abstractmethod
-    def assembly(
-        self, volume: Volume, sample: Tensor, before: Sequence[Any], first: int, **more: Any
-    ) -> Assembly:
-        """Return the assembly of one output.
-
-        Args:
-            volume: of the call.
-            sample: the output for the first parts.
-            before: the assemblies of earlier outputs.
-            first: the first row that is put into the result.
-            more: storage, finish and name for :class:`OutputParts`.
-        """
-
-    def first_row(self, volume: Volume, row: int) -> int:
-        """Return the first row that contributes to the output of a row."""
-        return row
-
-    def _run(
-        self,
-        volume: Volume,
-        rows: list[list[tuple[int, ...]]],
-        sizes: tuple[int, ...],
-        shard: Shard,
-        state: ResumeState | None,
-    ) -> Any:
-        more: dict[str, Any] = {"storage": output_storage(self, volume.device, state)}
-        more["finish"] = output_reduction(self.tiling.reduce) if self.reduces() else None
-        numbers = range(self.first_row(volume, shard.first), shard.stop)
+    def _run(self, layout: Layout, shard: Shard, storage: Storage) -> Any:
+        volume, rows = layout.volume, layout.rows
+        finish = output_reduction(self.tiling.reduce) if self.reduces() else None
+        numbers = range(layout.first_row(shard.first), shard.stop)
         total, done = sum(len(rows[number]) for number in numbers), 0
         made: list[Assembly] = []
         bar = ProgressBar(self.tiling.progress)
@@ -231,14 +234,14 @@ class PartForward(PatchForward):
                 for at in range(0, len(rows[number]), self.tiling.batch):
                     some = rows[number][at : at + self.tiling.batch]
                     del output, tensors  # free them before the next parts run
-                    tiles = volume.read(some, sizes)
+                    tiles = volume.read(some, layout.sizes)
                     output = self.original(*tiles.args, **tiles.kwargs)
                     del tiles
                     tensors = _maps_of(output, volume.batch * len(some), volume.rank)
                     for index, tensor in enumerate(map(as_plain, tensors)):
                         if len(made) == index:
-                            more["name"] = f"output{index}"
-                            made.append(self.assembly(volume, tensor, made, shard.first, **more))
+                            more = {"storage": storage, "finish": finish, "name": f"output{index}"}
+                            made.append(layout.assembly(tensor, made, shard.first, **more))
                         parts = torch.split(tensor, volume.batch)
                         for start, part in zip(some, parts, strict=True):
                             made[index].add(start, part)
@@ -250,11 +253,10 @@ class PartForward(PatchForward):
         finally:
             bar.close()
         if shard.group is not None:
-            ends = [shard.bounds(rank) for rank in range(shard.group.size)]
+            bounds = [shard.bounds(rank) for rank in range(shard.group.size)]
             for each in made:
-                bounds = [(each.begin(low), each.begin(high)) for low, high in ends]
-                each.parts.publish(shard.group, bounds)
-        results = [each.parts.result() for each in made]
+                each.publish(shard.group, bounds)
+        results = [each.result() for each in made]
         by_identity = {id(t): dressed(r, t) for t, r in zip(tensors, results, strict=True)}
         return map_tensors(output, lambda _: True, lambda t: by_identity[id(t)])
 
@@ -279,44 +281,28 @@ class SlabForward(PartForward):
 
     own_options: ClassVar[frozenset[str]] = frozenset({"axis", "batch"})
 
-    def slabs(self, volume: Volume) -> tuple[int, tuple[int, ...], list[tuple[int, ...]]]:
-        """Return the axis that is cut, the sizes of a slab and the start of each.
-
-        Raises:
-            InputError: there is no such axis.
-        """
-        axis = spatial_axis(self.tiling.axis, volume.rank)
-        sizes = self.tiling.tile(volume.sizes)
-        begins = range(0, volume.sizes[axis], sizes[axis])
-        zeros = (0,) * volume.rank
-        return axis, sizes, [(*zeros[:axis], begin, *zeros[axis + 1 :]) for begin in begins]
-
-    def rows(self, volume: Volume) -> tuple[list[list[tuple[int, ...]]], tuple[int, ...]]:
-        """Return rows of ``batch`` slabs."""
-        _, sizes, starts = self.slabs(volume)
-        batch = self.tiling.batch
-        return [starts[at : at + batch] for at in range(0, len(starts), batch)], sizes
-
-    def assembly(
-        self, volume: Volume, sample: Tensor, before: Sequence[Any], first: int, **more: Any
-    ) -> Assembly:
-        """Concatenate the outputs."""
-        axis, sizes, _ = self.slabs(volume)
-        length = sample.shape[axis - volume.rank]
-        whole = -(-volume.sizes[axis] * length // sizes[axis])
-        return _SlabAssembly(axis - volume.rank, whole, length * self.tiling.batch, first, **more)
+    def layout(self, volume: Volume) -> Layout:
+        """Cut along one axis."""
+        return _Slabs(volume, self.tiling)
 
 
-class _SlabAssembly(Assembly):
-    def __init__(self, axis: int, whole: int, row: int, first: int, **more: Any) -> None:
-        self.row = row
-        self.parts = OutputParts(axis, whole, done=first * row, **more)
+class _Slabs(Layout):
+    """Rows of ``batch`` slabs; the last slab is padded behind the volume."""
 
-    def add(self, start: Sequence[int], part: Tensor) -> None:
-        self.parts.add(part)
+    def __init__(self, volume: Volume, tiling: Tiling) -> None:
+        self.volume, self.batch, zeros = volume, tiling.batch, (0,) * volume.rank
+        self.axis = axis = spatial_axis(tiling.axis, volume.rank)
+        self.sizes = tiling.tile(volume.sizes)
+        begins = range(0, volume.sizes[axis], self.sizes[axis])
+        starts = [(*zeros[:axis], begin, *zeros[axis + 1 :]) for begin in begins]
+        self.rows = [starts[at : at + self.batch] for at in range(0, len(starts), self.batch)]
 
-    def begin(self, row: int) -> int:
-        return row * self.row
+    def assembly(self, sample: Tensor, before: Sequence[Any], first: int, **more: Any) -> Assembly:
+        axis, rank = self.axis, self.volume.rank
+        length = sample.shape[axis - rank]
+        whole = -(-self.volume.sizes[axis] * length // self.sizes[axis])
+        begins = [min(row * length * self.batch, whole) for row in range(len(self.rows) + 1)]
+        return Assembly(axis - rank, begins, first, **more)
 
 
 def slab_backward(
@@ -359,14 +345,15 @@ def slab_backward(
             "Patchwise(mode='slab', size=...) first"
         )
     given = as_inputs(inputs, model)
-    volume = Volume(given, forward.device(given))
-    axis, sizes, starts = forward.slabs(volume)
+    layout = forward.layout(Volume(given, forward.device(given)))
+    volume, axis, sizes = layout.volume, layout.axis, layout.sizes
     total = torch.zeros((), device=volume.device)
-    for start in starts:
+    for start in [start for row in layout.rows for start in row]:
         here = min(sizes[axis], volume.sizes[axis] - start[axis])
         slab = volume.read([start], sizes)
         output = forward.original(*slab.args, **slab.kwargs)
-        output = _without_padding(output, axis - volume.rank, sizes[axis], here)
+        if here < sizes[axis]:  # the outputs for the padding of the last slab are cut off
+            output = _cut(output, axis - volume.rank, here, sizes[axis])
         wanted = _target_slab(targets, axis, start[axis], here, volume)
         value = loss(output, wanted) * (here / volume.sizes[axis])
         if value.numel() != 1:
@@ -377,10 +364,8 @@ def slab_backward(
     return total
 
 
-def _without_padding(output: Any, axis: int, size: int, here: int) -> Any:
-    """Cut off the outputs for the padding of the last slab."""
-    if here == size:
-        return output
+def _cut(output: Any, axis: int, here: int, size: int) -> Any:
+    """Cut outputs behind, to the same part of their length as ``here`` is of ``size``."""
     tensors = {id(tensor) for tensor in find_tensors(output)}
     return map_tensors(
         output,

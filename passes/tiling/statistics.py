@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from pocketize.ops import UNKNOWN, bind, operator_of, register
-from pocketize.passes.tiling.forms import Context, InputBoxes, Pointwise
+from pocketize.passes.tiling.forms import Context, Pointwise
 from pocketize.passes.tiling.intervals import Box
 from pocketize.passes.tiling.operators import NotLocal, check_rank
 
@@ -26,12 +26,7 @@ _FACET = "tile reduction"
 
 
 class MapReduction(abc.ABC):
-    """What an operator reads of a whole map, accumulated from its parts.
-
-    Attributes:
-        node: the operator.
-        source: the map.
-    """
+    """What an operator ``node`` reads of a whole map ``source``, accumulated from its parts."""
 
     def __init__(self, node: fx.Node, source: fx.Node) -> None:
         self.node, self.source = node, source
@@ -55,7 +50,7 @@ class NormMoments(MapReduction):
     Args:
         node: the norm.
         source: its input.
-        groups: in how many groups the channels fall.
+        groups: number of groups of channels.
         over_batch: statistics are over the samples of a batch, as in batch norms.
     """
 
@@ -140,25 +135,11 @@ class Normalised(Pointwise):
         self.moments, self.eps = moments, float(bound["eps"])
         self.weight, self.bias = bound.get("weight"), bound.get("bias")
 
-    def input_boxes(self, box: Box) -> InputBoxes:
-        """Return the same box of the norm's input."""
-        return {self.moments.source: box}
-
     def run(self, box: Box, context: Context) -> Tensor:
-        """Scale and shift the part."""
+        """Scale and shift the part by mean and variance, (2, N or 1, groups)."""
         x = context.part(self.moments.source, box)
-        return self.apply(x, context.statistics(self.node), context)
-
-    def apply(self, x: Tensor, statistics: Tensor, context: Context) -> Tensor:
-        """Normalise a part.
-
-        Args:
-            x: (N, C, *spatial).
-            statistics: mean and variance, (2, N or 1, groups).
-            context: for weight and bias.
-        """
         each = x.shape[1] // self.moments.groups
-        mean, variance = statistics.repeat_interleave(each, -1)
+        mean, variance = context.statistics(self.node).repeat_interleave(each, -1)
         scale = (variance + self.eps).rsqrt()
         ends = (1,) * (x.ndim - 2)
         if self.weight is not None:
@@ -176,11 +157,7 @@ class Normalised(Pointwise):
 
 
 def reduction_form(node: fx.Node, rank: int) -> MapReduction:
-    """Return the reduction of a whole map that an operator reads.
-
-    Args:
-        node: the operator.
-        rank: number of spatial axes.
+    """Return the reduction of a whole map, of some spatial axes, that an operator reads.
 
     Raises:
         NotLocal: it needs more than sums or maxima.
@@ -195,44 +172,34 @@ def reduction_form(node: fx.Node, rank: int) -> MapReduction:
         raise NotLocal(f"{record.short} does not read a map")
     check_rank(node, rank)
     rule = record.facet(_FACET)
-    made: MapReduction | None = None if rule is UNKNOWN else rule(node, source, bound, rank)
+    made: MapReduction | None = None if rule is UNKNOWN else rule(node, source, bound)
     if made is None:
         raise NotLocal(f"{record.name} is not known to be local")
     return made
 
 
 @register(_FACET, "aten.batch_norm", "aten.instance_norm")
-def _channel_norm(
-    node: fx.Node, source: fx.Node, bound: Mapping[str, Any], rank: int
-) -> MapReduction | None:
-    channels = source.meta["val"].shape[1]
-    if bound.get("use_input_stats"):
-        return NormMoments(node, source, channels)
-    if bound.get("training"):
-        return NormMoments(node, source, channels, over_batch=True)
-    return None
+def _channel_norm(node: fx.Node, source: fx.Node, bound: Mapping[str, Any]) -> MapReduction | None:
+    of_samples, of_batch = bound.get("use_input_stats"), bound.get("training")
+    if not (of_samples or of_batch):
+        return None
+    return NormMoments(node, source, source.meta["val"].shape[1], over_batch=not of_samples)
 
 
 @register(_FACET, "aten.group_norm")
-def _group_norm(
-    node: fx.Node, source: fx.Node, bound: Mapping[str, Any], rank: int
-) -> MapReduction | None:
+def _group_norm(node: fx.Node, source: fx.Node, bound: Mapping[str, Any]) -> MapReduction:
     return NormMoments(node, source, int(bound["num_groups"]))
 
 
 @register(_FACET, *(f"aten.adaptive_avg_pool{d}d" for d in (1, 2, 3)))
-def _pool(
-    node: fx.Node, source: fx.Node, bound: Mapping[str, Any], rank: int
-) -> MapReduction | None:
+def _pool(node: fx.Node, source: fx.Node, bound: Mapping[str, Any]) -> MapReduction | None:
     return Pooled(node, source, "mean") if math.prod(node.meta["val"].shape[2:]) == 1 else None
 
 
 @register(_FACET, "aten.mean", "aten.amax")
-def _mean_or_max(
-    node: fx.Node, source: fx.Node, bound: Mapping[str, Any], rank: int
-) -> MapReduction | None:
-    dims = bound.get("dim")
+def _mean_or_max(node: fx.Node, source: fx.Node, bound: Mapping[str, Any]) -> MapReduction | None:
+    axes, dims = source.meta["val"].ndim, bound.get("dim")
     dims = [dims] if isinstance(dims, int) else list(dims or [])
-    if sorted(dim % (rank + 2) for dim in dims) != list(range(2, rank + 2)):
+    if sorted(dim % axes for dim in dims) != list(range(2, axes)):
         return None
     return Pooled(node, source, "max" if operator_of(node.target).short == "amax" else "mean")

@@ -27,8 +27,8 @@ class Buffer:
 
     Args:
         tensor: the memory, (N, C, *spatial), on any device.
-        device: where boxes are read to.
-        dtype: in which they are read.
+        device: where boxes are read to; None for that of the memory.
+        dtype: in which they are read; None for that of the memory.
         file: the file behind the memory, removed with it.
         origin: where in the map the memory begins; None for the map's own origin.
     """
@@ -36,18 +36,14 @@ class Buffer:
     def __init__(
         self,
         tensor: Tensor,
-        device: torch.device,
-        dtype: torch.dtype,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
         file: Path | None = None,
         *,
         origin: Sequence[int] | None = None,
     ) -> None:
-        self.tensor, self.device, self.dtype, self.file = tensor, device, dtype, file
-        self.origin = origin
-
-    def write(self, box: Box, part: Tensor) -> None:
-        """Write a box."""
-        self.view(box).copy_(part, non_blocking=False)
+        self.tensor, self.file, self.origin = tensor, file, origin
+        self.device, self.dtype = device or tensor.device, dtype or tensor.dtype
 
     def add(self, box: Box | None, part: Tensor) -> None:
         """Add to a box, or to the whole buffer."""
@@ -131,14 +127,15 @@ class Storage:
         """Return a row of entries, and the file behind it that is to be removed with it."""
         if small or self.place == "device":
             return torch.empty(size, dtype=dtype, device=self.device), None
-        if self.place == "host":
-            return torch.empty(size, dtype=dtype, pin_memory=self.device.type == "cuda"), None
         fake = torch.empty(0)
-        if isinstance(fake, FakeTensor):  # an estimate has no files
+        if isinstance(fake, FakeTensor) and self.place == "disk":  # an estimate has no files
             with without_dispatch_modes(), fake.fake_mode:
                 mapped = torch.empty(size, dtype=dtype)
             do_not_count(mapped)
             return mapped, None
+        if self.place == "host":
+            pinned = self.device.type == "cuda" and not isinstance(fake, FakeTensor)
+            return torch.empty(size, dtype=dtype, pin_memory=pinned), None
         try:
             with tempfile.NamedTemporaryFile(
                 prefix="pocketize-", suffix=".map", dir=self.folder, delete=False

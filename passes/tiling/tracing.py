@@ -38,7 +38,7 @@ from pocketize.ops import Kind, bind, operator_of
 from pocketize.ops.effects import written_nodes
 from pocketize.passes.shared.forwards import first_parameter, wrapping
 from pocketize.passes.shared.nests import map_tensors
-from pocketize.passes.tiling.forward import PatchForward, name_and_code
+from pocketize.passes.tiling.forward import PatchForward
 from pocketize.passes.tiling.side_effects import (
     Lost,
     NotComputed,
@@ -260,7 +260,10 @@ class _Identity:
         return id(self.value)
 
     def __repr__(self) -> str:
-        return name_and_code(self.value)
+        """The same in every process: name and code, without addresses."""
+        named = self.value if hasattr(self.value, "__qualname__") else type(self.value)
+        code = getattr(getattr(self.value, "__code__", None), "co_code", b"")
+        return f"{named.__module__}.{named.__qualname__} {code.hex()}"
 
 
 def described(value: Any, depth: int = 4) -> Any:

@@ -7,28 +7,22 @@ forward is done they are added to the running statistics as torch would do it, o
 
 from __future__ import annotations
 
-__all__ = [
-    "differentiable_forward",
-    "stop_tracking",
-    "tracking_norms",
-    "update_running",
-    "updates_of",
-]
+__all__ = ["differentiable_forward", "stop_tracking", "updates_of"]
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
-from pocketize._torch import BatchNorm, NormBase, keeps_graph, storage_key, version_of
+from pocketize._torch import BatchNorm, NormBase, is_batched, keeps_graph, storage_key, version_of
 from pocketize.errors import ExecutionError
 from pocketize.graph.capture import find_tensors
 from pocketize.ops import Kind, operator_name, operator_of
 from pocketize.passes.shared.second_order import refuse_second
 from pocketize.passes.tiling.backward import TiledBackward, differentiable
-from pocketize.passes.tiling.execution import Execution, ExecutionSettings
+from pocketize.passes.tiling.execution import Execution
+from pocketize.passes.tiling.program import Program
 from pocketize.passes.tiling.statistics import NormMoments
 from pocketize.passes.tiling.tiled_graph import TiledGraph, TilingError
 
@@ -38,13 +32,9 @@ Updates: TypeAlias = list[tuple[NormBase, fx.Node]]
 _FORWARDS = (nn.BatchNorm1d.forward, nn.InstanceNorm1d.forward)
 
 
-def tracking_norms(model: nn.Module) -> dict[str, NormBase]:
-    """Return the norms that would update running statistics in a forward, by path.
-
-    Raises:
-        TilingError: one has a forward of its own, which may do something else.
-    """
-    found = {}
+def _tracking_norms(model: nn.Module) -> list[NormBase]:
+    """Return the norms that would update running statistics in a forward."""
+    found = []
     for path, module in model.named_modules():
         if not isinstance(module, NormBase) or not module.training or module.running_mean is None:
             continue
@@ -55,7 +45,7 @@ def tracking_norms(model: nn.Module) -> dict[str, NormBase]:
                 "cannot do for it; put it into evaluation mode, or train the volume whole "
                 "(train=False)"
             )
-        found[path] = module
+        found.append(module)
     return found
 
 
@@ -63,24 +53,20 @@ def stop_tracking(copy: nn.Module) -> None:
     """Let the norms of a copy use the statistics of the batch and update nothing.
 
     Raises:
-        TilingError: as :func:`tracking_norms`.
+        TilingError: a norm has a forward of its own, which may do something else.
     """
-    for module in tracking_norms(copy).values():
+    for module in _tracking_norms(copy):
         module.running_mean = module.running_var = module.num_batches_tracked = None
         module.track_running_stats = False
 
 
 def updates_of(graph: TiledGraph, model: nn.Module) -> Updates:
-    """Return the norms that an execution updates, in order, once for each call.
-
-    Args:
-        graph: of the model, in the modes in which it is.
-        model: whose norms they are.
+    """Return the norms of a model that an execution updates, in order, once for each call.
 
     Raises:
         TilingError: nothing that is returned depends on one, so that it is not computed.
     """
-    norms = {id(module) for module in tracking_norms(model).values()}
+    norms = {id(module) for module in _tracking_norms(model)}
     found: Updates = []
     for node in graph.traced.operators():
         if operator_of(node.target).kind is not Kind.CHANNEL_NORM:
@@ -98,38 +84,28 @@ def updates_of(graph: TiledGraph, model: nn.Module) -> Updates:
     return found
 
 
-def update_running(execution: Execution, updates: Updates) -> None:
+def _update_running(execution: Execution, updates: Updates) -> None:
     """Add the statistics of an execution, with ``retain``, to the running ones."""
-    with torch.no_grad():
-        for module, node in updates:
-            _update(module, *_statistics(execution, node))
-
-
-def _statistics(execution: Execution, node: fx.Node) -> tuple[Tensor, int]:
-    """Return mean and biased variance, (2, channels), and the number of values behind them."""
-    moments = execution.graph.reductions[node]
-    assert isinstance(moments, NormMoments)
-    made = execution.norms.get(node)
-    if made is None:  # it ran whole
-        made = moments.finish(moments.measure(execution.value(moments.source)))
-    return made.mean(1), moments.count
-
-
-def _update(module: NormBase, statistics: Tensor, count: int) -> None:
-    assert module.running_mean is not None
-    assert module.running_var is not None
-    factor: float | Tensor = 0.0 if module.momentum is None else module.momentum
-    if isinstance(module, BatchNorm) and module.num_batches_tracked is not None:
-        module.num_batches_tracked.add_(1)
-        if module.momentum is None:
-            factor = 1.0 / module.num_batches_tracked.double()
-    mean, variance = statistics[0], statistics[1] * (count / max(1, count - 1))
-    for running, new in ((module.running_mean, mean), (module.running_var, variance)):
-        running.add_(((new.to(running.dtype) - running) * factor).to(running.dtype))
+    for module, node in updates:
+        moments = execution.graph.reductions[node]
+        assert isinstance(moments, NormMoments)
+        made = execution.norms.get(node)
+        if made is None:  # it ran whole
+            made = moments.finish(moments.measure(execution.value(moments.source)))
+        mean, variance = made.mean(1)
+        variance = variance * (moments.count / max(1, moments.count - 1))
+        factor: float | Tensor = 0.0 if module.momentum is None else module.momentum
+        if isinstance(module, BatchNorm) and module.num_batches_tracked is not None:
+            module.num_batches_tracked.add_(1)
+            if module.momentum is None:
+                factor = 1.0 / module.num_batches_tracked.double()
+        for running, new in ((module.running_mean, mean), (module.running_var, variance)):
+            assert running is not None
+            running.add_(((new.to(running.dtype) - running) * factor).to(running.dtype))
 
 
 def differentiable_forward(
-    settings: ExecutionSettings, *, model: nn.Module | None = None
+    program: Program, *, model: nn.Module | None = None, **settings: Any
 ) -> dict[fx.Node, Tensor]:
     """Run a program without a graph; a backward pass runs its tiles again, each with one.
 
@@ -137,20 +113,18 @@ def differentiable_forward(
     the results of the program's steps are stored.
 
     Args:
-        settings: of the execution; its storage also has the gradients.
+        program: the steps.
         model: whose norms update their running statistics, where they do.
-
-    Returns:
-        The outputs by node.
+        settings: of :class:`Execution`; the storage also has the gradients.
 
     Raises:
         TilingError: a norm that would update its running statistics is not computed.
     """
-    program = settings.program
     updates = [] if model is None else updates_of(program.graph, model)
-    run = _TrainingRun(settings)
+    run = _TrainingRun(program, **settings)
     made = _TiledFunction.apply(run, *run.asked)  # type: ignore[no-untyped-call]
-    update_running(run.execution, updates)
+    with torch.no_grad():
+        _update_running(run.execution, updates)
     return dict(zip(program.outputs, made, strict=True))
 
 
@@ -162,28 +136,31 @@ class _TrainingRun:
         asked: weights and inputs whose gradients are wanted.
     """
 
-    def __init__(self, settings: ExecutionSettings) -> None:
-        program, inputs = settings.program, settings.inputs
+    def __init__(
+        self,
+        program: Program,
+        tensors: Mapping[str, Tensor],
+        inputs: Mapping[fx.Node, Tensor],
+        **settings: Any,
+    ) -> None:
         read = {source for node in program.graph.nodes for source in node.all_input_nodes}
         named = {n: n.meta["tensor"] for n in read if n.op == "get_attr" and n.meta["tensor"]}
-        weights = {n: tensor for n, tensor in settings.tensors.items() if n in named.values()}
+        weights = {n: tensor for n, tensor in tensors.items() if n in named.values()}
         self.names = [name for name, tensor in weights.items() if tensor.requires_grad]
         self.nodes = [node for node, tensor in inputs.items() if tensor.requires_grad]
         self.asked = [*(weights[n] for n in self.names), *(inputs[n] for n in self.nodes)]
         # aliases without hooks of tensors, which autograd runs with the sum over all tiles
         aliases = {name: _alias(tensor) for name, tensor in weights.items()}
-        self.execution = Execution(replace(settings, tensors=aliases, retain=True))
+        self.execution = Execution(program, tensors=aliases, inputs=inputs, retain=True, **settings)
         asked = {node for node, name in named.items() if name in self.names}
         self.reached = _reached(program.graph, asked.union(self.nodes))
         self.done = False
         self._watched: list[tuple[str, Tensor, Any]] = []
-        for name, tensor in weights.items():
-            self._watch(name, tensor)
-        for index, tensor in enumerate(inputs.values()):
-            self._watch(f"input {index}", tensor)
+        self._watch(weights)
+        self._watch({f"input {index}": tensor for index, tensor in enumerate(inputs.values())})
 
-    def _watch(self, what: str, tensor: Tensor) -> None:
-        self._watched.append((what, tensor, _state(tensor)))
+    def _watch(self, tensors: Mapping[str, Tensor]) -> None:
+        self._watched += [(what, tensor, _state(tensor)) for what, tensor in tensors.items()]
 
     def forward(self) -> tuple[Tensor, ...]:
         """Return the outputs; the execution keeps aliases of them."""
@@ -194,7 +171,7 @@ class _TrainingRun:
         for index, node in enumerate(program.outputs):
             alias = self.execution.hold_alias(node)
             if node in program.graph.reductions or not self.reached.isdisjoint(node.users):
-                self._watch(f"output {index}", alias)
+                self._watch({f"output {index}": alias})
         return tuple(made[node] for node in program.outputs)
 
     def backward(self, of_outputs: Mapping[fx.Node, Tensor]) -> tuple[Tensor | None, ...]:
@@ -208,7 +185,7 @@ class _TrainingRun:
                 "patchwise: the backward pass of this forward by tiles has run, and its results "
                 "are freed; say retain_graph=True in the first, or run the forward again"
             )
-        if not all(_has_memory(gradient) for gradient in of_outputs.values()):
+        if any(map(is_batched, of_outputs.values())):
             raise ExecutionError(
                 "patchwise: training by tiles differentiates one gradient at a time, and here are "
                 "several (vmap, is_grads_batched=True, a vectorised Jacobian); take them one by one"
@@ -235,15 +212,6 @@ class _TrainingRun:
         if self.done:  # an output may outlive its backward pass
             self._watched, execution.tensors = [], {}
         return moved
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor has a storage; a batched one within ``vmap`` has none."""
-    try:
-        tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):
-        return False
-    return True
 
 
 def _reached(graph: TiledGraph, asked: set[fx.Node]) -> set[fx.Node]:

@@ -13,7 +13,7 @@ from pocketize.graph.capture import capture, find_tensors
 from pocketize.graph.inputs import as_inputs
 from pocketize.memory.tracker import LiveTracker
 from pocketize.passes.tiling.backward import TiledBackward
-from pocketize.passes.tiling.execution import Execution, ExecutionSettings
+from pocketize.passes.tiling.execution import Execution
 from pocketize.passes.tiling.program import Program, build_program
 from pocketize.passes.tiling.storage import Storage
 from pocketize.passes.tiling.tiled_graph import TiledGraph
@@ -54,9 +54,7 @@ def _tiled(
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     keeper = Storage(place, x.device)
     execution = Execution(
-        ExecutionSettings(
-            program=program, tensors=tensors, inputs={node: x}, storage=keeper, retain=True
-        )
+        program=program, tensors=tensors, inputs={node: x}, storage=keeper, retain=True
     )
     with torch.no_grad():
         made = execution.run()

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from pocketize.graph.capture import capture, find_tensors
 from pocketize.graph.inputs import as_inputs
 from pocketize.memory.tracker import LiveTracker
-from pocketize.passes.tiling.execution import Execution, ExecutionSettings
+from pocketize.passes.tiling.execution import Execution
 from pocketize.passes.tiling.program import Program, TileLoop, build_program
 from pocketize.passes.tiling.storage import Storage
-from pocketize.passes.tiling.tiled_graph import TiledGraph, TilingError
+from pocketize.passes.tiling.tiled_graph import TiledGraph, TilingError, simplify
 from tests.examples import examples
 from tests.foreign import foreign_nets
 
@@ -30,14 +30,13 @@ def tiled(
     model: nn.Module, x: Tensor, tile: Sequence[int], *, keeper: Storage | None = None, **more: Any
 ) -> tuple[list[Tensor], Program]:
     traced = capture(model, x)
+    simplify(traced.graph)
     program = build_program(TiledGraph(traced), tile)
     (node,) = [n for n in traced.graph.nodes if n.op == "placeholder"]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     storage = keeper or Storage("device", x.device)
     execution = Execution(
-        ExecutionSettings(
-            program=program, tensors=tensors, inputs={node: x}, storage=storage, **more
-        )
+        program=program, tensors=tensors, inputs={node: x}, storage=storage, **more
     )
     with torch.no_grad():
         made = execution.run()
@@ -129,9 +128,7 @@ def _tiled_peak(model: nn.Module, x: Tensor, length: int) -> int:
 
     def run() -> None:
         Execution(
-            ExecutionSettings(
-                program=program, tensors=tensors, inputs={node: x}, storage=disk, finish=labels
-            )
+            program=program, tensors=tensors, inputs={node: x}, storage=disk, finish=labels
         ).run()
 
     return _peak(run, model, x)

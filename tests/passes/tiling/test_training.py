@@ -13,7 +13,6 @@ from pocketize import rewrite
 from pocketize.errors import ExecutionError
 from pocketize.graph.capture import capture
 from pocketize.passes import Patchwise
-from pocketize.passes.tiling.execution import ExecutionSettings
 from pocketize.passes.tiling.program import build_program
 from pocketize.passes.tiling.storage import Storage
 from pocketize.passes.tiling.tiled_graph import TiledGraph
@@ -27,12 +26,7 @@ def _by_tiles(model: nn.Module, x: Tensor, tile: tuple[int, ...], train: bool = 
     (node,) = [n for n in traced.graph.nodes if n.op == "placeholder"]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     (made,) = differentiable_forward(
-        ExecutionSettings(
-            program=program,
-            tensors=tensors,
-            inputs={node: x},
-            storage=Storage("host", x.device),
-        )
+        program=program, tensors=tensors, inputs={node: x}, storage=Storage("host", x.device)
     ).values()
     return made
 

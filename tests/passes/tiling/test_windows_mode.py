@@ -1,8 +1,7 @@
-"""Windows: MONAI's sliding window inference, with MONAI and without it."""
+"""Windows: the results are those of MONAI's sliding window inference."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,11 @@ from pocketize import measure, plan, rewrite
 from pocketize.errors import InputError
 from pocketize.graph.capture import find_tensors
 from pocketize.passes import Patchwise
-from pocketize.passes.tiling import windows as windows_module
 from pocketize.passes.tiling.forward import Tiling
 from pocketize.passes.tiling.windows import WindowForward, importance, window_starts
 from tests.examples import examples
 from tests.foreign import foreign_nets
 from tests.passes.tiling.nets import DeepSupervision, double, unet
-
-
-@pytest.fixture
-def without_monai(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(windows_module, "_monai", lambda: None)
-    windows_module._importance.cache_clear()
-    yield
-    windows_module._importance.cache_clear()
 
 
 def windowed(model: nn.Module, **options: Any) -> nn.Module:
@@ -79,7 +69,7 @@ def test_outputs_at_several_resolutions_are_monais_too() -> None:
 
 
 @pytest.mark.parametrize("weights", ["constant", "gaussian"])
-def test_without_monai_the_weights_are_the_same(weights: str, without_monai: None) -> None:
+def test_the_weights_are_monais(weights: str) -> None:
     for window in ((7,), (4, 9), (8, 5, 6)):
         expected = compute_importance_map(window, mode=weights).expand(window)
         assert torch.allclose(importance(window, weights), expected, rtol=1e-6)
@@ -87,24 +77,13 @@ def test_without_monai_the_weights_are_the_same(weights: str, without_monai: Non
 
 @settings(max_examples=examples(25), deadline=None)
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 12))
-def test_without_monai_the_windows_lie_at_the_same_places(size: int, window: int, step: int):
+def test_the_windows_lie_where_monais_do(size: int, window: int, step: int) -> None:
     window = min(size, window)
     image, windows, steps = (size, 9), (window, 4), (min(step, window), 3)
     expected = [
         tuple(int(s.start) for s in one) for one in dense_patch_slices(image, windows, steps)
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows_module, "_monai", lambda: None)
-        assert window_starts(image, windows, steps) == expected
-
-
-def test_without_monai_the_result_is_the_same(without_monai: None) -> None:
-    x = double(1, 1, 17, 9)
-    model = unet().double()
-    with torch.no_grad():
-        expected = SlidingWindowInferer((8, 12), 1, 0.5, "gaussian")(x, model)
-        made = windowed(model, size=(8, 12), overlap=(0.5,), weights="gaussian")
-        agree(made(x), expected)
+    assert window_starts(image, windows, steps) == expected
 
 
 def test_the_overlap_may_differ_from_axis_to_axis() -> None:
