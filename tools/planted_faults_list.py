@@ -434,14 +434,14 @@ FAULTS = [
     ),
     Fault(
         "a crop's margin is left out behind",
-        "passes/cascade/crops.py",
+        "passes/cascade/guidance.py",
         "b = min(size, -(-last * size // cells) + wide)",
         "b = min(size, -(-last * size // cells))",
         "tests/passes/cascade/test_crop.py tests/passes/cascade",
     ),
     Fault(
         "a foreground cut off behind is not noticed",
-        "passes/cascade/crops.py",
+        "passes/cascade/guidance.py",
         "        if crop.high[axis] < crop.sizes[axis]:\n",
         "        if False:\n",
         "tests/passes/cascade/test_crop.py tests/passes/cascade",

@@ -22,14 +22,18 @@ from pocketize.engine.pipeline import rewrite
 from pocketize.errors import CaptureError, CropWarning, InputError, OptionError
 from pocketize.graph.capture import capture, find_tensors, settle_inputs
 from pocketize.graph.inputs import Inputs, to_model
-from pocketize.passes.cascade.crops import Crop, crop_around, foreground, paste, touched
 from pocketize.passes.cascade.extend_inputs import ExtendInputs
 from pocketize.passes.cascade.guidance import (
+    Crop,
     class_maps,
+    crop_around,
+    foreground,
+    paste,
     prediction_of,
     resize,
     shrink_labels,
     shrunken,
+    touched,
 )
 from pocketize.passes.shared.nests import map_tensors
 from pocketize.plugin.base import Pass

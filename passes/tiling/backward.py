@@ -30,13 +30,10 @@ def differentiable(tensor: Tensor) -> bool:
 
 
 class TiledBackward(Execution):
-    """The backward pass of an execution.
+    """The backward pass of an execution that has run, with ``retain``.
 
-    Args:
-        execution: it has run, with ``retain``.
-        storage: of the gradients of stored maps.
-        of_inputs: inputs whose gradients are wanted; None for all.
-        retain: keep the execution's results for another backward pass.
+    Gradients of stored maps are kept in ``storage``. Of inputs all gradients are computed, or those
+    named by ``of_inputs``. With ``retain`` the execution's results stay for another backward pass.
     """
 
     def __init__(
@@ -69,11 +66,7 @@ class TiledBackward(Execution):
     def gradients(
         self, of_outputs: Mapping[fx.Node, Tensor]
     ) -> tuple[dict[str, Tensor], dict[fx.Node, Tensor]]:
-        """Return the gradients of the parameters by name, and of the inputs by node.
-
-        Args:
-            of_outputs: the gradient of the loss by the outputs.
-        """
+        """Return the gradients of parameters by name, and of inputs, from those of the outputs."""
         try:
             for node, gradient in of_outputs.items():
                 self._add(node, None, 0, gradient)

@@ -82,13 +82,7 @@ class Prepared:
 def prepare(
     model: nn.Module, inputs: Inputs, tiling: Tiling, *, training: bool = False
 ) -> Prepared:
-    """Trace a model and plan how it is computed by tiles.
-
-    Args:
-        model: in evaluation mode.
-        inputs: of the call.
-        tiling: how it is cut.
-        training: with each module in its present mode.
+    """Trace a model, in evaluation mode unless ``training``, and plan how tiles compute it.
 
     Raises:
         TilingError: it cannot be computed by tiles.
@@ -142,10 +136,7 @@ def _where(node: fx.Node) -> str:
 def check_training(model: nn.Module, inputs: Inputs, tiling: Tiling) -> None:
     """Refuse what would be refused in the first step that trains by tiles.
 
-    Args:
-        model: unchanged; one in evaluation mode is tried in training mode, others as they are.
-        inputs: example inputs.
-        tiling: how the volume is to be cut.
+    A model in evaluation mode is tried in training mode, others as they are.
 
     Raises:
         TilingError: the model cannot be trained by tiles.

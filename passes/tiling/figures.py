@@ -117,9 +117,7 @@ def _entries(node: fx.Node, box: Box | None = None) -> int:
 def kept_bytes(program: Program, dtype: torch.dtype | None = None) -> int:
     """Return the most bytes that are stored between tile loops at once, outputs left out.
 
-    Args:
-        program: the steps.
-        dtype: in which floating-point maps are stored; None for their own.
+    Floating-point maps are stored in ``dtype``; None is their own.
     """
 
     def stored_bytes(node: fx.Node) -> int:
@@ -145,13 +143,9 @@ def measured_peak(
     tiling: Tiling | None = None,
     mode: Literal["train", "infer"] = "train",
 ) -> int:
-    """Return the peak that :func:`pocketize.measure` estimates, in bytes.
+    """Return the peak that :func:`pocketize.measure` estimates, in bytes; training is with Adam.
 
-    Args:
-        model: unchanged.
-        inputs: of the call.
-        tiling: instead of that of the model's forward by tiles; None for the model as it is.
-        mode: of the measurement; a training step is one with Adam.
+    With a tiling the model runs by it, instead of by its own.
 
     Raises:
         MeasureError: the model does not get through it on fake tensors.
@@ -175,7 +169,11 @@ def largest_tile(
     Raises:
         OptionError: there are none; the text says what the smallest take.
     """
-    tiles = list(_halved_tiles(volume))
+    tiles = [tuple(volume)]  # each is half of the one before along its longest axis
+    while max(tiles[-1]) > 8:
+        last = tiles[-1]
+        axis = max(range(len(last)), key=lambda a: (last[a], a))
+        tiles.append(tuple(-(-t // 2) if a == axis else t for a, t in enumerate(last)))
     low, high = 0, len(tiles) - 1
     found, least = None, 0
     while low <= high:
@@ -195,25 +193,10 @@ def largest_tile(
     return found
 
 
-def _halved_tiles(volume: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Yield tiles, each half of the one before along its longest axis, down to 8 voxels."""
-    tile = tuple(volume)
-    yield tile
-    while max(tile) > 8:
-        axis = max(range(len(tile)), key=lambda a: (tile[a], a))
-        tile = tuple(-(-t // 2) if a == axis else t for a, t in enumerate(tile))
-        yield tile
-
-
 def estimated_peak(trace: ForwardTrace, program: Program, tiling: Tiling) -> int:
     """Return the peak of the live tensors of a forward by tiles, in bytes, without running it.
 
     Weights and inputs on the device are in it; what convolutions allocate inside is not.
-
-    Args:
-        trace: of the forward.
-        program: the steps.
-        tiling: where results and outputs are stored.
     """
     with _counting(trace) as counter:
         device = _device_of(trace)

@@ -48,12 +48,10 @@ class Context(Protocol):
 
 
 class Form(abc.ABC):
-    """A local form of an operator.
+    """A local form of an operator ``node``.
 
-    Attributes:
-        node: the traced operator.
-        cheap: it costs no more than reading its inputs, so that it is computed again rather than
-            stored.
+    A ``cheap`` one costs no more than reading its inputs, so that it is computed again rather than
+    stored.
     """
 
     cheap = False
@@ -345,9 +343,8 @@ def _mixed(x: Tensor, axis: int, source: Resampling, constant: float) -> Tensor:
 def _native_padding(field: ReceptiveField, interval: Interval) -> int:
     """Return the padding along one axis that the convolution operator itself adds.
 
-    It adds as much in front as behind, and the surplus is cut from the result. Otherwise the input
-    is padded, which copies it. With a graph nothing is cut, as its gradient of 0 would make NaN of
-    an Inf in the input.
+    It adds as much in front as behind, and the surplus is cut off; otherwise the input is padded,
+    which copies it. With a graph nothing is cut, as its gradient of 0 makes NaN of an Inf.
     """
     start, stop = field.inside(interval)
     front, behind = field.outside(interval)

@@ -175,12 +175,7 @@ def spatial_axis(axis: int, rank: int) -> int:
 
 
 class PatchForward(Forward):
-    """A model's forward that runs tile by tile; each mode has a subclass.
-
-    Args:
-        module: the model.
-        tiling: how volumes are cut.
-    """
+    """A model's forward that runs tile by tile; each mode has a subclass."""
 
     #: Options that this mode has and another does not.
     own_options: ClassVar[frozenset[str]] = frozenset()
@@ -253,11 +248,6 @@ def dress(model: nn.Module, made: Any, inputs: Inputs) -> Any:
     Tiles are computed on plain tensors. Class and attributes of an output are decided by
     ``__torch_function__`` of the inputs, so a copy of the network without values runs on inputs of
     that class.
-
-    Args:
-        model: the model, which runs by tiles.
-        made: what its forward by tiles returned, with plain tensors.
-        inputs: of the call, as they were given.
     """
     if not any(is_dressed(tensor) for tensor in inputs.tensors()):
         return made

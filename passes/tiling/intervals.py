@@ -64,16 +64,10 @@ def hull(a: Box | None, b: Box) -> Box:
 
 @dataclass(frozen=True)
 class ReceptiveField:
-    """The receptive field of a convolution or a pooling along one axis.
+    """The receptive field of a convolution or a pooling along one axis, of a ``size``.
 
     Result ``o`` reads the inputs ``o * stride - padding + t * dilation`` for t in [0, kernel).
-
-    Attributes:
-        size: length of the input.
-        kernel: entries of the kernel.
-        stride: step of the kernel.
-        padding: entries added in front; entries behind the end are padding, too.
-        dilation: distance of the kernel's entries.
+    Entries behind the end are padding, too.
     """
 
     size: int
@@ -156,19 +150,13 @@ class Resampling:
         return Resampling(np.where(part < 0, -1, part - read[0]), weights)
 
 
-def crop_resampling(start: int, stop: int, step: int = 1) -> Resampling:
-    """Return the resampling of a slice; ``stop`` is exclusive and not beyond the input."""
-    return Resampling(np.arange(start, stop, step, dtype=np.int64)[None])
+def crop_resampling(kept: range) -> Resampling:
+    """Return the resampling that keeps some entries."""
+    return Resampling(np.array(kept, dtype=np.int64)[None])
 
 
 def pad_resampling(size: int, before: int, after: int, mode: str) -> Resampling:
-    """Return the resampling of a padding; negative ones crop.
-
-    Args:
-        size: length of the input.
-        before: entries in front.
-        after: entries behind.
-        mode: "constant", "reflect", "replicate" or "circular".
+    """Return the resampling of a padding by entries in front and behind; negative ones crop.
 
     Raises:
         ValueError: there is no such mode.
@@ -193,11 +181,8 @@ def pad_resampling(size: int, before: int, after: int, mode: str) -> Resampling:
 def nearest_resampling(size: int, length: int, scale: float | None, *, exact: bool) -> Resampling:
     """Return the resampling of nearest-neighbour interpolation, by torch's rule and rounding.
 
-    Args:
-        size: length of the input.
-        length: length of the result.
-        scale: the factor that the caller gave; None where only the length was given.
-        exact: "nearest-exact", which rounds from the middle of an entry.
+    ``scale`` is the factor that the caller gave; None where only the length was given. With
+    ``exact`` it is "nearest-exact", which rounds from the middle of an entry.
     """
     # torch computes in float32
     ratio = np.float32(1.0 / scale) if scale else np.float32(size) / np.float32(length)
@@ -212,14 +197,7 @@ def is_contested(size: int, length: int, scale: float | None, *, exact: bool, wi
     """Whether torch's kernels pick different entries in nearest-neighbour interpolation.
 
     CPU kernels for images copy or double by the lengths, whatever the scale factor; some compute
-    the indices of float64 tensors in float64.
-
-    Args:
-        size: length of the input.
-        length: length of the result.
-        scale: the factor that the caller gave.
-        exact: "nearest-exact".
-        wide: the entries are float64.
+    the indices of float64 tensors, which are ``wide``, in float64.
     """
     picked = nearest_resampling(size, length, scale, exact=exact).indices[0]
     places = np.arange(length)
@@ -236,14 +214,7 @@ def is_contested(size: int, length: int, scale: float | None, *, exact: bool, wi
 def linear_resampling(
     size: int, length: int, scale: float | None, *, align_corners: bool
 ) -> Resampling:
-    """Return the resampling of linear interpolation along one axis.
-
-    Args:
-        size: length of the input.
-        length: length of the result.
-        scale: the factor that the caller gave; None where only the length was given.
-        align_corners: the first and last entries of both coincide.
-    """
+    """Return the resampling of linear interpolation; ``scale`` is the factor that was given."""
     places = np.arange(length, dtype=np.float64)
     if size == length:  # torch takes each entry twice, the second time with weight 0
         real = places

@@ -50,11 +50,7 @@ class NotLocal(Exception):
 
 
 def local_form(node: fx.Node, rank: int) -> Form:
-    """Return the local form of a traced operator whose result is a map.
-
-    Args:
-        node: the operator; its result is (N, C, *spatial).
-        rank: number of spatial axes.
+    """Return the local form of an operator whose result is a map, of some number of spatial axes.
 
     Raises:
         NotLocal: there is none.
@@ -222,22 +218,16 @@ def _convolution(node: fx.Node, bound: Bound, rank: int) -> Form:
     return cls(node, source, bound["weight"], bound.get("bias"), fields, bound["groups"])
 
 
-@register(_FACET, *(f"aten.max_pool{d}d" for d in (1, 2, 3)))
-def _max_pool(node: fx.Node, bound: Bound, rank: int) -> Form:
-    source = bound["self"]
-    return Pooling(node, source, _fields(node, source, bound, rank), "max")
-
-
-@register(_FACET, *(f"aten.avg_pool{d}d" for d in (1, 2, 3)))
-def _avg_pool(node: fx.Node, bound: Bound, rank: int) -> Form:
+@register(_FACET, *(f"aten.{kind}_pool{d}d" for kind in ("max", "avg") for d in (1, 2, 3)))
+def _pool(node: fx.Node, bound: Bound, rank: int) -> Form:
     fields = _fields(node, bound["self"], bound, rank)
     return Pooling(
         node,
         bound["self"],
         fields,
-        "mean",
+        "mean" if "count_include_pad" in bound else "max",
         ends=[each.size + each.padding for each in fields],
-        include_pad=bound["count_include_pad"],
+        include_pad=bound.get("count_include_pad", True),
         divisor=bound.get("divisor_override"),
     )
 
@@ -342,13 +332,22 @@ def _pad(node: fx.Node, bound: Bound, rank: int) -> Form:
     return ResampleForm(node, source, axes, constant=bound.get("value") or 0.0)
 
 
-@register(_FACET, "aten.slice")
+@register(_FACET, "aten.slice", "aten.narrow")
 def _slice(node: fx.Node, bound: Bound, rank: int) -> Form:
-    source, dim = bound["self"], bound["dim"] % (rank + 2)
-    if dim < 2:
+    source, axis = bound["self"], bound["dim"] % (rank + 2) - 2
+    if axis < 0:
         return Pointwise(node, [source])
-    wanted = slice(bound["start"], bound["end"], bound["step"])
-    return _cropped(node, source, dim, wanted.indices(_sizes(source)[dim - 2]))
+    sizes, start = _sizes(source), bound["start"]
+    if "length" in bound:
+        if not isinstance(start, int):
+            raise NotLocal("its start depends on values")
+        start %= sizes[axis]
+        cut = range(start, start + int(bound["length"]))
+    else:
+        cut = range(sizes[axis])[start : bound["end"] : bound["step"]]
+    axes: list[Resampling] = [crop_resampling(range(size)) for size in sizes]
+    axes[axis] = crop_resampling(cut)
+    return ResampleForm(node, source, axes)
 
 
 @register(_FACET, "aten.pixel_shuffle", "aten.pixel_unshuffle")
@@ -357,21 +356,3 @@ def _pixel_shuffle(node: fx.Node, bound: Bound, rank: int) -> Form:
         raise NotLocal(f"it shuffles two spatial axes, and the input has {rank}")
     up = bound.get("upscale_factor")
     return Shuffled(node, bound["self"], up or bound["downscale_factor"], up=up is not None)
-
-
-@register(_FACET, "aten.narrow")
-def _narrow(node: fx.Node, bound: Bound, rank: int) -> Form:
-    source, dim = bound["self"], bound["dim"] % (rank + 2)
-    if dim < 2:
-        return Pointwise(node, [source])
-    start: Any = bound["start"]
-    if not isinstance(start, int):
-        raise NotLocal("its start depends on values")
-    start %= _sizes(source)[dim - 2]
-    return _cropped(node, source, dim, (start, start + int(bound["length"]), 1))
-
-
-def _cropped(node: fx.Node, source: fx.Node, dim: int, bounds: tuple[int, int, int]) -> Form:
-    axes: list[Resampling] = [crop_resampling(0, size) for size in _sizes(source)]
-    axes[dim - 2] = crop_resampling(*bounds)
-    return ResampleForm(node, source, axes)

@@ -32,13 +32,12 @@ from pocketize.passes.tiling.forward import PatchForward, SampledTiling, Tiling,
 from pocketize.passes.tiling.plan_text import (
     compare,
     exact_notes,
-    slab_notes,
+    part_notes,
     times,
     training_note,
-    window_notes,
 )
 from pocketize.passes.tiling.processes import group_name
-from pocketize.passes.tiling.slabs import SlabForward, slab_backward
+from pocketize.passes.tiling.slabs import PartForward, SlabForward, slab_backward
 from pocketize.passes.tiling.tiled_graph import TilingError
 from pocketize.passes.tiling.windows import WindowForward
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
@@ -102,12 +101,10 @@ class Patchwise(Tiling, Pass):
 
     def _check_combinations(self) -> None:
         if self.train and (self.keep_dtype or self.group is not None):
-            name = "keep_dtype" if self.keep_dtype else "group"
-            other = (
-                "; train whole volumes in several processes with DistributedDataParallel"
-                if name == "group"
-                else ""
-            )
+            name, other = "keep_dtype", ""
+            if not self.keep_dtype:
+                name = "group"
+                other = "; train whole volumes in several processes with DistributedDataParallel"
             raise OptionError(f"patchwise: option {name!r} is for inference, not for train{other}")
         if not self.resume:
             return
@@ -167,8 +164,13 @@ class Patchwise(Tiling, Pass):
             if self.mode == "exact":
                 what, why, notes = self._propose_exact(target, tiling)
             else:
-                what, notes = self._propose_parts(target, tiling, edit)
+                forward = _FORWARDS[self.mode](target.model, tiling)
+                assert isinstance(forward, PartForward)
+                what, notes = part_notes(forward, target.inputs)
                 why = "each fits where the whole does not"
+                failure = DryRun(target.model, target.inputs).error((edit,))
+                if failure:  # the outputs cannot be put together
+                    raise InputError(f"in {self.mode}s, {failure}")
         except (TilingError, InputError, ExecutionError) as error:
             return Proposal(refused=(Refusal("", str(error).removeprefix("patchwise: ")),))
         return Proposal((edit,), (Change("", what, why),), (), notes)
@@ -184,11 +186,8 @@ class Patchwise(Tiling, Pass):
         if tiling.train:
             tile = prepared.program.tile
             check_training(model, inputs, replace(tiling, size=tile, max_peak=None))
-        answer = (
-            f"with {self.keep_dtype} results between tile loops"
-            if self.keep_dtype
-            else "with the same outputs"
-        )
+        kept = self.keep_dtype
+        answer = f"with {kept} results between tile loops" if kept else "with the same outputs"
         what = f"runs by tiles of {times(prepared.program.tile)}, {answer}"
         peaks, notes = exact_notes(model, prepared, inputs, tiling)
         if self.train:
@@ -197,12 +196,9 @@ class Patchwise(Tiling, Pass):
             what += f"; trains by tiles of {times(tile)}"
             if peaks:
                 notes = (*notes, training_note(*peaks))
-        lower = len(peaks) < 2 or peaks[0] < peaks[1]
-        why = (
-            "each fits where the whole does not"
-            if lower
-            else "on this input the peak is no lower than that of the whole; see the notes"
-        )
+        why = "each fits where the whole does not"
+        if peaks and peaks[0] >= peaks[1]:
+            why = "on this input the peak is no lower than that of the whole; see the notes"
         return what, why, (*notes, *compare(model, inputs, tiling))
 
     def _training_peaks(self, target: Target, tiling: Tiling) -> tuple[Any, ...]:
@@ -219,25 +215,6 @@ class Patchwise(Tiling, Pass):
             return tile, by_tiles, measured_peak(target.model, target.inputs)
         except MeasureError:  # its backward pass does not run on fake tensors, or there is none
             return (tile,)
-
-    def _propose_parts(
-        self, target: Target, tiling: Tiling, edit: Convert
-    ) -> tuple[str, tuple[str, ...]]:
-        """Dry-run slabs or windows on a copy without memory.
-
-        Raises:
-            InputError: the outputs cannot be put together.
-        """
-        forward = _FORWARDS[self.mode](target.model, tiling)
-        if isinstance(forward, SlabForward):
-            what, notes = slab_notes(forward, target.inputs)
-        else:
-            assert isinstance(forward, WindowForward)
-            what, notes = window_notes(forward, target.inputs)
-        failure = DryRun(target.model, target.inputs).error((edit,))
-        if failure:
-            raise InputError(f"in {self.mode}s, {failure}")
-        return what, notes
 
     def conversion_options(self) -> dict[str, Any]:
         """All options."""

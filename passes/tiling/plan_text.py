@@ -5,18 +5,17 @@ from __future__ import annotations
 __all__ = [
     "compare",
     "exact_notes",
-    "slab_notes",
+    "part_notes",
     "times",
     "training_note",
-    "window_notes",
 ]
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from pocketize.errors import CaptureError, InputError, MeasureError
 from pocketize.graph.capture import find_tensors
@@ -33,12 +32,12 @@ from pocketize.passes.tiling.figures import (
     overhead,
     whole_peak,
 )
-from pocketize.passes.tiling.forward import PatchForward, Tiling, spatial_axis, volume_of
+from pocketize.passes.tiling.forward import Tiling, spatial_axis, volume_of
 from pocketize.passes.tiling.program import Program, TileLoop
-from pocketize.passes.tiling.slabs import Layout, SlabForward, Volume
-from pocketize.passes.tiling.tiled_graph import TiledGraph, TilingError
+from pocketize.passes.tiling.slabs import Layout, PartForward, Volume
+from pocketize.passes.tiling.tiled_graph import TilingError
 from pocketize.passes.tiling.tracing import trace_forward
-from pocketize.passes.tiling.windows import WindowForward
+from pocketize.passes.tiling.windows import Windows
 from pocketize.units import bytes_text
 
 _PLACES = {"device": "on the device", "host": "in host memory", "disk": "in files"}
@@ -57,13 +56,7 @@ def exact_notes(
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Return the peaks of tiles and of the whole in bytes, and the notes of a plan in exact mode.
 
-    The notes state halo, overhead, stored bytes, peaks, and which operators run at full size.
-
-    Args:
-        model: unchanged.
-        prepared: the program for the example inputs.
-        inputs: the example inputs.
-        tiling: where results are kept.
+    They state halo, overhead, stored bytes, peaks, and which operators run at full size.
     """
     program, trace = prepared.program, prepared.trace
     peak = prepared.peak or estimated_peak(trace, replace(program, sampled=True), tiling)
@@ -73,9 +66,14 @@ def exact_notes(
         whole = whole_peak(trace)
     loops = sum(isinstance(step, TileLoop) for step in program.steps)
     kept = bytes_text(kept_bytes(program, tiling.stored_dtype))
+    halos = "; ".join(
+        f"axis {axis}: "
+        + ("the whole axis" if pair is None else f"{pair[0]} before and {pair[1]} behind")
+        for axis, pair in enumerate(halo(program.graph))
+    )
     notes = [
         f"on {inputs.describe()}: {loops} tile loops over the volume; tiles may start anywhere",
-        f"halo: {_halo_text(program)}",
+        f"halo: {halos}",
         f"{overhead(program):.2f} times the voxels of the network are computed",
         f"at most {kept} are kept {_PLACES[tiling.keep]} between tile loops, outputs are put "
         f"together {_PLACES[tiling.output]}",
@@ -100,35 +98,25 @@ def training_note(by_tiles: int, whole: int) -> str:
     )
 
 
-def slab_notes(forward: SlabForward, inputs: Inputs) -> tuple[str, tuple[str, ...]]:
-    """Return what slabs do to the example inputs, in short and as notes.
+def part_notes(forward: PartForward, inputs: Inputs) -> tuple[str, tuple[str, ...]]:
+    """Return what slabs or windows do to the example inputs, in short and as notes.
 
     Raises:
-        InputError: the inputs have no volume, or not the axis.
+        InputError: the inputs have no volume, or not the axes; or a part does not run.
     """
-    layout = forward.layout(Volume(inputs, forward.device(inputs)))
-    axis, size, count = layout.axis, layout.sizes[layout.axis], sum(map(len, layout.rows))
-    padding = count * size - layout.volume.sizes[axis]
-    padded = f", {padding} of them zeros behind the volume" if padding else ""
-    what = f"runs in slabs of {size} along axis {axis}, each alone"
-    text = f"on {inputs.describe()}: {count} slabs{padded}"
-    return what, (text, *_part_peak(forward, layout, "slab"), *_common_notes(forward.tiling))
-
-
-def window_notes(forward: WindowForward, inputs: Inputs) -> tuple[str, tuple[str, ...]]:
-    """Return what windows do to the example inputs, in short and as notes.
-
-    Raises:
-        InputError: the inputs have no volume, or another number of axes.
-    """
-    layout = forward.layout(Volume(inputs, forward.device(inputs)))
-    ratio = layout.count * math.prod(layout.sizes) / math.prod(layout.volume.sizes)
-    what = f"runs in windows of {times(layout.sizes)}, each alone, and averages them"
-    text = (
-        f"on {inputs.describe()}: {layout.count} windows, {ratio:.2f} times the voxels of the "
-        "volume are computed"
-    )
-    return what, (text, *_part_peak(forward, layout, "window"), *_common_notes(forward.tiling))
+    layout, word = forward.layout(Volume(inputs, forward.device(inputs))), forward.tiling.mode
+    count = sum(map(len, layout.rows))
+    if isinstance(layout, Windows):
+        ratio = count * math.prod(layout.sizes) / math.prod(layout.volume.sizes)
+        what = f"runs in windows of {times(layout.sizes)}, each alone, and averages them"
+        more = f", {ratio:.2f} times the voxels of the volume are computed"
+    else:
+        axis, size = layout.axis, layout.sizes[layout.axis]
+        padding = count * size - layout.volume.sizes[axis]
+        what = f"runs in slabs of {size} along axis {axis}, each alone"
+        more = f", {padding} of them zeros behind the volume" if padding else ""
+    text = f"on {inputs.describe()}: {count} {word}s{more}"
+    return what, (text, *_part_peak(forward, layout, word), *_common_notes(forward.tiling))
 
 
 def _common_notes(tiling: Tiling) -> list[str]:
@@ -156,7 +144,7 @@ def _ineffective(model: nn.Module, tiling: Tiling) -> list[str]:
     ]
 
 
-def _part_peak(forward: PatchForward, layout: Layout, word: str) -> tuple[str, ...]:
+def _part_peak(forward: PartForward, layout: Layout, word: str) -> tuple[str, ...]:
     """Return the peak of one part's forward, and the volume's, where they can be traced."""
     volume, count = layout.volume, forward.tiling.batch
     try:
@@ -168,7 +156,7 @@ def _part_peak(forward: PatchForward, layout: Layout, word: str) -> tuple[str, .
             raise  # it could not even be copied
         raise InputError(
             f"a {word} of {times(layout.sizes)} does not run through the model: {error}"
-            f"{_nearest(forward, volume, layout.sizes)}"
+            f"{_nearest(forward, layout)}"
         ) from None
     try:
         whole = trace_forward(forward.module, volume.inputs)
@@ -186,17 +174,13 @@ def _part(volume: Volume, sizes: Sequence[int], count: int = 1) -> Inputs:
     return volume.read([(0,) * volume.rank] * count, sizes)
 
 
-def _nearest(forward: PatchForward, volume: Volume, sizes: Sequence[int]) -> str:
+def _nearest(forward: PartForward, layout: Layout) -> str:
     """Name the nearest size of parts that runs and is a multiple of a power of 2, if any."""
-    cut = [
-        axis
-        for axis in range(volume.rank)
-        if sizes[axis] != volume.sizes[axis] or isinstance(forward, WindowForward)
-    ]
+    volume, every = layout.volume, isinstance(layout, Windows)
     for step in (2, 4, 8, 16, 32, 64):
         tried = tuple(
-            max(step, round(size / step) * step) if axis in cut else size
-            for axis, size in enumerate(sizes)
+            max(step, round(size / step) * step) if every or size != whole else size
+            for size, whole in zip(layout.sizes, volume.sizes, strict=True)
         )
         try:
             trace_forward(forward.module, _part(volume, tried))
@@ -204,14 +188,6 @@ def _nearest(forward: PatchForward, volume: Volume, sizes: Sequence[int]) -> str
             continue
         return f". The nearest size that does is {times(tried)}"
     return ""
-
-
-def _halo_text(program: Program) -> str:
-    pairs = [
-        "the whole axis" if pair is None else f"{pair[0]} before and {pair[1]} behind"
-        for pair in halo(program.graph)
-    ]
-    return "; ".join(f"axis {axis}: {text}" for axis, text in enumerate(pairs))
 
 
 def _nonlocal_notes(program: Program) -> list[str]:
@@ -225,26 +201,20 @@ def _nonlocal_notes(program: Program) -> list[str]:
             f"statistics of {len(reduced)} operators are reduced over all tiles before they are "
             f"applied: {', '.join(kinds)}"
         )
-    graph = program.graph
+    graph, obstacles = program.graph, program.graph.obstacles.keys() - program.graph.reductions
     direct = [step.node for step in program.steps if not isinstance(step, TileLoop)]
-    whole = [node for node in direct if graph.is_map(node) or _reads_maps(graph, node)]
-    hard = [node for node in whole if node in graph.obstacles and node not in graph.reductions]
+    whole = [node for node in direct if any(map(graph.is_map, [node, *node.all_input_nodes]))]
+    hard = [node for node in whole if node in obstacles]
     if hard:
         shown = dict.fromkeys(
             f"{str(node.target).removeprefix('aten.')} in {node.meta['module'] or 'the model'}"
             for node in hard
         )
-        names = list(shown)
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        notes.append(f"run whole, as they are not local: {', '.join(names[:4])}{more}")
-    small = len(whole) - len(hard)
-    if small:
-        notes.append(f"{small} operators on maps no larger than a tile run whole")
+        more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+        notes.append(f"run whole, as they are not local: {', '.join(list(shown)[:4])}{more}")
+    if len(whole) > len(hard):
+        notes.append(f"{len(whole) - len(hard)} operators on maps no larger than a tile run whole")
     return notes
-
-
-def _reads_maps(graph: TiledGraph, node: fx.Node) -> bool:
-    return any(graph.is_map(source) for source in node.all_input_nodes if source.op != "get_attr")
 
 
 # -- a small volume, computed by tiles and whole ---------------------------------------------------
@@ -253,10 +223,7 @@ def _reads_maps(graph: TiledGraph, node: fx.Node) -> bool:
 def compare(model: nn.Module, inputs: Inputs, tiling: Tiling) -> tuple[str, ...]:
     """Run copies of a model on random values, whole and by tiles; return how far they agree.
 
-    Args:
-        model: unchanged.
-        inputs: example inputs, whose sizes are taken, or reduced where they are large.
-        tiling: how the volume is to be cut; at least two tiles are tried.
+    Large inputs are reduced, and at least two tiles are tried.
 
     Raises:
         TilingError: they differ, or the model cannot be computed by tiles.
@@ -325,9 +292,20 @@ def _apart(a: Tensor, b: Tensor) -> float:
 
 def _small_inputs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, float] | None:
     """Return random inputs that run, and the coarsest rounding on the way to the outputs."""
-    generator = torch.Generator().manual_seed(0)
-    for small in _candidates(inputs):
-        made = small.map(lambda t: _random(t, generator))
+    sizes, generator = volume_of(inputs), torch.Generator().manual_seed(0)
+    small = math.prod(sizes) <= _SMALL
+    cuts = [tuple(min(size, s) for s in sizes) for size in _SIZES]
+    for cut in [sizes] if small else [each for each in cuts if each != sizes]:
+        corner = (slice(1), slice(None), *map(slice, cut))
+
+        def random(tensor: Tensor, corner: tuple[slice, ...] = corner) -> Tensor:
+            if not small and tuple(tensor.shape[2:]) == sizes:
+                tensor = tensor[corner]
+            if not tensor.is_floating_point():
+                return tensor
+            return torch.randn(tensor.shape, generator=generator).to(tensor)
+
+        made = inputs.map(random)
         try:
             trace = trace_forward(model, made)
         except (CaptureError, TilingError):
@@ -336,30 +314,6 @@ def _small_inputs(model: nn.Module, inputs: Inputs) -> tuple[Inputs, float] | No
         dtypes = {t.dtype for t in find_tensors(values) if t.is_floating_point()}
         return made, max((torch.finfo(dtype).eps for dtype in dtypes), default=1e-7)
     return None
-
-
-def _candidates(inputs: Inputs) -> Iterator[Inputs]:
-    sizes = volume_of(inputs)
-    if torch.Size(sizes).numel() <= _SMALL:
-        yield inputs
-        return
-    for size in _SIZES:
-        cut = tuple(min(size, s) for s in sizes)
-        if cut != sizes:
-            yield inputs.map(lambda t, cut=cut: _cropped(t, sizes, cut))  # type: ignore[misc]
-
-
-def _cropped(tensor: Tensor, sizes: Sequence[int], cut: Sequence[int]) -> Tensor:
-    if tuple(tensor.shape[2:]) != tuple(sizes):
-        return tensor
-    corner = (slice(1), slice(None), *(slice(size) for size in cut))
-    return tensor[corner]
-
-
-def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return torch.randn(tensor.shape, generator=generator).to(tensor)
 
 
 def _tile(tiling: Tiling, sizes: Sequence[int]) -> tuple[int, ...]:

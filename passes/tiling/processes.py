@@ -43,12 +43,7 @@ WORLD = "world"
 
 
 class TileGroup:
-    """A process group, as much of it as tiles need.
-
-    Args:
-        group: of torch.distributed.
-        device: where tiles are computed.
-    """
+    """A process group, as much of it as tiles need."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group = group
@@ -178,11 +173,6 @@ class Shard:
 
     Consecutive numbers, at least one. A process that has none computes the nearest part, to know
     what the network returns; another process computes the same values.
-
-    Args:
-        count: of all parts.
-        group: shares them; None for one process.
-        state: of an interrupted call; None for none.
     """
 
     def __init__(self, count: int, group: TileGroup | None, state: ResumeState | None) -> None:

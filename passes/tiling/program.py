@@ -132,10 +132,7 @@ def needed_boxes(
 ) -> dict[fx.Node, Box]:
     """Return a box of each map that is computed or read to compute some boxes.
 
-    Args:
-        graph: the network.
-        order: what is computed, in the order in which it runs; all else is stored.
-        wanted: boxes of maps, computed or stored.
+    What is in ``order`` is computed, in that order; all else is stored.
     """
     needed = dict(wanted)
     for node in reversed(order):
@@ -146,13 +143,7 @@ def needed_boxes(
 
 
 def build_program(graph: TiledGraph, tile: Sequence[int], *, sampled: bool = False) -> Program:
-    """Decide what is stored, what is computed for each tile, and in what order.
-
-    Args:
-        graph: the network.
-        tile: size of a tile at full resolution, one number for each spatial axis.
-        sampled: see :class:`Program`.
-    """
+    """Decide what is stored, what is computed for each tile of a size, and in what order."""
     builder = _Builder(graph, tile)
     for node in graph.nodes:
         builder.add(node)

@@ -7,6 +7,7 @@ stores in attributes for later are allowed: reading one after a forward by tiles
 from __future__ import annotations
 
 __all__ = [
+    "Identity",
     "Lost",
     "NotComputed",
     "check_gradients",
@@ -20,7 +21,6 @@ __all__ = [
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -60,9 +60,6 @@ class NotComputed:
     """Replaces a tensor that the whole volume's forward stores in an attribute; using it raises.
 
     What the last whole forward stored would be of another volume, or of other weights.
-
-    Args:
-        name: of the attribute.
     """
 
     def __init__(self, name: str) -> None:
@@ -88,11 +85,10 @@ class NotComputed:
         )
 
 
-for _operator in ("add", "sub", "mul", "truediv", "pow", "matmul"):
-    setattr(NotComputed, f"__{_operator}__", NotComputed._refuse)
-    setattr(NotComputed, f"__r{_operator}__", NotComputed._refuse)
-for _operator in ("getitem", "len", "iter", "neg", "float", "lt", "gt", "le", "ge"):
-    setattr(NotComputed, f"__{_operator}__", NotComputed._refuse)
+_BINARY = ("add", "sub", "mul", "truediv", "pow", "matmul")
+_OTHERS = ("getitem", "len", "iter", "neg", "float", "lt", "gt", "le", "ge")
+for _name in (*_BINARY, *(f"r{name}" for name in _BINARY), *_OTHERS):
+    setattr(NotComputed, f"__{_name}__", NotComputed._refuse)
 
 
 def _flat(value: Any) -> Iterable[Any]:
@@ -129,16 +125,27 @@ def is_table(name: str) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class _Token:
-    """Compares class and identity of a value."""
+class Identity:
+    """Compares by the identity of an object, and keeps the object alive."""
 
-    identity: int
-    is_tensor: bool
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Identity) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __repr__(self) -> str:
+        """The same in every process: name and code, without addresses."""
+        named = self.value if hasattr(self.value, "__qualname__") else type(self.value)
+        code = getattr(getattr(self.value, "__code__", None), "co_code", b"")
+        return f"{named.__module__}.{named.__qualname__} {code.hex()}"
 
 
 def _token(value: Any) -> Any:
-    return value if is_simple(value) else _Token(id(value), isinstance(value, Tensor))
+    return value if is_simple(value) else Identity(value)
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -174,7 +181,9 @@ def check_state(
         path, _, attribute = name.rpartition(".")
         module, changed = model.get_submodule(path), _changed(old, new)
         held = attribute in module._buffers or attribute in module._parameters
-        if held or not all(isinstance(v, _Token) and v.is_tensor for v in changed.values()):
+        if held or not all(
+            isinstance(v, Identity) and isinstance(v.value, Tensor) for v in changed.values()
+        ):
             raise TilingError(
                 f"its forward changes the attribute {name}, which a forward by tiles would not"
             )
@@ -199,9 +208,7 @@ def _changed(old: Any, new: Any) -> dict[Any, Any]:
 def check_hooks(model: nn.Module, *, training: bool = False) -> None:
     """Refuse hooks of the user's on inner modules, which tiles do not run.
 
-    Args:
-        model: the model; its own hooks run around its forward.
-        training: check hooks of the backward pass, too.
+    The model's own hooks run around its forward. Hooks of the backward pass count in ``training``.
 
     Raises:
         TilingError: there is one.
@@ -233,11 +240,7 @@ def check_gradients(model: nn.Module, inputs: Inputs) -> None:
 
     A trace has the operators, and not what keeps gradients from following them: parts that run
     under ``torch.no_grad()``, autograd functions with a backward of their own, hooks that change a
-    gradient.
-
-    Args:
-        model: a copy without memory, in the modes in which it is to be trained.
-        inputs: without memory, too.
+    gradient. Model and inputs are without memory.
 
     Raises:
         TilingError: the text says what keeps or changes gradients, and where.
@@ -319,14 +322,14 @@ def _is_of_a_pass() -> bool:
 
 def _functions(outputs: list[Tensor]) -> Iterator[Any]:
     """Yield the autograd functions written in Python that outputs depend on."""
-    stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    seen = set(stack)
+    stack: list[Any] = [t.grad_fn for t in outputs]
+    seen: set[Any] = {None}
     while stack:
         node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
         cls = autograd_function_of(node)
         if cls is not None:
             yield cls
-        for before, _ in node.next_functions:
-            if before is not None and before not in seen:
-                seen.add(before)
-                stack.append(before)
+        stack += [before for before, _ in node.next_functions]

@@ -183,13 +183,12 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def assembly(self, sample: Tensor, before: Sequence[Any], first: int, **more: Any) -> Assembly:
-        """Return the assembly of one output.
+        """Return the assembly of one output; ``more`` is for :class:`Assembly`.
 
         Args:
             sample: the output for the first parts.
             before: the assemblies of earlier outputs.
             first: the first row that is put into the result.
-            more: storage, finish and name for :class:`Assembly`.
         """
 
     def first_row(self, row: int) -> int:

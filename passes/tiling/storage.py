@@ -100,14 +100,10 @@ class Storage:
         name: str = "",
         channels_last: bool = False,
     ) -> Buffer:
-        """Return an uninitialised buffer.
+        """Return an uninitialised buffer for a map that is read in some dtype.
 
-        Args:
-            shape: of the map.
-            dtype: in which it is read.
-            small: allocate on the device in any case, in the dtype itself.
-            name: of the map, for a storage that finds it again.
-            channels_last: the channels of a voxel are contiguous.
+        A ``small`` one is on the device in any case, in the dtype itself. A storage that finds maps
+        again does so by their ``name``.
 
         Raises:
             InputError: there can be no file in the folder.

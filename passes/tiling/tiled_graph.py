@@ -12,8 +12,6 @@ __all__ = [
 ]
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -37,7 +35,6 @@ class TilingError(RewriteError):
     """A network cannot be computed part by part; the text says where and why."""
 
 
-@dataclass(eq=False)
 class TiledGraph:
     """A traced forward in evaluation mode, and how each node is computed by tiles.
 
@@ -48,41 +45,38 @@ class TiledGraph:
         forms: local forms; a norm of whole maps has one that reads its statistics.
         reductions: what operators read of whole maps.
         obstacles: why the other operators need their inputs whole.
+        largest_input: the input map with most voxels.
+
+    Raises:
+        TilingError: the trace does not hold for other parts of the input.
     """
 
-    traced: TracedGraph
-    rank: int = 0
-    nodes: list[fx.Node] = field(default_factory=list)
-    forms: dict[fx.Node, Form] = field(default_factory=dict)
-    reductions: dict[fx.Node, MapReduction] = field(default_factory=dict)
-    obstacles: dict[fx.Node, str] = field(default_factory=dict)
-    #: what depends on the input: a weight (out, in, *kernel) that is computed does not
-    _data: set[fx.Node] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        """Find the form of every operator.
-
-        Raises:
-            TilingError: the trace does not hold for other parts of the input.
-        """
-        if self.traced.real:
+    def __init__(self, traced: TracedGraph) -> None:
+        if traced.real:
             raise TilingError(
                 "a branch of the forward depends on values, which differ from part to part; run "
                 "the model whole"
             )
-        shapes = [_shape(node) for node in self.traced.graph.nodes if node.op == "placeholder"]
-        maps = [shape for shape in shapes if shape is not None and len(shape) > 2]
-        if not maps:
+        self.traced = traced
+        inputs = traced.graph.find_nodes(op="placeholder")
+        ranks = [len(shape) - 2 for node in inputs if (shape := _shape(node)) is not None]
+        self.rank = max(ranks, default=0)
+        if self.rank < 1:
             raise TilingError("no input has spatial axes: expected (N, C, *spatial)")
-        self.rank = max(len(shape) for shape in maps) - 2
-        for node in self.traced.graph.nodes:
+        #: what depends on the input: a weight (out, in, *kernel) that is computed does not
+        self._data: set[fx.Node] = set()
+        for node in traced.graph.nodes:
             if node.op == "placeholder" or not self._data.isdisjoint(node.all_input_nodes):
                 self._data.add(node)
-        used: set[fx.Node] = set(self.traced.outputs())
-        for node in reversed(self.traced.graph.nodes):
+        self.largest_input: fx.Node = max(filter(self.is_map, inputs), key=self.voxels)
+        used = set(traced.outputs())
+        for node in reversed(traced.graph.nodes):
             if node in used:
                 used.update(node.all_input_nodes)
-        self.nodes = [node for node in self.traced.operators() if node in used]
+        self.nodes = [node for node in traced.operators() if node in used]
+        self.forms: dict[fx.Node, Form] = {}
+        self.reductions: dict[fx.Node, MapReduction] = {}
+        self.obstacles: dict[fx.Node, str] = {}
         self._check_writes()
         for node in self.nodes:
             self._classify(node)
@@ -91,13 +85,6 @@ class TiledGraph:
         """Whether a result is (N, C, *spatial) and depends on the input."""
         shape = _shape(node)
         return node in self._data and shape is not None and len(shape) == self.rank + 2
-
-    @property
-    def largest_input(self) -> fx.Node:
-        """The input map with most voxels."""
-        inputs = [node for node in self.traced.graph.nodes if node.op == "placeholder"]
-        found: fx.Node = max((node for node in inputs if self.is_map(node)), key=self.voxels)
-        return found
 
     @property
     def volume(self) -> tuple[int, ...]:
@@ -193,13 +180,9 @@ class AliasSets:
         return self._same.get(key, key)
 
     def read_after(self, node: fx.Node, written: fx.Node) -> fx.Node | None:
-        """Return an older tensor in written memory that is read later; None if there is none.
+        """Return an older tensor in memory that an operator writes, and that is read later, if any.
 
         The written tensor itself is read as the operator's result afterwards.
-
-        Args:
-            node: the operator that writes.
-            written: what it writes into.
         """
         for other in self.aliases_of(written):
             if other < node and any(user > node for user in other.users):
@@ -266,43 +249,33 @@ def _disjoint(x: Tensor, y: Tensor) -> bool:
 def simplify(graph: fx.Graph) -> None:
     """Remove dropouts that do nothing, and replace splits by slices; changes the graph in place."""
     for node in list(graph.nodes):
-        if node.op != "call_function":
+        kind = operator_of(node.target).kind if node.op == "call_function" else None
+        if kind not in (Kind.DROPOUT, Kind.SPLIT):
             continue
-        kind = operator_of(node.target).kind
-        if kind is Kind.DROPOUT and isinstance(node.meta["val"], Tensor):
-            _remove_dropout(graph, node)
-        elif kind is Kind.SPLIT:
-            _replace_by_slices(graph, node)
+        bound, value = bind(node.target, node.args, node.kwargs), node.meta["val"]
+        if kind is Kind.DROPOUT and isinstance(value, Tensor):
+            if bound.get("train") is False or bound.get("p") == 0:
+                source = node.all_input_nodes[0]
+                # traced without memory it made a copy, but it returns its input
+                source.meta.setdefault("aliases", []).append(value)
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+        elif (
+            isinstance(value, tuple | list)
+            and all(isinstance(each, Tensor) for each in value)
+            and all(operator_name(part.target) == "getitem" for part in node.users)
+        ):
+            _replace_by_slices(graph, node, int(bound["dim"]))
 
 
-def _remove_dropout(graph: fx.Graph, node: fx.Node) -> None:
-    bound = bind(node.target, node.args, node.kwargs)
-    if bound.get("train") is False or bound.get("p") == 0:
-        source = node.all_input_nodes[0]
-        # traced without memory it made a copy, but it returns its input
-        source.meta.setdefault("aliases", []).append(node.meta["val"])
-        node.replace_all_uses_with(source)
-        graph.erase_node(node)
-
-
-def _replace_by_slices(graph: fx.Graph, node: fx.Node) -> None:
-    parts = list(node.users)
-    value: Any = node.meta["val"]
-    if not isinstance(value, tuple | list) or not all(isinstance(v, Tensor) for v in value):
-        return
-    if any(operator_name(part.target) != "getitem" for part in parts):
-        return
-    bound = bind(node.target, node.args, node.kwargs)
-    dim = int(bound["dim"])
-    starts = [0]
-    for each in value:
-        starts.append(starts[-1] + each.shape[dim])
-    for part in parts:
+def _replace_by_slices(graph: fx.Graph, node: fx.Node, dim: int) -> None:
+    lengths = [each.shape[dim] for each in node.meta["val"]]
+    for part in list(node.users):
         index = int(part.args[1])  # type: ignore[arg-type]
-        start, length = starts[index], value[index].shape[dim]
+        source, start = node.all_input_nodes[0], sum(lengths[:index])
         with graph.inserting_before(part):
             made = graph.call_function(
-                torch.ops.aten.narrow.default, (node.all_input_nodes[0], dim, start, length)
+                torch.ops.aten.narrow.default, (source, dim, start, lengths[index])
             )
         made.meta.update(part.meta)
         part.replace_all_uses_with(made)

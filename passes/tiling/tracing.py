@@ -40,6 +40,7 @@ from pocketize.passes.shared.forwards import first_parameter, wrapping
 from pocketize.passes.shared.nests import map_tensors
 from pocketize.passes.tiling.forward import PatchForward
 from pocketize.passes.tiling.side_effects import (
+    Identity,
     Lost,
     NotComputed,
     check_gradients,
@@ -64,8 +65,7 @@ class ForwardTrace:
         template: what the forward returned, with fake tensors.
         nodes: the node of each fake tensor in the template, by identity.
         tensors: fake parameters and buffers by name, as the traced copy has them.
-        lost: attributes in which the forward stores a tensor, which running the operators does
-            not.
+        lost: attributes in which the forward stores a tensor; running the operators does not.
     """
 
     traced: TracedGraph
@@ -84,12 +84,7 @@ class ForwardTrace:
         }
 
     def outputs(self, made: Mapping[fx.Node, Tensor], inputs: Inputs) -> Any:
-        """Put tensors into the nest that the forward returned.
-
-        Args:
-            made: outputs that were computed; the others are inputs, or views of these.
-            inputs: of the call.
-        """
+        """Put computed outputs into the nest that the forward returned; others are made of them."""
         held = {**self.placeholders(inputs), **made}
         return map_tensors(
             self.template, lambda _: True, lambda t: _result(self.nodes[id(t)], held)
@@ -108,12 +103,9 @@ def _result(node: fx.Node, held: dict[fx.Node, Tensor]) -> Tensor:
 def trace_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -> ForwardTrace:
     """Trace the forward of a model in evaluation mode, on a copy without memory.
 
-    Hooks of the model itself are left out: they run outside of the forward.
-
-    Args:
-        model: the model; of one that runs by tiles, the forward that tiles replaced.
-        inputs: of the call; the present autocast state applies.
-        training: leave each module in its present mode, instead.
+    Hooks of the model itself are left out: they run outside of the forward. Of a model that runs by
+    tiles it is the forward that tiles replaced. The present autocast state applies. In ``training``
+    each module is in its present mode.
 
     Raises:
         TilingError: running the operators would not be running the forward.
@@ -127,8 +119,8 @@ def trace_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -
         _unwrap(copy)
         copy._forward_pre_hooks.clear()
         copy._forward_hooks.clear()
-        returned = _Returned()
-        copy.register_forward_hook(returned)
+        returned: list[Any] = []
+        copy.register_forward_hook(lambda module, args, output: returned.append(output))
         for module in () if training else copy.modules():
             module.training = False
         if training:
@@ -144,7 +136,7 @@ def trace_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -
         try:
             with mode:
                 traced = trace_module(copy, fakes, train=None if training else False)
-                output, after = returned.value, state_of(copy)
+                output, after = returned[-1] if returned else None, state_of(copy)
                 if after != before:  # by a flag that it sets once, and that changes nothing?
                     again = trace_module(copy, fakes, train=None if training else False)
                     if state_of(copy) == after and str(again.graph) == str(traced.graph):
@@ -174,15 +166,6 @@ def _unwrap(copy: nn.Module) -> None:
             vars(copy)["forward"] = forward.inner
 
 
-class _Returned:
-    """A hook that stores what a forward returns."""
-
-    value: Any = None
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.value = output
-
-
 def _finished(copy: nn.Module, traced: TracedGraph, output: Any) -> ForwardTrace:
     simplify(traced.graph)
     tensors = tensors_by_name(copy)
@@ -198,7 +181,13 @@ def _finished(copy: nn.Module, traced: TracedGraph, output: Any) -> ForwardTrace
                 )
             if node.meta["tensor"] is None:
                 node.meta["val"] = node.meta["val"].clone()  # it was made in inference mode
-        _check_written(node, aliases)
+        for source in _written(node):  # into what outlives the forward?
+            for held in aliases.aliases_of(source):
+                if held.op == "get_attr" and held.meta["tensor"] is not None:
+                    raise TilingError(
+                        f"its forward writes into {held.meta['tensor']} ({node.target}), which a "
+                        "forward by tiles would not"
+                    )
     outputs = traced.outputs()
     if not outputs:
         raise TilingError("its forward returns no tensor")
@@ -233,7 +222,7 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
     parts: list[Any] = []
     for path, module in model.named_modules():
         held = {
-            name: _Identity(value) if name == "forward" else described(value)
+            name: Identity(value) if name == "forward" else described(value)
             for name, value in vars(module).items()
             if not is_table(name)
         }
@@ -247,25 +236,6 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-class _Identity:
-    """Compares by the identity of an object, and keeps the object alive."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __repr__(self) -> str:
-        """The same in every process: name and code, without addresses."""
-        named = self.value if hasattr(self.value, "__qualname__") else type(self.value)
-        code = getattr(getattr(self.value, "__code__", None), "co_code", b"")
-        return f"{named.__module__}.{named.__qualname__} {code.hex()}"
-
-
 def described(value: Any, depth: int = 4) -> Any:
     """Return a description that is equal only for values that a forward cannot distinguish."""
     if isinstance(value, Tensor | NotComputed):
@@ -275,24 +245,13 @@ def described(value: Any, depth: int = 4) -> Any:
     if isinstance(value, np.ndarray):
         return value.shape, value.dtype, value.tobytes()
     if not depth or isinstance(value, nn.Module | type):
-        return _Identity(value)
+        return Identity(value)
     if isinstance(value, list | tuple | dict):
         items = value.items() if isinstance(value, dict) else value
         return type(value), tuple(described(item, depth - 1) for item in items)
     if isinstance(value, set | frozenset):
         return type(value), frozenset(described(item, depth - 1) for item in value)
-    return _Identity(value), described(dict(getattr(value, "__dict__", {})), depth - 1)
-
-
-def _check_written(node: fx.Node, aliases: AliasSets) -> None:
-    """Refuse operators that write into what outlives the forward."""
-    for source in _written(node):
-        for held in aliases.aliases_of(source):
-            if held.op == "get_attr" and held.meta["tensor"] is not None:
-                raise TilingError(
-                    f"its forward writes into {held.meta['tensor']} ({node.target}), which a "
-                    "forward by tiles would not"
-                )
+    return Identity(value), described(dict(getattr(value, "__dict__", {})), depth - 1)
 
 
 def _written(node: fx.Node) -> list[fx.Node]:

@@ -107,15 +107,11 @@ def _update_running(execution: Execution, updates: Updates) -> None:
 def differentiable_forward(
     program: Program, *, model: nn.Module | None = None, **settings: Any
 ) -> dict[fx.Node, Tensor]:
-    """Run a program without a graph; a backward pass runs its tiles again, each with one.
+    """A forward without a graph; a backward pass runs its tiles again, each with one.
 
     The gradients are those of the whole volume's loss, to rounding. Between the two passes only
-    the results of the program's steps are stored.
-
-    Args:
-        program: the steps.
-        model: whose norms update their running statistics, where they do.
-        settings: of :class:`Execution`; the storage also has the gradients.
+    the results of the program's steps are stored. ``settings`` are those of :class:`Execution`;
+    norms of the model update their running statistics, where they do.
 
     Raises:
         TilingError: a norm that would update its running statistics is not computed.
@@ -129,12 +125,7 @@ def differentiable_forward(
 
 
 class _TrainingRun:
-    """One run of a program, from its forward to its backward.
-
-    Attributes:
-        execution: the forward, with its stored results.
-        asked: weights and inputs whose gradients are wanted.
-    """
+    """One run of a program, from its forward to its backward; ``asked`` wants gradients."""
 
     def __init__(
         self,

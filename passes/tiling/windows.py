@@ -56,7 +56,6 @@ class Windows(Layout):
     Attributes:
         image: size of the padded volume.
         pads: voxels of padding before the volume.
-        count: number of windows.
         kind: of the weights.
     """
 
@@ -78,7 +77,6 @@ class Windows(Layout):
         self.axis = max(range(volume.rank), key=lambda a: len({start[a] for start in starts}))
         begins = sorted({start[self.axis] for start in starts})
         self.rows = [[s for s in starts if s[self.axis] == begin] for begin in begins]
-        self.count = len(starts)
 
     def first_row(self, row: int) -> int:
         """Return the first row whose windows overlap those of another."""
@@ -98,15 +96,7 @@ class Windows(Layout):
 
 
 class _RowMean(Assembly):
-    """One output of the network, averaged row by row.
-
-    Args:
-        layout: where the windows lie.
-        sample: what the network returned for a window.
-        weights: of the entries of a window's output.
-        first: the first row that is stored.
-        more: storage, finish and name for :class:`Assembly`.
-    """
+    """One output of the network, averaged row by row, with ``weights`` of a window's entries."""
 
     def __init__(
         self, layout: Windows, sample: Tensor, weights: Tensor, first: int, **more: Any
@@ -210,13 +200,7 @@ def _shifted(tensor: Tensor, axis: int, by: int, *, copy: bool) -> Tensor:
 def window_starts(
     image: Sequence[int], window: Sequence[int], steps: Sequence[int]
 ) -> list[tuple[int, ...]]:
-    """Return where windows begin that cover a volume; the last of a row ends with the volume.
-
-    Args:
-        image: sizes of the volume, at least the window's.
-        window: sizes of a window.
-        steps: from one to the next, at least 1.
-    """
+    """Return where windows begin that cover a volume; the last of a row ends with the volume."""
     axes = []
     for size, length, step in zip(image, window, steps, strict=True):
         count = -(-(size - length) // step) + 1
@@ -233,10 +217,8 @@ def _importance(window: tuple[int, ...], kind: str) -> Tensor:
 def importance(window: Sequence[int], kind: str) -> Tensor:
     """Return the weights of a window's voxels, float32.
 
-    Args:
-        window: its sizes.
-        kind: "constant", or "gaussian" with a standard deviation of an eighth of the window and
-            no weight below a thousandth.
+    A Gaussian has a standard deviation of an eighth of the window, and no weight is below a
+    thousandth.
     """
     if kind == "constant":
         return torch.ones(tuple(window))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pocketize.errors import CropWarning, InputError
 from pocketize.passes import Cascade
-from pocketize.passes.cascade.crops import Crop, crop_around, paste, touched
+from pocketize.passes.cascade.guidance import Crop, crop_around, paste, touched
 from tests.examples import examples
 from tests.passes.cascade.nets import Small, Threshold, quiet
 
