@@ -13,6 +13,7 @@ __all__ = [
 ]
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -20,11 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from pocketize._torch import (
-    FakeTensor,
-    FakeTensorMode,
-    without_dispatch_modes,
-)
+from pocketize._torch import FakeTensor, FakeTensorMode, without_dispatch_modes
 from pocketize.errors import OptionError
 from pocketize.graph.clone import clone_modules
 from pocketize.graph.inputs import Inputs
@@ -53,26 +50,17 @@ def halo(graph: TiledGraph) -> tuple[tuple[int, int] | None, ...]:
     depends on all. An axis is None where only the volume's border ends the receptive field, or an
     operator in between runs whole.
     """
-    found = [_halo_of(graph, node) for node in graph.traced.outputs() if node in graph.forms]
-    joined: list[tuple[int, int] | None] = []
-    for pairs in zip(*found, strict=True):
-        known = [pair for pair in pairs if pair is not None]
-        complete = len(known) == len(pairs)
-        joined.append((max(a for a, _ in known), max(b for _, b in known)) if complete else None)
-    return tuple(joined) or ((0, 0),) * graph.rank
-
-
-def _halo_of(graph: TiledGraph, output: fx.Node) -> list[tuple[int, int] | None]:
-    sizes = tuple(output.meta["val"].shape[2:])
     order = [node for node in graph.nodes if node in graph.forms]
     ends = [(0, 0)] * graph.rank
-    complete = True
-    for offset in range(-_PLACES // 2, _PLACES // 2):
+    outputs = [node for node in graph.traced.outputs() if node in graph.forms]
+    for output, offset in itertools.product(outputs, range(-_PLACES // 2, _PLACES // 2)):
+        sizes = tuple(output.meta["val"].shape[2:])
         voxel = [min(max(size // 2 + offset, 0), size - 1) for size in sizes]
         needed = needed_boxes(graph, order, {output: tuple((v, v + 1) for v in voxel)})
         for source, box in needed.items():
             if source.op != "placeholder":
-                complete = complete and (source in graph.forms or not graph.is_map(source))
+                if source not in graph.forms and graph.is_map(source):
+                    return (None,) * graph.rank
                 continue
             whole = source.meta["val"].shape[2:]
             for axis, ((low, high), size) in enumerate(zip(box, whole, strict=True)):
@@ -80,13 +68,11 @@ def _halo_of(graph: TiledGraph, output: fx.Node) -> list[tuple[int, int] | None]
                 first, last = voxel[axis] * factor, (voxel[axis] + 1) * factor
                 before, behind = ends[axis]
                 ends[axis] = (
-                    max(before, math.ceil(first - low)) if low > 0 else max(before, size),
-                    max(behind, math.ceil(high - last)) if high < size else max(behind, size),
+                    max(before, math.ceil(first - low) if low > 0 else size),
+                    max(behind, math.ceil(high - last) if high < size else size),
                 )
-    return [
-        pair if complete and max(pair) < limit else None
-        for pair, limit in zip(ends, graph.volume, strict=True)
-    ]
+    pairs = zip(ends, graph.volume, strict=True)
+    return tuple(pair if max(pair) < size else None for pair, size in pairs)
 
 
 def overhead(program: Program) -> float:
@@ -243,11 +229,8 @@ def _counting(trace: ForwardTrace) -> Iterator[LiveTracker]:
     """Yield a counter of live bytes, not yet entered, that has seen the weights and the inputs."""
     inputs = trace.traced.inputs.tensors()
     mode = next((t.fake_mode for t in inputs if isinstance(t, FakeTensor)), None)
-    with (
-        without_dispatch_modes(),
-        torch.no_grad(),
-        mode or FakeTensorMode(allow_non_fake_inputs=True),
-    ):
+    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+    with without_dispatch_modes(), torch.no_grad(), mode:
         counter = LiveTracker(_device_of(trace), fake=True)
         counter.assign("inputs", [*trace.tensors.values(), *inputs])
         counter.enter("forward")
