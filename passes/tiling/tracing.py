@@ -119,8 +119,8 @@ def trace_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -
         _unwrap(copy)
         copy._forward_pre_hooks.clear()
         copy._forward_hooks.clear()
-        returned: list[Any] = []
-        copy.register_forward_hook(lambda module, args, output: returned.append(output))
+        returned = _Returned()
+        copy.register_forward_hook(returned)
         for module in () if training else copy.modules():
             module.training = False
         if training:
@@ -136,7 +136,7 @@ def trace_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -
         try:
             with mode:
                 traced = trace_module(copy, fakes, train=None if training else False)
-                output, after = returned[-1] if returned else None, state_of(copy)
+                output, after = returned.value, state_of(copy)
                 if after != before:  # by a flag that it sets once, and that changes nothing?
                     again = trace_module(copy, fakes, train=None if training else False)
                     if state_of(copy) == after and str(again.graph) == str(traced.graph):
@@ -164,6 +164,15 @@ def _unwrap(copy: nn.Module) -> None:
         del vars(copy)["forward"]
         if forward.inner is not None:
             vars(copy)["forward"] = forward.inner
+
+
+class _Returned:
+    """A hook that stores what a forward returns; tracing would undo an append in a closure."""
+
+    value: Any = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.value = output
 
 
 def _finished(copy: nn.Module, traced: TracedGraph, output: Any) -> ForwardTrace:
