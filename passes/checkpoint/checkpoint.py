@@ -25,7 +25,7 @@ from pocketize._torch import global_forward_hooks
 from pocketize.engine.dry_run import DryRun
 from pocketize.engine.pipeline import history
 from pocketize.engine.surgery import apply_edits
-from pocketize.errors import MeasureError, OptionError, PocketizeWarning, RewriteError
+from pocketize.errors import MeasureError, PocketizeWarning, RewriteError
 from pocketize.graph.clone import clone_modules
 from pocketize.memory import measure
 from pocketize.passes.shared import REBUILDING
@@ -43,12 +43,14 @@ from pocketize.passes.shared.second_run import Run
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.plugin.conversions import conversion
 from pocketize.plugin.edits import Convert
-from pocketize.units import UNITS, bytes_text, large_text, quantity
+from pocketize.plugin.options import read_target
+from pocketize.units import bytes_text, large_text
 
 #: Of the choices predicted to need least, how many are estimated where the target is not met.
 _LAST = 6
 #: How many sizes of regions the search begins with, at most about this many.
 _SIZES = 40
+_TARGET = "checkpoint: option 'target'"
 #: Peaks this close to the smallest one found are as good, if they cost less work.
 _NEAR = 1.01
 
@@ -83,7 +85,7 @@ class Checkpoint(Pass):
     def validate(self) -> None:
         """Refuse targets that are no size and no share."""
         if self.target is not None:
-            _target_bytes(self.target, 1)
+            read_target(self.target, 1, _TARGET)
 
     @property
     def guarantee(self) -> Guarantee:
@@ -215,7 +217,7 @@ class _Search:
             RewriteError: no choice meets the target.
         """
         before, target = self._estimated(()), self.given.target
-        goal = 0 if target is None else _target_bytes(target, before)
+        goal = 0 if target is None else read_target(target, before, _TARGET)
         if before <= goal:
             return [], [f"the estimated peak, {bytes_text(before)}, is within {target} already"]
         found = self._bisected(goal)
@@ -299,21 +301,6 @@ def _choices(possible: Sequence[Region], surveyed: Survey) -> Iterator[Sequence[
 
 def _work(regions: Iterable[Region]) -> int:
     return sum(region.work for region in regions)
-
-
-def _target_bytes(text: str, peak: int) -> int:
-    """Read a target: a share of a peak, or a size."""
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
-        share = float(match[1])
-        if 0 < share <= 100:
-            return int(peak * share / 100)
-    elif (size := quantity(text, "bytes")) and size > 0:
-        return int(size)
-    units = ", ".join(UNITS["bytes"])
-    raise OptionError(
-        f"checkpoint: option 'target': expected a size such as '4GiB' (units: {units}) or a share "
-        f"of the present peak such as '50%', got {text!r}"
-    )
 
 
 @conversion("checkpoint")

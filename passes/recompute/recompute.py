@@ -2,151 +2,37 @@
 
 from __future__ import annotations
 
-__all__ = ["Recompute", "RecomputingForward", "recomputing_forward"]
+__all__ = ["Recompute"]
 
-import sys
-import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
-from pocketize._torch import (
-    FakeTensorMode,
-    import_compiler,
-    in_checkpoint,
-    takes_what_is_saved,
-)
-from pocketize.engine.verify import run_backward
-from pocketize.errors import ExecutionError, OptionError, RewriteError
+from pocketize._torch import FakeTensorMode
+from pocketize.engine.surgery import apply_edits
+from pocketize.errors import OptionError, PocketizeError, RewriteError
 from pocketize.graph.capture import quiet_tracing
-from pocketize.graph.clone import fake_clone
-from pocketize.graph.inputs import Inputs
+from pocketize.graph.clone import clone_modules, fake_clone
 from pocketize.graph.methods import set_mode
+from pocketize.memory import measure
 from pocketize.memory.saved import SavedTensors
-from pocketize.memory.tracker import storage_bytes
-from pocketize.passes.recompute.fusing import Fusing
-from pocketize.passes.recompute.recompute_graph import RecomputeGraph
-from pocketize.passes.recompute.values import Meter
+from pocketize.passes.recompute.curve import front, movable
+from pocketize.passes.recompute.forward import recomputing_forward
+from pocketize.passes.recompute.recorded_step import record_step
+from pocketize.passes.recompute.replay import Cost, StepReplay
 from pocketize.passes.recompute.weight_uses import WeightUse, chosen, find_uses, freed
 from pocketize.passes.shared import REBUILDING
-from pocketize.passes.shared.forwards import (
-    Forward,
-    note_compiled,
-    obstacle,
-    without_backward,
-    wrapping,
-)
+from pocketize.passes.shared.forwards import obstacle
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
-from pocketize.plugin.conversions import conversion
 from pocketize.plugin.edits import Convert
+from pocketize.plugin.options import read_target
 from pocketize.units import bytes_text
 
-_running = threading.local()
-
-
-class RecomputingForward(Forward):
-    """Runs a model's forward with a graph on, from its first to its last operator.
-
-    Nothing is recorded where there is no backward pass to come (``no_grad``, ``inference_mode``),
-    while ``torch.compile`` traces (it plans recomputation itself, see
-    its ``activation_memory_budget``), under the transforms of ``torch.func`` and forward-mode
-    differentiation, in a checkpoint, which runs again anyway, and inside another recording.
-
-    Args:
-        module: the model.
-        rebuilt: see :class:`RecomputeGraph`.
-        frees: likewise.
-        min_bytes: likewise.
-        meter: likewise.
-    """
-
-    lowers: ClassVar[str] = "recompute"
-
-    def __init__(
-        self,
-        module: nn.Module,
-        rebuilt: frozenset[str],
-        frees: Mapping[str, tuple[int, ...]],
-        min_bytes: int,
-        meter: Meter | None = None,
-    ) -> None:
-        super().__init__(module)
-        self.rebuilt, self.frees, self.min_bytes, self.meter = rebuilt, frees, min_bytes, meter
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward.
-
-        Raises:
-            ExecutionError: the model's parameters are sharded by FSDP.
-        """
-        if torch.compiler.is_compiling():
-            note_compiled("recompute")
-            return self.original(*args, **kwargs)
-        aside = without_backward() or in_checkpoint()
-        if aside or getattr(_running, "model", False):
-            return self.original(*args, **kwargs)
-        return self._recorded(*args, **kwargs)
-
-    def _recorded(self, *args: Any, **kwargs: Any) -> Any:
-        import_compiler()  # torch would do so amid the model
-        _refuse_sharded(self.module)
-        graph = RecomputeGraph(self.module, self.rebuilt, self.frees, self.min_bytes, self.meter)
-        hooks = saved_tensors_hooks(graph.pack, graph.unpack)
-        _running.model = True
-        try:
-            code = RecomputingForward._recorded.__code__
-            with hooks, graph, Fusing(graph, lambda: takes_what_is_saved(hooks.pack_hook, code)):
-                return self.original(*args, **kwargs)
-        finally:
-            _running.model = False
-            graph.finish()
-
-
-@conversion("recompute")
-def convert(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> nn.Module:
-    """Give a model its recording.
-
-    Raises:
-        RewriteError: it has one, or is a kind of module that has no hooks.
-    """
-    if recomputing_forward(module) is not None:
-        raise RewriteError("the model recomputes already")
-    if reason := obstacle(module):
-        raise RewriteError(f"the model cannot recompute: {reason}")
-    frees = {name: tuple(parts) for name, parts in options["frees"].items()}
-    RecomputingForward(module, frozenset(options["rebuilt"]), frees, options["min_bytes"]).install()
-    return module
-
-
-def recomputing_forward(model: nn.Module) -> RecomputingForward | None:
-    """Return the recording that a model has been given, ``None`` if it has none."""
-    return wrapping(model, RecomputingForward)
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    """Refuse weights that FSDP gathers: their memory is free when results are computed again.
-
-    Raises:
-        ExecutionError: the model's parameters are sharded by FSDP.
-    """
-    sharded = False
-    if "torch.distributed.fsdp" in sys.modules:
-        from torch.distributed.fsdp import FSDPModule
-
-        sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-    if sharded or any(hasattr(p, "_fsdp_flattened") for p in model.parameters()):
-        raise ExecutionError(
-            "recompute: the model is sharded by FSDP, and its weights would be read when FSDP has "
-            "freed them. Use the pass 'checkpoint' with FSDP, or recompute with "
-            "DistributedDataParallel"
-        )
-
-
+#: Choices within the budget that are estimated, cheapest first, before the search gives up.
+_ESTIMATES = 4
+_BUDGET = "recompute: option 'budget'"
 _MODES = ("conv", "block", "level")
 
 
@@ -165,9 +51,22 @@ class Recompute(Pass):
     is in the state it was. What happens inside ``torch.utils.checkpoint`` is left to it, and so is
     everything under ``torch.compile``, which plans recomputation itself.
 
+    With ``budget``, what is stored is searched for: the choice with the least recomputation whose
+    peak is within the budget. :func:`~pocketize.passes.recompute.curve.curve` returns all choices
+    that are worth a look. The peak is that of the whole training step, as
+    ``measure(model, inputs, optimizer=..., estimate=True)`` counts it: parameters, buffers,
+    gradients, the optimizer's state, the inputs, what is stored, and all that the forward, the
+    backward pass and the update need for a moment, for the inputs of the rewrite and the mean
+    square of the outputs as the loss. On a GPU, rounding, fragmentation and workspaces of kernels
+    come on top. What passes that come later save is not in it.
+
     Attributes:
         keep: what is stored: "conv" the result of every convolution and linear layer; "block" of
-            the last one of each block; "level" only what crosses from one resolution to another.
+            the last one of each block; "level" only what crosses from one resolution to another;
+            or patterns (fnmatch) of the weights, or of the modules, whose results are stored.
+        budget: the peak to stay within with the least recomputation, as a size ("4GiB") or a share
+            of the present peak ("36%"); it chooses what is kept.
+        optimizer: whose state counts in the budget; none for a step without an update.
         min_bytes: tensors of fewer bytes are stored in any case.
     """
 
@@ -176,13 +75,25 @@ class Recompute(Pass):
     after: ClassVar[tuple[str, ...]] = REBUILDING
     conflicts: ClassVar[tuple[str, ...]] = ("in-place-norm", "offload")
 
-    keep: Literal["conv", "block", "level"] = "conv"
+    keep: Literal["conv", "block", "level"] | tuple[str, ...] = "conv"
+    budget: str | None = None
+    optimizer: Literal["adam", "sgd"] | None = "adam"
     min_bytes: int = 65536
 
     def validate(self) -> None:
-        """Refuse a negative size."""
+        """Refuse a negative size, a budget that is none, and one beside a choice."""
         if self.min_bytes < 0:
             raise OptionError(f"recompute: min_bytes must not be negative, got {self.min_bytes}")
+        if self.budget is not None:
+            read_target(self.budget, 1, _BUDGET)
+            if self.keep != "conv":
+                raise OptionError("recompute: budget chooses what is kept; leave keep out")
+        for mode in _MODES:
+            if mode in self.keep and mode != self.keep:
+                raise OptionError(
+                    f"recompute: keep={mode!r} is a choice of its own and no pattern; for a module "
+                    f"of that name, write '{mode}.*' or '{mode}.weight'"
+                )
 
     @property
     def guarantee(self) -> Guarantee:
@@ -194,36 +105,56 @@ class Recompute(Pass):
         return {"min_bytes": self.min_bytes}
 
     def propose(self, target: Target) -> Proposal:
-        """Choose what is stored and let the model record its forward passes."""
+        """Choose what is stored and let the model record its forward passes.
+
+        Raises:
+            PatternError: a pattern of ``keep`` matches nothing.
+            RewriteError: no choice that was found is within the budget, or the model's step cannot
+                be estimated, which a budget needs.
+        """
         reason = _unfit(target)
         if reason:
             return Proposal(refused=(Refusal("", reason),))
         traced = target.traced(train=True)
         uses = find_uses(traced)
         frees = freed(traced, uses)
-        rebuilt = {mode: chosen(uses, mode) for mode in _MODES}
-        costs = Costs(target.model, target.inputs)
-        before = costs.plain()
-        found = {
-            mode: costs.recomputed(_names(rebuilt[mode]), self.min_bytes, frees) for mode in _MODES
-        }
-        mine = found[self.keep]
-        if before is not None and mine is not None and mine.stored >= before.stored:
-            why = (
-                f"nothing to gain: {bytes_text(before.stored)} are stored for the backward pass, "
-                f"{bytes_text(mine.stored)} would be"
-            )
-            return Proposal(refused=(Refusal("", why),), notes=tuple(_notes(before, found)))
-        options = {
-            "rebuilt": sorted(_names(rebuilt[self.keep])),
-            "frees": {name: list(parts) for name, parts in sorted(frees.items())},
-            **self.conversion_options(),
-        }
+        step = self._recorded(target, uses, frees)
+        before = _stored_as_it_is(target)
+        notes: list[str] = []
+        rebuilt = chosen(uses, self.keep)
+        if self.budget is not None and step is not None:
+            search = _BudgetSearch(self, target, step, uses, frees)
+            if search.before <= search.goal:
+                reason = f"the estimated peak, {bytes_text(search.before)}, is within the budget"
+                return Proposal(refused=(Refusal("", reason),))
+            rebuilt, notes = search.run()
+        notes += _notes(before, step, uses, peaks=self.budget is not None)
+        mine = None if step is None else step.cost(_names(rebuilt))
+        if before is not None and (not before or (mine is not None and mine.stored >= before)):
+            why = f"nothing to gain: {bytes_text(before)} are stored for the backward pass"
+            why += "" if mine is None else f", {bytes_text(mine.stored)} would be"
+            return Proposal(refused=(Refusal("", why),), notes=tuple(notes))
         return Proposal(
-            edits=(Convert("", self.name, options),),
-            changes=(_summary(before, mine), *_rows(rebuilt[self.keep])),
-            notes=tuple(_notes(before, found)),
+            edits=(self._edit(_names(rebuilt), frees),),
+            changes=(_summary(before, mine), *_rows(rebuilt)),
+            notes=tuple(notes),
         )
+
+    def _recorded(
+        self, target: Target, uses: list[WeightUse], frees: Mapping[str, tuple[int, ...]]
+    ) -> StepReplay | None:
+        given = target.model, target.inputs, movable(uses), frees, self.min_bytes
+        try:
+            return record_step(*given, None if self.budget is None else self.optimizer)
+        except PocketizeError as error:
+            if self.budget is None:
+                return None
+            raise RewriteError(f"recompute: a budget needs an estimate: {error}") from error
+
+    def _edit(self, rebuilt: Iterable[str], frees: Mapping[str, tuple[int, ...]]) -> Convert:
+        listed = {name: list(parts) for name, parts in sorted(frees.items())}
+        options = {"rebuilt": sorted(rebuilt), "frees": listed, **self.conversion_options()}
+        return Convert("", self.name, options)
 
 
 def _unfit(target: Target) -> str:
@@ -232,14 +163,70 @@ def _unfit(target: Target) -> str:
     return obstacle(target.model)
 
 
+class _BudgetSearch:
+    """Looks for the choice with the least work that is within a budget."""
+
+    def __init__(
+        self,
+        given: Recompute,
+        target: Target,
+        step: StepReplay,
+        uses: list[WeightUse],
+        frees: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.given, self.target, self.step = given, target, step
+        self.uses, self.frees = uses, frees
+        self.before = self._estimated(())
+        self.goal = read_target(given.budget or "", self.before, _BUDGET)
+
+    def run(self) -> tuple[dict[WeightUse, str], list[str]]:
+        """Return what is rebuilt and why, and sentences about it.
+
+        Raises:
+            RewriteError: nothing that was found is within the budget.
+        """
+        best = front(self.step, [_names(chosen(self.uses, mode)) for mode in _MODES])
+        fitting = [rebuilt for rebuilt, cost in best.items() if cost.peak <= self.goal]
+        for rebuilt in fitting[:_ESTIMATES]:
+            peak = self._estimated(rebuilt)
+            if peak <= self.goal:
+                return self._result(rebuilt, best[rebuilt], peak)
+        least = min(self._estimated(rebuilt) for rebuilt in list(best)[-1:])
+        raise RewriteError(
+            f"recompute: no choice of kept results brings the peak of a training step from "
+            f"{bytes_text(self.before)} to {self.given.budget} ({bytes_text(self.goal)}); the "
+            f"smallest found is {bytes_text(least)}. Ask for that, or apply amp after it"
+        )
+
+    def _result(
+        self, rebuilt: frozenset[str], cost: Cost, peak: int
+    ) -> tuple[dict[WeightUse, str], list[str]]:
+        kept = Recompute(keep=tuple(sorted(movable(self.uses) - rebuilt)))
+        share = 100 * cost.flops / max(1, 3 * self.step.forward_flops)
+        notes = [
+            f"estimated peak of a training step {bytes_text(self.before)} -> {bytes_text(peak)} "
+            f"(optimizer {self.given.optimizer or 'none'}), for {share:.1f} % more operations",
+            f"the same choice without a search: {kept}",
+        ]
+        why = "the budget needs its memory"
+        return {use: why for use in self.uses if use.name in rebuilt}, notes
+
+    def _estimated(self, rebuilt: Iterable[str]) -> int:
+        copied = clone_modules(self.target.model)
+        if rebuilt:
+            apply_edits(copied, [self.given._edit(rebuilt, self.frees)])
+        given = self.given.optimizer
+        return measure(copied, self.target.inputs, "train", given, estimate=True).peak
+
+
 def _names(uses: Iterable[WeightUse]) -> frozenset[str]:
     return frozenset(use.name for use in uses)
 
 
-def _summary(before: Cost | None, after: Cost | None) -> Change:
+def _summary(before: int | None, after: Cost | None) -> Change:
     if before is None or after is None:
         return Change("", "records its forward passes", "its size could not be worked out")
-    stored = f"{bytes_text(before.stored)} -> {bytes_text(after.stored)}"
+    stored = f"{bytes_text(before)} -> {bytes_text(after.stored)}"
     return Change("", f"stored for the backward pass: {stored}", "the rest is rebuilt")
 
 
@@ -248,85 +235,37 @@ def _rows(rebuilt: Mapping[WeightUse, str]) -> Iterable[Change]:
         yield Change(use.path, f"result rebuilt, {bytes_text(use.nbytes)}", why)
 
 
-def _notes(before: Cost | None, found: dict[str, Cost | None]) -> Iterable[str]:
-    if before is None:
-        yield "the model does not run on fake tensors, so what is saved could not be worked out"
+def _notes(
+    before: int | None, step: StepReplay | None, uses: list[WeightUse], *, peaks: bool
+) -> Iterable[str]:
+    if before is None or step is None:
+        yield "its step does not run on fake tensors, so what is saved could not be worked out"
         return
-    yield f"as it is: {bytes_text(before.stored)} stored for the backward pass"
-    for mode, cost in found.items():
-        if cost is not None:
-            share = 100 * cost.flops / max(1, 3 * before.flops)
-            yield (
-                f"keep={mode!r}: {bytes_text(cost.stored)} stored, "
-                f"{cost.flops / 1e9:.3g} GFLOP of convolutions and products again "
-                f"({share:.0f} % of a training step)"
-            )
+    yield f"as it is: {bytes_text(before)} stored for the backward pass"
+    for mode in _MODES:
+        cost = step.cost(_names(chosen(uses, mode)))
+        share = 100 * cost.flops / max(1, 3 * step.forward_flops)
+        peak = f"a peak of {bytes_text(cost.peak)}, " if peaks else ""
+        yield (
+            f"keep={mode!r}: {bytes_text(cost.stored)} stored, {peak}"
+            f"{cost.flops / 1e9:.3g} GFLOP of convolutions and products again "
+            f"({share:.0f} % of a training step)"
+        )
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one training step stores and computes.
+def _stored_as_it_is(target: Target) -> int | None:
+    """Bytes that autograd keeps of the model as it is, without weights and inputs.
 
-    Attributes:
-        stored: bytes kept from the forward pass for the backward pass, without parameters, buffers
-            and the model's inputs.
-        flops: floating-point operations of convolutions and products: of the forward pass for the
-            model as it is, of what runs again for one that recomputes.
+    ``None`` if it does not run on fake tensors.
     """
-
-    stored: int
-    flops: int
-
-
-class Costs:
-    """Measures the costs of one model on fake tensors.
-
-    Args:
-        model: never changed, never run.
-        inputs: example inputs.
-    """
-
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self._model, self._inputs = model, inputs
-
-    def plain(self) -> Cost | None:
-        """The cost of the model as it is; ``None`` if it does not run on fake tensors."""
-        saved = SavedTensors()
-
-        def prepare(copy: nn.Module) -> None:
-            """Nothing."""
-
-        counter = FlopCounterMode(display=False)
-        with saved.hooks(), counter:
-            fixed = self._run(prepare, backward=False)
-        return None if fixed is None else Cost(saved.bytes(fixed), counter.get_total_flops())
-
-    def recomputed(
-        self, rebuilt: frozenset[str], min_bytes: int, frees: dict[str, tuple[int, ...]]
-    ) -> Cost | None:
-        """The cost of the model that recomputes; ``None`` if it does not run on fake tensors."""
-        meter = Meter(stored=[])
-
-        def prepare(copy: nn.Module) -> None:
-            RecomputingForward(copy, rebuilt, frees, min_bytes, meter).install()
-
-        fixed = self._run(prepare, backward=True)
-        if fixed is None or meter.stored is None:
+    saved, mode = SavedTensors(), FakeTensorMode(allow_non_fake_inputs=True)
+    copy = fake_clone(target.model, mode)
+    set_mode(copy, True)
+    with torch.inference_mode(False), mode, quiet_tracing(copy), torch.enable_grad():
+        inputs = target.inputs.map(lambda t: mode.from_tensor(t.detach().clone()))
+        try:
+            with saved.hooks():
+                inputs.call(copy)
+        except Exception:  # a user's forward may raise anything
             return None
-        return Cost(sum(storage_bytes(meter.stored, fixed).values()), meter.flops)
-
-    def _run(self, prepare: Callable[[nn.Module], None], *, backward: bool) -> list[Tensor] | None:
-        """Run a step; return the tensors that are there whether or not anything is stored."""
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        copy = fake_clone(self._model, mode)
-        prepare(copy)
-        set_mode(copy, True)
-        with torch.inference_mode(False), mode, quiet_tracing(copy), torch.enable_grad():
-            inputs = self._inputs.map(lambda t: mode.from_tensor(t.detach().clone()))
-            try:
-                output = inputs.call(copy)
-                if backward:
-                    run_backward(output)
-            except Exception:  # a user's forward may raise anything
-                return None
-        return [*copy.parameters(), *copy.buffers(), *inputs.tensors()]
+    return saved.bytes([*copy.parameters(), *copy.buffers(), *inputs.tensors()])

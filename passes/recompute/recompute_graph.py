@@ -45,7 +45,6 @@ from pocketize.passes.recompute.values import (
     GraphStep,
     GraphValue,
     Handle,
-    Meter,
     Replay,
     describe,
 )
@@ -68,7 +67,6 @@ class RecomputeGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
         frees: for a use, what nothing reads later: ``-1`` its input once it has run, ``n`` the
             n-th part of the concatenation that is its input, before it runs.
         min_bytes: tensors of fewer bytes are kept in any case.
-        meter: counts what rebuilding costs.
     """
 
     def __init__(
@@ -77,10 +75,9 @@ class RecomputeGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rebuilt: frozenset[str],
         frees: Mapping[str, tuple[int, ...]],
         min_bytes: int,
-        meter: Meter | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.rebuilt, self.frees, self.min_bytes, self.meter = rebuilt, frees, min_bytes, meter
+        self.rebuilt, self.frees, self.min_bytes = rebuilt, frees, min_bytes
         self.segment = 0
         #: Of the last norm that ran with the statistics of its input.
         self.statistics: Statistics | None = None
@@ -90,7 +87,7 @@ class RecomputeGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._order = 0
         self._uses: dict[str, int] = {}
         self._quiet = False
-        self.storages = StorageTable(meter)
+        self.storages = StorageTable()
         for name, parameter in model.named_parameters():
             if is_plain(parameter):
                 record = self.storages.record(parameter)
@@ -121,11 +118,13 @@ class RecomputeGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value = None if transforms_active() else self._value(tensor)
             if value is None:
                 return tensor.detach()
-            if self.meter is not None:
-                self.meter.store(value)
-            handle = Handle(value, self.segment, self.meter)
+            handle = self.handle(value, self.segment)
             self._packed.append(handle)
             return handle
+
+    def handle(self, value: GraphValue, segment: int) -> Handle:
+        """Make what autograd gets."""
+        return Handle(value, segment)
 
     @staticmethod
     def unpack(packed: Any) -> Tensor:
@@ -191,6 +190,7 @@ class RecomputeGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not kept and results and max(map(bytes_of, results)) >= self.min_bytes:
                 step = self._step(func, operator, recorded, kwargs, state)
                 if operator.heavy:
+                    step.use = use
                     step.flops = flops_of(func, args, kwargs, made) or 0
                     step.costly = step.flops >= _COSTLY * sum(t.numel() for t in results)
                 self._note(step, made, self.segment)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketize._torch import FakeTensor, keep_version, release, storage_key, version_of
-from pocketize.passes.recompute.values import Geometry, GraphValue, Meter
+from pocketize.passes.recompute.values import Geometry, GraphValue
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 
@@ -52,14 +52,9 @@ class StorageRecord:
 
 
 class StorageTable:
-    """Knows the value of every tensor of one forward pass.
+    """Knows the value of every tensor of one forward pass."""
 
-    Args:
-        meter: counts what rebuilding costs.
-    """
-
-    def __init__(self, meter: Meter | None) -> None:
-        self._meter = meter
+    def __init__(self) -> None:
         self._records: dict[int, StorageRecord] = {}
 
     def close(self, segment: int) -> None:
@@ -150,7 +145,7 @@ class StorageTable:
         assert record.freed is not None
         value, (offset, shape, stride, dtype), nbytes = record.freed
         record.freed = None
-        content = value.content(segment, self._meter)
+        content = value.content(segment)
         storage.resize_(nbytes)
         with torch.no_grad(), keep_version(tensor):
             alias = tensor.detach()

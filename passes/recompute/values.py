@@ -12,7 +12,16 @@ later that building anew costs less than holding.
 
 from __future__ import annotations
 
-__all__ = ["CASTS", "Geometry", "GraphStep", "GraphValue", "Handle", "Meter", "Replay", "describe"]
+__all__ = [
+    "CASTS",
+    "Geometry",
+    "GraphStep",
+    "GraphValue",
+    "Handle",
+    "Replay",
+    "describe",
+    "in_place_variant",
+]
 
 import contextlib
 import functools
@@ -70,7 +79,7 @@ class Replay:
     training: int | None = None
 
 
-def _in_place_variant(func: Any) -> Any:
+def in_place_variant(func: Any) -> Any:
     """Return the overload of an activation that overwrites its input, or ``None``."""
     plain = operator_of(func).kind is Kind.ACTIVATION and not draws_random_numbers(func)
     return in_place_overload(func) if plain else None
@@ -98,33 +107,6 @@ def describe(func: Any) -> Replay:
     )
 
 
-@dataclass
-class Meter:
-    """What recomputing stores and costs, counted for the plan.
-
-    Attributes:
-        flops: floating-point operations of convolutions and matrix products that ran again.
-        stored: the tensors that are kept for the backward pass, if they are to be collected.
-    """
-
-    flops: int = 0
-    stored: list[Tensor] | None = None
-    _seen: set[GraphValue] = field(default_factory=set)
-
-    def store(self, value: GraphValue) -> None:
-        """Collect what has to be kept so that a value can be had."""
-        queue = [value]
-        while queue and self.stored is not None:
-            value = queue.pop()
-            if value in self._seen:
-                continue
-            self._seen.add(value)
-            if value.tensor is not None:
-                self.stored.append(value.tensor)
-            elif value.step is not None:
-                queue += value.step.parents
-
-
 @dataclass(eq=False, slots=True)
 class GraphStep:
     """One operator that ran and can run again.
@@ -136,6 +118,7 @@ class GraphStep:
         kwargs: likewise.
         order: its place in the forward pass.
         random_state: the state of the generator it drew from, with the device.
+        use: the use of a weight that it is, as in :class:`~.weight_uses.WeightUse`, if it is one.
         flops: of a convolution or product, otherwise 0.
         costly: running it again takes much longer than reading and writing its tensors.
         parents: the values among its arguments.
@@ -147,6 +130,7 @@ class GraphStep:
     kwargs: dict[str, Any]
     order: int
     random_state: tuple[torch.device, Tensor] | None = None
+    use: str | None = None
     flops: int = 0
     costly: bool = False
     parents: tuple[GraphValue, ...] = field(init=False)
@@ -155,15 +139,12 @@ class GraphStep:
         leaves = pytree.tree_leaves((self.args, self.kwargs))
         self.parents = tuple(leaf for leaf in leaves if isinstance(leaf, GraphValue))
 
-    def run(
-        self, contents: dict[GraphValue, Tensor], spare: set[GraphValue], meter: Meter | None
-    ) -> Any:
+    def run(self, contents: dict[GraphValue, Tensor], spare: set[GraphValue]) -> Any:
         """Run the operator again.
 
         Args:
             contents: the tensors of the values it reads.
             spare: values whose tensors are not read after this, so that they may be written to.
-            meter: counts the work.
         """
         args, kwargs = pytree.tree_map_only(
             GraphValue, contents.__getitem__, (self.args, self.kwargs)
@@ -173,12 +154,9 @@ class GraphStep:
             if first not in spare:
                 args = (args[0].clone(), *args[1:])
         elif isinstance(first, GraphValue) and first in spare:
-            func = _in_place_variant(func) or func
+            func = in_place_variant(func) or func
         with _random_state(self.random_state):
-            made = func(*args, **kwargs)
-        if meter is not None:
-            meter.flops += self.flops
-        return made
+            return func(*args, **kwargs)
 
 
 @dataclass(eq=False)
@@ -212,18 +190,17 @@ class GraphValue:
         self.tensor = watching_alias(tensor)
         self.version = version_of(self.tensor)  # a fake tensor shares it with no alias
 
-    def content(self, segment: int, meter: Meter | None = None) -> Tensor:
+    def content(self, segment: int) -> Tensor:
         """Return the tensor, built again where it is not kept.
 
         Args:
             segment: the segment of the reader.
-            meter: counts the work.
 
         Raises:
             ExecutionError: a tensor that is needed was modified in place since.
         """
         ready = self.ready()
-        return self._build(segment, meter) if ready is None else ready
+        return self._build(segment) if ready is None else ready
 
     def ready(self) -> Tensor | None:
         """Return the tensor if it is at hand.
@@ -245,7 +222,7 @@ class GraphValue:
             refuse_exchanged("recompute", *self.parameter)
         return self.tensor
 
-    def _build(self, segment: int, meter: Meter | None) -> Tensor:
+    def _build(self, segment: int) -> Tensor:
         order = _missing(self)
         reads: dict[GraphValue, int] = {}
         for step in order:
@@ -266,7 +243,7 @@ class GraphValue:
                         assert ready is not None  # or it would have been among the missing
                         contents[parent] = ready
                 spare = {p for p in own if p in step.parents and reads[p] == step.parents.count(p)}
-                results = step.run(contents, spare, meter)
+                results = step.run(contents, spare)
                 for value in made.get(step, ()):
                     tensor = results if value.index is None else results[value.index]
                     contents[value] = tensor
@@ -303,19 +280,16 @@ class Handle:
     Args:
         value: what is to be given back.
         segment: the segment in which it was saved.
-        meter: counts the work of building it again.
     """
 
-    __slots__ = ("_awaits", "meter", "segment", "value")
-
-    def __init__(self, value: GraphValue, segment: int, meter: Meter | None) -> None:
-        self.value, self.segment, self.meter = value, segment, meter
+    def __init__(self, value: GraphValue, segment: int) -> None:
+        self.value, self.segment = value, segment
         self._awaits: tuple[GraphValue, ...] = tuple(_bases(value))
         self._count(segment, 1)
 
     def unpack(self) -> Tensor:
         """Give the tensor back."""
-        tensor = self.value.content(self.segment, self.meter)
+        tensor = self.value.content(self.segment)
         self._close()
         if self.value.is_awaited(self.segment):
             self.value.cached = tensor

@@ -11,11 +11,13 @@ __all__ = ["WeightUse", "chosen", "find_uses", "freed"]
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, fx
 
 from pocketize._torch import storage_key
+from pocketize.errors import PatternError, nearest
 from pocketize.graph.capture import TracedGraph, find_tensors
 from pocketize.ops import Kind, bind, is_convolution, operator_of
 from pocketize.passes.recompute.values import CASTS
@@ -94,7 +96,7 @@ def find_uses(traced: TracedGraph) -> list[WeightUse]:
     return list(uses.values())
 
 
-def chosen(uses: Sequence[WeightUse], keep: str) -> dict[WeightUse, str]:
+def chosen(uses: Sequence[WeightUse], keep: str | Sequence[str]) -> dict[WeightUse, str]:
     """Return the uses whose results are rebuilt, each with the reason.
 
     Args:
@@ -102,11 +104,16 @@ def chosen(uses: Sequence[WeightUse], keep: str) -> dict[WeightUse, str]:
         keep: ``"conv"``: none. ``"block"``: those inside a chain at one resolution, which nobody
             but the next use of the chain reads. ``"level"``: all but those that cross to another
             resolution by the cheaper way: what is made smaller is stored after, what is made larger
-            before.
+            before. For both, no more than three in a row at one resolution are rebuilt, as
+            rebuilding the last of them needs all at once. Patterns (fnmatch): all but those whose
+            name one of them matches, or the path of the module that runs them or of one around it.
 
-    No more than three in a row at one resolution are rebuilt, as rebuilding the last of them needs
-    all at once.
+    Raises:
+        PatternError: a pattern matches nothing.
     """
+    if not isinstance(keep, str):
+        kept = {use for pattern in keep for use in _matching(uses, pattern)}
+        return {u: "not among what is kept" for u in uses if u.movable and u not in kept}
     depths: dict[WeightUse, int] = {}
     reasons: dict[WeightUse, str] = {}
     for use in uses:
@@ -116,6 +123,21 @@ def chosen(uses: Sequence[WeightUse], keep: str) -> dict[WeightUse, str]:
         if use.movable and wanted and depth <= _DEPTH:
             depths[use], reasons[use] = depth, wanted
     return reasons
+
+
+def _matching(uses: Sequence[WeightUse], pattern: str) -> list[WeightUse]:
+    names = {}
+    for use in uses:
+        parts = use.path.split(".")
+        names[use] = [use.name, *(".".join(parts[: i + 1]) for i in range(len(parts)))]
+    found = [use for use in uses if any(fnmatchcase(name, pattern) for name in names[use])]
+    if not found:
+        known = ("conv", "block", "level", *(name for use in uses for name in names[use]))
+        raise PatternError(
+            f"recompute: keep={pattern!r} matches no weight of a convolution or linear layer, and "
+            f"no module that runs one.{nearest(pattern, known)}"
+        )
+    return found
 
 
 def _inside(use: WeightUse) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["measure", "measure_here", "measure_on"]
+__all__ = ["measure", "measure_here", "measure_on", "track"]
 
 import dataclasses
 import statistics
@@ -172,7 +172,7 @@ def measure_on(
     if highest is not None and resident is not None:
         rss = highest - resident + _loaded_bytes(stage)
 
-    trace = _track(stage, step)
+    trace = track(stage, step)
     categories = dict(trace.categories)
     if allocated is not None:  # workspaces and rounding, which are in no tensor
         surplus = allocated - trace.peak
@@ -201,9 +201,16 @@ def measure_on(
     )
 
 
-def _track(stage: Stage, step: MeasuredStep) -> Trace:
+def track(stage: Stage, step: MeasuredStep, tracker: LiveTracker | None = None) -> Trace:
+    """Run a step and follow its storages.
+
+    Args:
+        stage: where.
+        step: a step that has run before, so that there is optimizer state.
+        tracker: follows them; by default one that knows which module runs.
+    """
     paths = ModulePaths(stage.model)
-    tracker = LiveTracker(stage.device, paths.current, fake=stage.fake)
+    tracker = tracker or LiveTracker(stage.device, paths.current, fake=stage.fake)
     step.clear()
     for path, module in stage.model.named_modules():
         tracker.assign("parameters", held_tensors(module), path)

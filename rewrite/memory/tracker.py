@@ -14,6 +14,7 @@ from __future__ import annotations
 
 __all__ = [
     "CATEGORIES",
+    "LiveStorage",
     "LiveTracker",
     "Trace",
     "do_not_count",
@@ -66,17 +67,29 @@ class Trace:
     Attributes:
         peak: most bytes alive at once; ``categories`` and ``modules`` divide them.
         events: ``(label, live bytes)`` after every allocation and release, in order.
+        storages: every storage that was alive at one of the events.
     """
 
     peak: int
     categories: dict[str, int]
     modules: dict[str, int]
     events: list[tuple[str, int]]
+    storages: list[LiveStorage]
 
 
 @dataclass(slots=True, eq=False)
-class _Record:
-    """One storage, from its first sighting to its release."""
+class LiveStorage:
+    """One storage, from its first sighting to its release.
+
+    Attributes:
+        nbytes: its size.
+        born: the first event at which it is alive.
+        phase: of the step, in which that was.
+        module: path of the module that made it.
+        role: its category, where it was given one.
+        kept: it was alive when the forward ended.
+        died: the first event at which it is not alive any more.
+    """
 
     nbytes: int
     born: int
@@ -97,22 +110,30 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         device: only tensors on devices of this type count.
         where: returns the path of the module that runs.
         fake: the tensors are fake, but for those that a model hides from ``state_dict``.
+        every: look at every event for storages that were resized without an operator, not only
+            where the peak depends on them.
 
     Attributes:
         peak: most bytes alive at once since the first phase began.
     """
 
     def __init__(
-        self, device: torch.device, where: Callable[[], str] = str, *, fake: bool = False
+        self,
+        device: torch.device,
+        where: Callable[[], str] = str,
+        *,
+        fake: bool = False,
+        every: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._every = every
         self._sole = counts_in_autograd()
         self._device = device.type
         self._fake = fake
         self._where = where
         self._phase = ""
-        self._live: dict[int, _Record] = {}
-        self._records: list[_Record] = []
+        self._live: dict[int, LiveStorage] = {}
+        self._records: list[LiveStorage] = []
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._events: list[tuple[str, int]] = []
         self._bytes = 0
@@ -130,6 +151,15 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 record = self._live.get(storage_key(storage))
                 if record is not None and record.role is None:
                     record.role, record.module = role, module
+
+    @property
+    def now(self) -> int:
+        """The number of events so far."""
+        return len(self._events)
+
+    def storage_of(self, tensor: Tensor) -> LiveStorage | None:
+        """Return what is known of a tensor's storage; ``None`` if it is not followed."""
+        return self._live.get(storage_key(tensor))
 
     def enter(self, phase: str) -> None:
         """Begin a phase: ``"forward"``, then ``"backward"`` and ``"optimizer"`` when training."""
@@ -155,7 +185,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if record.born <= self._peak_at < record.died:
                 categories[_category(record)] += record.nbytes
                 modules[record.module] = modules.get(record.module, 0) + record.nbytes
-        return Trace(self.peak, categories, modules, self._events)
+        return Trace(self.peak, categories, modules, self._events, self._records)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -196,7 +226,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if record is None:
             if nbytes:
                 self._watches[key] = weakref.ref(storage, functools.partial(self._release, key))
-                self._begin(key, _Record(nbytes, 0, self._phase, self._where()))
+                self._begin(key, LiveStorage(nbytes, 0, self._phase, self._where()))
         elif record.nbytes != nbytes:
             self._release(key)
             self._watches[key] = weakref.ref(storage, functools.partial(self._release, key))
@@ -214,7 +244,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._live[key] = left
                 self._records.append(left)
 
-    def _begin(self, key: int, record: _Record) -> None:
+    def _begin(self, key: int, record: LiveStorage) -> None:
         record.born = len(self._events)
         self._live[key] = record
         self._records.append(record)
@@ -235,7 +265,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _log(self, label: str) -> None:
         if not self._phase:  # before the step: one event in all
             return
-        if self._bytes > self.peak:
+        if self._bytes > self.peak or self._every:
             self._see_resized()
         if self._bytes > self.peak:
             self.peak, self._peak_at = self._bytes, len(self._events)
@@ -274,7 +304,7 @@ def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
         return []
 
 
-def _category(record: _Record) -> str:
+def _category(record: LiveStorage) -> str:
     if record.role is not None:
         return record.role
     return "activations" if record.phase == "forward" and record.kept else "temporaries"

@@ -18,6 +18,7 @@ __all__ = [
     "check_value",
     "describe_annotation",
     "read_size",
+    "read_target",
     "read_text",
     "split_options",
     "to_jsonable",
@@ -231,6 +232,30 @@ def read_size(text: str, where: str, example: str) -> int:
             f"got {text!r}"
         )
     return int(size)
+
+
+def read_target(text: str, peak: int, where: str) -> int:
+    """Return the bytes of a peak to reach: a size, or a share of the present peak such as "50%".
+
+    Args:
+        text: what the option says.
+        peak: the present peak.
+        where: as for :func:`read_size`.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
+        share = float(match[1])
+        if 0 < share <= 100:
+            return int(peak * share / 100)
+    elif (size := quantity(text, "bytes")) and size > 0:
+        return int(size)
+    units = ", ".join(UNITS["bytes"])
+    raise OptionError(
+        f"{where}: expected a size such as '4GiB' (units: {units}) or a share of the present peak "
+        f"such as '50%', got {text!r}"
+    )
 
 
 def split_options(text: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pocketize.graph.capture import find_tensors
-from pocketize.passes.recompute.recompute import recomputing_forward
+from pocketize.passes.recompute.forward import recomputing_forward
 
 __all__ = ["Net", "gradients", "reference", "same"]
 

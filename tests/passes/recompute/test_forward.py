@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from pocketize import load, rewrite, save
 from pocketize.passes import Recompute
+from pocketize.passes.recompute.forward import recomputing_forward
 from pocketize.passes.recompute.norms import NormCall
-from pocketize.passes.recompute.recompute import recomputing_forward
 from pocketize.passes.recompute.storage_table import StorageTable
 from tests.passes.recompute.nets import Net, gradients, reference, same
 
