@@ -21,7 +21,7 @@ from pocketize.graph.inputs import Inputs
 from pocketize.memory.flops import flops_of
 from pocketize.memory.meter import track
 from pocketize.memory.stage import explained, fake_stage
-from pocketize.memory.step import fixed_surroundings, make_step
+from pocketize.memory.step import MeasuredStep, fixed_surroundings
 from pocketize.memory.tracker import LiveStorage, LiveTracker, storage_bytes
 from pocketize.ops.effects import Effect
 from pocketize.passes.recompute.forward import RecomputingForward
@@ -66,9 +66,9 @@ def record_step(
         stage = fake_stage(model, inputs, None)
         forward = _RecordedForward(stage.model, rebuilt, frees, min_bytes)
         forward.install()
-        given: dict[str, Any] = {"train": True, "optimizer": optimizer, "loss": None}
+        given: dict[str, Any] = {"optimizer": optimizer, "like_cuda": stage.like_cuda}
         with stage.active:
-            step = make_step(stage.model, stage.inputs, **given)
+            step = MeasuredStep(stage.model, stage.inputs, train=True, **given)
             if optimizer is not None:
                 step.run()
             fixed = [*stage.model.parameters(), *stage.model.buffers(), *stage.inputs.tensors()]
