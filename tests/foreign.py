@@ -1,7 +1,8 @@
 """Other people's networks that can be installed: MONAI's and nnU-Net's, small but real.
 
-The channel counts double as their owners' do; only the spatial sizes are small. ``foreign_nets()``
-lists them like ``tests.models.nets()`` lists the awkward ones.
+The channel counts double as their owners' do; the spatial sizes are small, and there are no more
+levels than it takes to have each kind of level. ``foreign_nets()`` lists them like
+``tests.models.nets()`` lists the awkward ones.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def _monai(
     _add(name, lambda: getattr(monai, kind)(**options), shape, f"monai {tags}", **more)
 
 
-_IMAGE, _VOLUME = (2, 1, 32, 32), (1, 1, 32, 32, 32)
+_IMAGE, _VOLUME = (2, 1, 32, 32), (1, 1, 16, 16, 16)
 
 _monai(
     "monai_unet_2d",
@@ -72,7 +73,7 @@ _monai(
 _monai(
     "monai_basic_unet",
     "BasicUNet",
-    (1, 1, 16, 32, 32),
+    (1, 1, 16, 16, 32),
     {"spatial_dims": 3, "features": (8, 8, 16, 32, 64, 8)},
     width=8,
     movable=["down_2.convs.conv_0.conv", "upcat_3.upsample.deconv"],
@@ -103,16 +104,16 @@ _DYNUNET: dict[str, Any] = {
     "spatial_dims": 3,
     "in_channels": 1,
     "out_channels": 3,
-    "kernel_size": [3, 3, 3, 3],
-    "strides": [1, 2, 2, 2],
-    "upsample_kernel_size": [2, 2, 2],
-    "filters": [8, 16, 32, 64],
+    "kernel_size": [3, 3, 3],
+    "strides": [1, 2, 2],
+    "upsample_kernel_size": [2, 2],
+    "filters": [8, 16, 32],
 }
 _monai(
     "monai_dynunet_residual_deep_supervision",
     "DynUNet",
     (1, 1, 16, 16, 16),
-    {**_DYNUNET, "deep_supervision": True, "deep_supr_num": 2, "res_block": True},
+    {**_DYNUNET, "deep_supervision": True, "deep_supr_num": 1, "res_block": True},
     width=8,
     movable=["downsamples.0.conv1.conv", "bottleneck.conv1.conv", "upsamples.0.transp_conv.conv"],
 )
@@ -127,8 +128,8 @@ _monai(
 _monai(
     "monai_segresnet",
     "SegResNet",
-    (1, 2, 16, 16, 16),
-    {"in_channels": 2, "init_filters": 8, "blocks_down": (1, 2, 2), "blocks_up": (1, 1)},
+    (1, 2, 8, 8, 8),
+    {"in_channels": 2, "init_filters": 8, "blocks_down": (1, 2), "blocks_up": (1,)},
     width=8,
     movable=["down_layers.1.0.conv"],
 )
@@ -139,8 +140,8 @@ _monai(
     {
         "spatial_dims": 2,
         "init_filters": 16,
-        "blocks_down": (1, 2, 2),
-        "blocks_up": (1, 1),
+        "blocks_down": (1, 1),
+        "blocks_up": (1,),
         "dropout_prob": 0.2,
         "upsample_mode": "deconv",
     },
@@ -150,8 +151,8 @@ _monai(
 _monai(
     "monai_segresnet_ds",
     "SegResNetDS",
-    (2, 1, 16, 16, 16),
-    {"init_filters": 8, "blocks_down": (1, 2, 2), "dsdepth": 2, "norm": "instance"},
+    (1, 1, 16, 16, 16),
+    {"init_filters": 8, "blocks_down": (1, 1, 1), "dsdepth": 2, "norm": "instance"},
     width=8,
     movable=["encoder.layers.1.blocks.0.conv1"],
 )
@@ -171,8 +172,8 @@ _monai(
 _monai(
     "monai_vnet",
     "VNet",
-    _VOLUME,
-    {"in_channels": 1, "out_channels": 2},
+    _IMAGE,
+    {"spatial_dims": 2, "in_channels": 1, "out_channels": 2},
     tags="slow",
     width=16,
     movable=["down_tr64.down_conv", "up_tr128.up_conv"],
@@ -216,7 +217,7 @@ _monai(
 _monai(
     "monai_highresnet",
     "HighResNet",
-    (2, 1, 12, 12, 12),
+    (2, 1, 8, 8, 8),
     {
         "layer_params": (
             {"name": "conv_0", "n_features": 8, "kernel_size": 3},
@@ -233,7 +234,7 @@ _monai(
 _monai(
     "monai_highresnet_padding",
     "HighResNet",
-    (2, 1, 12, 12, 12),
+    (2, 1, 8, 8, 8),
     {
         "layer_params": (
             {"name": "conv_0", "n_features": 8, "kernel_size": 3},
@@ -278,7 +279,7 @@ _monai(
         "spatial_dims": 2,
         "feature_size": 12,
         "window_size": 4,
-        "depths": (2, 2, 1, 1),
+        "depths": (2, 1, 1, 1),
         "num_heads": (2, 2, 4, 4),
     },
     tags="slow",
@@ -302,16 +303,16 @@ _monai(
 
 def _nnunet(kind: Any, shape: tuple[int, ...], deep: bool, **more: Any) -> nn.Module:
     three = len(shape) == 5
-    features = (8, 16, 32, 64)
+    features = (8, 16, 32)
     return kind(  # type: ignore[no-any-return]
         input_channels=shape[1],
-        n_stages=4,
+        n_stages=3,
         features_per_stage=features,
         conv_op=nn.Conv3d if three else nn.Conv2d,
         kernel_sizes=3,
-        strides=(1, 2, 2, 2),
+        strides=(1, 2, 2),
         num_classes=3,
-        n_conv_per_stage_decoder=(2, 2, 2) if kind is PlainConvUNet else (1, 1, 1),
+        n_conv_per_stage_decoder=(2, 2) if kind is PlainConvUNet else (1, 1),
         conv_bias=True,
         norm_op=nn.InstanceNorm3d if three else nn.InstanceNorm2d,
         norm_op_kwargs={"eps": 1e-5, "affine": True},
@@ -335,7 +336,7 @@ for _deep in (False, True):
     _add(
         f"nnunet_residual_encoder{_suffix}",
         lambda deep=_deep: _nnunet(
-            ResidualEncoderUNet, (2, 2, 32, 32), deep, n_blocks_per_stage=(1, 2, 2, 2)
+            ResidualEncoderUNet, (2, 2, 32, 32), deep, n_blocks_per_stage=(1, 2, 1)
         ),
         (2, 2, 32, 32),
         "nnunet",

@@ -57,7 +57,9 @@ class ResNetEncoder(nn.Module):
         inplanes = widths[0]
         for index, width in enumerate(widths[1:], start=1):
             stride = 1 if index == 1 else 2
-            layers = [BasicBlock(inplanes, width, stride), BasicBlock(width, width)]
+            layers = [BasicBlock(inplanes, width, stride)]
+            if index == 4:
+                layers.append(BasicBlock(width, width))
             setattr(self, f"layer{index}", nn.Sequential(*layers))
             inplanes = width
 
@@ -176,8 +178,8 @@ class PlusPlusDecoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        encoder = [128, 64, 32, 16, 16]
-        widths = [64, 32, 16, 16]
+        encoder = [128, 64, 32, 16]
+        widths = [64, 32, 16]
         self.depth = len(widths)
         blocks: dict[str, nn.Module] = {}
         for layer in range(self.depth):
@@ -207,7 +209,7 @@ class PlusPlusDecoder(nn.Module):
 
 @net("smp resnet", inputs=_INPUT, width=8, movable=_ENCODER, frozen=_HEADS)
 def resnet_unet_plus_plus() -> nn.Module:
-    return Segmenter(PlusPlusDecoder(), 16, upsampling=2)
+    return Segmenter(PlusPlusDecoder(), 16, upsampling=4)
 
 
 class FpnDecoder(nn.Module):
