@@ -90,6 +90,22 @@ def test_a_page_without_examples_fails(
     assert checker.main() == 1
 
 
+def test_two_pages_at_a_time_are_told_in_order_and_one_failure_fails_all(
+    checker: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pages = [tmp_path / "slow.md", tmp_path / "wrong.md"]
+    for page, body in zip(pages, ("sleep 0.5", "exit 3"), strict=True):
+        page.write_text(f"```bash\n{body}\n```\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["check_readme.py", "--jobs", "2", *map(str, pages)])
+    assert checker.main() == 1
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{pages[0]}:1 bash: ok")
+    assert second == f"{pages[1]}:1 bash: FAILED, exit code 3"
+
+
 def test_the_readme_leaves_out_nothing_but_installing_and_testing(checker: ModuleType) -> None:
     found = checker.examples((SCRIPT.parents[1] / "README.md").read_text(encoding="utf-8"))
     left_out = "".join(example.body for example in found if example.why_not)

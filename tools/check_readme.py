@@ -9,12 +9,14 @@ output and not compared. A block is left out only behind a comment that says why
 
     <!-- not run: CI installs in its own way -->
 
-Every block must end with exit code 0, and within the time limit.
+Every block must end with exit code 0, and within the time limit. Pages do not depend on each other:
+``--jobs 2`` runs two at a time, and what is told of a page stays together.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import re
 import subprocess
 import sys
@@ -86,30 +88,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run the examples of Markdown pages.")
     parser.add_argument("pages", nargs="+", type=Path)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for one example")
+    parser.add_argument("--jobs", type=int, default=1, help="pages that run at the same time")
     arguments = parser.parse_args()
     failed = 0
-    for page in arguments.pages:
-        found = examples(page.read_text(encoding="utf-8"))
-        if not found:
-            sys.stderr.write(f"{page}: no example found; are its blocks fenced with a language?\n")
-            failed += 1
-        with tempfile.TemporaryDirectory() as folder:
-            for example in found:
-                failed += _tell(page, example, folder, arguments.limit)
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        for wrong, told in pool.map(lambda page: check(page, arguments.limit), arguments.pages):
+            failed += wrong
+            sys.stdout.write(told)
+            sys.stdout.flush()
     return 1 if failed else 0
 
 
-def _tell(page: Path, example: Example, folder: str, limit: float) -> bool:
+def check(page: Path, limit: float) -> tuple[int, str]:
+    """Run the examples of a page; give how many failed, and a line on each."""
+    found = examples(page.read_text(encoding="utf-8"))
+    if not found:
+        return 1, f"{page}: no example found; are its blocks fenced with a language?\n"
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [_tell(page, example, folder, limit) for example in found]
+    return sum(failed for failed, _ in lines), "".join(line for _, line in lines)
+
+
+def _tell(page: Path, example: Example, folder: str, limit: float) -> tuple[bool, str]:
     place = f"{page}:{example.line} {example.language}"
     if example.why_not:
-        sys.stdout.write(f"{place}: not run ({example.why_not})\n")
-        return False
+        return False, f"{place}: not run ({example.why_not})\n"
     started = time.perf_counter()
     wrong = run(example, folder, limit)
     took = time.perf_counter() - started
-    sys.stdout.write(f"{place}: {'FAILED, ' + wrong if wrong else f'ok in {took:.1f} s'}\n")
-    sys.stdout.flush()
-    return wrong is not None
+    return wrong is not None, f"{place}: {'FAILED, ' + wrong if wrong else f'ok in {took:.1f} s'}\n"
 
 
 if __name__ == "__main__":

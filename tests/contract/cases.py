@@ -32,6 +32,7 @@ from pocketize.plugin.base import Pass
 from tests.contract.blocks import as_blocks
 from tests.contract.case import Case
 from tests.contract.clamp import clamped, halved
+from tests.contract.indices import sliced
 from tests.contract.precision import as_amp_alone, as_autocast_by_hand
 from tests.contract.sample import CONVOLUTIONS, DTYPES, GRAPHS, NORMS, PARTS, VOLUMES, WIDTHS
 from tests.models.registry import Net
@@ -46,9 +47,7 @@ class Extent(enum.IntEnum):
     """On no others."""
     PART = 1
     """On a quarter of the core of the sample, another quarter for the next row."""
-    CORE = 2
-    """On the core of the sample."""
-    EVERYWHERE = 3
+    EVERYWHERE = 2
     """On every net."""
 
 
@@ -129,14 +128,14 @@ _CONV, _BLOCK, _LEVEL = (Recompute(keep=keep, min_bytes=0) for keep in ("conv", 
 
 CASES: dict[str, dict[str, Row]] = {
     "pocket": {
-        "slice": Row(lambda net: (Pocket(width=net.width),), clamped, Extent.EVERYWHERE),
+        "slice": Row(lambda net: (Pocket(width=net.width),), sliced, Extent.EVERYWHERE),
         "reset": Row(
-            lambda net: (Pocket(width=net.width, weights="reset"),), None, Extent.CORE, WIDTHS
+            lambda net: (Pocket(width=net.width, weights="reset"),), None, Extent.PART, WIDTHS
         ),
     },
     "width": {
         "half": Row(
-            lambda net: (Width(0.5),), halved, Extent.PART, WIDTHS, repeats=True, turns=True
+            lambda net: (Width(0.5),), halved, Extent.NAMED, WIDTHS, repeats=True, turns=True
         ),
         "by-level": Row(
             lambda net: (_levels_clamped(net),), clamped, not_on=frozenset({"no_parameters"})
@@ -150,10 +149,10 @@ CASES: dict[str, dict[str, Row]] = {
     "recompute": {
         "conv": Row(lambda net: (_CONV,)),
         "block": Row(lambda net: (_BLOCK,)),
-        "level": Row(lambda net: (_LEVEL,), None, Extent.CORE, GRAPHS, turns=True),
+        "level": Row(lambda net: (_LEVEL,), None, Extent.PART, GRAPHS, turns=True),
     },
     "checkpoint": {
-        "every-child": Row(lambda net: (_every_child(net),), None, Extent.PART, PARTS, turns=True),
+        "every-child": Row(lambda net: (_every_child(net),), None, Extent.NAMED, PARTS, turns=True),
         "smallest": Row(lambda net: (Checkpoint(),)),
     },
     "offload": {
@@ -189,7 +188,7 @@ CASES: dict[str, dict[str, Row]] = {
         "bf16": Row(
             lambda net: (Amp(),),
             as_autocast_by_hand,
-            Extent.PART,
+            Extent.NAMED,
             DTYPES,
             _NO_AUTOCAST,
             turns=True,

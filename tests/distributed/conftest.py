@@ -12,8 +12,9 @@ from tests.distributed.group import run
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the results of all work lie."""
-    from tests.distributed import test_ddp, test_fsdp, test_patchwise
+    from tests.distributed import test_ddp, test_fsdp, test_patchwise, test_sync_norms
 
     made = tmp_path_factory.mktemp("processes")
-    run(test_ddp.WORK | test_fsdp.WORK | test_patchwise.WORK, made)
+    parts = test_ddp, test_fsdp, test_patchwise, test_sync_norms
+    run({name: piece for part in parts for name, piece in part.WORK.items()}, made)
     return made

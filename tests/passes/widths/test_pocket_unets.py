@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from pocketize import history
 from pocketize.graph.clone import clone
-from tests.contract.test_index_mapping import SEEN, TOLERANCE, Sliced, difference, silence
+from pocketize.passes import Pocket
+from tests.contract.case import make_case
+from tests.contract.indices import SEEN, TOLERANCE, Sliced, difference, silence
 from tests.contract.widths import width_of
 from tests.examples import examples
 from tests.models.registry import Net
@@ -155,7 +157,8 @@ def layers(model: nn.Module) -> dict[str, int]:
 def test_a_random_unet_runs_is_as_narrow_as_asked_and_keeps_the_right_indices(
     recipe: Recipe,
 ) -> None:
-    case = Sliced(as_net(recipe))
+    made = make_case(as_net(recipe), Pocket(width=recipe.width))
+    case = Sliced(made)
     small = case.model
 
     before, after = layers(case.original), layers(small)
@@ -179,7 +182,7 @@ def test_a_random_unet_runs_is_as_narrow_as_asked_and_keeps_the_right_indices(
     assert difference(found, reference) < TOLERANCE
     if before != after:
         assert difference(found, case.output(clone(case.original))) > SEEN
-        assert history(small)
+        assert history(made.rewritten)
 
     small.train()
     case.inputs.call(small).sum().backward()

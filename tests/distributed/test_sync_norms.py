@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pocketize.engine.pipeline import rewrite
 from pocketize.passes import InPlaceNorm
+from tests.distributed.group import PROCESSES, Work, result_of
 
-PROCESSES = 2
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
+
 SIZES = [(3, 2), (5, 0)]
 """Samples of each process: not the same number, and once none at all."""
 STEPS = 3
@@ -69,39 +71,45 @@ class _Parallel(DistributedDataParallel):
         pass
 
 
-def _work(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES
-    )
-    try:
-        net = rewrite(_net(sync=True), InPlaceNorm(), inputs="2x2x9x9:float64")
-        x = _batch().split(sizes)[rank]
-        losses = _train(_Parallel(net), x, PROCESSES)
-        net.train()
-        with torch.no_grad():
-            quiet = net(x)
-        net.eval()
-        result: dict[str, Any] = {
-            "losses": losses,
-            "state": net.state_dict(),
-            "quiet": quiet,
-            "eval": net(x).detach(),
-            "gradients": [p.grad for p in net.parameters()],
-            "kinds": [type(m).__name__ for m in net.modules()],
-        }
-        torch.save(result, f"{folder}/{rank}")
-    finally:
-        dist.destroy_process_group()
+def synchronised(sizes: tuple[int, ...]) -> dict[str, Any]:
+    net = rewrite(_net(sync=True), InPlaceNorm(), inputs="2x2x9x9:float64")
+    x = _batch().split(sizes)[dist.get_rank()]
+    losses = _train(_Parallel(net), x, PROCESSES)
+    net.train()
+    with torch.no_grad():
+        quiet = net(x)
+    net.eval()
+    return {
+        "losses": losses,
+        "state": net.state_dict(),
+        "quiet": quiet,
+        "eval": net(x).detach(),
+        "gradients": [p.grad for p in net.parameters()],
+        "kinds": [type(m).__name__ for m in net.modules()],
+    }
 
 
-@pytest.mark.slow
+def ordinary() -> dict[str, Any]:
+    """The states of a net as it is and in place, both trained."""
+    plain = _net(sync=False)
+    made = rewrite(plain, InPlaceNorm(), inputs="2x2x9x9:float64")
+    x = _batch().split(SIZES[0])[dist.get_rank()]
+    for net in (plain, made):
+        _train(DistributedDataParallel(net), x, PROCESSES)
+    return {"plain": plain.state_dict(), "made": made.state_dict()}
+
+
+WORK: dict[str, Work] = {
+    f"sync norms {sizes}": functools.partial(synchronised, sizes) for sizes in SIZES
+}
+WORK["ordinary norms"] = ordinary
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 def test_sync_batch_norms_in_two_processes_train_as_one_process_does(
-    tmp_path: Path, sizes: tuple[int, ...]
+    folder: Path, sizes: tuple[int, ...]
 ) -> None:
-    mp.spawn(_work, args=(str(tmp_path), sizes), nprocs=PROCESSES)  # type: ignore[no-untyped-call]
-    results = [torch.load(tmp_path / str(rank)) for rank in range(PROCESSES)]
+    results = result_of(f"sync norms {sizes}", folder)
     assert results[0]["kinds"].count("InPlaceSyncBatchNorm") == 3
 
     net, x = _net(sync=False), _batch()
@@ -121,26 +129,7 @@ def test_sync_batch_norms_in_two_processes_train_as_one_process_does(
             assert torch.allclose(a, b, rtol=1e-7, atol=1e-10)
 
 
-def _ordinary(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/other", rank=rank, world_size=PROCESSES
-    )
-    try:
-        plain = _net(sync=False)
-        made = rewrite(plain, InPlaceNorm(), inputs="2x2x9x9:float64")
-        x = _batch().split(sizes)[rank]
-        for net in (plain, made):
-            _train(DistributedDataParallel(net), x, PROCESSES)
-        for (name, a), b in zip(
-            plain.state_dict().items(), made.state_dict().values(), strict=True
-        ):
-            if not torch.allclose(a, b, rtol=1e-8, atol=1e-12):
-                raise AssertionError(f"{name} differs")
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_ordinary_norms_train_under_ddp_as_the_original_does(tmp_path: Path) -> None:
-    mp.spawn(_ordinary, args=(str(tmp_path), SIZES[0]), nprocs=PROCESSES)  # type: ignore[no-untyped-call]
+def test_ordinary_norms_train_under_ddp_as_the_original_does(folder: Path) -> None:
+    for found in result_of("ordinary norms", folder):
+        for name, expected in found["plain"].items():
+            assert torch.allclose(found["made"][name], expected, rtol=1e-8, atol=1e-12), name
