@@ -116,15 +116,6 @@ def test_a_pass_without_effect_is_told(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_two_models_are_measured_in_processes_of_their_own(run: Run) -> None:
-    code, out, err = run("report", "my_nets:Net", "my_nets:small", *INPUT, "--time-steps", "1")
-    assert (code, err) == (0, "")
-    assert "Measured on cpu" in out
-    assert "each figure in a fresh one" in out
-    assert "training step's time" in out
-
-
-@pytest.mark.slow
 def test_the_demo_shows_plan_and_report(run: Run) -> None:
     code, out, err = run("demo")
     assert (code, err) == (0, "")

@@ -69,7 +69,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for net, label in _pairs(whole_contract(metafunc.config)):
         fast = label == "pocket-slice" and net.name in CORE
         fast |= "slow" not in net.tags and _number(net.name, label) % 16 == 0
-        marks = [] if fast else [pytest.mark.slow]
+        # In one process: what is found out about the net serves all its rows.
+        marks = [pytest.mark.xdist_group(f"{net.name}, {'fast' if fast else 'slow'}")]
+        if not fast:
+            marks.append(pytest.mark.slow)
         pairs.append(pytest.param(net, label, id=f"{net.name}-{label}", marks=marks))
     metafunc.parametrize(("net", "label"), pairs)
 

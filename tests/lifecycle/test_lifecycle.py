@@ -107,17 +107,19 @@ def _difference(expected: list[Tensor] | None, found: list[Tensor]) -> str:
 
 
 def _cells(columns: Iterable[str]) -> list[Any]:
-    """Every situation with every column; one in six, of all of them, belongs to the fast tests."""
-    return [
-        pytest.param(
-            column,
-            name,
-            id=f"{column}-{name}",
-            marks=[pytest.mark.slow] if (number + place) % 6 else [],
-        )
-        for place, column in enumerate(columns)
-        for number, name in enumerate(SITUATIONS)
-    ]
+    """Every situation with every column; one in six, of all of them, belongs to the fast tests.
+
+    Those of a column run in one process, which rewrites the network once for all.
+    """
+    cells = []
+    for place, column in enumerate(columns):
+        for number, name in enumerate(SITUATIONS):
+            fast = (number + place) % 6 == 0
+            marks = [pytest.mark.xdist_group(f"{column}, {'fast' if fast else 'slow'}")]
+            if not fast:
+                marks.append(pytest.mark.slow)
+            cells.append(pytest.param(column, name, id=f"{column}-{name}", marks=marks))
+    return cells
 
 
 @pytest.mark.parametrize(("column", "name"), _cells(PASSES))

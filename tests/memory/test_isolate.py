@@ -96,6 +96,7 @@ def test_what_cannot_be_pickled_stays_here() -> None:
     assert profile.why_not_isolated.startswith("it cannot be pickled: ")
 
 
+@pytest.mark.slow
 def test_what_only_this_process_can_import_stays_here(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("made_up_here")
     monkeypatch.setitem(sys.modules, "made_up_here", module)
@@ -243,29 +244,25 @@ PLANTED = (
 
 
 @pytest.mark.slow
-def test_no_file_of_the_current_folder_is_imported_in_the_child(
+def test_a_folder_that_is_not_searched_any_more_goes_along_and_the_current_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    current, left = tmp_path / "current", tmp_path / "left"
+    current.mkdir()
+    left.mkdir()
     for name in ("json", "threading", "numpy", "torch", "PIL"):
-        (tmp_path / f"{name}.py").write_text(PLANTED)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
-    assert measure(small(), "1x1x8x8", "infer", None, isolate=True).isolated
-    assert not list(tmp_path.glob("*.ran"))
-
-
-@pytest.mark.slow
-def test_a_class_from_a_folder_that_is_not_searched_any_more_goes_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "left_nets.py").write_text(
+        (current / f"{name}.py").write_text(PLANTED)
+    (left / "left_nets.py").write_text(
         "from torch import nn\n"
         "class Net(nn.Conv2d):\n"
         "    def __init__(self): super().__init__(1, 2, 3)\n"
     )
+    monkeypatch.chdir(current)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
     with monkeypatch.context() as patched:
-        patched.syspath_prepend(tmp_path)
+        patched.syspath_prepend(left)
         import left_nets
     profile = measure(left_nets.Net(), "1x1x8x8", "infer", None, isolate=True)
     assert profile.isolated, profile.why_not_isolated
+    assert not list(current.glob("*.ran"))
     sys.modules.pop("left_nets")
