@@ -450,8 +450,8 @@ FAULTS = [
     Fault(
         "energy is per row instead of per pixel",
         "passes/complexity/measures.py",
-        "float(magnitudes.sum() / values.size**2 if per_pixel else magnitudes.sum())",
-        "float(magnitudes.sum() / values.size if per_pixel else magnitudes.sum())",
+        "energies.append(magnitudes.sum() / (values.size**2 if per_pixel else 1))",
+        "energies.append(magnitudes.sum() / (values.size if per_pixel else 1))",
         "tests/passes/complexity/test_energy.py",
     ),
 ]
