@@ -36,6 +36,7 @@ __all__ = [
     "replay",
     "rewrite",
     "save",
+    "step_in_backward",
 ]
 
 from typing import TYPE_CHECKING
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from pocketize.errors import PocketizeError
     from pocketize.graph.capture import TracedGraph, capture
     from pocketize.memory import measure
+    from pocketize.optim import step_in_backward
     from pocketize.plugin.base import Guarantee, Pass, PassRecord
     from pocketize.report import compare
 
@@ -68,5 +70,6 @@ attach(
         "report": "compare",
         "artifact": "load save",
         "memory": "measure",
+        "optim": "step_in_backward",
     },
 )

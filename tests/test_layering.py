@@ -25,6 +25,7 @@ ENGINE = (
     "version",
     "lazy",
     "_torch",
+    "optim",
     "ops",
     "graph",
     "plugin",

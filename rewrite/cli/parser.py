@@ -225,7 +225,13 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--estimate", action="store_true", help="count without running: any size, no time"
     )
-    parser.add_argument("--optimizer", choices=("adam", "sgd", "none"), default="adam")
+    choices = ("adam", "adamw", "sgd", "none")
+    parser.add_argument("--optimizer", choices=choices, default="adam")
+    parser.add_argument(
+        "--step-in-backward",
+        action="store_true",
+        help="the backward pass updates each parameter when its gradient is complete",
+    )
     parser.add_argument("--device", help="where to measure, such as cuda (default: the model's)")
     parser.add_argument(
         "--time-steps", type=int, default=5, metavar="N", help="steps to time (default 5; 0: none)"

@@ -47,6 +47,8 @@ def run_report(args: argparse.Namespace) -> int:
     timed = [each.metric for each in thresholds if each.metric in ("time", "inference-time")]
     if timed and (args.estimate or args.time_steps == 0):
         raise UsageError(f"a limit on {timed[0]} needs times: leave out --estimate, --time-steps 0")
+    if args.step_in_backward and args.optimizer == "none":
+        raise UsageError("--step-in-backward needs an optimizer")
     if args.output is not None:
         check_output(args.output, force=args.force)
     layout = args.format or _FORMATS.get(Path(args.output or "").suffix.lower(), "text")
@@ -72,6 +74,7 @@ def run_report(args: argparse.Namespace) -> int:
         estimate=args.estimate,
         time_steps=args.time_steps,
         device=args.device,
+        step_in_backward=args.step_in_backward,
     )
     write_out(_render(comparison, layout), args.output, force=args.force)
     violations = comparison.check(thresholds)

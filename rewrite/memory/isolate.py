@@ -26,7 +26,7 @@ from pocketize import errors
 from pocketize.errors import MeasureError, PocketizeError, brief
 from pocketize.graph.inputs import Inputs
 from pocketize.memory.profile import MemoryProfile
-from pocketize.memory.step import MeasuredStep, Request
+from pocketize.memory.step import OPTIMIZERS, MeasuredStep, Request
 from pocketize.plugin.registry import is_installed
 
 #: Large blocks go back to the system when they are freed, so that resident memory follows use.
@@ -197,7 +197,7 @@ def _answer(payload: str) -> dict[str, Any]:
 
     # Load what torch loads on first use, so that it does not count as the model's memory.
     net = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1), nn.ReLU())
-    for optimizer in ("adam", "sgd"):
+    for optimizer in OPTIMIZERS:
         inputs = Inputs((torch.ones(2, 1, 8, 8),))
         MeasuredStep(net, inputs, train=True, optimizer=optimizer).run()
     try:

@@ -31,13 +31,14 @@ def measure(
     model: nn.Module,
     inputs: Any = None,
     mode: Literal["train", "infer"] = "train",
-    optimizer: Literal["adam", "sgd"] | None = "adam",
+    optimizer: Literal["adam", "adamw", "sgd"] | None = "adam",
     *,
     loss: Callable[[Any], Tensor] | None = None,
     estimate: bool = False,
     device: str | torch.device | None = None,
     time_steps: int = 0,
     isolate: bool = False,
+    step_in_backward: bool = False,
 ) -> MemoryProfile:
     """Measure the memory of a training step or of a forward pass.
 
@@ -53,8 +54,8 @@ def measure(
             brought to the dtype and device of the model.
         mode: ``"train"``, or ``"infer"`` for a forward pass in evaluation mode under
             ``torch.inference_mode()``.
-        optimizer: ``"adam"``, ``"sgd"`` (no momentum, hence no state) or ``None`` (the step ends
-            after the backward pass). Of no meaning for ``mode="infer"``.
+        optimizer: ``"adam"``, ``"adamw"``, ``"sgd"`` (no momentum, hence no state) or ``None`` (the
+            step ends after the backward pass). Of no meaning for ``mode="infer"``.
         loss: a function of the outputs that returns a scalar; the mean of squares of every
             floating-point output, summed, by default.
         estimate: count on fake tensors: nothing runs and nothing is allocated, so any size fits.
@@ -67,6 +68,9 @@ def measure(
             needed for ``rss``. A model that cannot be sent there (its class is defined in a script
             or a notebook, or it has a lambda) is measured here, and ``why_not_isolated`` says
             why. An estimate is always made here.
+        step_in_backward: the backward pass updates each parameter as soon as its gradient is
+            complete, as with :func:`pocketize.step_in_backward`. Of no meaning for
+            ``mode="infer"``.
 
     A :class:`~pocketize.errors.PocketizeWarning` says that ``torch.compile`` was applied to the
     model: tensors can be counted only while it runs without the compiler.
@@ -85,6 +89,7 @@ def measure(
         estimate=estimate,
         device=None if device is None else _device(device),
         time_steps=time_steps,
+        step_in_backward=step_in_backward,
     )
     check_methods(model)
     if any(map(is_compiled, model.modules())):
@@ -152,6 +157,7 @@ def measure_on(
         optimizer=request.optimizer,
         loss=request.loss,
         like_cuda=stage.like_cuda,
+        in_backward=request.step_in_backward,
     )
     process = ProcessMemory() if own and stage.device.type == "cpu" else None
     resident = process.current() if process else None
@@ -198,6 +204,7 @@ def measure_on(
         macs=macs.weights,
         not_counted=macs.not_counted,
         step_seconds=_median_and_spread(seconds[:steps]),
+        step_in_backward=request.step_in_backward and step.optimizer is not None,
     )
 
 
@@ -222,16 +229,20 @@ def track(stage: Stage, step: MeasuredStep, tracker: LiveTracker | None = None) 
                 tensors = [value for value in state.values() if isinstance(value, Tensor)]
                 tracker.assign("optimizer_state", tensors, paths.owner(parameter))
 
+    def complete(tensor: Tensor) -> None:
+        if tensor.grad is not None:
+            tracker.assign("gradients", [tensor.grad], paths.owner(tensor))
+
     def enter(phase: str) -> None:
         if phase == "optimizer":
             for tensor in [*stage.model.parameters(), *stage.inputs.tensors()]:
-                if tensor.grad is not None:
-                    tracker.assign("gradients", [tensor.grad], paths.owner(tensor))
+                complete(tensor)
         elif phase == "end":
             assign_state()
         tracker.enter(phase)
 
     assign_state()
+    step.gradient_hooks.append(complete)
     with paths.following(), tracker:
         step.run(enter)
     return tracker.finish()

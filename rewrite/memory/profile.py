@@ -64,6 +64,7 @@ class MemoryProfile:
         isolated: measured in a process of its own.
         why_not_isolated: why not, where that was asked for.
         not_counted: operators that multiply and are not in ``macs``, as no formula is known.
+        step_in_backward: the backward pass updated each parameter when its gradient was complete.
     """
 
     mode: str
@@ -86,6 +87,7 @@ class MemoryProfile:
     isolated: bool = False
     why_not_isolated: str | None = None
     not_counted: tuple[str, ...] = ()
+    step_in_backward: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the profile as what ``json.dumps`` takes; sizes are integers, in bytes."""
@@ -108,6 +110,7 @@ class MemoryProfile:
         """Return the peak by category and the largest modules as a table."""
         step = "inference" if self.mode == "infer" else f"training step, {self.optimizer or 'no'}"
         step += "" if self.mode == "infer" else " optimizer"
+        step += " in the backward pass" if self.step_in_backward else ""
         how = "estimated" if self.estimated else "measured"
         lines = [f"{step}, {self.input} on {self.device} ({how}, torch {self.torch})", ""]
         rows = [[n.replace("_", " "), *self._share(held)] for n, held in self.categories.items()]

@@ -8,7 +8,8 @@ It is the usual loop::
     loss.backward()
     optimizer.step()
 
-``outputs`` and ``loss`` live to the end of their own step, and not into the next one.
+``outputs`` and ``loss`` live to the end of their own step, and not into the next one. With
+:func:`pocketize.step_in_backward` the backward pass also updates the parameters.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ from pocketize.graph.capture import find_tensors
 from pocketize.graph.clone import kept_random_states, quiet_hooks
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
+from pocketize.optim import step_in_backward
 
-#: Optimizers by name: Adam keeps two tensors per parameter, SGD (without momentum) none.
-OPTIMIZERS = ("adam", "sgd")
+#: Optimizers by name: Adam and AdamW keep two tensors per parameter, SGD (without momentum) none.
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Request:
     estimate: bool = False
     device: torch.device | None = None
     time_steps: int = 0
+    step_in_backward: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -65,8 +68,10 @@ class Request:
         if self.optimizer is not None and self.optimizer not in OPTIMIZERS:
             hint = nearest(str(self.optimizer), OPTIMIZERS)
             raise MeasureError(
-                f"optimizer must be 'adam', 'sgd' or None, not {self.optimizer!r}.{hint}"
+                f"optimizer must be 'adam', 'adamw', 'sgd' or None, not {self.optimizer!r}.{hint}"
             )
+        if self.step_in_backward and self.train and self.optimizer is None:
+            raise MeasureError("step_in_backward=True needs an optimizer")
         if self.time_steps < 0:
             raise MeasureError(f"time_steps must be 0 or more, not {self.time_steps}")
 
@@ -84,11 +89,16 @@ class MeasuredStep:
             modules (norms that were frozen stay so), one in evaluation mode is set to training as a
             whole. For inference it is set to evaluation mode, and runs under
             ``torch.inference_mode()``.
-        optimizer: ``"adam"``, ``"sgd"`` or ``None``: the step ends after the backward pass, as that
-            of a model without trainable parameters does.
+        optimizer: a key of :data:`OPTIMIZERS`, or ``None``: the step ends after the backward pass,
+            as that of a model without trainable parameters does.
         loss: turns the outputs into the scalar to differentiate; :func:`mean_square` by default.
         like_cuda: update all parameters at once, as torch does on a GPU, also where the tensors
             that stand for the GPU's are on the CPU.
+        in_backward: update parameters in the backward pass.
+
+    Attributes:
+        gradient_hooks: are given each parameter whose gradient is complete, before its update, if
+            the backward pass updates parameters.
     """
 
     def __init__(
@@ -100,6 +110,7 @@ class MeasuredStep:
         optimizer: str | None,
         loss: Callable[[Any], Tensor] | None = None,
         like_cuda: bool = False,
+        in_backward: bool = False,
     ) -> None:
         self.model, self.inputs, self.train = model, inputs, train
         self.loss = loss or mean_square
@@ -111,11 +122,18 @@ class MeasuredStep:
         self.optimizer: torch.optim.Optimizer | None = None
         if train and optimizer is not None and trainable:
             together = True if like_cuda else None
-            if optimizer == "adam":
-                self.optimizer = torch.optim.Adam(trainable, foreach=together)
-            else:
-                self.optimizer = torch.optim.SGD(trainable, lr=1e-3, foreach=together)
+            self.optimizer = OPTIMIZERS[optimizer](trainable, lr=1e-3, foreach=together)
+        self.gradient_hooks: list[Callable[[Tensor], None]] = []
+        if in_backward and self.optimizer is not None:
+            for parameter in trainable:
+                register: Any = parameter.register_post_accumulate_grad_hook
+                register(self._complete)
+            step_in_backward(model, self.optimizer)
         self.clear()
+
+    def _complete(self, parameter: Tensor) -> None:
+        for hook in self.gradient_hooks:
+            hook(parameter)
 
     def clear(self) -> None:
         """Drop the gradients, as ``zero_grad(set_to_none=True)`` does before a step."""

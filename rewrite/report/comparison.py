@@ -119,11 +119,12 @@ def compare(
     after: nn.Module,
     inputs: Any = None,
     *,
-    optimizer: Literal["adam", "sgd"] | None = "adam",
+    optimizer: Literal["adam", "adamw", "sgd"] | None = "adam",
     estimate: bool = False,
     time_steps: int = 5,
     loss: Callable[[Any], Tensor] | None = None,
     device: str | torch.device | None = None,
+    step_in_backward: bool = False,
 ) -> Comparison:
     """Compare the memory, size and time of two networks.
 
@@ -135,12 +136,14 @@ def compare(
         after: What became of it, or any other network that takes the same inputs.
         inputs: Whatever :func:`~pocketize.measure` takes: tensors, a tuple, a dict, a text such as
             ``"1x1x96x96x96"``; by default inputs are guessed from ``before``. Both get the same.
-        optimizer: ``"adam"``, ``"sgd"`` or ``None`` for a step that updates nothing.
+        optimizer: ``"adam"``, ``"adamw"``, ``"sgd"`` or ``None`` for a step that updates nothing.
         estimate: Count under fake tensors: any size fits, nothing runs, no time is taken.
         time_steps: Steps to take the median time of; 0 takes no time.
         loss: Turns the network's output into the scalar to differentiate; the default is that of
             :func:`~pocketize.measure`.
         device: Where to measure; by default where the networks are.
+        step_in_backward: Update parameters in the backward pass, see
+            :func:`pocketize.step_in_backward`.
 
     Returns:
         The comparison; ``print()`` it.
@@ -164,6 +167,7 @@ def compare(
                 device=device,
                 time_steps=steps,
                 isolate=not estimate,
+                step_in_backward=step_in_backward and mode == "train",
             )
         except MeasureError as error:
             raise MeasureError(f"compare, {side} ({mode}): {error}") from error
@@ -203,6 +207,8 @@ def build(
         loss: What was differentiated.
     """
     trained = before[0]
+    optimizer = trained.optimizer or "none"
+    optimizer += ", in the backward pass" if trained.step_in_backward else ""
     return Comparison(
         Document(
             schema=SCHEMA,
@@ -215,7 +221,7 @@ def build(
                 device=trained.device,
                 dtype=trained.dtype,
                 input=trained.input,
-                optimizer=trained.optimizer or "none",
+                optimizer=optimizer,
                 loss=scrub(loss),
                 torch=trained.torch,
                 pocketize=VERSION,
