@@ -593,11 +593,16 @@ WAYS: dict[str, Callable[[zoo.Net], tuple[Pass, ...]]] = {
     "offload": lambda n: (Offload(to="disk", min_bytes="64B"),),
     "patchwise": lambda n: (Patchwise(size=8, train=True, progress=False),),
 }
-AWKWARD = [n for tag in ("reuse", "ties", "computed-weight") for n in zoo.nets(tag)]
+AWKWARD = dict.fromkeys(n for tag in ("reuse", "ties", "computed-weight") for n in zoo.nets(tag))
+_FAST = {"shared_conv", "tied_weights", "transposed_tie", "spectral_norm_parametrized"}
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("given", dict.fromkeys(AWKWARD), ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [pytest.param(n, marks=[] if n.name in _FAST else pytest.mark.slow) for n in AWKWARD],
+    ids=str,
+)
 def test_shared_tied_and_computed_weights(given: zoo.Net, way: str) -> None:
     model = given.build().double().train()
     model = _leaky(model) if way == "in-place-norm" else model

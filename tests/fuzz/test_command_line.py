@@ -98,7 +98,7 @@ def commands(rng: random.Random, times: int) -> Iterator[list[str]]:
         "--fail-over": lambda: f"{rng.choice(('peak', 'time', 'x'))} {rng.choice(NUMBERS)}%",
         "--device": lambda: rng.choice(DEVICES),
         "--time-steps": lambda: rng.choice(("0", "-1", "x", "9" * 30)),
-        "--optimizer": lambda: rng.choice(("adam", "sgd", "none", "x")),
+        "--optimizer": lambda: rng.choice(("adam", "adamw", "sgd", "none", "x")),
     }
     for _ in range(times * TIMES):
         command = rng.choice(("plan", "plan", "apply", "apply", "report", "explain", "zoo", "x"))
