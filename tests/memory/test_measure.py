@@ -313,7 +313,10 @@ class TestErrors:
         ("arguments", "text"),
         [
             ({"mode": "training"}, "mode must be 'train' or 'infer', not 'training'. Did you mean"),
-            ({"optimizer": "adamw"}, "optimizer must be 'adam', 'sgd' or None, not 'adamw'. Did"),
+            (
+                {"optimizer": "adamx"},
+                "optimizer must be 'adam', 'adamw', 'sgd' or None, not 'adamx'.",
+            ),
             ({"time_steps": -1}, "time_steps must be 0 or more"),
         ],
     )
