@@ -68,6 +68,16 @@ def test_a_saved_model_is_compared_through_the_factory_of_the_first(run: Run) ->
     assert "206" in out
 
 
+def test_the_optimizer_may_step_in_the_backward_pass(run: Run) -> None:
+    command = ("report", "my_nets:Net", "my_nets:Net", *INPUT, "--estimate", "--step-in-backward")
+    code, out, _ = run(*command, "--optimizer", "adamw")
+    assert code == 0
+    assert "adamw, in the backward pass" in out
+    code, _, err = run(*command, "--optimizer", "none")
+    assert code != 0
+    assert "--step-in-backward needs an optimizer" in err
+
+
 def test_a_saved_model_cannot_be_compared_without_a_factory(run: Run) -> None:
     saved = ("--pass", "pocket", *INPUT, "-o")
     assert run("apply", "my_nets:Net", *saved, "small.safetensors").code == 0
