@@ -234,9 +234,9 @@ def _moments(recording: _Recording, storages: list[LiveStorage], events: int) ->
     levels = np.cumsum(changes)[:events]
     noted = list(recording.moments)
     noted += [
-        (int(memory.died), "release", number)
+        (int(memory.died) + 1, "release", number)  # once it has left this count
         for memory, number in recording.released
-        if memory.died <= events
+        if memory.died < events
     ]
     noted.sort(key=lambda moment: (moment[0], moment[1] != "release"))
     times = [time for time, *_ in noted]
