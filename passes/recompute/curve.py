@@ -20,10 +20,10 @@ from pocketize.passes.recompute.recorded_step import record_step
 from pocketize.passes.recompute.replay import Cost, StepReplay
 from pocketize.passes.recompute.weight_uses import WeightUse, chosen, find_uses, freed
 
-#: Replays of one search: as many values as all of them may look at, and no more of them than this.
-_LOOKS, _REPLAYS = 2_000_000, 6_000
-#: So many choices of a front are changed at a time, evenly over its peaks.
-_ABREAST = 24
+#: How much all replays of one search may work; ten seconds.
+_WORK = 8_000_000
+#: Ranges of the peak in which the search goes on from one choice each.
+_RANGES = 24
 
 
 @dataclass(frozen=True)
@@ -97,31 +97,45 @@ def front(step: StepReplay, seeds: Iterable[Collection[str]] = ()) -> dict[froze
 
     A Pareto local search: each choice on the front is changed in every single result, and those of
     its neighbours that nothing beats join the front, until none changes it or enough was replayed.
+    It begins with the results that take least work for their memory, one more at a time.
 
     Args:
         step: the recorded step.
-        seeds: choices to begin with, besides those that keep everything and nothing.
+        seeds: further choices to begin with.
     """
-    uses = sorted(step.uses)
-    limit = min(_REPLAYS, max(4 * len(uses), _LOOKS // step.size))
+    uses = sorted(step.uses, key=lambda use: (step.uses[use], use))
     costs: dict[frozenset[str], Cost] = {}
-    for seed in ((), uses, *seeds):
-        rebuilt = frozenset(step.uses.keys() & set(seed))
-        costs[rebuilt] = step.cost(rebuilt)
+
+    def look(rebuilt: frozenset[str]) -> None:
+        if rebuilt not in costs:
+            costs[rebuilt] = step.cost(rebuilt)
+
+    before = step.work
+    for seed in (*seeds, *(uses[:count] for count in range(len(uses) + 1))):
+        look(frozenset(step.uses.keys() & set(seed)))
     changed: set[frozenset[str]] = set()
-    while len(costs) < limit:
-        best = list(_pareto(costs))
-        waiting = [rebuilt for rebuilt in best if rebuilt not in changed]
+    while step.work - before < _WORK:
+        best = _pareto(costs)
+        waiting = [rebuilt for rebuilt in _spread(best) if rebuilt not in changed]
+        waiting = waiting or [rebuilt for rebuilt in best if rebuilt not in changed][::8]
         if not waiting:
             break
-        every = max(1, len(waiting) // _ABREAST)
-        for rebuilt in waiting[::every]:
+        for rebuilt in waiting:
             changed.add(rebuilt)
             for use in uses:
-                neighbour = rebuilt ^ {use}
-                if neighbour not in costs:
-                    costs[neighbour] = step.cost(neighbour)
+                look(rebuilt ^ {use})
     return _pareto(costs)
+
+
+def _spread(best: dict[frozenset[str], Cost]) -> list[frozenset[str]]:
+    """Return one choice of a front for each of some ranges of the peak: that of the least peak.
+
+    Results at coarse resolutions make many choices that hardly differ.
+    """
+    peaks = [cost.peak for cost in best.values()]
+    high, low = max(peaks), min(peaks)
+    ranges = {(cost.peak - low) * _RANGES // (high - low + 1): r for r, cost in best.items()}
+    return list(ranges.values())
 
 
 def _pareto(costs: dict[frozenset[str], Cost]) -> dict[frozenset[str], Cost]:
