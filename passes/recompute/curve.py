@@ -24,6 +24,9 @@ from pocketize.passes.recompute.weight_uses import WeightUse, chosen, find_uses,
 _WORK = 8_000_000
 #: Ranges of the peak in which the search goes on from one choice each.
 _RANGES = 24
+#: Results rebuilt one from the other at most. A rebuilt norm differs from the first one in its last
+#: bits, and norms over few values enlarge that from one to the next.
+_DEPTH = 8
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def front(step: StepReplay, seeds: Iterable[Collection[str]] = ()) -> dict[froze
 
     A Pareto local search: each choice on the front is changed in every single result, and those of
     its neighbours that nothing beats join the front, until none changes it or enough was replayed.
-    It begins with the results that take least work for their memory, one more at a time.
+    It begins with the results that take least work for their memory, one more at a time. No more
+    than eight results are rebuilt one from the other, so that rounding does not add up.
 
     Args:
         step: the recorded step.
@@ -107,7 +111,7 @@ def front(step: StepReplay, seeds: Iterable[Collection[str]] = ()) -> dict[froze
     costs: dict[frozenset[str], Cost] = {}
 
     def look(rebuilt: frozenset[str]) -> None:
-        if rebuilt not in costs:
+        if rebuilt not in costs and step.depth(rebuilt) <= _DEPTH:
             costs[rebuilt] = step.cost(rebuilt)
 
     before = step.work

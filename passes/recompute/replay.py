@@ -111,6 +111,16 @@ class StepReplay:
             if step.use is not None
         }
 
+    def depth(self, rebuilt: Collection[str]) -> int:
+        """How many uses are rebuilt one from the other at most; each adds to the rounding."""
+        depths = [0] * len(self._values)
+        for step in self._steps:
+            below = max((depths[parent] for parent in step.parents), default=0)
+            own = 0 if step.use is None else 1
+            for number in step.results:
+                depths[number] = 0 if own and step.use not in rebuilt else below + own
+        return max(depths, default=0)
+
     def cost(self, rebuilt: Collection[str]) -> Cost:
         """Replay the step with the results of some uses rebuilt, those of all others kept."""
         count = _Count()
