@@ -2,8 +2,9 @@
 
 ::
 
-    from pocketize import compare, pocketize, rewrite
+    from pocketize import compare, fit, pocketize
 
+    found = fit(model, "1x1x128x128x128", memory="8GiB")    # the same function in less memory
     small = pocketize(model)            # all widths clamped to the finest resolution's (PocketNet)
     print(compare(model, small, inputs=x))
 
@@ -28,7 +29,9 @@ __all__ = [
     "capture",
     "channel_rule",
     "compare",
+    "fit",
     "history",
+    "largest_input",
     "load",
     "measure",
     "plan",
@@ -54,6 +57,8 @@ if TYPE_CHECKING:
     from pocketize.graph.capture import TracedGraph, capture
     from pocketize.memory import measure
     from pocketize.optim import step_in_backward
+    from pocketize.passes.fit.largest import largest_input
+    from pocketize.passes.fit.search import fit
     from pocketize.plugin.base import Guarantee, Pass, PassRecord
     from pocketize.report import compare
 
@@ -71,5 +76,7 @@ attach(
         "artifact": "load save",
         "memory": "measure",
         "optim": "step_in_backward",
+        "passes.fit.largest": "largest_input",
+        "passes.fit.search": "fit",
     },
 )

@@ -135,6 +135,13 @@ class BudgetError(PlanningError):
     """No widths meet a budget. The text names the smallest budget that some widths meet."""
 
 
+class FitError(PocketizeError):
+    """No way to run a network fits a memory budget, or the budget is none.
+
+    The text names the least peak found for each guarantee.
+    """
+
+
 class ReportError(PocketizeError):
     """A comparison's JSON, or a threshold on a comparison, that cannot be read."""
 

@@ -40,6 +40,7 @@ ENGINE = (
 )
 #: What a pass's room may import of the other rooms of ``passes/``, besides ``shared``.
 BETWEEN = {
+    "fit": {"recompute"},
     "planning": {"complexity", "widths"},
 }
 #: What each folder may import besides the standard library and itself.
@@ -54,6 +55,7 @@ OPTIONAL = {"PIL", "cv2", "matplotlib", "monai", "nibabel", "pyrtools", "scipy",
 #: What some packages may import in addition.
 ALSO_ALLOWED = {
     "passes/complexity": {"tabulate", "tqdm", *OPTIONAL},
+    "passes/fit": {"matplotlib"},
     "passes/planning": {"tabulate", "tqdm", *OPTIONAL},
     "passes/tiling": {"tqdm"},
 }

@@ -226,7 +226,8 @@ class _Search:
             raise RewriteError(
                 f"checkpoint: no choice of modules brings the training peak from "
                 f"{bytes_text(before)} to {target} ({bytes_text(goal)}); the smallest found is "
-                f"{bytes_text(min(smallest, before))}. Ask for that, or apply amp before"
+                f"{bytes_text(min(smallest, before))}. Ask for that, or try all "
+                "passes with pocketize.fit"
             )
         if smallest >= before:
             return [], ["running submodules again would not lower the estimated training peak"]

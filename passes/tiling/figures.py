@@ -174,7 +174,7 @@ def largest_tile(
             f"patchwise: option 'max_peak': no tile keeps the live tensors of {what} within "
             f"{bytes_text(limit)}; with tiles of {tiles[-1]} they take {bytes_text(least)}, "
             "weights and input among them. Say max_peak of at least that, or keep='host' and "
-            "output='host' on a GPU, 'disk' on a CPU"
+            "output='host' on a GPU, 'disk' on a CPU; pocketize.fit tries all passes"
         )
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CudaCounters", "ProcessMemory"]
+__all__ = ["CudaCounters", "ProcessMemory", "available_memory"]
 
 import gc
 import re
@@ -13,6 +13,27 @@ import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+
+
+def available_memory() -> int | None:
+    """Return the bytes that a program can take here, ``None`` where the system does not tell.
+
+    A container's limit counts, if it is lower than what the machine has.
+    """
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    match = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE)
+    if match is None:
+        return None
+    free = int(match[1]) * 1024
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return max(0, min(free, limit - used))
 
 
 class ProcessMemory:

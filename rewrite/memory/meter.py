@@ -25,6 +25,7 @@ from pocketize.memory.profile import MemoryProfile, thin_out
 from pocketize.memory.stage import Stage, device_of, explained, fake_stage, real_stage
 from pocketize.memory.step import MeasuredStep, Request, fixed_surroundings
 from pocketize.memory.tracker import LiveTracker, Trace, storage_bytes
+from pocketize.memory.work import Work
 
 
 def measure(
@@ -118,11 +119,12 @@ def _device(device: str | torch.device) -> torch.device:
         raise MeasureError(f"device {device!r:.60} is none that torch knows: {reason}") from error
 
 
-def measure_here(request: Request, *, own: bool = False) -> MemoryProfile:
+def measure_here(request: Request, *, own: bool = False, work: Work | None = None) -> MemoryProfile:
     """Measure in this process.
 
     Args:
         request: what to measure.
+        work: filled with the operators of the step.
         own: the process was started for this: model and inputs are used without a copy, and the
             growth of the process is measured.
 
@@ -143,11 +145,17 @@ def measure_here(request: Request, *, own: bool = False) -> MemoryProfile:
         with explained(request.model, described, train=request.train, estimate=request.estimate):
             macs = count(request.model, stage.inputs)
             with stage.active:
-                return measure_on(stage, request, macs, counters, own=own)
+                return measure_on(stage, request, macs, counters, own=own, work=work)
 
 
 def measure_on(
-    stage: Stage, request: Request, macs: Macs, counters: CudaCounters | None, *, own: bool
+    stage: Stage,
+    request: Request,
+    macs: Macs,
+    counters: CudaCounters | None,
+    *,
+    own: bool,
+    work: Work | None = None,
 ) -> MemoryProfile:
     """Take every figure of a model and inputs that are ready to run."""
     step = MeasuredStep(
@@ -178,7 +186,8 @@ def measure_on(
     if highest is not None and resident is not None:
         rss = highest - resident + _loaded_bytes(stage)
 
-    trace = track(stage, step)
+    work = Work() if work is None else work
+    trace = track(stage, step, observe=work.note)
     categories = dict(trace.categories)
     if allocated is not None:  # workspaces and rounding, which are in no tensor
         surplus = allocated - trace.peak
@@ -205,19 +214,27 @@ def measure_on(
         not_counted=macs.not_counted,
         step_seconds=_median_and_spread(seconds[:steps]),
         step_in_backward=request.step_in_backward and step.optimizer is not None,
+        flops=work.flops,
+        elsewhere=trace.elsewhere,
     )
 
 
-def track(stage: Stage, step: MeasuredStep, tracker: LiveTracker | None = None) -> Trace:
+def track(
+    stage: Stage,
+    step: MeasuredStep,
+    tracker: LiveTracker | None = None,
+    observe: Callable[[Any, Any, Any, Any], None] | None = None,
+) -> Trace:
     """Run a step and follow its storages.
 
     Args:
         stage: where.
         step: a step that has run before, so that there is optimizer state.
         tracker: follows them; by default one that knows which module runs.
+        observe: for the default tracker.
     """
     paths = ModulePaths(stage.model)
-    tracker = tracker or LiveTracker(stage.device, paths.current, fake=stage.fake)
+    tracker = tracker or LiveTracker(stage.device, paths.current, fake=stage.fake, observe=observe)
     step.clear()
     for path, module in stage.model.named_modules():
         tracker.assign("parameters", held_tensors(module), path)

@@ -65,6 +65,9 @@ class MemoryProfile:
         why_not_isolated: why not, where that was asked for.
         not_counted: operators that multiply and are not in ``macs``, as no formula is known.
         step_in_backward: the backward pass updated each parameter when its gradient was complete.
+        flops: floating-point operations of convolutions and matrix products in the step, backward
+            pass and recomputation included.
+        elsewhere: most bytes at once that waited in host memory or in files; not in ``peak``.
     """
 
     mode: str
@@ -88,6 +91,8 @@ class MemoryProfile:
     why_not_isolated: str | None = None
     not_counted: tuple[str, ...] = ()
     step_in_backward: bool = False
+    flops: int = 0
+    elsewhere: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the profile as what ``json.dumps`` takes; sizes are integers, in bytes."""

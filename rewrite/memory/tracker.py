@@ -68,6 +68,8 @@ class Trace:
         peak: most bytes alive at once; ``categories`` and ``modules`` divide them.
         events: ``(label, live bytes)`` after every allocation and release, in order.
         storages: every storage that was alive at one of the events.
+        elsewhere: most bytes at once in host memory or in mapped files, where a pass moved what is
+            not in ``peak`` therefore.
     """
 
     peak: int
@@ -75,6 +77,7 @@ class Trace:
     modules: dict[str, int]
     events: list[tuple[str, int]]
     storages: list[LiveStorage]
+    elsewhere: int
 
 
 @dataclass(slots=True, eq=False)
@@ -112,6 +115,8 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fake: the tensors are fake, but for those that a model hides from ``state_dict``.
         every: look at every event for storages that were resized without an operator, not only
             where the peak depends on them.
+        observe: called with every operator of the step after it has run: the function, its
+            arguments, its keyword arguments and its result.
 
     Attributes:
         peak: most bytes alive at once since the first phase began.
@@ -124,9 +129,10 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *,
         fake: bool = False,
         every: bool = False,
+        observe: Callable[[Any, Any, Any, Any], None] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._every = every
+        self._every, self._observe = every, observe
         self._sole = counts_in_autograd()
         self._device = device.type
         self._fake = fake
@@ -137,6 +143,8 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._events: list[tuple[str, int]] = []
         self._bytes = 0
+        self._elsewhere: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
+        self._elsewhere_bytes = self._elsewhere_peak = 0
         self.peak = 0
         self._peak_at = 0
 
@@ -185,7 +193,9 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if record.born <= self._peak_at < record.died:
                 categories[_category(record)] += record.nbytes
                 modules[record.module] = modules.get(record.module, 0) + record.nbytes
-        return Trace(self.peak, categories, modules, self._events, self._records)
+        self._elsewhere.clear()
+        found = (self.peak, categories, modules, self._events, self._records)
+        return Trace(*found, self._elsewhere_peak)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -201,6 +211,8 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._phase == "backward":
             func = in_place_overload(func, args, self._sole) or func
         out = func(*args, **kwargs)
+        if self._observe is not None and self._phase:
+            self._observe(func, args, kwargs, out)
         # An operator that writes in place returns what it was given; it may have resized it.
         self._look((args, kwargs) if _writes(func) else out)
         return out
@@ -220,7 +232,8 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         if storage.filename is not None or _NOT_COUNTED.get(storage_key(storage)) is storage:
-            return  # not in this device's memory, such as a mapped file
+            self._see_elsewhere(storage)
+            return
         key, nbytes = storage_key(storage), storage.nbytes()
         record = self._live.get(key)
         if record is None:
@@ -231,6 +244,19 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._release(key)
             self._watches[key] = weakref.ref(storage, functools.partial(self._release, key))
             self._begin(key, dataclasses.replace(record, nbytes=nbytes, died=math.inf))
+
+    def _see_elsewhere(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage that is not in this device's memory, such as a mapped file."""
+        key, nbytes = storage_key(storage), storage.nbytes()
+        if key not in self._elsewhere:
+            watch = weakref.ref(storage, functools.partial(self._release_elsewhere, key))
+            self._elsewhere[key] = nbytes, watch
+            self._elsewhere_bytes += nbytes
+            self._elsewhere_peak = max(self._elsewhere_peak, self._elsewhere_bytes)
+
+    def _release_elsewhere(self, key: int, _: object = None) -> None:
+        nbytes, _watch = self._elsewhere.pop(key)
+        self._elsewhere_bytes -= nbytes
 
     def _see_resized(self) -> None:
         """Look for storages whose memory was taken away without an operator."""

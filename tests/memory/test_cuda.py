@@ -90,6 +90,7 @@ def test_the_allocators_peak_is_reported_and_workspaces_are_temporaries() -> Non
     assert profile.rss is None
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("mode", ["train", "infer"])
 def test_on_a_gpu(mode: Any) -> None:

@@ -1,0 +1,1 @@
+"""Make a network fit a memory budget, exactly where that can be."""

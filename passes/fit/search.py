@@ -1,0 +1,322 @@
+"""Find the fastest way to run a network within a memory budget: :func:`fit`.
+
+:class:`Search` estimates candidates and picks one; :mod:`pocketize.passes.fit.ways` knows which to
+try. Peaks are estimates on fake tensors, which equal measured live tensors to the byte; times are
+predicted from the operators that such a step runs.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Search", "fit"]
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pocketize.engine.pipeline import rewrite
+from pocketize.engine.surgery import apply_edits
+from pocketize.errors import FitError, PocketizeError
+from pocketize.graph.capture import settle_inputs
+from pocketize.graph.clone import clone
+from pocketize.memory.meter import measure_here
+from pocketize.memory.step import Request
+from pocketize.memory.work import Work
+from pocketize.passes.fit.cache import EstimateCache
+from pocketize.passes.fit.proof import prove_step
+from pocketize.passes.fit.result import Fit, FitPoint
+from pocketize.passes.fit.time_model import TimeModel
+from pocketize.passes.fit.ways import UNTOUCHED, Way, try_ways
+from pocketize.passes.recompute.curve import Choice, curve
+from pocketize.plugin.base import Guarantee, Pass
+from pocketize.plugin.edits import Convert
+from pocketize.plugin.recipe import dump_recipe
+from pocketize.units import bytes_text, quantity
+
+#: Of a GPU's budget: what the driver's context takes, and the part of the rest that workspaces and
+#: the allocator's rounding may take.
+_CONTEXT, _MARGIN = 512 << 20, 0.08
+
+
+def fit(
+    model: nn.Module,
+    inputs: Any = None,
+    *,
+    memory: str | int,
+    mode: Literal["train", "infer"] = "train",
+    allow: Literal["exact", "approximate", "retrain"] = "exact",
+    optimizer: Literal["adam", "adamw", "sgd"] | None = "adam",
+    max_time: float | None = None,
+    device: str | torch.device | None = None,
+    prove: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Fit:
+    """Rewrite a network so that a step fits a memory budget, exactly if that can be.
+
+    Args:
+        model: any module; unchanged.
+        inputs: example inputs of the size that will run, as ``"1x1x128x128x128"``; ``None``
+            guesses.
+        memory: the budget in bytes, or a text such as ``"8GiB"``. On the CPU it is that of live
+            tensors. On a GPU it is what ``nvidia-smi`` counts: 0.5 GiB and 8 % of the rest are left
+            to the driver's context, to workspaces and to the allocator.
+        mode: ``"train"`` for a step of a training loop, ``"infer"`` for a forward pass.
+        allow: the weakest guarantee that is acceptable. Stronger ones are tried first, and a weaker
+            one is taken only if none of them fits.
+        optimizer: of the training step: its state counts.
+        max_time: the longest acceptable step, relative to the untouched network's.
+        device: where the network will run; by default where it is. A device that this machine does
+            not have can be named, for estimates; times are then those of this machine's CPU.
+        prove: take a real step in a fresh process, if this machine has the device and the memory.
+        progress: called with a text for whatever takes long.
+
+    Returns:
+        The rewritten network, what was chosen and what else there is.
+
+    Raises:
+        FitError: nothing fits; the text has the least peak for each guarantee. Or the budget is no
+            size, or below what the weights alone take.
+        InputError: the inputs cannot be read, or do not suit the network.
+        CaptureError: the network does not run on the inputs.
+    """
+    request = Request(
+        model=model,
+        inputs=settle_inputs(model, inputs),
+        mode=mode,
+        optimizer=optimizer if mode == "train" else None,
+        estimate=True,
+        device=None if device is None else torch.device(device),
+    )
+    order = [guarantee.value for guarantee in Guarantee]
+    if allow not in order:
+        raise FitError(f"allow must be one of {', '.join(order)}, not {allow!r}")
+    budget = _bytes(memory)
+    tell = progress or (lambda text: None)
+    allowed = list(Guarantee)[: order.index(allow) + 1]
+    search = Search(request, budget, max_time, tell)
+    chosen, lean = search.solve(allowed)
+    proof = prove_step(lean, request, chosen) if prove else "Estimated only, as was asked for."
+    return Fit(
+        model=lean,
+        chosen=chosen,
+        points=tuple(sorted(search.points, key=lambda p: (bool(p.passes), -p.peak))),
+        budget=budget,
+        usable=search.usable,
+        inputs=request.inputs.describe(),
+        mode=mode,
+        optimizer=request.optimizer,
+        device=str(search.device),
+        proof=proof,
+        remarks=search.remarks(chosen),
+    )
+
+
+class Search:
+    """Estimates candidates for one network.
+
+    Attributes:
+        request: the step of the untouched network.
+        device: where the network will run.
+        usable: bytes that tensors may take.
+        gradients: bytes of the gradients of all parameters.
+        points: what was estimated, in the order in which it was tried.
+        untouched: the first of them.
+        refused: why a candidate could not be applied, by its label.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        budget: int,
+        max_time: float | None,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.request, self.max_time, self.progress = request, max_time, progress
+        model = request.model
+        first = next(iter(model.parameters()), None)
+        self.device = request.device or (first.device if first is not None else torch.device("cpu"))
+        self.usable = budget
+        if self.device.type == "cuda":
+            self.usable = int((budget - _CONTEXT) * (1 - _MARGIN))
+        here = self.device.type == "cpu" or torch.cuda.is_available()
+        self.times = TimeModel(self.device if here else torch.device("cpu"))
+        self.here = here
+        self.points: list[FitPoint] = []
+        self.refused: dict[str, str] = {}
+        self._again: set[str] = set()
+        self._seconds = 1.0
+        progress("tracing the network")
+        self.cache = EstimateCache(request, str(self.times.cache))
+        self.untouched = self._start()
+        self.gradients = 0
+        if request.train and request.optimizer is not None:
+            trained = [p for p in request.model.parameters() if p.requires_grad]
+            self.gradients = sum(p.numel() * p.element_size() for p in trained)
+
+    def solve(self, allowed: Sequence[Guarantee]) -> tuple[FitPoint, nn.Module]:
+        """Return the first point that fits, and the rewritten network.
+
+        Raises:
+            FitError: nothing fits.
+        """
+        for guarantee in allowed:
+            try_ways(self, guarantee)
+            chosen = self.best(guarantee)
+            if chosen is not None:
+                break
+        self.times.save()
+        self.cache.save()
+        if chosen is None:
+            raise FitError(self._infeasible(allowed))
+        self.progress(f"rewriting: {chosen.label}")
+        key, model = _key(chosen), self.request.model
+        try:
+            lean = clone(model)
+            if chosen.passes:  # planned and checked, which candidates are not
+                lean = rewrite(model, *chosen.passes, inputs=self.request.inputs, strict=True)
+            again = self._estimate(chosen, lean)
+        except PocketizeError as error:
+            self.cache.known[key] = {"refused": str(error)}
+        else:
+            if again["peak"] == chosen.peak:
+                return chosen, lean
+            self.cache.known.clear()  # it is another network than the file is about
+            self.cache.known[key] = again
+        if key in self._again:
+            raise FitError(f"{chosen.label}: its estimates differ; please report this network")
+        self._again.add(key)
+        self.points.clear()
+        self.untouched = self._start()
+        return self.solve(allowed)
+
+    def best(self, guarantee: Guarantee) -> FitPoint | None:
+        """Return the fastest point of a guarantee that fits."""
+        fitting = [p for p in self.points if p.guarantee is guarantee and self.fits(p)]
+        # a change of the training loop must buy more than predicted times are uncertain
+        return min(
+            fitting,
+            default=None,
+            key=lambda p: (p.time * (1.02 if p.step_in_backward else 1), p.peak),
+        )
+
+    def fits(self, point: FitPoint) -> bool:
+        """Tell whether a point is within the budget and the allowed time."""
+        slow = self.max_time is not None and point.time > self.max_time and point.passes
+        return point.peak <= self.usable and not slow
+
+    def gradients_decide(self, peak: int) -> bool:
+        """Tell whether a step in the backward pass may bring a peak into the budget."""
+        return peak > self.usable >= peak - self.gradients
+
+    def curve(self) -> list[Choice]:
+        """Return the choices of recompute, the largest peak first."""
+        known = self.cache.known.get("curve")
+        if known is None:
+            self.progress("searching which results to keep")
+            request = self.request
+            found = curve(request.model, request.inputs, optimizer=request.optimizer)  # type: ignore[arg-type]
+            known = self.cache.known["curve"] = [[c.keep, c.peak, c.flops, c.step] for c in found]
+        return [Choice(tuple(keep), *figures) for keep, *figures in known]
+
+    def _start(self) -> FitPoint:
+        point = self.try_way(UNTOUCHED)
+        if point is None:
+            raise FitError(f"the network cannot be estimated: {self.refused[UNTOUCHED.label]}")
+        return point
+
+    def try_way(self, way: Way) -> FitPoint | None:
+        """Estimate a candidate, or look it up; ``None`` where it cannot be applied."""
+        key = _key(way)
+        known = self.cache.known.get(key)
+        if known is None:
+            self.progress(f"estimating {way.label}")
+            try:
+                known = self._estimate(way, self._applied(way.passes))
+            except PocketizeError as error:
+                known = {"refused": str(error)}
+            self.cache.known[key] = known
+        if "refused" in known:
+            self.refused[way.label] = known["refused"]
+            return None
+        seconds = known["seconds"]
+        point = FitPoint(
+            label=way.label,
+            passes=way.passes,
+            step_in_backward=way.step_in_backward,
+            guarantee=_weakest(way.passes),
+            peak=known["peak"],
+            elsewhere=known["elsewhere"],
+            seconds=seconds if self.here else None,
+            time=seconds / self._seconds if self.points else 1.0,
+            flops=known["flops"],
+        )
+        if not self.points:
+            self._seconds = seconds
+        self.points.append(point)
+        return point
+
+    def _applied(self, passes: Sequence[Pass]) -> nn.Module:
+        """Apply passes to a copy; what is chosen in the end is planned and checked again."""
+        model, request = self.request.model, self.request
+        for given in passes:
+            if given.name == "patchwise":  # planning runs small volumes
+                model = clone(model)
+                options = given.conversion_options()
+                apply_edits(model, [Convert("", given.name, options)])
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = rewrite(model, given, inputs=request.inputs, strict=True)
+        return model
+
+    def _estimate(self, way: Way | FitPoint, model: nn.Module) -> dict[str, Any]:
+        work = Work()
+        request = replace(self.request, model=model, step_in_backward=way.step_in_backward)
+        profile = measure_here(request, work=work)
+        return {
+            "peak": profile.peak,
+            "elsewhere": profile.elsewhere,
+            "flops": work.flops,
+            "seconds": self.times.seconds(work),
+        }
+
+    def _infeasible(self, allowed: Sequence[Guarantee]) -> str:
+        """Say what was tried in vain and what would help."""
+        limit = f" in {self.max_time:g} times the time" if self.max_time is not None else ""
+        parts = [f"nothing that is allowed fits into {bytes_text(self.usable)}{limit}."]
+        for guarantee in allowed:
+            of = [p for p in self.points if p.guarantee is guarantee]
+            if of:
+                least = min(of, key=lambda p: p.peak)
+                parts.append(
+                    f"The least peak with guarantee {guarantee.value} is {bytes_text(least.peak)} "
+                    f"({least.label}, {least.time:.2f} times the time)."
+                )
+        weaker = [g.value for g in Guarantee if g not in allowed]
+        advice = f"allow={weaker[0]!r} (--allow {weaker[0]}), or " if weaker else ""
+        return " ".join([*parts, f"Try {advice}a smaller input: `pocketize fit --largest-input`."])
+
+    def remarks(self, chosen: FitPoint) -> tuple[str, ...]:
+        """Say what was refused."""
+        return tuple(f"Not possible: {label}: {why}" for label, why in self.refused.items())
+
+
+def _key(way: Way | FitPoint) -> str:
+    return f"{dump_recipe(way.passes)}{way.step_in_backward}"
+
+
+def _weakest(passes: Sequence[Pass]) -> Guarantee:
+    order = list(Guarantee)
+    return max((p.guarantee for p in passes), default=Guarantee.EXACT, key=order.index)
+
+
+def _bytes(memory: str | int) -> int:
+    found = memory if isinstance(memory, int) else quantity(memory, "bytes")
+    if found is None or found <= 0:
+        raise FitError(
+            f"memory {memory!r:.60} is no size; write it with a unit, such as '8GiB' or '700MB'"
+        )
+    return int(found)

@@ -1,0 +1,182 @@
+"""Predict how long a step takes from the operators that it runs.
+
+Each convolution of the step is timed once on the device, on a part of its volume; each other
+operator once, at a size that it has in the step, and scaled by the bytes that it reads and writes.
+Times are cached in a file per device, number of threads and version of torch, so that only a
+network with other layers needs timing again.
+"""
+
+from __future__ import annotations
+
+__all__ = ["TimeModel"]
+
+import math
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocketize._torch import pytree
+from pocketize.errors import FitError
+from pocketize.memory.work import EXAMPLE_BYTES, Convolution, Described, Operations, Work
+from pocketize.passes.fit.cache import cache_folder, read_json_file, write_json_file
+
+aten = torch.ops.aten
+
+#: A call is repeated until so many seconds have passed, or so many times; the fastest counts.
+_SECONDS, _TIMES = 0.05, 5
+#: Calls on fewer bytes than these cost the same, whatever the operator.
+_SCALARS = 4096
+#: Stands in a cache file for an operator that cannot be timed.
+_FAILED = -1.0
+
+
+class TimeModel:
+    """Times of operators on one device.
+
+    Args:
+        device: where the step will run, and must be available here.
+        cache: file with the times of earlier runs; ``None`` for the user's cache folder.
+    """
+
+    def __init__(self, device: torch.device, cache: Path | None = None) -> None:
+        self.device = device
+        self.cache = _cache_file(device) if cache is None else cache
+        self._times: dict[str, float] = _read(self.cache)
+        self._new = False
+
+    def seconds(self, work: Work) -> float:
+        """Predict the time of a step; on the CPU, with the present number of threads."""
+        total = 0.0
+        for convolution, count in work.convolutions.items():
+            total += count * self._convolution(convolution)
+        for name, operations in work.others.items():
+            total += self._others(name, operations)
+        return total
+
+    def save(self) -> None:
+        """Write the times to the cache file; a folder that cannot be written to is no error."""
+        if self._new:
+            write_json_file(self.cache, {**_read(self.cache), **self._times})
+            self._new = False
+
+    def _convolution(self, convolution: Convolution) -> float:
+        part = _part(convolution)
+        scale = _points(convolution) / _points(part)
+        seconds = self._time(repr(tuple(part)), lambda: self._convolution_call(part))
+        if seconds is None:
+            raise FitError(f"this convolution does not run on {self.device}: {part}")
+        return scale * seconds
+
+    def _others(self, name: str, operations: Operations) -> float:
+        """Time is proportional to bytes, above a fixed cost for each call."""
+        tiny = Described((1,), torch.float32)
+        call = self._time("call", lambda: self._call(aten.neg.default, (tiny,), {})) or 0.0
+        if operations.nbytes < operations.calls * _SCALARS:
+            return operations.calls * call
+        func, args, kwargs = operations.example
+        size = operations.example_bytes
+        # the time of a product does not follow from its bytes
+        key = f"{name} {args!r}" if operations.flops else f"{name} {size.bit_length()}"
+        seconds = self._time(key, lambda: self._call(func, args, kwargs))
+        if seconds is None:  # it cannot be repeated on random numbers
+            plain = Described((EXAMPLE_BYTES // 8,), torch.float32)
+            size = EXAMPLE_BYTES
+            seconds = self._time("plain", lambda: self._call(aten.neg.default, (plain,), {})) or 0.0
+        rate = max(0.0, seconds - call) / size
+        return operations.calls * call + operations.nbytes * rate
+
+    def _time(self, key: str, make: Callable[[], Callable[[], object]]) -> float | None:
+        """Return the time of a call; ``None`` where it fails on random numbers."""
+        if key not in self._times:
+            try:
+                self._times[key] = _fastest(make(), self.device)
+            except Exception:  # whatever an operator raises on values that it was not made for
+                self._times[key] = _FAILED
+            self._new = True
+        seconds = self._times[key]
+        return None if seconds == _FAILED else seconds
+
+    def _convolution_call(self, convolution: Convolution) -> Callable[[], object]:
+        dtype = getattr(torch, convolution.dtype)
+        made = [
+            torch.rand(shape, device=self.device).to(dtype)
+            for shape in (convolution.input, convolution.weight)
+        ]
+        if not convolution.mask:
+            return lambda: aten.convolution(*made, None, *convolution.options)
+        out = aten.convolution(*made, None, *convolution.options)
+        bias = [out.shape[1]]
+        return lambda: aten.convolution_backward(
+            out, *made, bias, *convolution.options, list(convolution.mask)
+        )
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Callable[[], object]:
+        def filled(described: Described) -> Tensor:
+            if described.dtype.is_floating_point or described.dtype.is_complex:
+                return torch.rand(described.shape, dtype=described.dtype, device=self.device)
+            return torch.zeros(described.shape, dtype=described.dtype, device=self.device)
+
+        given, named = pytree.tree_map_only(
+            Described, filled, (args, kwargs), is_leaf=lambda v: isinstance(v, Described)
+        )
+        return lambda: func(*given, **named)
+
+
+def _part(convolution: Convolution) -> Convolution:
+    """Return the same convolution on a part of its volume that is quick to run."""
+    _, channels, *sizes = convolution.input
+    width = max(convolution.weight[0], convolution.weight[1], channels)
+    item = torch.finfo(getattr(torch, convolution.dtype)).bits // 8
+    # as many voxels as make 16 MiB of the widest of its tensors: more than caches hold
+    voxels = max(512, (EXAMPLE_BYTES // 4) // (width * item))
+    while math.prod(sizes) > voxels:
+        longest = max(range(len(sizes)), key=lambda axis: sizes[axis])
+        if sizes[longest] < 8:
+            break
+        sizes[longest] = (sizes[longest] + 1) // 2
+    return convolution._replace(input=(1, channels, *sizes))
+
+
+def _points(convolution: Convolution) -> int:
+    return convolution.input[0] * math.prod(convolution.input[2:])
+
+
+def _fastest(call: Callable[[], object], device: torch.device) -> float:
+    best, spent, clock = math.inf, 0.0, time.perf_counter
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        clock = time.thread_time  # other programs on the machine do not count
+    with torch.no_grad():
+        call()  # the first call allocates and compiles
+        for _ in range(_TIMES):
+            _synchronize(device)
+            start = clock()
+            call()
+            _synchronize(device)
+            best = min(best, clock() - start)
+            spent += best
+            if spent > _SECONDS:
+                break
+    return best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
+def _cache_file(device: torch.device) -> Path:
+    if device.type == "cpu":
+        name = f"{platform.processor() or platform.machine()}-{torch.get_num_threads()}"
+    else:
+        name = getattr(torch, device.type).get_device_name(device)
+    plain = "".join(c if c.isalnum() else "-" for c in f"{name}-{torch.__version__}")
+    return cache_folder() / f"times-{plain}.json"
+
+
+def _read(file: Path) -> dict[str, float]:
+    return {k: float(v) for k, v in read_json_file(file).items() if isinstance(v, int | float)}

@@ -1,0 +1,142 @@
+"""Which ways to run a network are tried, and in which order."""
+
+from __future__ import annotations
+
+__all__ = ["UNTOUCHED", "Way", "try_ways"]
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pocketize.errors import PocketizeError
+from pocketize.plugin.base import Guarantee, Pass
+from pocketize.plugin.registry import get_pass
+
+if TYPE_CHECKING:
+    from pocketize.passes.fit.search import Search
+
+#: Tiles of these parts of an axis are tried, until one fits.
+_PARTS = (2, 3, 4, 6, 8, 12, 16, 24)
+#: Points of the curve of recompute that are estimated although another one fits.
+_SHOWN = 4
+#: Smaller tiles are not tried if the last ones took more than this part of the peak before.
+_WORTH = 0.97
+
+
+@dataclass(frozen=True)
+class Way:
+    """A candidate before it is estimated; see :class:`~pocketize.passes.fit.result.FitPoint`."""
+
+    label: str
+    passes: tuple[Pass, ...] = ()
+    step_in_backward: bool = False
+
+    def stepping(self) -> Way:
+        """Return the same with the optimizer in the backward pass."""
+        return Way(f"{self.label}, step in backward", self.passes, True)
+
+
+UNTOUCHED = Way("untouched")
+
+
+def try_ways(search: Search, guarantee: Guarantee) -> None:
+    """Try candidates of a guarantee until one fits, and some to compare it with."""
+    if guarantee is Guarantee.EXACT:
+        _try_exact(search)
+    elif guarantee is Guarantee.APPROXIMATE:
+        _try_amp(search)
+    else:
+        _try_narrower(search)
+
+
+def _try_exact(search: Search) -> None:
+    if search.fits(search.untouched):
+        return
+    if search.request.train:
+        norms = Way("in-place norms", (_pass("in-place-norm"),))
+        for way, point in ((UNTOUCHED, search.untouched), (norms, search.try_way(norms))):
+            if point is not None and search.gradients_decide(point.peak):
+                search.try_way(way.stepping())
+        _try_recompute(search)
+    if search.best(Guarantee.EXACT) is None:
+        _try_tiles(search)
+
+
+def _try_recompute(search: Search) -> None:
+    try:
+        choices = search.curve()
+    except PocketizeError as error:
+        search.refused["recompute"] = str(error)
+        search.try_way(Way("checkpoints", (_pass("checkpoint"),)))
+        return
+    ways = [
+        Way(
+            f"recompute, {100 * (choice.step - 1):.1f} % more FLOPs",
+            (_pass("recompute", keep=choice.keep),),
+        )
+        for choice in choices
+    ]
+    fitting = [i for i, choice in enumerate(choices) if choice.peak <= search.usable]
+    shown = [round(i * (len(choices) - 1) / (_SHOWN - 1)) for i in range(_SHOWN)]
+    for index in dict.fromkeys([*fitting[:1], *shown]):
+        search.try_way(ways[index])
+    deciding = [i for i, choice in enumerate(choices) if search.gradients_decide(choice.peak)]
+    if deciding:
+        search.try_way(ways[deciding[0]].stepping())
+
+
+def _try_tiles(search: Search, *before: Pass) -> None:
+    """Try ever smaller tiles until one fits, or until they do not save any more."""
+    sizes = search.request.inputs.tensors()[0].shape[2:]
+    if not sizes:
+        return
+    axis = max(range(len(sizes)), key=lambda i: (sizes[i], i))
+    places = ("disk",) if search.device.type == "cpu" else ("host", "disk")
+    if not search.request.train:
+        places = ("device", *places)
+    for place in places:
+        peak = math.inf
+        for size in dict.fromkeys(math.ceil(sizes[axis] / part) for part in _PARTS):
+            train = {"train": True} if search.request.train else {}
+            tiles = _pass(
+                "patchwise", mode="exact", size=size, axis=axis, keep=place, output=place, **train
+            )
+            way = Way(f"tiles of {size}, results on {place}", (*before, tiles))
+            point = search.try_way(way)
+            if point is not None and search.gradients_decide(point.peak):
+                point = search.try_way(way.stepping())
+            if point is None or point.peak <= search.usable:
+                return  # refused; or it fits, and smaller tiles are slower
+            if point.peak > _WORTH * peak:
+                break
+            peak = point.peak
+
+
+def _try_amp(search: Search) -> None:
+    amp = _pass("amp", dtype="bf16")
+    search.try_way(Way("bfloat16", (amp,)))
+    for point in list(search.points):
+        if {p.name for p in point.passes} in ({"recompute"}, {"in-place-norm"}):
+            label = f"{point.label}, bfloat16"
+            search.try_way(Way(label, (*point.passes, amp), point.step_in_backward))
+    if search.best(Guarantee.APPROXIMATE) is None:
+        _try_tiles(search, amp)
+
+
+def _try_narrower(search: Search) -> None:
+    narrower = [("pocket", _pass("pocket", weights="reset"))]
+    narrower += [
+        (f"{part} of all widths", _pass("width", scale=part, weights="reset"))
+        for part in (0.75, 0.5, 0.25)
+    ]
+    for label, given in narrower:
+        search.try_way(Way(label, (given,)))
+        if search.request.train and search.best(Guarantee.RETRAIN) is None:
+            lean = _pass("recompute", keep="level")
+            search.try_way(Way(f"{label}, recompute", (given, lean)))
+        if search.best(Guarantee.RETRAIN) is not None:
+            return
+
+
+def _pass(name: str, **options: Any) -> Pass:
+    return get_pass(name)(**options)

@@ -1,0 +1,135 @@
+"""The operators of a step and the sizes of their tensors, from which its time is predicted."""
+
+from __future__ import annotations
+
+__all__ = ["EXAMPLE_BYTES", "Convolution", "Described", "Operations", "Work"]
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pocketize._torch import pytree, schema_of
+from pocketize.memory.flops import flops_of
+
+aten = torch.ops.aten
+
+#: An operator is timed at a call of at most so many bytes, where there is one.
+EXAMPLE_BYTES = 64 << 20
+
+
+class Convolution(NamedTuple):
+    """A convolution or its backward pass.
+
+    Attributes:
+        input: shape (N, C, \\*spatial).
+        weight: shape; (C_out, C_in / groups, \\*kernel), or (C_in, C_out / groups, \\*kernel).
+        dtype: of both, such as ``"float32"``.
+        options: stride, padding, dilation, transposed, output padding and groups.
+        mask: which gradients the backward pass computes (input, weight, bias); empty for a forward.
+    """
+
+    input: tuple[int, ...]
+    weight: tuple[int, ...]
+    dtype: str
+    options: tuple[Any, ...]
+    mask: tuple[bool, ...] = ()
+
+
+class Described(NamedTuple):
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class Operations:
+    """All calls of one operator.
+
+    Attributes:
+        calls: how many.
+        nbytes: bytes of the tensors that they were given and returned.
+        flops: as in :class:`Work`.
+        example: one of them: function, arguments, keyword arguments, with tensors described.
+        example_bytes: its part of ``nbytes``.
+    """
+
+    calls: int = 0
+    nbytes: int = 0
+    flops: int = 0
+    example: tuple[Any, Any, Any] = (None, (), {})
+    example_bytes: int = 0
+
+
+class Work:
+    """Counts the operators of a step.
+
+    Attributes:
+        convolutions: how many times each convolution ran.
+        others: every other operator, by name.
+        flops: floating-point operations of convolutions and matrix products, by torch's formulas.
+        dispatched: operators that reached the dispatcher, those that only make views included.
+    """
+
+    def __init__(self) -> None:
+        self.convolutions: Counter[Convolution] = Counter()
+        self.others: dict[str, Operations] = {}
+        self.flops = 0
+        self.dispatched = 0
+
+    def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Count an operator that has just run."""
+        self.dispatched += 1
+        packet = getattr(func, "overloadpacket", None)
+        if packet is None or _only_views(func):
+            return
+        flops = flops_of(func, args, kwargs, out) or 0
+        self.flops += flops
+        if packet is aten.convolution:
+            x, weight, _, *options = args
+            self.convolutions[_convolution(x, weight, options)] += 1
+            return
+        if packet is aten.convolution_backward:
+            _, x, weight, _, *options, mask = args
+            self.convolutions[_convolution(x, weight, options, mask)] += 1
+            return
+        name = packet.__name__.rstrip("_")
+        given = pytree.tree_leaves((args, kwargs, out))
+        moved = sum(t.numel() * t.element_size() for t in given if isinstance(t, Tensor))
+        seen = self.others.setdefault(name, Operations())
+        seen.calls, seen.nbytes, seen.flops = (
+            seen.calls + 1,
+            seen.nbytes + moved,
+            seen.flops + flops,
+        )
+        # the largest call that is quick to repeat, else the smallest
+        if seen.calls == 1 or _rank(moved) > _rank(seen.example_bytes):
+            seen.example_bytes = moved
+            seen.example = (func, *pytree.tree_map_only(Tensor, _described, (args, kwargs)))
+
+
+def _rank(nbytes: int) -> int:
+    return nbytes if nbytes <= EXAMPLE_BYTES else -nbytes
+
+
+def _described(tensor: Tensor) -> Described:
+    return Described(tuple(tensor.shape), tensor.dtype)
+
+
+def _convolution(x: Tensor, weight: Tensor, options: list[Any], mask: Any = ()) -> Convolution:
+    fixed = tuple(tuple(o) if isinstance(o, list | tuple) else o for o in options)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return Convolution(tuple(x.shape), tuple(weight.shape), dtype, fixed, tuple(mask))
+
+
+def _only_views(func: Any) -> bool:
+    """Tell whether an operator moves nothing: it returns views of its arguments, or no tensor."""
+    schema = schema_of(func)
+    if schema is None or func.namespace in ("prim", "prims", "profiler"):
+        return True
+    if func.overloadpacket.__name__.startswith(("empty", "new_empty")):
+        return True
+    return all(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)

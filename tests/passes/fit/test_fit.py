@@ -1,0 +1,152 @@
+"""``fit``: what it chooses, what it refuses, and whether what it says is so."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pocketize import measure, rewrite
+from pocketize.errors import FitError, InputError
+from pocketize.passes.fit.largest import largest_input
+from pocketize.passes.fit.search import fit
+from pocketize.plugin.base import Guarantee
+from pocketize.plugin.recipe import parse_recipe
+from tests.passes.fit.conftest import INPUT, UNet3d
+
+BUDGETS = (0.7, 0.5, 0.35)
+
+
+def _peak(net: nn.Module, mode: str = "train") -> int:
+    return measure(net, INPUT, mode, estimate=True).peak
+
+
+def _gradients(net: nn.Module) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    net = copy.deepcopy(net).double().train()
+    net(torch.randn(1, 1, 32, 32, 32, dtype=torch.float64)).pow(2).mean().backward()
+    return [p.grad for p in net.parameters()]
+
+
+def test_a_network_that_fits_is_left_as_it_is(net: nn.Module) -> None:
+    found = fit(net, INPUT, memory="1GiB", prove=False)
+    assert found.passes == ()
+    assert found.model is not net
+    assert len(found.points) == 1
+    assert found.chosen.time == 1.0
+
+
+@pytest.mark.parametrize("part", BUDGETS)
+def test_training_fits_exactly(net: nn.Module, part: float) -> None:
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    budget = int(part * _peak(net))
+    found = fit(net, INPUT, memory=budget, prove=False)
+    assert found.chosen.guarantee is Guarantee.EXACT
+    assert measure(found.model, INPUT, estimate=True).peak == found.chosen.peak <= budget
+    for one, other in zip(_gradients(net), _gradients(found.model), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    fitting = [p for p in found.points if p.peak <= budget]
+    assert found.chosen.time == min(p.time for p in fitting)
+
+
+def test_the_step_is_proved_in_a_fresh_process(net: nn.Module) -> None:
+    found = fit(net, INPUT, memory=int(0.6 * _peak(net)))
+    assert "Measured" in found.proof
+    assert "+0.0 % against the estimate" in found.proof
+
+
+def test_inference_fits_by_tiles(net: nn.Module) -> None:
+    budget = int(0.6 * _peak(net, "infer"))
+    found = fit(net, INPUT, memory=budget, mode="infer", prove=False)
+    assert [p.name for p in found.passes] == ["patchwise"]
+    assert measure(found.model, INPUT, "infer", estimate=True).peak <= budget
+    x = torch.randn(1, 1, 32, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(found.model.eval()(x), net.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_fit_is_refused_with_the_least_peak(net: nn.Module) -> None:
+    with pytest.raises(FitError, match=r"least peak with guarantee exact is \d+.* MiB \("):
+        fit(net, INPUT, memory="100kB", prove=False)
+
+
+def test_a_weaker_guarantee_is_taken_only_where_a_stronger_one_does_not_fit(net: nn.Module) -> None:
+    peak = _peak(net)
+    assert (
+        fit(net, INPUT, memory=int(0.7 * peak), allow="retrain", prove=False).chosen.guarantee
+        is Guarantee.EXACT
+    )
+    with pytest.raises(FitError) as refused:
+        fit(net, INPUT, memory=int(0.7 * peak), max_time=0.01, prove=False)
+    assert "exact" in str(refused.value)
+
+
+@pytest.mark.parametrize("memory", ["lots", "8", "-1GiB", "0GiB", 0, -5, "8 bananas"])
+def test_a_budget_that_is_no_size_is_refused(net: nn.Module, memory: object) -> None:
+    with pytest.raises(FitError, match="is no size"):
+        fit(net, INPUT, memory=memory, prove=False)
+
+
+def test_the_recipe_makes_the_same_network(net: nn.Module) -> None:
+    found = fit(net, INPUT, memory=int(0.5 * _peak(net)), prove=False)
+    again = rewrite(net, *parse_recipe(found.recipe), inputs=INPUT)
+    assert measure(again, INPUT, estimate=True).peak == found.chosen.peak
+
+
+def test_what_was_found_can_be_read_by_people_and_programs(net: nn.Module) -> None:
+    found = fit(net, INPUT, memory=int(0.6 * _peak(net)), prove=False)
+    assert found.chosen.label in str(found)
+    assert "| chosen |" in found.to_markdown()
+    data = json.loads(json.dumps(found.to_json()))
+    assert data["chosen"]["peak"] == found.chosen.peak
+    page = found.to_html()
+    assert page.count("<svg") == 1
+    assert page.rstrip().endswith("</html>")
+    assert set(found.front()) <= set(found.points)
+
+
+def test_a_gpus_budget_leaves_room_for_what_tensors_do_not_show(net: nn.Module) -> None:
+    found = fit(net, INPUT, memory="8GiB", device="cuda")
+    assert found.usable < found.budget
+    if not torch.cuda.is_available():
+        assert found.proof.startswith("Estimated only: this machine has no cuda")
+
+
+def test_the_largest_input_fits_and_the_next_does_not(net: nn.Module) -> None:
+    budget = _peak(net)
+    found = largest_input(net, "1x1xNxNx32", memory=budget, prove=False, max_time=1.2)
+    text = next(remark for remark in found.remarks if "largest that fits" in remark)
+    size = text.split()[0]
+    number = int(size.split("x")[2])
+    assert number >= 32
+    assert fit(net, size, memory=budget, prove=False, max_time=1.2).chosen.peak <= budget
+    with pytest.raises(FitError):
+        fit(net, f"1x1x{number + 2}x{number + 2}x32", memory=budget, prove=False, max_time=1.2)
+
+
+@pytest.mark.parametrize("pattern", ["1x1x32x32x32", "1x1xMxM", "", "NxNx"])
+def test_a_pattern_without_n_is_refused(net: nn.Module, pattern: str) -> None:
+    with pytest.raises(InputError, match="no N"):
+        largest_input(net, pattern, memory="1GiB")
+
+
+def test_the_cache_folder_may_be_missing_or_broken(
+    net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert fit(net, INPUT, memory="1GiB", prove=False).passes == ()
+
+
+def test_widths_are_kept_when_the_class_is_unknown_to_other_processes() -> None:
+    class Local(UNet3d):
+        """Cannot be pickled."""
+
+    found = fit(Local(), INPUT, memory=int(0.7 * _peak(Local())))
+    assert "in this process" in found.proof

@@ -1,0 +1,186 @@
+"""What ``fit`` finds: networks x budgets, each answer checked against a real step.
+
+    python tools/bench/fit.py --json fit.json
+    python tools/bench/fit.py --nets "UNet,SegResNet" --budgets 0.5,0.3 --json fit.json
+
+A budget is a part of the peak of the untouched training step (Adam, batch 1). Each network
+has a process of its own. For each budget the table has what was chosen, the estimate, the live
+tensors of a real step and their ratio, the predicted time, and how far the gradients are from those
+of the untouched network in float64, relative to the largest. A budget that cannot be met has the
+least peak that was found. Finished networks are kept in the JSON file; Markdown goes to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tools.bench.fresh import MARK, ask
+from tools.bench.networks import published_nets
+
+__all__ = ["main"]
+
+_MIB = 2**20
+#: Volumes of the networks; what is missing here is not three-dimensional, or has too many weights.
+_SIZES = {
+    "UNet": 64,
+    "BasicUNet": 48,
+    "BasicUNetPlusPlus": 32,
+    "SegResNet": 48,
+    "SegResNetDS": 48,
+    "AttentionUnet": 48,
+    "VNet": 48,
+    "HighResNet": 32,
+    "MedNeXt": 32,
+    "DynUNet": 64,
+    "nnU-Net PlainConvUNet": 64,
+    "nnU-Net ResidualEncoderUNet": 64,
+    "UNETR": 96,
+    "SwinUNETR": 64,
+    "FlexibleUNet (efficientnet-b4)": 128,
+    "FlexibleUNet (resnet34)": 128,
+    "DenseNet121": 128,
+}
+#: Networks of the zoo, with an input of theirs.
+_ZOO = {
+    "zoo:pocketnet_unet3d": "1x1x48x64x64",
+    "zoo:memory_fcn3d": "1x4x48x48x48",
+    "zoo:patchwise_unet3d": "1x4x48x48x48",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Check what fit finds on many networks.")
+    known = [*_SIZES, *_ZOO]
+    parser.add_argument("--nets", help=f"separated by commas (default: all of {', '.join(known)})")
+    parser.add_argument("--budgets", default="0.7,0.5,0.3,0.15", help="parts of the untouched peak")
+    parser.add_argument("--json", default="fit.json", help="results; finished ones are kept")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--timeout", type=float, default=3600)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    names = options.nets.split(",") if options.nets else known
+    budgets = [float(text) for text in options.budgets.split(",")]
+    path = Path(options.json)
+    records: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for name in names:
+        if name in records and "failed" not in records[name]:
+            continue
+        sys.stderr.write(f"{name} ...\n")
+        task = {"net": name, "budgets": budgets, "device": options.device}
+        records[name] = ask("fit.py", task, threads=1, timeout=options.timeout)
+        path.write_text(json.dumps(records, indent=1))
+    sys.stdout.write(_render({name: records[name] for name in names}) + "\n")
+
+
+def _network(name: str) -> tuple[nn.Module, str]:
+    if name in _ZOO:
+        from pocketize import zoo
+
+        return zoo.build(name.removeprefix("zoo:")), _ZOO[name]
+    found = next(net for net in published_nets() if net.name == name)
+    sizes = "x".join([str(_SIZES[name])] * (found.inputs()[0].ndim - 2))
+    channels = found.inputs()[0].shape[1]
+    return found.build(), f"1x{channels}x{sizes}"
+
+
+def _work(task: dict[str, Any]) -> dict[str, Any]:
+    """Fit one network to all budgets."""
+    from pocketize import fit, measure
+    from pocketize.errors import FitError
+
+    torch.manual_seed(0)
+    model, inputs = _network(task["net"])
+    device = torch.device(task["device"])
+    model = model.to(device).train()
+    untouched = measure(model, inputs, estimate=True).peak
+    rows = []
+    for part in task["budgets"]:
+        row: dict[str, Any] = {"budget": part}
+        begun = time.monotonic()
+        try:
+            found = fit(model, inputs, memory=int(part * untouched), prove=False)
+        except FitError as error:
+            row["refused"] = str(error)
+        else:
+            real = measure(
+                found.model, inputs, step_in_backward=found.chosen.step_in_backward, isolate=True
+            )
+            row |= {
+                "way": found.chosen.label,
+                "estimated": found.chosen.peak,
+                "measured": real.peak,
+                "within": real.peak <= part * untouched,
+                "time": found.chosen.time,
+                "difference": _difference(model, found.model, inputs),
+            }
+        row["seconds"] = time.monotonic() - begun
+        rows.append(row)
+    return {"untouched": untouched, "inputs": inputs, "rows": rows, "torch": torch.__version__}
+
+
+def _difference(one: nn.Module, other: nn.Module, inputs: str) -> float:
+    """Return how far gradients are apart in float64, relative to the largest of each tensor."""
+    torch.manual_seed(0)
+    parameter = next(one.parameters())
+    x = torch.randn([int(n) for n in inputs.split("x")], device=parameter.device).double()
+
+    def gradients(net: nn.Module) -> list[torch.Tensor]:
+        net = copy.deepcopy(net).double().train()
+        torch.manual_seed(0)
+        outputs = net(x)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        torch.stack([out.pow(2).mean() for out in outputs]).sum().backward()
+        return [p.grad for p in net.parameters() if p.grad is not None]
+
+    pairs = list(zip(gradients(one), gradients(other), strict=True))
+    largest = max(float(a.abs().max()) for a, _ in pairs)
+    return max(float((a - b).abs().max()) for a, b in pairs) / largest
+
+
+def _render(records: dict[str, Any]) -> str:
+    lines = []
+    for name, record in records.items():
+        if "failed" in record:
+            lines.append((name, "", "", f"failed: {record['failed'][:80]}", "", "", "", "", ""))
+            continue
+        for row in record["rows"]:
+            first = (f"{name}, {record['inputs']}", f"{record['untouched'] / _MIB:.0f}")
+            if "refused" in row:
+                lines.append((*first, f"{row['budget']:.2f}", row["refused"], "", "", "", "", ""))
+                continue
+            lines.append(
+                (
+                    *first,
+                    f"{row['budget']:.2f}",
+                    row["way"],
+                    f"{row['estimated'] / record['untouched']:.3f}",
+                    f"{row['measured'] / row['estimated']:.4f}",
+                    "yes" if row["within"] else "NO",
+                    f"{row['time']:.2f}",
+                    f"{row['difference']:.0e}",
+                )
+            )
+    heads = ("network", "untouched, MiB", "budget", "way", "peak", "measured / estimated")
+    return tabulate(
+        lines, (*heads, "within", "time", "gradients"), tablefmt="github", disable_numparse=True
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+        print(MARK + json.dumps(_work(json.loads(sys.argv[1]))))
+    else:
+        main()
