@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: Tiles of these parts of an axis are tried, until one fits.
 _PARTS = (2, 3, 4, 6, 8, 12, 16, 24)
 #: Points of the curve of recompute that are estimated although another one fits.
-_SHOWN = 4
+_SHOWN = 3
 #: Smaller tiles are not tried if the last ones took more than this part of the peak before.
 _WORTH = 0.97
 

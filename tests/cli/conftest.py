@@ -83,7 +83,7 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     def run(*arguments: str) -> Ran:
         with torch.random.fork_rng(devices=[]):
             code = main(arguments)
-        traced = capsys.readouterr()
-        return Ran(code, traced.out, traced.err)
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
 
     return run

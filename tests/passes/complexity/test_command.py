@@ -37,8 +37,8 @@ def run(
 
     def run(*arguments: str) -> Ran:
         code = main(("complexity", *arguments))
-        traced = capsys.readouterr()
-        return Ran(code, traced.out, traced.err)
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
 
     return run
 

@@ -19,6 +19,7 @@ from pocketize.plugin.recipe import parse_recipe
 from tests.passes.fit.conftest import INPUT, UNet3d
 
 BUDGETS = (0.7, 0.5, 0.35)
+pytestmark = pytest.mark.xdist_group("fit")  # they share estimates
 
 
 def _peak(net: nn.Module, mode: str = "train") -> int:

@@ -41,8 +41,8 @@ def run(
     def run(*arguments: str) -> Ran:
         with torch.random.fork_rng(devices=[]):
             code = main(arguments)
-        traced = capsys.readouterr()
-        return Ran(code, traced.out, traced.err)
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
 
     return run
 

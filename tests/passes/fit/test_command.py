@@ -1,0 +1,54 @@
+"""``pocketize fit``: what it prints and writes, and what it does with wrong arguments."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pocketize import load, measure, rewrite
+from pocketize.cli import main
+from pocketize.plugin.recipe import load_recipe
+from tests.passes.fit.conftest import INPUT, UNet3d
+
+pytestmark = pytest.mark.xdist_group("fit")
+MODEL = "tests.passes.fit.conftest:UNet3d"
+
+
+def test_model_recipe_and_report_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = int(0.6 * measure(UNet3d(), INPUT, estimate=True).peak)
+    model, recipe, report = (
+        tmp_path / "lean.safetensors",
+        tmp_path / "fit.toml",
+        tmp_path / "r.json",
+    )
+    arguments = ["fit", MODEL, "--input", INPUT, "--memory", f"{budget}B", "--format", "json"]
+    arguments += ["-o", str(model), "--recipe", str(recipe), "--report", str(report)]
+    assert main([*arguments, "--no-proof"]) == 0
+    found = json.loads(report.read_text())
+    assert found["chosen"]["peak"] <= budget
+    again = rewrite(UNet3d(), *load_recipe(recipe), inputs=INPUT)
+    assert measure(again, INPUT, estimate=True).peak == found["chosen"]["peak"]
+    assert measure(load(model, UNet3d), INPUT, estimate=True).peak == found["chosen"]["peak"]
+    assert main([*arguments, "--no-proof"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--memory", "1kB"], 1, "The least peak with guarantee exact"),
+        (["--memory", "much"], 1, "is no size"),
+        (["--memory", "1GiB", "--input", "1x1x33x33"], 3, "Expected"),
+        (["--memory", "1GiB", "--largest-input"], 2, "no N"),
+    ],
+)
+def test_wrong_arguments_say_what_to_do(
+    arguments: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [] if "--input" in arguments else ["--input", INPUT]
+    assert main(["fit", MODEL, *given, *arguments, "--no-proof"]) == code
+    assert says in capsys.readouterr().err

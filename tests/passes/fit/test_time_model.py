@@ -1,0 +1,82 @@
+"""The time model: what it counts, and what it keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pocketize import measure
+from pocketize.memory.meter import measure_here
+from pocketize.memory.step import Request
+from pocketize.memory.work import Work
+from pocketize.passes.fit.time_model import TimeModel
+
+CPU = torch.device("cpu")
+
+
+def _work(width: int, size: int) -> Work:
+    net = nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten())
+    net.append(nn.Linear(width * (size - 2) ** 2, 2))
+    work = Work()
+    measure_here(Request(net, f"1x1x{size}x{size}", estimate=True), work=work)
+    return work
+
+
+def test_a_step_is_counted_with_its_backward() -> None:
+    work = _work(4, 16)
+    (forward,) = (c for c in work.convolutions if not c.mask)
+    (backward,) = (c for c in work.convolutions if c.mask)
+    assert forward.input == backward.input == (1, 1, 16, 16)
+    assert backward.mask == (False, True, True)
+    products = 2 * (4 * 9 * 14 * 14)  # one multiplication and one addition each
+    assert work.flops >= 2 * products
+    assert {"native_batch_norm", "threshold_backward"} <= set(work.others)
+
+
+def test_more_work_takes_longer(tmp_path: Path) -> None:
+    model = TimeModel(CPU, tmp_path / "times.json")
+    little, much = _work(4, 32), _work(64, 128)
+    assert 0 < model.seconds(little) < model.seconds(much)
+
+
+def test_times_are_kept_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = TimeModel(CPU, tmp_path / "times.json")
+    work = _work(4, 32)
+    seconds = first.seconds(work)
+    first.save()
+    again = TimeModel(CPU, tmp_path / "times.json")
+    monkeypatch.setattr(again, "_call", None)  # nothing is timed again
+    monkeypatch.setattr(again, "_convolution_call", None)
+    assert again.seconds(work) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"call": "soon"}', '{"call": null}'])
+def test_a_broken_file_is_ignored(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "times.json"
+    file.write_text(text)
+    model = TimeModel(CPU, file)
+    assert model.seconds(_work(4, 16)) > 0
+
+
+def test_recomputation_is_in_the_flops_of_a_profile() -> None:
+    from pocketize import rewrite
+    from tests.passes.fit.conftest import INPUT, UNet3d
+
+    net = UNet3d()
+    lean = rewrite(net, "recompute:keep=level", inputs=INPUT)
+    before, after = (measure(n, INPUT, estimate=True).flops for n in (net, lean))
+    assert 1.1 * before < after < 1.7 * before
+
+
+def test_bytes_in_files_are_counted_apart() -> None:
+    from pocketize import rewrite
+    from tests.passes.fit.conftest import INPUT, UNet3d
+
+    tiles = "patchwise:size=8,train=true,keep=disk,output=disk"
+    lean = rewrite(UNet3d(), tiles, inputs=INPUT)
+    profile = measure(lean, INPUT, estimate=True)
+    assert profile.elsewhere > 0
+    assert measure(lean, INPUT).elsewhere == profile.elsewhere
