@@ -59,7 +59,7 @@ def image() -> Tensor:
 def test_every_input_tensor_is_a_placeholder(
     function: Callable[..., Any], inputs: Any, placeholders: int
 ) -> None:
-    captured = capture(Call(function), inputs)
+    traced = capture(Call(function), inputs)
     found = list(traced.graph.find_nodes(op="placeholder"))
     assert len(found) == placeholders
     assert all(tuple(node.meta["val"].shape) == IMAGE for node in found)
@@ -68,7 +68,7 @@ def test_every_input_tensor_is_a_placeholder(
 
 def test_a_tensor_given_twice_is_one_placeholder() -> None:
     x = image()
-    captured = capture(Call(lambda conv, a, b: conv(a) + conv(b)), (x, x))
+    traced = capture(Call(lambda conv, a, b: conv(a) + conv(b)), (x, x))
     assert len(list(traced.graph.find_nodes(op="placeholder"))) == 1
 
 
@@ -111,7 +111,7 @@ class Plain:
     ],
 )
 def test_every_output_tensor_is_an_output(wrap: Callable[[Tensor], Any], count: int) -> None:
-    captured = capture(Call(lambda conv, x: wrap(conv(x))), image())
+    traced = capture(Call(lambda conv, x: wrap(conv(x))), image())
     assert [tuple(node.meta["val"].shape) for node in traced.outputs()] == [(2, 4, 8, 8)] * count
 
 
@@ -128,7 +128,7 @@ def test_the_structure_compares_nesting_and_shapes() -> None:
 
 
 def test_an_input_or_a_parameter_may_be_an_output() -> None:
-    captured = capture(Call(lambda conv, x: (x, conv.weight)), image())
+    traced = capture(Call(lambda conv, x: (x, conv.weight)), image())
     assert [node.op for node in traced.outputs()] == ["placeholder", "get_attr"]
 
 
@@ -155,7 +155,7 @@ class Shared(nn.Module):
 
 
 def test_nodes_know_their_module_and_how_often_it_was_called() -> None:
-    captured = capture(Shared(), image())
+    traced = capture(Shared(), image())
     told = [(n.meta["module"], n.meta["call"]) for n in traced.operators()]
     root = [("", 0)]
     blocks = [("block.0", 0), ("block.1", 0), ("block.0", 1), ("block.1", 1)]
@@ -163,7 +163,7 @@ def test_nodes_know_their_module_and_how_often_it_was_called() -> None:
 
 
 def test_parameters_and_buffers_know_their_names() -> None:
-    captured = capture(Shared(), image())
+    traced = capture(Shared(), image())
     nodes = traced.graph.find_nodes(op="get_attr")
     assert {node.meta["tensor"] for node in nodes} == {
         *("block.0.weight", "block.0.bias", "head.weight", "head.bias", "scale", "shift")
@@ -180,7 +180,7 @@ def test_a_tied_tensor_has_the_first_of_its_names_and_a_constant_has_none() -> N
 
 
 def test_nodes_know_the_line_that_called_them() -> None:
-    captured = capture(Shared(), image())
+    traced = capture(Shared(), image())
     _, start = inspect.getsourcelines(Shared.forward)
     last = traced.operators()[-1]
     assert str(last.target) == "aten.relu.default"
@@ -190,7 +190,7 @@ def test_nodes_know_the_line_that_called_them() -> None:
 
 def test_values_are_fake_and_have_the_shapes_of_the_run() -> None:
     model = Shared()
-    captured = capture(model, image())
+    traced = capture(model, image())
     for node in traced.operators():
         assert isinstance(node.meta["val"], FakeTensor)
     assert [tuple(n.meta["val"].shape) for n in traced.outputs()] == [tuple(model(image()).shape)]
@@ -214,7 +214,7 @@ def test_the_mode_asked_for_is_the_mode_recorded() -> None:
 
 
 def test_parts_of_several_results_are_picked_by_getitem() -> None:
-    captured = capture(Call(lambda conv, x: conv(x).chunk(2, 1)[1]), image())
+    traced = capture(Call(lambda conv, x: conv(x).chunk(2, 1)[1]), image())
     assert [n.target for n in traced.operators()][-1].__name__ == "getitem"
     assert traced.outputs()[0].meta["val"].shape == (2, 2, 8, 8)
 
@@ -238,7 +238,7 @@ class Attempt(nn.Module):
 
 
 def test_what_fails_and_is_caught_leaves_no_trace() -> None:
-    captured = capture(Attempt(), image())
+    traced = capture(Attempt(), image())
     assert [(str(n.target), n.meta["module"]) for n in traced.operators()] == [
         ("aten.conv2d.default", "conv"),
         ("aten.batch_norm.default", "right.0"),
@@ -279,7 +279,7 @@ def test_the_graph_is_sound_and_runs_as_a_graph_module_and_in_the_interpreter(
     make: Callable[[], nn.Module], train: bool
 ) -> None:
     model = make()
-    captured = capture(model, image(), train=train)
+    traced = capture(model, image(), train=train)
     traced.graph.lint()
     assert "conv2d" in str(traced.graph)
     module = runnable(model, traced)
@@ -308,7 +308,7 @@ def test_a_graph_module_of_a_recording_can_be_pickled() -> None:
 
 
 def test_graph_passes_find_nothing_to_remove_in_a_straight_net() -> None:
-    captured = capture(Shared(), image())
+    traced = capture(Shared(), image())
     assert not traced.graph.eliminate_dead_code()
 
 

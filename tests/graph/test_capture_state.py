@@ -102,7 +102,7 @@ def test_hooks_run_and_their_closures_are_as_they_were() -> None:
         return output * 2
 
     handle = model[0].register_forward_hook(hook)
-    captured = capture(model, image())
+    traced = capture(model, image())
     assert targets(traced) == ["aten.conv2d.default", "aten.mul.Tensor", "aten.relu.default"]
     assert traced.operators()[1].meta["module"] == "0"
     assert features == []
@@ -170,7 +170,7 @@ def test_a_recording_is_the_same_in_every_context(context: Callable[[], Any], tr
 def test_under_autocast_a_recording_shows_the_casts_and_the_same_layers() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), image()
     with torch.autocast("cpu", torch.bfloat16):
-        captured = capture(model, x)
+        traced = capture(model, x)
         assert torch.is_autocast_enabled("cpu")
     kept = [name for name in targets(traced) if "conv" in name or "relu" in name]
     assert kept == targets(capture(model, x))
@@ -181,7 +181,7 @@ def test_under_autocast_a_recording_shows_the_casts_and_the_same_layers() -> Non
 def test_a_model_in_either_mode_is_recorded_in_the_mode_asked_for(training: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout()).train(training)
     for train in (False, True):
-        captured = capture(model, image(), train=train)
+        traced = capture(model, image(), train=train)
         assert traced.train == train
         assert traced.operators()[-1].args[2] is train
         assert model.training == training
@@ -198,7 +198,7 @@ def test_inputs_may_require_gradients_or_come_from_inference_mode() -> None:
 def test_a_model_on_the_meta_device_can_be_recorded() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    captured = capture(model, "2x3x8x8")
+    traced = capture(model, "2x3x8x8")
     assert traced.outputs()[0].meta["val"].shape == (2, 4, 8, 8)
 
 
@@ -227,7 +227,7 @@ class Branches(nn.Module):
 def test_a_branch_on_values_is_recorded_on_real_tensors_and_says_so() -> None:
     model, x = Branches(), image()
     before = Snapshot(model)
-    captured = capture(model, x)
+    traced = capture(model, x)
     assert traced.real
     assert targets(traced)[-1] == "aten.relu.default"
     assert type(traced.operators()[0].meta["val"]) is Tensor
@@ -240,7 +240,7 @@ def test_a_size_that_depends_on_values_is_recorded_on_real_tensors() -> None:
             return x[x > 0.5]
 
     x = image()
-    captured = capture(Picks(), x)
+    traced = capture(Picks(), x)
     assert traced.real
     assert traced.outputs()[0].meta["val"].shape == (int((x > 0.5).sum()),)
 
@@ -277,7 +277,7 @@ class StochasticDepth(nn.Module):
 
 def test_stochastic_depth_is_recorded_in_full_in_evaluation_mode() -> None:
     random.seed(1)
-    captured = capture(StochasticDepth(), image())
+    traced = capture(StochasticDepth(), image())
     assert targets(traced).count("aten.conv2d.default") == 2
     first, second = (targets(capture(StochasticDepth(), image(), train=True)) for _ in range(2))
     assert first == second

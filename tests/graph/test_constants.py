@@ -26,7 +26,7 @@ class Forward(nn.Module):
 
 def recorded(function: Callable[[Tensor], Any]) -> tuple[TracedGraph, fx.Node, Constants]:
     """A recording on a 2x4x6 input, its first output and its constants."""
-    captured = capture(Forward(function), "2x4x6")
+    traced = capture(Forward(function), "2x4x6")
     return traced, traced.outputs()[0], Constants(traced.graph)
 
 

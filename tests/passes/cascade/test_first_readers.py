@@ -225,6 +225,6 @@ def test_large_inputs_cost_no_memory() -> None:
     model = nn.Sequential(nn.Conv3d(4, 2, 3, padding=1), nn.ReLU())
     with FakeTensorMode():
         volume = torch.empty(1, 4, 2048, 2048, 2048)
-    captured = capture(model, volume[:, :4])
+    traced = capture(model, volume[:, :4])
     (inlet,) = find_first_readers(traced).values()
     assert inlet.channels == (1, 2, 3, 4)

@@ -175,7 +175,7 @@ def test_what_is_kept_can_be_named() -> None:
 
 def test_a_second_use_of_a_weight_is_kept_by_itself() -> None:
     conv = nn.Conv2d(2, 2, 3, padding=1)
-    captured = capture(nn.Sequential(conv, nn.ReLU(), conv), torch.randn(1, 2, 4, 4))
+    traced = capture(nn.Sequential(conv, nn.ReLU(), conv), torch.randn(1, 2, 4, 4))
     uses = find_uses(traced)
     assert {use.name for use in chosen(uses, ("0.weight",))} == {"0.weight#1"}
     assert chosen(uses, ("0",)) == {}

@@ -55,7 +55,7 @@ def test_what_is_kept_of_a_unet(x: Tensor) -> None:
 
 
 def test_what_nobody_reads_again(x: Tensor) -> None:
-    captured = capture(net(), x, train=True)
+    traced = capture(net(), x, train=True)
     frees = freed(traced, find_uses(traced))
     assert frees["a2.weight"] == (-1,)
     assert "b1.weight" not in frees  # the skip connection is still to come
@@ -64,7 +64,7 @@ def test_what_nobody_reads_again(x: Tensor) -> None:
 
 def test_a_weight_used_twice_has_two_sites() -> None:
     conv = nn.Conv2d(2, 2, 3, padding=1)
-    captured = capture(nn.Sequential(conv, nn.ReLU(), conv), torch.randn(1, 2, 4, 4))
+    traced = capture(nn.Sequential(conv, nn.ReLU(), conv), torch.randn(1, 2, 4, 4))
     assert [site.name for site in find_uses(traced)] == ["0.weight", "0.weight#1"]
 
 

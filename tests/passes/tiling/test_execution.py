@@ -29,7 +29,7 @@ from tests.foreign import foreign_nets
 def tiled(
     model: nn.Module, x: Tensor, tile: Sequence[int], *, keeper: Storage | None = None, **more: Any
 ) -> tuple[list[Tensor], Program]:
-    captured = capture(model, x)
+    traced = capture(model, x)
     simplify(traced.graph)
     program = build_program(TiledGraph(traced), tile)
     (node,) = [n for n in traced.graph.nodes if n.op == "placeholder"]
@@ -120,7 +120,7 @@ LARGE: dict[str, Any] = {
 
 
 def _tiled_peak(model: nn.Module, x: Tensor, length: int) -> int:
-    captured = capture(model, x)
+    traced = capture(model, x)
     program = build_program(TiledGraph(traced), (*x.shape[2:-1], length))
     (node,) = [n for n in traced.graph.nodes if n.op == "placeholder"]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}

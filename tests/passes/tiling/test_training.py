@@ -21,7 +21,7 @@ from tests.passes.tiling.test_execution import LARGE
 
 
 def _by_tiles(model: nn.Module, x: Tensor, tile: tuple[int, ...], train: bool = False) -> Tensor:
-    captured = capture(model, x.detach(), train=train)
+    traced = capture(model, x.detach(), train=train)
     program = build_program(TiledGraph(traced), tile)
     (node,) = [n for n in traced.graph.nodes if n.op == "placeholder"]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}

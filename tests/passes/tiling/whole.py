@@ -37,7 +37,7 @@ class Whole:
 
 
 def run_whole(model: nn.Module, *inputs: Tensor) -> Whole:
-    captured = capture(model, inputs)
+    traced = capture(model, inputs)
     given = iter(inputs)
     values: dict[fx.Node, Any] = {}
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
