@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import pocketize
 from pocketize.artifact import load
 from pocketize.artifact.models import ResolvedModel, resolve
 from pocketize.cli.common import (
@@ -32,7 +33,7 @@ from pocketize.report import Comparison, Threshold, compare
 
 _FORMATS = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html"}
 # small enough for two cores to measure both models in well under a minute
-_DEMO, _DEMO_INPUT = "zoo:pocketnet_unet3d", "1x1x5x48x48"
+_DEMO, _DEMO_INPUT, _DEMO_MEMORY = "zoo:pocketnet_unet3d", "1x1x16x64x64", "110MiB"
 
 
 def run_report(args: argparse.Namespace) -> int:
@@ -103,15 +104,17 @@ def _render(comparison: Comparison, layout: str) -> str:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Rewrite a bundled network, and show the plan and the report."""
+    """Make a bundled network fit a budget, and clamp its widths."""
     torch.manual_seed(args.seed)
     resolved = resolve(_DEMO)
-    show(f"$ pocketize plan {_DEMO} --pass pocket\n")
-    progress("planning")
-    planned = plan(resolved.model, "pocket", inputs=_DEMO_INPUT, seed=args.seed)
-    show(f"{planned}\n")
+    show(f"$ pocketize fit {_DEMO} --input {_DEMO_INPUT} --memory {_DEMO_MEMORY}\n")
+    found = pocketize.fit(
+        resolved.model, _DEMO_INPUT, memory=_DEMO_MEMORY, progress=progress, prove=True
+    )
+    show(f"{found}\n")
     show(f"$ pocketize report {_DEMO} --pass pocket --input {_DEMO_INPUT}\n")
     progress("measuring both models, in a training step and in inference")
-    show(str(compare(resolved.model, planned.apply(), _DEMO_INPUT, time_steps=3)))
+    small = plan(resolved.model, "pocket", inputs=_DEMO_INPUT, seed=args.seed).apply()
+    show(str(compare(resolved.model, small, _DEMO_INPUT, time_steps=3)))
     show(f"\nNext: pocketize apply {_DEMO} --pass pocket -o small.safetensors")
     return DONE

@@ -126,11 +126,12 @@ def test_a_pass_without_effect_is_told(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_shows_plan_and_report(run: Run) -> None:
+def test_the_demo_fits_and_reports(run: Run) -> None:
     code, out, err = run("demo")
     assert (code, err) == (0, "")
-    assert out.startswith("$ pocketize plan zoo:pocketnet_unet3d --pass pocket\n")
-    assert "width 16: the first features at the finest resolution, of encoder.0.0.0" in out
+    assert out.startswith("$ pocketize fit zoo:pocketnet_unet3d --input ")
+    assert "(exact): " in out
+    assert "Measured in a fresh process: " in out
     assert "Measured on cpu: training peak " in out
     assert "5,470,850" in out
     assert out.endswith("pocketize apply zoo:pocketnet_unet3d --pass pocket -o small.safetensors\n")
