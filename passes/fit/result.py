@@ -32,6 +32,7 @@ class FitPoint:
         seconds: predicted time of a step on this machine; ``None`` where it has no such device.
         time: predicted time relative to the untouched network's.
         flops: floating-point operations of convolutions and matrix products in a step.
+        gradients: bytes of the peak that are gradients of parameters.
     """
 
     label: str
@@ -43,6 +44,7 @@ class FitPoint:
     seconds: float | None
     time: float
     flops: int
+    gradients: int
 
     def to_json(self) -> dict[str, Any]:
         """Return the point as what ``json.dumps`` takes; sizes are bytes."""
@@ -56,6 +58,7 @@ class FitPoint:
             "seconds": self.seconds,
             "time": self.time,
             "flops": self.flops,
+            "gradients": self.gradients,
         }
 
 

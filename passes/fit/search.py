@@ -121,7 +121,6 @@ class Search:
         request: the step of the untouched network.
         device: where the network will run.
         usable: bytes that tensors may take.
-        gradients: bytes of the gradients of all parameters.
         points: what was estimated, in the order in which it was tried.
         untouched: the first of them.
         refused: why a candidate could not be applied, by its label.
@@ -151,10 +150,6 @@ class Search:
         progress("tracing the network")
         self.cache = EstimateCache(request, str(self.times.cache))
         self.untouched = self._start()
-        self.gradients = 0
-        if request.train and request.optimizer is not None:
-            trained = [p for p in request.model.parameters() if p.requires_grad]
-            self.gradients = sum(p.numel() * p.element_size() for p in trained)
 
     def solve(self, allowed: Sequence[Guarantee]) -> tuple[FitPoint, nn.Module]:
         """Return the first point that fits, and the rewritten network.
@@ -207,9 +202,10 @@ class Search:
         slow = self.max_time is not None and point.time > self.max_time and point.passes
         return point.peak <= self.usable and not slow
 
-    def gradients_decide(self, peak: int) -> bool:
-        """Tell whether a step in the backward pass may bring a peak into the budget."""
-        return peak > self.usable >= peak - self.gradients
+    def gradients_decide(self, point: FitPoint) -> bool:
+        """Tell whether a step in the backward pass may bring a point into the budget."""
+        stepping = self.request.optimizer is not None
+        return stepping and point.peak > self.usable >= point.peak - point.gradients
 
     def curve(self) -> list[Choice]:
         """Return the choices of recompute, the largest peak first."""
@@ -252,6 +248,7 @@ class Search:
             seconds=seconds if self.here else None,
             time=seconds / self._seconds if self.points else 1.0,
             flops=known["flops"],
+            gradients=known["gradients"],
         )
         if not self.points:
             self._seconds = seconds
@@ -280,6 +277,7 @@ class Search:
             "peak": profile.peak,
             "elsewhere": profile.elsewhere,
             "flops": work.flops,
+            "gradients": profile.categories["gradients"],
             "seconds": self.times.seconds(work),
         }
 

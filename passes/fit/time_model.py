@@ -2,7 +2,8 @@
 
 Each convolution of the step is timed once on the device, on a part of its volume; each other
 operator once, at a size that it has in the step, and scaled by the bytes that it reads and writes.
-Times are cached in a file per device, number of threads and version of torch, so that only a
+On the CPU this is the time of one thread, which other programs do not disturb, divided by the
+number of threads. Times are cached in a file per device and version of torch, so that only a
 network with other layers needs timing again.
 """
 
@@ -10,10 +11,11 @@ from __future__ import annotations
 
 __all__ = ["TimeModel"]
 
+import contextlib
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +53,13 @@ class TimeModel:
 
     def seconds(self, work: Work) -> float:
         """Predict the time of a step; on the CPU, with the present number of threads."""
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
         total = 0.0
         for convolution, count in work.convolutions.items():
             total += count * self._convolution(convolution)
         for name, operations in work.others.items():
             total += self._others(name, operations)
-        return total
+        return total / threads
 
     def save(self) -> None:
         """Write the times to the cache file; a folder that cannot be written to is no error."""
@@ -147,10 +150,9 @@ def _points(convolution: Convolution) -> int:
 
 
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
-    best, spent, clock = math.inf, 0.0, time.perf_counter
-    if device.type == "cpu" and torch.get_num_threads() == 1:
-        clock = time.thread_time  # other programs on the machine do not count
-    with torch.no_grad():
+    best, spent = math.inf, 0.0
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    with torch.no_grad(), _one_thread():
         call()  # the first call allocates and compiles
         for _ in range(_TIMES):
             _synchronize(device)
@@ -164,6 +166,16 @@ def _fastest(call: Callable[[], object], device: torch.device) -> float:
     return best
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
@@ -171,7 +183,7 @@ def _synchronize(device: torch.device) -> None:
 
 def _cache_file(device: torch.device) -> Path:
     if device.type == "cpu":
-        name = f"{platform.processor() or platform.machine()}-{torch.get_num_threads()}"
+        name = platform.processor() or platform.machine()
     else:
         name = getattr(torch, device.type).get_device_name(device)
     plain = "".join(c if c.isalnum() else "-" for c in f"{name}-{torch.__version__}")

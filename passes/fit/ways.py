@@ -55,7 +55,7 @@ def _try_exact(search: Search) -> None:
     if search.request.train:
         norms = Way("in-place norms", (_pass("in-place-norm"),))
         for way, point in ((UNTOUCHED, search.untouched), (norms, search.try_way(norms))):
-            if point is not None and search.gradients_decide(point.peak):
+            if point is not None and search.gradients_decide(point):
                 search.try_way(way.stepping())
         _try_recompute(search)
     if search.best(Guarantee.EXACT) is None:
@@ -79,10 +79,9 @@ def _try_recompute(search: Search) -> None:
     fitting = [i for i, choice in enumerate(choices) if choice.peak <= search.usable]
     shown = [round(i * (len(choices) - 1) / (_SHOWN - 1)) for i in range(_SHOWN)]
     for index in dict.fromkeys([*fitting[:1], *shown]):
-        search.try_way(ways[index])
-    deciding = [i for i, choice in enumerate(choices) if search.gradients_decide(choice.peak)]
-    if deciding:
-        search.try_way(ways[deciding[0]].stepping())
+        point = search.try_way(ways[index])
+        if point is not None and search.gradients_decide(point):
+            search.try_way(ways[index].stepping())
 
 
 def _try_tiles(search: Search, *before: Pass) -> None:
@@ -103,7 +102,7 @@ def _try_tiles(search: Search, *before: Pass) -> None:
             )
             way = Way(f"tiles of {size}, results on {place}", (*before, tiles))
             point = search.try_way(way)
-            if point is not None and search.gradients_decide(point.peak):
+            if point is not None and search.gradients_decide(point):
                 point = search.try_way(way.stepping())
             if point is None or point.peak <= search.usable:
                 return  # refused; or it fits, and smaller tiles are slower

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["run_demo", "run_report"]
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ from pocketize.report import Comparison, Threshold, compare
 
 _FORMATS = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html"}
 # small enough for two cores to measure both models in well under a minute
-_DEMO, _DEMO_INPUT, _DEMO_MEMORY = "zoo:pocketnet_unet3d", "1x1x16x64x64", "110MiB"
+_DEMO, _DEMO_INPUT = "zoo:pocketnet_unet3d", "1x1x5x48x48"
+_FIT, _FIT_INPUT, _FIT_MEMORY = '{"pocket": true}', "1x1x16x64x64", "30MiB"
 
 
 def run_report(args: argparse.Namespace) -> int:
@@ -107,10 +109,9 @@ def run_demo(args: argparse.Namespace) -> int:
     """Make a bundled network fit a budget, and clamp its widths."""
     torch.manual_seed(args.seed)
     resolved = resolve(_DEMO)
-    show(f"$ pocketize fit {_DEMO} --input {_DEMO_INPUT} --memory {_DEMO_MEMORY}\n")
-    found = pocketize.fit(
-        resolved.model, _DEMO_INPUT, memory=_DEMO_MEMORY, progress=progress, prove=True
-    )
+    show(f"$ pocketize fit {_DEMO} --kwargs '{_FIT}' --input {_FIT_INPUT} --memory {_FIT_MEMORY}\n")
+    net = resolve(_DEMO, kwargs=json.loads(_FIT)).model
+    found = pocketize.fit(net, _FIT_INPUT, memory=_FIT_MEMORY, progress=progress)
     show(f"{found}\n")
     show(f"$ pocketize report {_DEMO} --pass pocket --input {_DEMO_INPUT}\n")
     progress("measuring both models, in a training step and in inference")
