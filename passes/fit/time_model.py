@@ -31,6 +31,8 @@ aten = torch.ops.aten
 
 #: A call is repeated until so many seconds have passed, or so many times; the fastest counts.
 _SECONDS, _TIMES = 0.05, 5
+#: Python's part of an operator, in calls of the smallest one: measured on tiles, which run many.
+_PYTHON = 6
 #: Calls on fewer bytes than these cost the same, whatever the operator.
 _SCALARS = 4096
 #: Stands in a cache file for an operator that cannot be timed.
@@ -54,7 +56,7 @@ class TimeModel:
     def seconds(self, work: Work) -> float:
         """Predict the time of a step; on the CPU, with the present number of threads."""
         threads = torch.get_num_threads() if self.device.type == "cpu" else 1
-        total = 0.0
+        total = work.dispatched * _PYTHON * self._call_seconds() * threads
         for convolution, count in work.convolutions.items():
             total += count * self._convolution(convolution)
         for name, operations in work.others.items():
@@ -77,8 +79,7 @@ class TimeModel:
 
     def _others(self, name: str, operations: Operations) -> float:
         """Time is proportional to bytes, above a fixed cost for each call."""
-        tiny = Described((1,), torch.float32)
-        call = self._time("call", lambda: self._call(aten.neg.default, (tiny,), {})) or 0.0
+        call = self._call_seconds()
         if operations.nbytes < operations.calls * _SCALARS:
             return operations.calls * call
         func, args, kwargs = operations.example
@@ -92,6 +93,10 @@ class TimeModel:
             seconds = self._time("plain", lambda: self._call(aten.neg.default, (plain,), {})) or 0.0
         rate = max(0.0, seconds - call) / size
         return operations.calls * call + operations.nbytes * rate
+
+    def _call_seconds(self) -> float:
+        tiny = Described((1,), torch.float32)
+        return self._time("call", lambda: self._call(aten.neg.default, (tiny,), {})) or 0.0
 
     def _time(self, key: str, make: Callable[[], Callable[[], object]]) -> float | None:
         """Return the time of a call; ``None`` where it fails on random numbers."""

@@ -71,6 +71,7 @@ def test_inference_fits_by_tiles(net: nn.Module) -> None:
         torch.testing.assert_close(found.model.eval()(x), net.eval()(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_refused_with_the_least_peak(net: nn.Module) -> None:
     with pytest.raises(FitError, match=r"least peak with guarantee exact is \d+.* MiB \("):
         fit(net, INPUT, memory="100kB", prove=False)
@@ -118,6 +119,7 @@ def test_a_gpus_budget_leaves_room_for_what_tensors_do_not_show(net: nn.Module) 
         assert found.proof.startswith("Estimated only: this machine has no cuda")
 
 
+@pytest.mark.slow
 def test_the_largest_input_fits_and_the_next_does_not(net: nn.Module) -> None:
     budget = _peak(net)
     found = largest_input(net, "1x1xNxNx32", memory=budget, prove=False, max_time=1.2)
@@ -145,6 +147,7 @@ def test_the_cache_folder_may_be_missing_or_broken(
     assert fit(net, INPUT, memory="1GiB", prove=False).passes == ()
 
 
+@pytest.mark.slow
 def test_widths_are_kept_when_the_class_is_unknown_to_other_processes() -> None:
     class Local(UNet3d):
         """Cannot be pickled."""
