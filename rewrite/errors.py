@@ -35,6 +35,7 @@ __all__ = [
     "CaptureError",
     "CropWarning",
     "ExecutionError",
+    "FitError",
     "InputError",
     "MeasureError",
     "ModelError",

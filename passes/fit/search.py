@@ -1,13 +1,13 @@
 """Find the fastest way to run a network within a memory budget: :func:`fit`.
 
-:class:`Search` estimates candidates and picks one; :mod:`pocketize.passes.fit.ways` knows which to
+:class:`FitSearch` estimates candidates and picks one; :mod:`pocketize.passes.fit.ways` knows which to
 try. Peaks are estimates on fake tensors, which equal measured live tensors to the byte; times are
 predicted from the operators that such a step runs.
 """
 
 from __future__ import annotations
 
-__all__ = ["Search", "fit"]
+__all__ = ["FitSearch", "fit"]
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -96,7 +96,7 @@ def fit(
     budget = _bytes(memory)
     tell = progress or (lambda text: None)
     allowed = list(Guarantee)[: order.index(allow) + 1]
-    search = Search(request, budget, max_time, tell)
+    search = FitSearch(request, budget, max_time, tell)
     chosen, lean = search.solve(allowed)
     proof = prove_step(lean, request, chosen) if prove else "Estimated only, as was asked for."
     return Fit(
@@ -114,7 +114,7 @@ def fit(
     )
 
 
-class Search:
+class FitSearch:
     """Estimates candidates for one network.
 
     Attributes:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pocketize._torch import pytree
 from pocketize.errors import FitError
-from pocketize.memory.work import EXAMPLE_BYTES, Convolution, Described, Operations, Work
+from pocketize.memory.work import EXAMPLE_BYTES, ConvolutionShape, Described, Operations, Work
 from pocketize.passes.fit.cache import cache_folder, read_json_file, write_json_file
 
 aten = torch.ops.aten
@@ -69,7 +69,7 @@ class TimeModel:
             write_json_file(self.cache, {**_read(self.cache), **self._times})
             self._new = False
 
-    def _convolution(self, convolution: Convolution) -> float:
+    def _convolution(self, convolution: ConvolutionShape) -> float:
         part = _part(convolution)
         scale = _points(convolution) / _points(part)
         seconds = self._time(repr(tuple(part)), lambda: self._convolution_call(part))
@@ -109,7 +109,7 @@ class TimeModel:
         seconds = self._times[key]
         return None if seconds == _FAILED else seconds
 
-    def _convolution_call(self, convolution: Convolution) -> Callable[[], object]:
+    def _convolution_call(self, convolution: ConvolutionShape) -> Callable[[], object]:
         dtype = getattr(torch, convolution.dtype)
         made = [
             torch.rand(shape, device=self.device).to(dtype)
@@ -135,7 +135,7 @@ class TimeModel:
         return lambda: func(*given, **named)
 
 
-def _part(convolution: Convolution) -> Convolution:
+def _part(convolution: ConvolutionShape) -> ConvolutionShape:
     """Return the same convolution on a part of its volume that is quick to run."""
     _, channels, *sizes = convolution.input
     width = max(convolution.weight[0], convolution.weight[1], channels)
@@ -150,7 +150,7 @@ def _part(convolution: Convolution) -> Convolution:
     return convolution._replace(input=(1, channels, *sizes))
 
 
-def _points(convolution: Convolution) -> int:
+def _points(convolution: ConvolutionShape) -> int:
     return convolution.input[0] * math.prod(convolution.input[2:])
 
 

@@ -13,7 +13,7 @@ from pocketize.plugin.base import Guarantee, Pass
 from pocketize.plugin.registry import get_pass
 
 if TYPE_CHECKING:
-    from pocketize.passes.fit.search import Search
+    from pocketize.passes.fit.search import FitSearch
 
 #: Tiles of these parts of an axis are tried, until one fits.
 _PARTS = (2, 3, 4, 6, 8, 12, 16, 24)
@@ -39,7 +39,7 @@ class Way:
 UNTOUCHED = Way("untouched")
 
 
-def try_ways(search: Search, guarantee: Guarantee) -> None:
+def try_ways(search: FitSearch, guarantee: Guarantee) -> None:
     """Try candidates of a guarantee until one fits, and some to compare it with."""
     if guarantee is Guarantee.EXACT:
         _try_exact(search)
@@ -49,7 +49,7 @@ def try_ways(search: Search, guarantee: Guarantee) -> None:
         _try_narrower(search)
 
 
-def _try_exact(search: Search) -> None:
+def _try_exact(search: FitSearch) -> None:
     if search.fits(search.untouched):
         return
     if search.request.train:
@@ -62,7 +62,7 @@ def _try_exact(search: Search) -> None:
         _try_tiles(search)
 
 
-def _try_recompute(search: Search) -> None:
+def _try_recompute(search: FitSearch) -> None:
     try:
         choices = search.curve()
     except PocketizeError as error:
@@ -84,7 +84,7 @@ def _try_recompute(search: Search) -> None:
             search.try_way(ways[index].stepping())
 
 
-def _try_tiles(search: Search, *before: Pass) -> None:
+def _try_tiles(search: FitSearch, *before: Pass) -> None:
     """Try ever smaller tiles until one fits, or until they do not save any more."""
     sizes = search.request.inputs.tensors()[0].shape[2:]
     if not sizes:
@@ -111,7 +111,7 @@ def _try_tiles(search: Search, *before: Pass) -> None:
             peak = point.peak
 
 
-def _try_amp(search: Search) -> None:
+def _try_amp(search: FitSearch) -> None:
     amp = _pass("amp", dtype="bf16")
     search.try_way(Way("bfloat16", (amp,)))
     for point in list(search.points):
@@ -122,7 +122,7 @@ def _try_amp(search: Search) -> None:
         _try_tiles(search, amp)
 
 
-def _try_narrower(search: Search) -> None:
+def _try_narrower(search: FitSearch) -> None:
     narrower = [("pocket", _pass("pocket", weights="reset"))]
     narrower += [
         (f"{part} of all widths", _pass("width", scale=part, weights="reset"))

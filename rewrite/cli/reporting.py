@@ -5,15 +5,14 @@ from __future__ import annotations
 __all__ = ["run_demo", "run_report"]
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import pocketize
 from pocketize.artifact import load
 from pocketize.artifact.models import ResolvedModel, resolve
+from pocketize.cli.commands import load_command
 from pocketize.cli.common import (
     CHECK_FAILED,
     DONE,
@@ -110,10 +109,11 @@ def run_demo(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     resolved = resolve(_DEMO)
     show(f"$ pocketize fit {_DEMO} --kwargs '{_FIT}' --input {_FIT_INPUT} --memory {_FIT_MEMORY}\n")
-    net = resolve(_DEMO, kwargs=json.loads(_FIT)).model
-    found = pocketize.fit(net, _FIT_INPUT, memory=_FIT_MEMORY, progress=progress)
-    show(f"{found}\n")
-    show(f"$ pocketize report {_DEMO} --pass pocket --input {_DEMO_INPUT}\n")
+    command, parser = load_command("fit"), argparse.ArgumentParser()
+    command.add_arguments(parser)
+    arguments = [_DEMO, "--kwargs", _FIT, "--input", _FIT_INPUT, "--memory", _FIT_MEMORY]
+    command.run(parser.parse_args(arguments))
+    show(f"\n$ pocketize report {_DEMO} --pass pocket --input {_DEMO_INPUT}\n")
     progress("measuring both models, in a training step and in inference")
     small = plan(resolved.model, "pocket", inputs=_DEMO_INPUT, seed=args.seed).apply()
     show(str(compare(resolved.model, small, _DEMO_INPUT, time_steps=3)))

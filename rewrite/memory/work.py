@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["EXAMPLE_BYTES", "Convolution", "Described", "Operations", "Work"]
+__all__ = ["EXAMPLE_BYTES", "ConvolutionShape", "Described", "Operations", "Work"]
 
 from collections import Counter
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 EXAMPLE_BYTES = 64 << 20
 
 
-class Convolution(NamedTuple):
+class ConvolutionShape(NamedTuple):
     """A convolution or its backward pass.
 
     Attributes:
@@ -75,7 +75,7 @@ class Work:
     """
 
     def __init__(self) -> None:
-        self.convolutions: Counter[Convolution] = Counter()
+        self.convolutions: Counter[ConvolutionShape] = Counter()
         self.others: dict[str, Operations] = {}
         self.flops = 0
         self.dispatched = 0
@@ -119,10 +119,10 @@ def _described(tensor: Tensor) -> Described:
     return Described(tuple(tensor.shape), tensor.dtype)
 
 
-def _convolution(x: Tensor, weight: Tensor, options: list[Any], mask: Any = ()) -> Convolution:
+def _convolution(x: Tensor, weight: Tensor, options: list[Any], mask: Any = ()) -> ConvolutionShape:
     fixed = tuple(tuple(o) if isinstance(o, list | tuple) else o for o in options)
     dtype = str(weight.dtype).removeprefix("torch.")
-    return Convolution(tuple(x.shape), tuple(weight.shape), dtype, fixed, tuple(mask))
+    return ConvolutionShape(tuple(x.shape), tuple(weight.shape), dtype, fixed, tuple(mask))
 
 
 def _only_views(func: Any) -> bool:

@@ -92,9 +92,9 @@ def _network(name: str) -> tuple[nn.Module, str]:
 
         return zoo.build(name.removeprefix("zoo:")), _ZOO[name]
     found = next(net for net in published_nets() if net.name == name)
-    sizes = "x".join([str(_SIZES[name])] * (found.inputs()[0].ndim - 2))
-    channels = found.inputs()[0].shape[1]
-    return found.build(), f"1x{channels}x{sizes}"
+    example = found.inputs()
+    sizes = "x".join([str(_SIZES[name])] * (example.ndim - 2))
+    return found.build(), f"1x{example.shape[1]}x{sizes}"
 
 
 def _work(task: dict[str, Any]) -> dict[str, Any]:
