@@ -1,7 +1,7 @@
 """Find the fastest way to run a network within a memory budget: :func:`fit`.
 
-:class:`FitSearch` estimates candidates and picks one; :mod:`pocketize.passes.fit.ways` knows which to
-try. Peaks are estimates on fake tensors, which equal measured live tensors to the byte; times are
+:class:`FitSearch` estimates the candidates of :mod:`pocketize.passes.fit.ways`, and picks one.
+Peaks are estimates on fake tensors, which equal measured live tensors to the byte; times are
 predicted from the operators that such a step runs.
 """
 

@@ -126,10 +126,14 @@ def test_a_pass_without_effect_is_told(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_fits_and_reports(run: Run) -> None:
+@pytest.mark.slow
+def test_the_demo_fits_and_reports(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code, out, err = run("demo")
     assert (code, err) == (0, "")
-    assert out.startswith("$ pocketize fit zoo:pocketnet_unet3d --input ")
+    assert out.startswith("$ pocketize fit zoo:pocketnet_unet3d --kwargs ")
     assert "(exact): " in out
     assert "Measured in a fresh process: " in out
     assert "Measured on cpu: training peak " in out
