@@ -55,7 +55,9 @@ def check_gradients(model: nn.Module, x: Any, count: int) -> None:
     frees = freed(traced, uses)
     expected = gradients(copy.deepcopy(model), x)
     for rebuilt in subsets(movable(uses), count):
-        same(expected, gradients(with_rebuilt(model, rebuilt, frees, 0), x))
+        # norms over few values enlarge the rounding of a chain as long as that of a whole network
+        tolerance = 1e-8 if len(rebuilt) > 64 else 1e-9
+        same(expected, gradients(with_rebuilt(model, rebuilt, frees, 0), x), tolerance)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
