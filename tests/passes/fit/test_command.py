@@ -42,7 +42,7 @@ def test_model_recipe_and_report_are_written(
     [
         (["--memory", "1kB"], 1, "The least peak with guarantee exact"),
         (["--memory", "much"], 1, "is no size"),
-        (["--memory", "1GiB", "--input", "1x1x33x33"], 3, "Expected"),
+        (["--memory", "1GiB", "--input", "1x1x33x33"], 3, "1x1x33x33"),
         (["--memory", "1GiB", "--largest-input"], 2, "no N"),
     ],
 )
