@@ -11,8 +11,8 @@ from __future__ import annotations
 __all__ = [
     "BatchNorm", "ConvNd", "ConvTransposeNd", "DataDependentOutputException",
     "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode", "InstanceNorm", "NormBase",
-    "OpOverload", "TorchDispatchMode", "activations_of_torch", "autograd_function_of",
-    "backward_runs", "check_norm_input", "dispatch_modes", "fake_tensor_logger",
+    "OpOverload", "TorchDispatchMode", "activations_of_torch", "after_backward", "autograd_function_of",
+    "backward_number", "backward_runs", "check_norm_input", "dispatch_modes", "fake_tensor_logger",
     "global_forward_hooks", "has_kernel", "has_tensor_hooks", "holders", "import_compiler",
     "in_autograd_function", "in_checkpoint", "innermost_saving", "is_batched", "is_compiled",
     "is_view", "keep_version", "keeps_graph", "next_sequence_number", "pytree", "release",
@@ -313,6 +313,16 @@ def keeps_graph() -> bool:
     autograd = getattr(torch._C, "_autograd", None)
     keeps = getattr(autograd, "_get_current_graph_task_keep_graph", None)
     return bool(keeps and keeps())
+
+
+def backward_number() -> int:
+    """Return the number of the backward pass that runs now; -1 outside of one."""
+    return int(_find("torch._C._current_graph_task_id")())
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Call something when the backward pass that runs now has ended without an error."""
+    _find("torch.autograd.variable.Variable")._execution_engine.queue_callback(call)
 
 
 def next_sequence_number() -> int:

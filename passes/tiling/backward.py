@@ -63,27 +63,34 @@ class TiledBackward(Execution):
         self._norm_leaves: dict[fx.Node, Tensor] = {}
         self._used: dict[str, Tensor] = {}
 
-    def gradients(
-        self, of_outputs: Mapping[fx.Node, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[fx.Node, Tensor]]:
-        """Return the gradients of parameters by name, and of inputs, from those of the outputs."""
-        try:
-            for node, gradient in of_outputs.items():
-                self._add(node, None, 0, gradient)
-            for step in reversed(self.program.steps):
-                if isinstance(step, FullSizeOp):
-                    self._full_size_back(step)
-                else:
-                    self._tile_loop_back(step)
-            inputs = {
-                node: held.tensor if isinstance(held, Buffer) else held
-                for (node, _), held in self._sums.items()
-                if node.op == "placeholder"
-            }
-            return self._weights, inputs
-        finally:
-            if not self.retain:
-                self.close()
+    def begin(self, of_outputs: Mapping[fx.Node, Tensor]) -> None:
+        """Take the gradients of the outputs."""
+        for node, gradient in of_outputs.items():
+            self._add(node, None, 0, gradient)
+
+    def differentiate(self, numbers: range) -> None:
+        """Differentiate steps of the program by their numbers, which go from the last down."""
+        for number in numbers:
+            step = self.program.steps[number]
+            if isinstance(step, FullSizeOp):
+                self._full_size_back(step)
+            else:
+                self._tile_loop_back(step)
+
+    def take_weights(self, names: Collection[str]) -> list[Tensor | None]:
+        """Return the gradients of parameters, and hold them no longer."""
+        return [self._weights.pop(name, None) for name in names]
+
+    def take_inputs(self, nodes: Collection[fx.Node]) -> list[Tensor | None]:
+        """Return the gradients of inputs, and hold them no longer."""
+        held = [self._sums.pop((node, 0), None) for node in nodes]
+        return [each.tensor if isinstance(each, Buffer) else each for each in held]
+
+    def end(self) -> None:
+        """Free what is stored, unless it is retained."""
+        self._sums.clear()
+        if not self.retain:
+            self.close()
 
     # -- what forms read: leaves ------------------------------------------------------------------
 

@@ -3,6 +3,10 @@
 The norms of the traced copy track no running statistics, so that the trace has the operator on the
 statistics of the batch alone. These are reduced over all tiles like any norm's, and when the
 forward is done they are added to the running statistics as torch would do it, once.
+
+The backward pass is a chain of autograd nodes. Each differentiates some steps of the program and
+returns the gradients of the weights that no earlier step reads. Autograd accumulates them before it
+runs the next node, so that hooks on a parameter (``step_in_backward``) may update it then.
 """
 
 from __future__ import annotations
@@ -10,19 +14,29 @@ from __future__ import annotations
 __all__ = ["differentiable_forward", "stop_tracking", "updates_of"]
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
-from pocketize._torch import BatchNorm, NormBase, is_batched, keeps_graph, storage_key, version_of
+from pocketize._torch import (
+    BatchNorm,
+    NormBase,
+    after_backward,
+    backward_number,
+    is_batched,
+    keeps_graph,
+    storage_key,
+    version_of,
+)
 from pocketize.errors import ExecutionError
 from pocketize.graph.capture import find_tensors
 from pocketize.ops import Kind, operator_name, operator_of
 from pocketize.passes.shared.second_order import refuse_second
 from pocketize.passes.tiling.backward import TiledBackward, differentiable
 from pocketize.passes.tiling.execution import Execution
-from pocketize.passes.tiling.program import Program
+from pocketize.passes.tiling.program import FullSizeOp, Program
 from pocketize.passes.tiling.statistics import NormMoments
 from pocketize.passes.tiling.tiled_graph import TiledGraph, TilingError
 
@@ -118,10 +132,36 @@ def differentiable_forward(
     """
     updates = [] if model is None else updates_of(program.graph, model)
     run = _TrainingRun(program, **settings)
-    made = _TiledFunction.apply(run, *run.asked)  # type: ignore[no-untyped-call]
+    link = None
+    for part in reversed(run.parts):
+        link = _TiledPart.apply(run, part, link, *part.asked)  # type: ignore[no-untyped-call]
+    made = _TiledFunction.apply(run, link, *run.asked)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         _update_running(run.execution, updates)
     return dict(zip(program.outputs, made, strict=True))
+
+
+@dataclass(eq=False)
+class _Part:
+    """Steps that one node of the graph differentiates, and the weights that no earlier step reads.
+
+    The last part also has the inputs.
+    """
+
+    steps: range
+    names: list[str]
+    nodes: list[fx.Node]
+    asked: list[Tensor]
+    #: what this part and later ones compute from: name, tensor, state in the forward
+    watched: list[tuple[str, Tensor, Any]]
+
+
+@dataclass(eq=False)
+class _Pass:
+    """A backward pass on its way through the parts; ``sources`` are the gradients of outputs."""
+
+    back: TiledBackward
+    sources: list[Tensor | None]
 
 
 class _TrainingRun:
@@ -137,18 +177,31 @@ class _TrainingRun:
         read = {source for node in program.graph.nodes for source in node.all_input_nodes}
         named = {n: n.meta["tensor"] for n in read if n.op == "get_attr" and n.meta["tensor"]}
         weights = {n: tensor for n, tensor in tensors.items() if n in named.values()}
-        self.names = [name for name, tensor in weights.items() if tensor.requires_grad]
+        names = [name for name, tensor in weights.items() if tensor.requires_grad]
         self.nodes = [node for node, tensor in inputs.items() if tensor.requires_grad]
-        self.asked = [*(weights[n] for n in self.names), *(inputs[n] for n in self.nodes)]
+        self.asked = [*(weights[n] for n in names), *(inputs[n] for n in self.nodes)]
         # aliases without hooks of tensors, which autograd runs with the sum over all tiles
         aliases = {name: _alias(tensor) for name, tensor in weights.items()}
         self.execution = Execution(program, tensors=aliases, inputs=inputs, retain=True, **settings)
-        asked = {node for node, name in named.items() if name in self.names}
+        asked = {node for node, name in named.items() if name in names}
         self.reached = _reached(program.graph, asked.union(self.nodes))
         self.done = False
         self._watched: list[tuple[str, Tensor, Any]] = []
+        self._passes: dict[int, _Pass] = {}
         self._watch(weights)
         self._watch({f"input {index}": tensor for index, tensor in enumerate(inputs.values())})
+        first = _first_readers(program, weights, list(inputs.values()))
+        self.parts: list[_Part] = []
+        end = len(program.steps)
+        for begin in sorted({0, *(first[name] for name in names)}, reverse=True):
+            mine = [name for name in names if first[name] == begin]
+            nodes = [] if begin else self.nodes
+            tensors_asked = [*(weights[n] for n in mine), *(inputs[n] for n in nodes)]
+            watched = [row for row in self._watched if first.get(row[0], 0) < end]
+            steps = range(end - 1, begin - 1, -1)
+            if tensors_asked:
+                self.parts.append(_Part(steps, mine, nodes, tensors_asked, watched))
+            end = begin
 
     def _watch(self, tensors: Mapping[str, Tensor]) -> None:
         self._watched += [(what, tensor, _state(tensor)) for what, tensor in tensors.items()]
@@ -165,8 +218,8 @@ class _TrainingRun:
                 self._watch({f"output {index}": alias})
         return tuple(made[node] for node in program.outputs)
 
-    def backward(self, of_outputs: Mapping[fx.Node, Tensor]) -> tuple[Tensor | None, ...]:
-        """Return the gradients of ``asked``.
+    def begin(self, of_outputs: Mapping[fx.Node, Tensor], sources: list[Tensor | None]) -> None:
+        """Begin a backward pass.
 
         Raises:
             ExecutionError: it has run, or what it computes again from was written.
@@ -181,28 +234,80 @@ class _TrainingRun:
                 "patchwise: training by tiles differentiates one gradient at a time, and here are "
                 "several (vmap, is_grads_batched=True, a vectorised Jacobian); take them one by one"
             )
-        for what, tensor, before in self._watched:
-            if _state(tensor) != before:
-                raise ExecutionError(
-                    f"patchwise: {what} was written or replaced between forward and backward, "
-                    "which computes tiles again from it; run the backward pass first, or write "
-                    "into a copy"
-                )
+        _check_unwritten(self._watched)
         keeps = keeps_graph()
         self.done = not keeps
-        execution = self.execution
+        execution, number = self.execution, backward_number()
         back = TiledBackward(execution, execution.storage, of_inputs=self.nodes, retain=keeps)
-        with torch.autocast(execution.storage.device.type, enabled=False):
-            weights, inputs = back.gradients(of_outputs)
-        found = [weights.get(name) for name in self.names]
-        found += [inputs.get(node) for node in self.nodes]
-        moved = tuple(
-            None if gradient is None else gradient.to(tensor.device)
-            for gradient, tensor in zip(found, self.asked, strict=True)
-        )
+        self._passes[number] = _Pass(back, sources)
+        # a backward pass that asks for late weights alone does not reach the last part
+        after_backward(lambda: self._finish(number))
+        back.begin(of_outputs)
+
+    def backward(self, part: _Part) -> tuple[Tensor | None, ...]:
+        """Return the gradients that a part asks for.
+
+        Raises:
+            ExecutionError: what it computes again from was written.
+        """
+        number = backward_number()
+        running = self._passes[number]
+        try:
+            _check_unwritten(part.watched)
+            with torch.no_grad(), torch.autocast(running.back.storage.device.type, enabled=False):
+                running.back.differentiate(part.steps)
+            found = [
+                *running.back.take_weights(part.names),
+                *running.back.take_inputs(part.nodes),
+            ]
+            moved = tuple(
+                None if gradient is None else gradient.to(tensor.device)
+                for gradient, tensor in zip(found, part.asked, strict=True)
+            )
+            if part is self.parts[-1]:
+                self._finish(number)
+        except BaseException:
+            self._finish(number)
+            raise
+        advice = "Rewrite the network without pocketize's train=True where that is needed"
+        return refuse_second("patchwise", moved, [*running.sources, *self.asked], advice)
+
+    def _finish(self, number: int) -> None:
+        running = self._passes.pop(number, None)
+        if running is None:
+            return
+        running.back.end()
         if self.done:  # an output may outlive its backward pass
-            self._watched, execution.tensors = [], {}
-        return moved
+            self._watched, self.execution.tensors = [], {}
+            for part in self.parts:
+                part.watched = []
+
+
+def _first_readers(
+    program: Program, weights: Mapping[str, Tensor], inputs: list[Tensor]
+) -> dict[str, int]:
+    """Return the number of the first step that reads the memory of each weight."""
+    first: dict[str, int] = {}
+    for number, step in reversed(list(enumerate(program.steps))):
+        order = [step.node] if isinstance(step, FullSizeOp) else [*step.order, *step.reductions]
+        for source in {source for node in order for source in node.all_input_nodes}:
+            if source.op == "get_attr" and source.meta["tensor"]:
+                first[source.meta["tensor"]] = number
+    memory = {storage_key(tensor): 0 for tensor in inputs}
+    for name, tensor in weights.items():
+        key = storage_key(tensor)
+        memory[key] = min(memory.get(key, len(program.steps)), first.get(name, 0))
+    return {name: memory[storage_key(tensor)] for name, tensor in weights.items()}
+
+
+def _check_unwritten(watched: list[tuple[str, Tensor, Any]]) -> None:
+    for what, tensor, before in watched:
+        if _state(tensor) != before:
+            raise ExecutionError(
+                f"patchwise: {what} was written or replaced between forward and backward, "
+                "which computes tiles again from it; run the backward pass first, or write "
+                "into a copy"
+            )
 
 
 def _reached(graph: TiledGraph, asked: set[fx.Node]) -> set[fx.Node]:
@@ -228,8 +333,12 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 class _TiledFunction(torch.autograd.Function):
+    """The forward; its backward hands the gradients of the outputs to the parts."""
+
     @staticmethod
-    def forward(ctx: Any, run: _TrainingRun, *asked: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, run: _TrainingRun, link: Tensor | None, *asked: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.run = run
         results = run.forward()
         rows = zip(run.execution.program.outputs, results, strict=True)
@@ -246,6 +355,28 @@ class _TiledFunction(torch.autograd.Function):
             if gradient is not None and node in run.reached
         }
         with torch.no_grad():
-            found = run.backward(of_outputs)
-        advice = "Rewrite the network without pocketize's train=True where that is needed"
-        return None, *refuse_second("patchwise", found, [*gradients, *run.asked], advice)
+            run.begin(of_outputs, list(gradients))
+            return None, _link(run), *(None for _ in run.asked)
+
+
+class _TiledPart(torch.autograd.Function):
+    """Nothing in the forward; its backward is that of a part, after those of the parts before."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: _TrainingRun, part: _Part, link: Tensor | None, *asked: Tensor
+    ) -> Tensor:
+        ctx.run, ctx.part = run, part
+        return _link(run)
+
+    @staticmethod
+    def backward(ctx: Any, *links: Tensor) -> tuple[Tensor | None, ...]:
+        run: _TrainingRun = ctx.run
+        found = run.backward(ctx.part)
+        last = ctx.part is run.parts[-1]
+        return None, None, None if last else _link(run), *found
+
+
+def _link(run: _TrainingRun) -> Tensor:
+    """Return a number that stands for one node's having run, on the device of all nodes."""
+    return torch.zeros((), device=run.execution.storage.device)

@@ -61,8 +61,15 @@ def _tiled(
     leaves = {n: made[n].detach().requires_grad_() for n in program.outputs}
     _loss([leaves[n] for n in traced.outputs()]).backward()
     gradients = {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
-    weights, inputs = TiledBackward(execution, keeper).gradients(gradients)
-    return weights, inputs[node]
+    back = TiledBackward(execution, keeper)
+    back.begin(gradients)
+    back.differentiate(range(len(program.steps) - 1, -1, -1))
+    (of_input,) = back.take_inputs([node])
+    back.end()
+    assert of_input is not None
+    names = list(tensors)
+    rows = zip(names, back.take_weights(names), strict=True)
+    return {name: weight for name, weight in rows if weight is not None}, of_input
 
 
 def _agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
