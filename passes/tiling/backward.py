@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pocketize.passes.tiling.execution import Execution
 from pocketize.passes.tiling.intervals import Box, cut
@@ -135,13 +136,11 @@ class TiledBackward(Execution):
         several = isinstance(node.meta["val"], list | tuple)
         with torch.enable_grad():
             made = self._full_size(node)
-            results = list(made) if several else [made]
-        pairs = []
-        for index, result in enumerate(results):
-            held = self._sums.pop((node, index), None)
-            if held is not None and result.requires_grad:
-                pairs.append((result, _all_of(held)))
-        self._differentiate(pairs)
+            roots = [_root(result) for result in (made if several else [made])]
+        del made
+        sums = [self._sums.pop((node, index), None) for index in range(len(roots))]
+        rows = zip(roots, sums, strict=True)
+        self._differentiate([(r, _all_of(s)) for r, s in rows if r is not None and s is not None])
         self._free([node])
 
     def _tile_loop_back(self, step: TileLoop) -> None:
@@ -154,14 +153,11 @@ class TiledBackward(Execution):
                 continue
             with torch.enable_grad():
                 self._compute(step, wanted)
-                pairs = []
-                for node, box in wanted.items():
-                    result = super().part(node, box)
-                    held = self._sums[node, 0]
-                    gradient = held.read(box) if isinstance(held, Buffer) else cut(held, box)
-                    pairs.append((result, gradient))
-            self._differentiate([pair for pair in pairs if pair[0].requires_grad])
+                roots = [_root(super(TiledBackward, self).part(n, b)) for n, b in wanted.items()]
             self._local.clear()
+            sums = [self._read_sum(node, box) for node, box in wanted.items()]
+            rows = zip(roots, sums, strict=True)
+            self._differentiate([(root, total) for root, total in rows if root is not None])
         for node in [*step.targets, *step.reductions]:
             if (node, 0) in self._sums:
                 waited = self._sums.pop((node, 0))
@@ -169,16 +165,16 @@ class TiledBackward(Execution):
                     waited.close()
             self._free([node])
 
-    def _differentiate(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    def _differentiate(self, pairs: list[tuple[Tensor | GradientEdge, Tensor]]) -> None:
         """Differentiate results by leaves, weights and statistics, and accumulate the gradients."""
         leaves, self._leaves = self._leaves, []
         norms, self._norm_leaves = self._norm_leaves, {}
         used, self._used = self._used, {}
         if not pairs:
             return
-        results, gradients = zip(*pairs, strict=True)
+        roots, gradients = zip(*pairs, strict=True)
         asked = [*(leaf for leaf, *_ in leaves), *norms.values(), *used.values()]
-        rest = iter(torch.autograd.grad(results, asked, gradients, allow_unused=True))
+        rest = iter(torch.autograd.grad(roots, asked, gradients, allow_unused=True))
         for _, node, box, index in leaves:
             if (gradient := next(rest)) is not None:
                 self._add(node, box, index, gradient)
@@ -245,6 +241,10 @@ class TiledBackward(Execution):
         else:
             cut(held, box).add_(gradient)
 
+    def _read_sum(self, node: fx.Node, box: Box) -> Tensor:
+        held = self._sums[node, 0]
+        return held.read(box) if isinstance(held, Buffer) else cut(held, box)
+
     def _zeros(self, node: fx.Node, index: int, like: Tensor) -> Buffer | Tensor:
         value = node.meta["val"]
         value = value[index] if isinstance(value, list | tuple) else value
@@ -258,6 +258,13 @@ class TiledBackward(Execution):
     def _free(self, nodes: Sequence[fx.Node]) -> None:
         if not self.retain:
             super()._free(nodes)
+
+
+def _root(result: Tensor) -> Tensor | GradientEdge | None:
+    """Return where to begin differentiating a result, without the memory of the result."""
+    if not result.requires_grad:
+        return None
+    return result if result.grad_fn is None else get_gradient_edge(result)
 
 
 def _all_of(held: Buffer | Tensor) -> Tensor:

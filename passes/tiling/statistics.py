@@ -72,7 +72,7 @@ class NormMoments(MapReduction):
         wide = torch.promote_types(part.dtype, torch.float32)
         rows = self._rows(part).to(wide)
         mean = rows.mean(-1)
-        return rows.shape[-1], mean, (rows - mean[..., None]).square().sum(-1)
+        return rows.shape[-1], mean, (rows - mean[..., None]).square_().sum(-1)
 
     def join(self, held: tuple[Any, ...], more: tuple[Any, ...]) -> tuple[int, Tensor, Tensor]:
         """Join the moments of two parts."""

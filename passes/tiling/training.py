@@ -158,7 +158,7 @@ class _Part:
 
 @dataclass(eq=False)
 class _Pass:
-    """A backward pass on its way through the parts; ``sources`` are the gradients of outputs."""
+    """A backward pass that runs; with ``create_graph``, ``sources`` are the outputs' gradients."""
 
     back: TiledBackward
     sources: list[Tensor | None]
@@ -354,8 +354,9 @@ class _TiledFunction(torch.autograd.Function):
             for node, gradient in zip(outputs, gradients, strict=True)
             if gradient is not None and node in run.reached
         }
+        sources = list(gradients) if torch.is_grad_enabled() else []
         with torch.no_grad():
-            run.begin(of_outputs, list(gradients))
+            run.begin(of_outputs, sources)
             return None, _link(run), *(None for _ in run.asked)
 
 
