@@ -152,8 +152,6 @@ class _Part:
     names: list[str]
     nodes: list[fx.Node]
     asked: list[Tensor]
-    #: what this part and later ones compute from: name, tensor, state in the forward
-    watched: list[tuple[str, Tensor, Any]]
 
 
 @dataclass(eq=False)
@@ -190,17 +188,16 @@ class _TrainingRun:
         self._passes: dict[int, _Pass] = {}
         self._watch(weights)
         self._watch({f"input {index}": tensor for index, tensor in enumerate(inputs.values())})
-        first = _first_readers(program, weights, list(inputs.values()))
+        self._first = first = _first_readers(program, weights, list(inputs.values()))
         self.parts: list[_Part] = []
         end = len(program.steps)
         for begin in sorted({0, *(first[name] for name in names)}, reverse=True):
             mine = [name for name in names if first[name] == begin]
             nodes = [] if begin else self.nodes
             tensors_asked = [*(weights[n] for n in mine), *(inputs[n] for n in nodes)]
-            watched = [row for row in self._watched if first.get(row[0], 0) < end]
             steps = range(end - 1, begin - 1, -1)
             if tensors_asked:
-                self.parts.append(_Part(steps, mine, nodes, tensors_asked, watched))
+                self.parts.append(_Part(steps, mine, nodes, tensors_asked))
             end = begin
 
     def _watch(self, tensors: Mapping[str, Tensor]) -> None:
@@ -234,7 +231,7 @@ class _TrainingRun:
                 "patchwise: training by tiles differentiates one gradient at a time, and here are "
                 "several (vmap, is_grads_batched=True, a vectorised Jacobian); take them one by one"
             )
-        _check_unwritten(self._watched)
+        self._check_unwritten(range(len(self.execution.program.steps)))
         keeps = keeps_graph()
         self.done = not keeps
         execution, number = self.execution, backward_number()
@@ -253,7 +250,7 @@ class _TrainingRun:
         number = backward_number()
         running = self._passes[number]
         try:
-            _check_unwritten(part.watched)
+            self._check_unwritten(part.steps)
             with torch.no_grad(), torch.autocast(running.back.storage.device.type, enabled=False):
                 running.back.differentiate(part.steps)
             found = [
@@ -279,14 +276,27 @@ class _TrainingRun:
         running.back.end()
         if self.done:  # an output may outlive its backward pass
             self._watched, self.execution.tensors = [], {}
-            for part in self.parts:
-                part.watched = []
+
+    def _check_unwritten(self, steps: range) -> None:
+        """Raise an error if something was written that these steps, or those before, read."""
+        for what, tensor, before in self._watched:
+            if self._first.get(what, 0) <= max(steps) and _state(tensor) != before:
+                raise ExecutionError(
+                    f"patchwise: {what} was written or replaced between forward and backward, "
+                    "which computes tiles again from it; run the backward pass first, or write "
+                    "into a copy"
+                )
 
 
 def _first_readers(
     program: Program, weights: Mapping[str, Tensor], inputs: list[Tensor]
 ) -> dict[str, int]:
-    """Return the number of the first step that reads the memory of each weight."""
+    """Return the number of the first step that reads the memory of each weight.
+
+    Until the backward pass has been there, the weight must not be updated. Tied weights, views of
+    one memory and detached uses count for each other; a weight that is an input counts as read by
+    the first step.
+    """
     first: dict[str, int] = {}
     for number, step in reversed(list(enumerate(program.steps))):
         order = [step.node] if isinstance(step, FullSizeOp) else [*step.order, *step.reductions]
@@ -298,16 +308,6 @@ def _first_readers(
         key = storage_key(tensor)
         memory[key] = min(memory.get(key, len(program.steps)), first.get(name, 0))
     return {name: memory[storage_key(tensor)] for name, tensor in weights.items()}
-
-
-def _check_unwritten(watched: list[tuple[str, Tensor, Any]]) -> None:
-    for what, tensor, before in watched:
-        if _state(tensor) != before:
-            raise ExecutionError(
-                f"patchwise: {what} was written or replaced between forward and backward, "
-                "which computes tiles again from it; run the backward pass first, or write "
-                "into a copy"
-            )
 
 
 def _reached(graph: TiledGraph, asked: set[fx.Node]) -> set[fx.Node]:
