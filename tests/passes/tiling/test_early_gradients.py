@@ -31,9 +31,11 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.silu(self.norm(self.first(x)))
-        y = F.silu(F.conv2d(y, self.last.weight.detach(), padding=1))
-        y = self.tied(torch.cat([y, self.part(self.tied(torch.cat([y, x], 1)))], 1))
-        made: Tensor = self.last(y)
+        y = F.instance_norm(F.conv2d(y, self.last.weight.detach(), padding=1))
+        y = F.instance_norm(self.tied(torch.cat([y, x], 1)))
+        y = F.instance_norm(self.part(F.silu(y)))
+        y = F.instance_norm(self.tied(torch.cat([F.silu(y), x], 1)))
+        made: Tensor = self.last(F.silu(y))
         return made
 
 
