@@ -11,14 +11,15 @@ from __future__ import annotations
 __all__ = [
     "BatchNorm", "ConvNd", "ConvTransposeNd", "DataDependentOutputException",
     "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode", "InstanceNorm", "NormBase",
-    "OpOverload", "TorchDispatchMode", "activations_of_torch", "after_backward", "autograd_function_of",
-    "backward_number", "backward_runs", "check_norm_input", "dispatch_modes", "fake_tensor_logger",
-    "global_forward_hooks", "has_kernel", "has_tensor_hooks", "holders", "import_compiler",
-    "in_autograd_function", "in_checkpoint", "innermost_saving", "is_batched", "is_compiled",
-    "is_view", "keep_version", "keeps_graph", "next_sequence_number", "pytree", "release",
-    "run_parts", "running_node", "same_convolution", "saving_hooks_allowed", "schema_of",
-    "sparse_parts", "storage_key", "swap_tensors", "takes_what_is_saved", "transforms_active",
-    "unbatched_dim", "user_frames", "version_of", "watching_alias", "without_dispatch_modes",
+    "OpOverload", "TorchDispatchMode", "activations_of_torch", "after_backward",
+    "autograd_function_of", "backward_number", "backward_runs", "check_norm_input",
+    "dispatch_modes", "fake_tensor_logger", "global_forward_hooks", "has_kernel",
+    "has_tensor_hooks", "holders", "import_compiler", "in_autograd_function", "in_checkpoint",
+    "innermost_saving", "is_batched", "is_compiled", "is_view", "keep_version", "keeps_graph",
+    "next_sequence_number", "pytree", "release", "run_parts", "running_node", "same_convolution",
+    "saving_hooks_allowed", "schema_of", "sparse_parts", "storage_key", "swap_tensors",
+    "takes_what_is_saved", "transforms_active", "unbatched_dim", "user_frames", "version_of",
+    "watching_alias", "without_dispatch_modes",
 ]
 # fmt: on
 
