@@ -11,15 +11,14 @@ from __future__ import annotations
 __all__ = [
     "BatchNorm", "ConvNd", "ConvTransposeNd", "DataDependentOutputException",
     "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode", "InstanceNorm", "NormBase",
-    "OpOverload", "TorchDispatchMode", "activations_of_torch", "after_backward",
-    "autograd_function_of", "backward_number", "backward_runs", "check_norm_input",
-    "dispatch_modes", "fake_tensor_logger", "global_forward_hooks", "has_kernel",
-    "has_tensor_hooks", "holders", "import_compiler", "in_autograd_function", "in_checkpoint",
-    "innermost_saving", "is_batched", "is_compiled", "is_view", "keep_version", "keeps_graph",
-    "next_sequence_number", "pytree", "release", "run_parts", "running_node", "same_convolution",
-    "saving_hooks_allowed", "schema_of", "sparse_parts", "storage_key", "swap_tensors",
-    "takes_what_is_saved", "transforms_active", "unbatched_dim", "user_frames", "version_of",
-    "watching_alias", "without_dispatch_modes",
+    "OpOverload", "TorchDispatchMode", "activations_of_torch", "autograd_function_of",
+    "backward_number", "backward_runs", "check_norm_input", "dispatch_modes", "fake_tensor_logger",
+    "global_forward_hooks", "has_kernel", "has_tensor_hooks", "holders", "import_compiler",
+    "in_autograd_function", "in_checkpoint", "innermost_saving", "is_batched", "is_compiled",
+    "is_view", "keep_version", "keeps_graph", "next_sequence_number", "pytree", "release",
+    "run_parts", "running_node", "same_convolution", "saving_hooks_allowed", "schema_of",
+    "sparse_parts", "storage_key", "swap_tensors", "takes_what_is_saved", "transforms_active",
+    "unbatched_dim", "user_frames", "version_of", "watching_alias", "without_dispatch_modes",
 ]
 # fmt: on
 
@@ -78,6 +77,9 @@ _BASES["NormBase"] = _NORM, _BASES["BatchNorm"][1] + _BASES["InstanceNorm"][1]
 _BASES["ConvNd"] = _CONVS, (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_BASES["ConvTransposeNd"][1])
 _CHECKPOINT = "torch.utils.checkpoint"
 _FOLDER = os.path.dirname(torch.__file__) + os.sep
+#: Files that wrap what torch calls back, to keep the compiler out of it.
+_WRAPPING = "_compile.py", os.path.join("utils", "_python_dispatch.py"), "_dynamo" + os.sep
+_WRAPPERS = tuple(_FOLDER + name for name in _WRAPPING)
 
 
 def __getattr__(name: str) -> Any:
@@ -121,8 +123,8 @@ def version_of(tensor: Tensor) -> int:
 
 def keep_version(tensor: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which writing into a tensor does not count as a write."""
-    context = _find("torch.autograd.grad_mode._unsafe_preserve_version_counter")
-    found: AbstractContextManager[Any] = context(tensor)
+    name = "torch.autograd.grad_mode._unsafe_preserve_version_counter"
+    found: AbstractContextManager[Any] = _find(name)(tensor)
     return found
 
 
@@ -307,23 +309,17 @@ def autograd_function_of(node: Any) -> type[Any] | None:
 
 
 def keeps_graph() -> bool:
-    """Whether the backward pass that runs now keeps its graph (``retain_graph=True``).
-
-    Where torch does not tell, the answer is no.
-    """
+    """Whether the backward pass that runs now retains its graph; if torch does not tell, no."""
     autograd = getattr(torch._C, "_autograd", None)
     keeps = getattr(autograd, "_get_current_graph_task_keep_graph", None)
     return bool(keeps and keeps())
 
 
-def backward_number() -> int:
-    """Return the number of the backward pass that runs now; -1 outside of one."""
+def backward_number(at_end: Callable[[], None] | None = None) -> int:
+    """Return the number of the backward pass that runs now, and wait for its end without error."""
+    if at_end is not None:
+        _find("torch.autograd.variable.Variable")._execution_engine.queue_callback(at_end)
     return int(_find("torch._C._current_graph_task_id")())
-
-
-def after_backward(call: Callable[[], None]) -> None:
-    """Call something when the backward pass that runs now has ended without an error."""
-    _find("torch.autograd.variable.Variable")._execution_engine.queue_callback(call)
 
 
 def next_sequence_number() -> int:
@@ -337,10 +333,8 @@ def running_node() -> int | Tensor | None:
     The node that adds to the gradient of a leaf has no number: the leaf is returned instead.
     """
     node: Any = _find("torch._C._current_autograd_node")()
-    if node is None:
-        return None
     variable: Tensor | None = getattr(node, "variable", None)
-    if variable is not None:
+    if node is None or variable is not None:
         return variable
     return int(_of(node, "_sequence_nr", "Node")())
 
@@ -348,15 +342,9 @@ def running_node() -> int | Tensor | None:
 def backward_runs(level: int) -> bool:
     """Whether autograd called the function ``level`` frames up, and no Python code of a user."""
     frame: FrameType | None = sys._getframe(level + 1)
-    while frame is not None and _wraps(frame.f_code.co_filename):
+    while frame is not None and frame.f_code.co_filename.startswith(_WRAPPERS):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_name == "_engine_run_backward"
-
-
-def _wraps(file: str) -> bool:
-    """Tell whether a file wraps what torch calls back, to keep the compiler out of it."""
-    inside = file.removeprefix(_FOLDER).replace(os.sep, "/")
-    return inside.startswith(("_compile.py", "utils/_python_dispatch.py", "_dynamo/"))
 
 
 def in_checkpoint() -> bool:

@@ -23,7 +23,6 @@ from torch import Tensor, fx, nn
 from pocketize._torch import (
     BatchNorm,
     NormBase,
-    after_backward,
     backward_number,
     is_batched,
     keeps_graph,
@@ -142,7 +141,7 @@ def differentiable_forward(
 
 
 @dataclass(eq=False)
-class _Part:
+class _Segment:
     """Steps that one node of the graph differentiates, and the weights that no earlier step reads.
 
     The last part also has the inputs.
@@ -155,7 +154,7 @@ class _Part:
 
 
 @dataclass(eq=False)
-class _Pass:
+class _Running:
     """A backward pass that runs; with ``create_graph``, ``sources`` are the outputs' gradients."""
 
     back: TiledBackward
@@ -185,11 +184,11 @@ class _TrainingRun:
         self.reached = _reached(program.graph, asked.union(self.nodes))
         self.done = False
         self._watched: list[tuple[str, Tensor, Any]] = []
-        self._passes: dict[int, _Pass] = {}
+        self._running: dict[int, _Running] = {}
         self._watch(weights)
         self._watch({f"input {index}": tensor for index, tensor in enumerate(inputs.values())})
         self._first = first = _first_readers(program, weights, list(inputs.values()))
-        self.parts: list[_Part] = []
+        self.parts: list[_Segment] = []
         end = len(program.steps)
         for begin in sorted({0, *(first[name] for name in names)}, reverse=True):
             mine = [name for name in names if first[name] == begin]
@@ -197,7 +196,7 @@ class _TrainingRun:
             tensors_asked = [*(weights[n] for n in mine), *(inputs[n] for n in nodes)]
             steps = range(end - 1, begin - 1, -1)
             if tensors_asked:
-                self.parts.append(_Part(steps, mine, nodes, tensors_asked))
+                self.parts.append(_Segment(steps, mine, nodes, tensors_asked))
             end = begin
 
     def _watch(self, tensors: Mapping[str, Tensor]) -> None:
@@ -234,21 +233,21 @@ class _TrainingRun:
         self._check_unwritten(range(len(self.execution.program.steps)))
         keeps = keeps_graph()
         self.done = not keeps
-        execution, number = self.execution, backward_number()
-        back = TiledBackward(execution, execution.storage, of_inputs=self.nodes, retain=keeps)
-        self._passes[number] = _Pass(back, sources)
         # a backward pass that asks for late weights alone does not reach the last part
-        after_backward(lambda: self._finish(number))
+        number = backward_number(lambda: self._finish(number))
+        execution = self.execution
+        back = TiledBackward(execution, execution.storage, of_inputs=self.nodes, retain=keeps)
+        self._running[number] = _Running(back, sources)
         back.begin(of_outputs)
 
-    def backward(self, part: _Part) -> tuple[Tensor | None, ...]:
+    def backward(self, part: _Segment) -> tuple[Tensor | None, ...]:
         """Return the gradients that a part asks for.
 
         Raises:
             ExecutionError: what it computes again from was written.
         """
         number = backward_number()
-        running = self._passes[number]
+        running = self._running[number]
         try:
             self._check_unwritten(part.steps)
             with torch.no_grad(), torch.autocast(running.back.storage.device.type, enabled=False):
@@ -270,7 +269,7 @@ class _TrainingRun:
         return refuse_second("patchwise", moved, [*running.sources, *self.asked], advice)
 
     def _finish(self, number: int) -> None:
-        running = self._passes.pop(number, None)
+        running = self._running.pop(number, None)
         if running is None:
             return
         running.back.end()
@@ -365,7 +364,7 @@ class _TiledPart(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: _TrainingRun, part: _Part, link: Tensor | None, *asked: Tensor
+        ctx: Any, run: _TrainingRun, part: _Segment, link: Tensor | None, *asked: Tensor
     ) -> Tensor:
         ctx.run, ctx.part = run, part
         return _link(run)

@@ -124,7 +124,7 @@ def test_gradients_of_late_weights_alone_leave_nothing_behind(retain: bool) -> N
     run = loss.grad_fn
     while "Tiled" not in type(run).__name__:
         run = run.next_functions[0][0]  # type: ignore[union-attr]
-    assert not run.run._passes  # type: ignore[union-attr]
+    assert not run.run._running  # type: ignore[union-attr]
     assert bool(run.run.execution.stored) == retain  # type: ignore[union-attr]
     if not retain:
         with pytest.raises(ExecutionError, match="has run"):
