@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["UNTOUCHED", "Way", "try_ways"]
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from pocketize.plugin.registry import get_pass
 if TYPE_CHECKING:
     from pocketize.passes.fit.search import FitSearch
 
-#: Tiles of these parts of an axis are tried, until one fits.
-_PARTS = (2, 3, 4, 6, 8, 12, 16, 24)
+#: Slabs of these parts of the longest axis are tried until one fits, then blocks of these parts of
+#: every axis.
+_SLABS, _BLOCKS = (2, 3, 4, 6, 8, 12, 16, 24), (3, 4, 6)
 #: Points of the curve of recompute that are estimated although another one fits.
 _SHOWN = 3
 #: Smaller tiles are not tried if the last ones took more than this part of the peak before.
@@ -90,25 +92,39 @@ def _try_tiles(search: FitSearch, *before: Pass) -> None:
     if not sizes:
         return
     axis = max(range(len(sizes)), key=lambda i: (sizes[i], i))
+    slabs: list[dict[str, Any]] = [
+        {"size": math.ceil(sizes[axis] / part), "axis": axis} for part in _SLABS
+    ]
+    blocks = [{"size": tuple(math.ceil(size / part) for size in sizes)} for part in _BLOCKS]
     places = ("disk",) if search.device.type == "cpu" else ("host", "disk")
     if not search.request.train:
         places = ("device", *places)
     for place in places:
-        peak = math.inf
-        for size in dict.fromkeys(math.ceil(sizes[axis] / part) for part in _PARTS):
-            train = {"train": True} if search.request.train else {}
-            tiles = _pass(
-                "patchwise", mode="exact", size=size, axis=axis, keep=place, output=place, **train
-            )
-            way = Way(f"tiles of {size}, results on {place}", (*before, tiles))
-            point = search.try_way(way)
-            if point is not None and search.gradients_decide(point):
-                point = search.try_way(way.stepping())
-            if point is None or point.peak <= search.usable:
-                return  # refused; or it fits, and smaller tiles are slower
-            if point.peak > _WORTH * peak:
-                break
-            peak = point.peak
+        for family in (slabs, blocks):
+            if _try_smaller(search, family, place, before):
+                return
+
+
+def _try_smaller(
+    search: FitSearch, family: Sequence[dict[str, Any]], place: str, before: tuple[Pass, ...]
+) -> bool:
+    """Return whether there is no need to go on: tiles are refused, or some fit."""
+    peak = math.inf
+    for cut in family:
+        train = {"train": True} if search.request.train else {}
+        tiles = _pass("patchwise", mode="exact", **cut, keep=place, output=place, **train)
+        size = cut["size"]
+        text = str(size) if isinstance(size, int) else "x".join(map(str, size))
+        way = Way(f"tiles of {text}, results on {place}", (*before, tiles))
+        point = search.try_way(way)
+        if point is not None and search.gradients_decide(point):
+            point = search.try_way(way.stepping())
+        if point is None or point.peak <= search.usable:
+            return True  # refused; or it fits, and smaller tiles are slower
+        if point.peak > _WORTH * peak:
+            return False
+        peak = point.peak
+    return False
 
 
 def _try_amp(search: FitSearch) -> None:
