@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pocketize import measure, rewrite
-from pocketize.errors import FitError, InputError
+from pocketize.errors import CaptureError, FitError, InputError
 from pocketize.passes.fit.largest import largest_input
 from pocketize.passes.fit.search import fit
 from pocketize.plugin.base import Guarantee
@@ -130,6 +130,13 @@ def test_the_largest_input_fits_and_the_next_does_not(net: nn.Module) -> None:
     assert fit(net, size, memory=budget, prove=False, max_time=1.2).chosen.peak <= budget
     with pytest.raises(FitError):
         fit(net, f"1x1x{number + 2}x{number + 2}x32", memory=budget, prove=False, max_time=1.2)
+
+
+def test_an_input_that_does_not_suit_names_one_that_does(net: nn.Module) -> None:
+    with pytest.raises(CaptureError, match="It runs on 1x1x32x32x32"):
+        fit(net, "1x1x33x33x33", memory="1GiB")
+    with pytest.raises(CaptureError, match="did not run"):
+        fit(net, "1x2x32x32x32", memory="1GiB")
 
 
 @pytest.mark.parametrize("pattern", ["1x1x32x32x32", "1x1xMxM", "", "NxNx"])
