@@ -147,10 +147,10 @@ def test_four_slabs_take_less_than_a_third_of_the_whole_volumes_peak(name: str) 
 def test_the_peak_does_not_grow_with_the_volume(name: str) -> None:
     model = LARGE[name]().eval()
     peaks = []
-    for length in (512, 1024):
+    for length in (512, 2048):
         x = torch.randn(1, 1, 8, 8, length)
         peaks.append(_tiled_peak(model, x, 32) - x.numel() * x.element_size())
-    assert peaks[1] < 1.02 * peaks[0]
+    assert peaks[1] < 1.1 * peaks[0]  # which tile has the peak varies a little
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
