@@ -29,6 +29,7 @@ import torch
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "reproduce"))  # its scripts import each other
 
 from pocketize import fit, measure, rewrite
 from pocketize.errors import PocketizeError
