@@ -31,6 +31,8 @@ aten = torch.ops.aten
 
 #: A call is repeated until so many seconds have passed, or so many times; the fastest counts.
 _SECONDS, _TIMES = 0.05, 5
+#: Calls of fewer seconds are repeated so many times for one reading of the clock.
+_SHORT, _MANY = 2e-4, 100
 #: Python's part of an operator, in calls of the smallest one: measured on tiles, which run many.
 _PYTHON = 6
 #: Calls on fewer bytes than these cost the same, whatever the operator.
@@ -159,13 +161,18 @@ def _fastest(call: Callable[[], object], device: torch.device) -> float:
     clock = time.thread_time if device.type == "cpu" else time.perf_counter
     with torch.no_grad(), _one_thread():
         call()  # the first call allocates and compiles
+        start = clock()
+        call()
+        _synchronize(device)
+        # what is as short as the clock's own steps is timed many times at once
+        repeats = 1 if clock() - start > _SHORT else _MANY
         for _ in range(_TIMES):
-            _synchronize(device)
             start = clock()
-            call()
+            for _ in range(repeats):
+                call()
             _synchronize(device)
-            best = min(best, clock() - start)
-            spent += best
+            taken = clock() - start
+            best, spent = min(best, taken / repeats), spent + taken
             if spent > _SECONDS:
                 break
     return best

@@ -62,6 +62,9 @@ def _try_exact(search: FitSearch) -> None:
         _try_recompute(search)
     if search.best(Guarantee.EXACT) is None:
         _try_tiles(search)
+    least = min(search.points, key=lambda point: point.peak)
+    if search.best(Guarantee.EXACT) is None and least.gradients and not least.step_in_backward:
+        search.try_way(Way(least.label, least.passes).stepping())  # what the error will name
 
 
 def _try_recompute(search: FitSearch) -> None:
