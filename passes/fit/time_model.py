@@ -92,13 +92,13 @@ class TimeModel:
         if seconds is None:  # it cannot be repeated on random numbers
             plain = Described((EXAMPLE_BYTES // 8,), torch.float32)
             size = EXAMPLE_BYTES
-            seconds = self._time("plain", lambda: self._call(aten.neg.default, (plain,), {})) or 0.0
+            seconds = self._time("plain", lambda: self._call(torch.neg, (plain,), {})) or 0.0
         rate = max(0.0, seconds - call) / size
         return operations.calls * call + operations.nbytes * rate
 
     def _call_seconds(self) -> float:
         tiny = Described((1,), torch.float32)
-        return self._time("call", lambda: self._call(aten.neg.default, (tiny,), {})) or 0.0
+        return self._time("call", lambda: self._call(torch.neg, (tiny,), {})) or 0.0
 
     def _time(self, key: str, make: Callable[[], Callable[[], object]]) -> float | None:
         """Return the time of a call; ``None`` where it fails on random numbers."""

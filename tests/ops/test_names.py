@@ -25,6 +25,7 @@ STILL = {
     "rewrite/memory/in_place.py",
     "rewrite/memory/flops.py",
     "rewrite/memory/tracker.py",
+    "rewrite/memory/work.py",
 }
 
 
