@@ -117,7 +117,7 @@ def fit(
         optimizer=request.optimizer,
         device=str(search.device),
         proof=proof,
-        remarks=search.remarks(chosen),
+        remarks=search.remarks(),
     )
 
 
@@ -155,7 +155,8 @@ class FitSearch:
         self._again: set[str] = set()
         self._seconds = 1.0
         progress("tracing the network")
-        self.cache = EstimateCache(request, str(self.times.cache))
+        # predicted seconds are of a number of threads
+        self.cache = EstimateCache(request, f"{self.times.cache} {torch.get_num_threads()}")
         self.untouched = self._start()
 
     def solve(self, allowed: Sequence[Guarantee]) -> tuple[FitPoint, nn.Module]:
@@ -304,7 +305,7 @@ class FitSearch:
         advice = f"allow={weaker[0]!r} (--allow {weaker[0]}), or " if weaker else ""
         return " ".join([*parts, f"Try {advice}a smaller input: `pocketize fit --largest-input`."])
 
-    def remarks(self, chosen: FitPoint) -> tuple[str, ...]:
+    def remarks(self) -> tuple[str, ...]:
         """Say what was refused."""
         return tuple(f"Not possible: {label}: {why}" for label, why in self.refused.items())
 
