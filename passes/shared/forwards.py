@@ -203,8 +203,10 @@ def refuse_exchanged(name: str, parameter: torch.Tensor, before: torch.Tensor) -
 
 def first_parameter(module: nn.Module) -> torch.Tensor | None:
     """Return the first floating-point parameter, or buffer: it tells where a module works."""
-    tensors = chain(module.parameters(), module.buffers())
-    return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+    for tensor in chain(module.parameters(), module.buffers()):  # torch 2.6 compiles no next(…, None)
+        if tensor.is_floating_point():
+            return tensor
+    return None
 
 
 def hooked(modules: Mapping[str, nn.Module]) -> str:
