@@ -12,12 +12,12 @@ from torch.utils import _python_dispatch
 
 import tests.examples  # noqa: F401  (the profile is loaded before any test is made)
 
-_WHOLE = "--whole-contract"
+_WHOLE = "--whole"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let the whole contract be asked for, which takes about an hour."""
-    parser.addoption(_WHOLE, action="store_true", help="try every pass in full on every test net")
+    """Let every case be asked for, which takes hours."""
+    parser.addoption(_WHOLE, action="store_true", help="try every case of every test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,14 +36,38 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def whole_contract(config: pytest.Config) -> bool:
-    """Whether every pass is to be tried in full on every net, not only on a sample."""
+def is_whole(config: pytest.Config) -> bool:
+    """Whether every case of every test is to be tried, not only a sample."""
     return bool(config.getoption(_WHOLE))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run the slow tests last, so that a broken fast one is known within minutes."""
+    """Run the slow tests last, so that a broken fast one is known within minutes.
+
+    Of a test with the marker ``each_value`` only as many cases run as it takes to try every value
+    of every parameter, not all values of one with all of another.
+    """
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    if is_whole(config):
+        return
+    cases: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("each_value"):
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    left_out = {item for each in cases.values() for item in set(each) - set(_each_value(each))}
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _each_value(cases: list[pytest.Function]) -> Iterator[pytest.Function]:
+    """Choose greedily: always a case with most of the values that no chosen one has."""
+    values = {case: set(case.callspec.indices.items()) for case in cases}
+    left = set().union(*values.values())
+    while left:
+        best = max(cases, key=lambda case: len(values[case] & left))
+        left -= values[best]
+        yield best
 
 
 @pytest.fixture(autouse=True)

@@ -59,6 +59,7 @@ def test_rows_that_have_nothing_to_do_say_so() -> None:
     assert found == {"not_applicable": "nothing of it runs on tensors without values"}
 
 
+@pytest.mark.slow
 def test_checkpoints_by_hand_keep_less_than_the_untouched_network() -> None:
     peaks = [
         work(Task("dynunet", (64, 64, 64), row, estimate=True))["peak"]

@@ -38,6 +38,7 @@ def task(kind: str, *ways: str, **others: Any) -> Task:
     return Task(kind, "narrow", SIZE, TILE, ways, **others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way", ["monai-buffer", "monai-away", "window-argmax", "exact", "exact-disk"]
 )
@@ -47,6 +48,7 @@ def test_what_is_estimated_is_what_is_measured(way: str) -> None:
     assert ("own" in found) == (sys.platform == "linux" and not WAYS[way].counted)
 
 
+@pytest.mark.slow
 def test_tiles_take_less_than_the_volume_and_labels_less_than_logits() -> None:
     names = ("whole", "window-gauss", "window-argmax", "exact", "exact-disk", "exact-thin")
     peaks = {name: estimate(task("estimate", name))["peak"] for name in names}
@@ -55,6 +57,7 @@ def test_tiles_take_less_than_the_volume_and_labels_less_than_logits() -> None:
     assert peaks["exact-thin"] < peaks["exact-disk"]
 
 
+@pytest.mark.slow
 def test_a_volume_that_does_not_fit_the_network_is_padded_and_cut() -> None:
     odd = dataclasses.replace(task("weigh", "whole"), size=(16, 16, 63))
     with torch.inference_mode():
@@ -65,6 +68,7 @@ def test_a_volume_that_does_not_fit_the_network_is_padded_and_cut() -> None:
         assert found["peak"] == found["estimated"]
 
 
+@pytest.mark.slow
 def test_exact_tiles_give_the_whole_volume_and_windows_what_monai_gives() -> None:
     ways = ("whole", "monai-gauss", "monai-buffer", "window-gauss", "exact-disk")
     found = race(task("race", *ways, "window-argmax", "exact-argmax", rounds=1, steps=2))["ways"]
@@ -171,6 +175,7 @@ def test_the_script_answers_from_processes_of_its_own(
     assert "Patchwise exact, on disk, argmax" in text
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_told(tmp_path: Path) -> None:
     wrong = vars(task("weigh", "no such way"))
     found = fresh.ask("tiling_worker.py", wrong | {"net": "plainconv"}, threads=1, timeout=300)

@@ -76,6 +76,7 @@ def test_a_failing_block_is_reported_with_its_output(checker: ModuleType, tmp_pa
     assert "after" not in wrong
 
 
+@pytest.mark.slow
 def test_a_block_that_does_not_end_is_reported(checker: ModuleType, tmp_path: Path) -> None:
     (endless,) = checker.examples("```bash\nsleep 60\n```\n")
     assert "did not end" in checker.run(endless, str(tmp_path), limit=0.5)
@@ -90,6 +91,7 @@ def test_a_page_without_examples_fails(
     assert checker.main() == 1
 
 
+@pytest.mark.slow
 def test_two_pages_at_a_time_are_told_in_order_and_one_failure_fails_all(
     checker: ModuleType,
     tmp_path: Path,

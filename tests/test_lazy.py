@@ -68,6 +68,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     assert not hasattr(package, "__wrapped__")
 
 
+@pytest.mark.slow
 def test_the_help_the_version_and_the_package_import_no_torch() -> None:
     script = """
         import contextlib, io, json, sys
@@ -84,6 +85,7 @@ def test_the_help_the_version_and_the_package_import_no_torch() -> None:
     assert _run(script) == [[0] * 4, False, ["pocketize.errors", "capture"]]
 
 
+@pytest.mark.slow
 def test_a_pass_that_cannot_be_imported_is_told_and_the_others_work(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[[pass]]\nname = "pocket"\nwidth = 2\n', encoding="utf-8")

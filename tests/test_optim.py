@@ -535,6 +535,7 @@ class TestItsLife:
         assert model[0].weight.grad is not None
         assert step_in_backward(model, AdamW)
 
+    @pytest.mark.slow
     def test_a_rewritten_copy_has_no_hooks(self) -> None:
         ours = step_in_backward(model := untouched(), AdamW)
         made = rewrite(model, Recompute(min_bytes=0), inputs=volume())
@@ -551,6 +552,7 @@ EVERY = {"untouched": Rewrite(()), **PASSES, **COMBINATIONS}
 class TestWithPasses:
     """A weight is not updated while a later part of the backward pass still reads it."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", EVERY)
     def test_the_life_net(self, name: str) -> None:
         # With dropout where the plan does not refuse it; recompute must draw the same masks.
@@ -565,6 +567,7 @@ class TestWithPasses:
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
+    @pytest.mark.slow
     def test_two_forwards_then_one_backward(self) -> None:
         def loss(model: nn.Module) -> Callable[[Any], Tensor]:
             return lambda outputs: loss_of(outputs) + loss_of(model(2 * volume()))
@@ -634,6 +637,7 @@ class TwoRoles(nn.Module):
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(
     "given",

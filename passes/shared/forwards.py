@@ -203,7 +203,8 @@ def refuse_exchanged(name: str, parameter: torch.Tensor, before: torch.Tensor) -
 
 def first_parameter(module: nn.Module) -> torch.Tensor | None:
     """Return the first floating-point parameter, or buffer: it tells where a module works."""
-    for tensor in chain(module.parameters(), module.buffers()):  # torch 2.6 compiles no next(…, None)
+    # a loop, because torch 2.6 does not compile next() with a default
+    for tensor in chain(module.parameters(), module.buffers()):
         if tensor.is_floating_point():
             return tensor
     return None

@@ -97,6 +97,7 @@ def test_a_model_that_exists_already_is_not_taken_for_a_factory(nets: Path) -> N
         resolve("made_nets:net")
 
 
+@pytest.mark.slow
 def test_an_exported_program_comes_with_its_inputs(tmp_path: Path) -> None:
     path = tmp_path / "net.pt2"
     write_exported(nn.Conv2d(3, 4, 3), Inputs((torch.ones(1, 3, 8, 8),)), path)
@@ -137,6 +138,7 @@ def test_weights_are_loaded_into_the_factorys_model(tmp_path: Path) -> None:
     assert found.model.weight.tolist() == [0.75] * 4
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_rewritten_as_its_file_says(tmp_path: Path) -> None:
     small = pocketize(zoo.build("pocketnet_unet2d"), width=4, inputs="1x1x32x32")
     path = tmp_path / "small.safetensors"

@@ -46,6 +46,7 @@ def edit(path: Path, change: Callable[[str, bytes], bytes]) -> None:
             archive.writestr(name, change(name, content))
 
 
+@pytest.mark.slow
 def test_a_written_program_computes_what_the_model_does_in_eval_mode(tmp_path: Path) -> None:
     model = Net()
     model(torch.randn(4, 3, 8, 8))

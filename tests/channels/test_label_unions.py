@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +38,7 @@ def _pairs(draw: st.DrawFn) -> tuple[int, Indices, Indices]:
     return count, label(), label()
 
 
+@pytest.mark.slow
 @given(_pairs())
 @settings(deadline=None, max_examples=examples(300))
 def test_uniting_labels_is_uniting_every_pair_of_the_broadcast(

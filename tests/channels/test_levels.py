@@ -71,6 +71,7 @@ FOREIGN: list[tuple[str, Any, str, list[str]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "shape", "sizes"), [row[1:] for row in FOREIGN], ids=[row[0] for row in FOREIGN]
 )

@@ -243,6 +243,7 @@ def test_control_characters_never_reach_the_terminal(run: Run, folder: Path) -> 
         assert not set(out + err) & set(strange) - set("]0;owned2J"), command
 
 
+@pytest.mark.slow
 def test_a_name_in_a_model_is_shown_as_text(run: Run, folder: Path) -> None:
     (folder / "my_nets.py").write_text(
         "from torch import nn\n"

@@ -68,6 +68,7 @@ def test_a_saved_model_is_compared_through_the_factory_of_the_first(run: Run) ->
     assert "206" in out
 
 
+@pytest.mark.slow
 def test_the_optimizer_may_step_in_the_backward_pass(run: Run) -> None:
     command = ("report", "my_nets:Net", "my_nets:Net", *INPUT, "--estimate", "--step-in-backward")
     code, out, _ = run(*command, "--optimizer", "adamw")
@@ -108,6 +109,7 @@ def test_a_limit_on_times_that_are_not_taken_is_refused_before_the_work(
     assert "a limit on time needs times: leave out --estimate, --time-steps 0" in err
 
 
+@pytest.mark.slow
 def test_an_existing_report_is_replaced_only_by_force(run: Run, folder: Path) -> None:
     (folder / "report.md").write_text("precious")
     command = ("report", "my_nets:Net", "my_nets:small", *INPUT, "--estimate", "-o", "report.md")
@@ -118,6 +120,7 @@ def test_an_existing_report_is_replaced_only_by_force(run: Run, folder: Path) ->
     assert (folder / "report.md").read_text().startswith("# pocketize report")
 
 
+@pytest.mark.slow
 def test_a_pass_without_effect_is_told(run: Run) -> None:
     code, out, err = run("report", "my_nets:small", "--pass", "pocket", *INPUT, "--estimate")
     assert code == 0

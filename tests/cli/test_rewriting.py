@@ -61,6 +61,7 @@ def test_a_rewritten_model_is_saved_with_its_recipe(run: Run) -> None:
     assert [record.name for record in history(small)] == ["pocket"]
 
 
+@pytest.mark.slow
 def test_a_network_of_the_zoo_becomes_the_pocket_net_of_the_paper(run: Run) -> None:
     code, out, err = run("apply", "zoo:pocketnet_unet3d", "--pass", "pocket", "-o", "s.safetensors")
     assert (code, err) == (0, "")
@@ -87,6 +88,7 @@ def test_a_state_dict_and_an_exported_program_are_written(run: Run) -> None:
     assert torch.equal(module.state_dict()["wide.weight"], state["wide.weight"])
 
 
+@pytest.mark.slow
 def test_an_exported_program_is_rewritten_and_written_again(run: Run) -> None:
     assert run("apply", *POCKET, "-o", "small.pt2").code == 0
     again = ("apply", "small.pt2", "--pass", "pocket:width=2", "-o", "tiny.pt2")
@@ -180,6 +182,7 @@ def test_a_pickled_module_needs_trust(run: Run) -> None:
     assert run(*command, "--trust-pickle").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Nested", "Untold"])
 def test_classes_that_override_state_dict_are_applied_reported_and_loaded(
     run: Run, kind: str

@@ -1,6 +1,6 @@
 """The nets on which the rows of the contract are tried.
 
-Every row on every net takes an hour (``pytest --whole-contract``), so ``cases.py`` states which of
+Every row on every net takes an hour (``pytest --whole``), so ``cases.py`` states which of
 these lists a row is tried on. The sample is chosen by what any pass could stumble over;
 ``test_nets.py`` asks that every kind of layer that passes rewrite, and every tag that is not about
 channels, is among them. The list of a pass has a net for every kind of edit, on every kind of

@@ -15,7 +15,7 @@ import pytest
 
 from pocketize.engine.pipeline import plan, rewrite
 from pocketize.plugin.registry import list_passes
-from tests.conftest import whole_contract
+from tests.conftest import is_whole
 from tests.contract.case import make_case
 from tests.contract.cases import CASES, COMBINATIONS, Extent, Row
 from tests.contract.everything import CHECKS, failures
@@ -66,7 +66,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.function is not test_contract:
         return
     pairs = []
-    for net, label in _pairs(whole_contract(metafunc.config)):
+    for net, label in _pairs(is_whole(metafunc.config)):
         fast = label == "pocket-slice" and net.name in CORE
         fast |= "slow" not in net.tags and _number(net.name, label) % 16 == 0
         # In one process: what is found out about the net serves all its rows.
@@ -119,7 +119,7 @@ def test_contract(net: Net, label: str, request: pytest.FixtureRequest) -> None:
     case = make_case(net, *row.make(net), seed=3)
     assert case.plan is not None
     names: Iterable[str] | None = None
-    if not whole_contract(request.config):
+    if not is_whole(request.config):
         if not in_sample and row.extent is not Extent.EVERYWHERE:
             names = DECISIVE if case.plan.edits else ("original_untouched",)
         elif not costly:

@@ -136,6 +136,7 @@ class Transformer(nn.Module):
         return self.head((x + self.attend(x)) * self.loud * self.temperature)
 
 
+@pytest.mark.slow
 def test_the_scale_of_an_attention_follows_its_heads_and_guesses_are_named() -> None:
     (step,) = plan(Transformer(), Width(0.25, weights="reset"), inputs="2x9x5").passes
     rows = {(c.path, c.what) for c in step.changes if "equals" in c.why}

@@ -45,6 +45,7 @@ def exported(tmp_path: Path) -> fx.GraphModule:
     return module_of(read_exported(path, trust=True))
 
 
+@pytest.mark.slow
 def test_sizes_in_the_graph_of_an_exported_program_follow_its_widths(
     exported: fx.GraphModule,
 ) -> None:
@@ -57,6 +58,7 @@ def test_sizes_in_the_graph_of_an_exported_program_follow_its_widths(
     assert small(torch.ones(2, 1, 8, 8)).shape == before.shape
 
 
+@pytest.mark.slow
 def test_the_original_graph_stays_as_it_was(exported: fx.GraphModule) -> None:
     code, x = exported.code, torch.randn(2, 1, 8, 8)
     before = exported(x)
@@ -65,6 +67,7 @@ def test_the_original_graph_stays_as_it_was(exported: fx.GraphModule) -> None:
     assert torch.equal(exported(x), before)
 
 
+@pytest.mark.slow
 def test_the_plan_names_layers_and_literals(exported: fx.GraphModule) -> None:
     (step,) = plan(exported, "pocket:width=8", inputs="2x1x8x8").passes
     assert "wide" in {change.path for change in step.changes}
@@ -72,6 +75,7 @@ def test_the_plan_names_layers_and_literals(exported: fx.GraphModule) -> None:
     assert any("normalized_shape of" in what and "16 -> 8" in what for what in literals)
 
 
+@pytest.mark.slow
 def test_a_rewritten_program_can_be_exported_again(
     exported: fx.GraphModule, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def test_without_inputs_they_are_guessed() -> None:
     assert rewrite(Net(), "pocket").widths() == [4, 4, 4, 2]
 
 
+@pytest.mark.slow
 def test_several_passes_are_applied_in_the_order_given() -> None:
     model = Net()
     before = Snapshot(model)

@@ -65,6 +65,7 @@ PASSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PASSES)
 def test_the_recipe_of_a_saved_model(alone: Path, case: str) -> None:
     path = alone / "x.safetensors"
@@ -86,6 +87,7 @@ def test_the_recipe_of_a_saved_model(alone: Path, case: str) -> None:
     assert read  # some changes do no harm, so that this has not tried the same error all the time
 
 
+@pytest.mark.slow
 def test_the_header_of_safetensors(alone: Path) -> None:
     path = alone / "x.safetensors"
     written(path, "pocket:width=2")
@@ -99,6 +101,7 @@ def test_the_header_of_safetensors(alone: Path) -> None:
                 read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
 def test_bytes_of_weights(alone: Path, name: str) -> None:
     path = alone / name
@@ -131,6 +134,7 @@ mode = "window"
 """
 
 
+@pytest.mark.slow
 def test_recipes(alone: Path) -> None:
     path = alone / "x.toml"
     rng = seeded("recipe")
@@ -146,6 +150,7 @@ def test_recipes(alone: Path) -> None:
             load_recipe(path)
 
 
+@pytest.mark.slow
 def test_reports() -> None:
     model = net()
     text = compare(model, model, "1x1x8x8", estimate=True).to_json()
@@ -171,6 +176,7 @@ def test_caches_of_trained_points(alone: Path) -> None:
             PointCache(path).get(TrainedKey("m", "d", 0.5, 1))
 
 
+@pytest.mark.slow
 def test_images(alone: Path) -> None:
     rng = seeded("images")
     pixels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)

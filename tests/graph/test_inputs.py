@@ -188,6 +188,7 @@ def shapes_of(model: nn.Module) -> list[tuple[int, ...]]:
     return [tuple(guess.tensors()[0].shape) for guess in guess_inputs(model)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("conv", "rank"), [(nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 3)])
 def test_rank_and_channels_come_from_the_first_convolution(conv: Any, rank: int) -> None:
     model = nn.Sequential(

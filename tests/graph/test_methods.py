@@ -150,6 +150,7 @@ def _output(model: nn.Module, x: Tensor) -> Tensor:
         return model(**_given(model, x)) if isinstance(model, KeywordOnly) else model(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WORK, ids=lambda kind: kind.__name__)
 def test_a_class_with_methods_of_its_own_is_rewritten_saved_and_measured(
     kind: type[Toy], tmp_path: Path

@@ -64,6 +64,7 @@ def test_the_comparison_rejects_a_wrong_fan() -> None:
     assert "body.5.weight" not in wrong
 
 
+@pytest.mark.slow
 def test_the_original_alone_decides_when_many_originals_are_pooled() -> None:
     """Small layers tell little about their scheme; over seeds, none is drawn with a bias."""
     truth = by_hand("torch_default")

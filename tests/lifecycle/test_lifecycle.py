@@ -128,6 +128,7 @@ def test_a_pass_does_what_the_table_says(column: str, name: str) -> None:
     assert CELLS[outcome(given, PASSES[column])] in table()[given.title][column].split(" or ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("label", "name"), _cells(COMBINATIONS))
 def test_passes_together_are_right_or_refuse(label: str, name: str) -> None:
     given = SITUATIONS[name]

@@ -45,6 +45,7 @@ def test_the_peak_can_be_reset() -> None:
     assert low <= high
 
 
+@pytest.mark.slow
 def test_elsewhere_the_peak_of_the_whole_life_stands_in(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

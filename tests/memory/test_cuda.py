@@ -34,6 +34,7 @@ class FakeAllocator:
         return lambda *args: self.log.append(name)
 
 
+@pytest.mark.slow
 def test_what_others_hold_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeAllocator(monkeypatch)
     counters = CudaCounters(torch.device("cuda"))
@@ -46,6 +47,7 @@ def test_in_a_process_of_its_own_nothing_is_taken_off(monkeypatch: pytest.Monkey
     assert CudaCounters(torch.device("cuda"), alone=True).read() == (9000, 16384)
 
 
+@pytest.mark.slow
 def test_the_device_is_idle_and_its_cache_empty_when_counting_begins(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -74,6 +76,7 @@ class Counted:
         return self.peak + self.surplus, 2**20
 
 
+@pytest.mark.slow
 def test_the_allocators_peak_is_reported_and_workspaces_are_temporaries() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
     tracked = measure(net, "1x1x16x16")

@@ -43,6 +43,7 @@ def test_linear_layers(layer: nn.Module, inputs: str, expected: int) -> None:
     assert count_macs(layer, inputs) == (0, expected, 0, ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "inputs", "operator"),
     [
@@ -135,6 +136,7 @@ def test_attention_counts_its_scores_and_their_mixtures() -> None:
     assert count_macs(Attends(), given).products == 2 * 3 * 5 * 7 * (4 + 6)
 
 
+@pytest.mark.slow
 def test_profile_reports_convolutions_and_linear_layers_of_one_forward() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
     expected = 4 * 6 * 6 * 9 + 4 * 6 * 6 * 5
@@ -142,6 +144,7 @@ def test_profile_reports_convolutions_and_linear_layers_of_one_forward() -> None
     assert measure(net, "1x1x8x8", "infer", estimate=True).macs == expected
 
 
+@pytest.mark.slow
 def test_a_model_that_looks_at_values_is_counted_on_real_tensors() -> None:
     class Looks(nn.Module):
         def __init__(self) -> None:
@@ -165,6 +168,7 @@ def test_counting_leaves_mode_and_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_errors_are_told() -> None:
     with pytest.raises(InputError, match="cannot read input shape"):
         count_macs(nn.Linear(2, 2), "2by2")

@@ -86,6 +86,7 @@ class TestNothingOfTheCallersChanges:
             measure(small(), "2x2x8x8")
         assert not module_globals._global_forward_hooks
 
+    @pytest.mark.slow
     def test_grad_mode_of_the_caller_is_no_matter(self) -> None:
         expected = measure(small(), "2x1x8x8").peak
         with torch.no_grad():
@@ -107,6 +108,7 @@ class TestModes:
         frozen = nn.Sequential(nn.Conv2d(1, 2, 1), Tells(2).eval())
         measure(frozen, "2x1x4x4")
 
+    @pytest.mark.slow
     def test_a_model_in_evaluation_mode_is_trained_as_a_whole(self) -> None:
         assert measure(small().eval(), "2x1x8x8").peak == measure(small(), "2x1x8x8").peak
 
@@ -135,6 +137,7 @@ class Nested(nn.Module):
 
 
 class TestInputsAndOutputs:
+    @pytest.mark.slow
     def test_nested_inputs_and_outputs(self) -> None:
         tokens, by = torch.zeros(2, 5, dtype=torch.int64), torch.ones(4)
         profiles = [
@@ -146,10 +149,12 @@ class TestInputsAndOutputs:
         assert profiles[0].input == "2x5 int64, 4 float32"
         assert profiles[0].categories["inputs"] == 2 * 5 * 8 + 4 * 4
 
+    @pytest.mark.slow
     def test_inputs_are_guessed(self) -> None:
         assert measure(small()).input == "2x1x32x32 float32"
         assert measure(small(), estimate=True).input == "2x1x32x32 float32"
 
+    @pytest.mark.slow
     def test_channels_last_inputs_stay_so(self) -> None:
         class Tells(nn.Module):
             def forward(self, x: Tensor) -> Tensor:
@@ -161,11 +166,13 @@ class TestInputsAndOutputs:
         measured = measure(Tells(), image, "infer")
         assert measure(Tells(), image, "infer", estimate=True).peak == measured.peak
 
+    @pytest.mark.slow
     def test_channels_last_model(self) -> None:
         net = small().to(memory_format=torch.channels_last)
         image = torch.ones(2, 1, 8, 8).to(memory_format=torch.channels_last)
         assert measure(net, image).peak == measure(net, image, estimate=True).peak
 
+    @pytest.mark.slow
     def test_a_view_of_something_large_counts_as_what_it_shows(self) -> None:
         image = torch.ones(100, 8)[3:4]
         for estimate in (False, True):
@@ -176,6 +183,7 @@ class TestInputsAndOutputs:
         profile = measure(nn.Linear(8, 8).double(), "4x8", "infer")
         assert (profile.dtype, profile.input) == ("float64", "4x8 float64")
 
+    @pytest.mark.slow
     def test_the_same_tensor_twice_is_one_tensor(self) -> None:
         image = torch.ones(100)
         for estimate in (False, True):
@@ -199,6 +207,7 @@ class TestUnusualModels:
         assert profile.optimizer is None
         assert image.grad is None
 
+    @pytest.mark.slow
     def test_partly_frozen(self) -> None:
         net = small()
         for parameter in net[0].parameters():
@@ -207,6 +216,7 @@ class TestUnusualModels:
         assert part.categories["optimizer_state"] < whole.categories["optimizer_state"]
         assert part.parameters == whole.parameters
 
+    @pytest.mark.slow
     def test_a_model_that_accumulates_statistics_over_batches(self) -> None:
         net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, momentum=None))
         assert measure(net, "2x1x4x4").peak == measure(net, "2x1x4x4", estimate=True).peak
@@ -218,12 +228,14 @@ class TestUnusualModels:
         assert profile.parameters == 64 + 8 + 8
         assert profile.categories["parameters"] == profile.weight_bytes == 4 * 80
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:.*torch.jit")
     def test_scripted_inference(self) -> None:
         net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
         scripted = torch.jit.script(net)
         assert measure(scripted, "2x4", "infer").peak == measure(net, "2x4", "infer").peak
 
+    @pytest.mark.slow
     def test_reference_cycles_do_not_make_the_peak_depend_on_the_collector(self) -> None:
         class Cycle(nn.Module):
             def forward(self, x: Tensor) -> Tensor:
@@ -243,6 +255,7 @@ class TestEstimates:
         assert profile.peak > 40 * 2**30
         assert profile.estimated
 
+    @pytest.mark.slow
     def test_models_without_memory(self) -> None:
         with torch.device("meta"):
             net = nn.Linear(100_000, 100_000)
@@ -252,6 +265,7 @@ class TestEstimates:
         with pytest.raises(MeasureError, match=r"weight of Linear has a shape but no values"):
             measure(net, "1x100000")
 
+    @pytest.mark.slow
     @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
     def test_a_gpu_that_is_not_there_is_stood_for_by_the_cpu(self) -> None:
         profile = measure(small(), "2x1x8x8", estimate=True, device="cuda")
@@ -260,6 +274,7 @@ class TestEstimates:
         with pytest.raises(MeasureError, match="no such device; pass estimate=True"):
             measure(small(), "2x1x8x8", device="cuda")
 
+    @pytest.mark.slow
     @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
     def test_the_update_on_a_gpu_handles_all_parameters_at_once(self) -> None:
         net = nn.Sequential(*[nn.Linear(100, 100) for _ in range(10)])
@@ -270,6 +285,7 @@ class TestEstimates:
     def test_time_is_not_estimated(self) -> None:
         assert measure(small(), "2x1x8x8", estimate=True, time_steps=3).step_seconds is None
 
+    @pytest.mark.slow
     def test_a_model_that_wants_values_is_told_to_be_measured(self) -> None:
         class Looks(nn.Module):
             def __init__(self) -> None:
@@ -329,6 +345,7 @@ class TestErrors:
         with pytest.raises(MeasureError, match=r"must be an nn\.Module, not function"):
             measure(lambda x: x, "1")  # type: ignore[arg-type]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("estimate", [False, True])
     def test_norms_with_one_value_per_channel(self, estimate: bool) -> None:
         with pytest.raises(MeasureError, match="give a batch of 2, or a larger input"):
@@ -370,6 +387,7 @@ class TestErrors:
         with pytest.raises(MeasureError, match="not enough memory to measure; estimate=True"):
             measure(Greedy(), "1", "infer")
 
+    @pytest.mark.slow
     def test_unreadable_inputs_and_models_that_cannot_be_copied(self) -> None:
         with pytest.raises(InputError):
             measure(small(), "2 by 8")
@@ -384,6 +402,7 @@ def test_profiles_survive_json() -> None:
     assert MemoryProfile.from_json(profile.to_json()) == profile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_compiled_model_is_told_to_be_counted_without_the_compiler(whole: bool) -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())

@@ -26,6 +26,7 @@ WAYS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_estimate_equals_measurement_to_the_byte(way: str) -> None:
     x = torch.ones(2, 2, 16, 16)
@@ -38,6 +39,7 @@ def test_estimate_equals_measurement_to_the_byte(way: str) -> None:
         assert f"{optimizer} optimizer in the backward pass" in str(real)
 
 
+@pytest.mark.slow
 def test_only_the_gradients_of_one_layer_are_there_at_a_time() -> None:
     net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
     layer = (64 * 64 + 64) * 4
@@ -59,6 +61,7 @@ def test_arguments() -> None:
     assert not measure(nn.Linear(2, 2), "1x2", "infer", step_in_backward=True).step_in_backward
 
 
+@pytest.mark.slow
 def test_a_comparison_names_it() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

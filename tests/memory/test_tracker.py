@@ -139,6 +139,7 @@ def test_sparse_gradients_are_counted() -> None:
     assert profile.categories["gradients"] == 3 * 10 * FLOAT + 3 * 8
 
 
+@pytest.mark.slow
 def test_checkpointing_trades_activations_for_temporaries() -> None:
     class Checkpointed(nn.Module):
         def __init__(self, body: nn.Module) -> None:
@@ -220,6 +221,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "infer"])
 @pytest.mark.parametrize("name", NETS)
 def test_peak_is_that_of_the_profiler(name: str, mode: Any) -> None:
@@ -230,6 +232,7 @@ def test_peak_is_that_of_the_profiler(name: str, mode: Any) -> None:
     assert 0 <= profiled.tensors - tracked <= PYTHON_NUMBER
 
 
+@pytest.mark.slow
 def test_peak_is_that_of_the_profiler_in_all_where_operators_take_no_workspace() -> None:
     make, inputs = NETS["perceptron"]
     net = make()
@@ -247,6 +250,7 @@ def same(measured: MemoryProfile, estimated: MemoryProfile) -> None:
     assert measured.macs == estimated.macs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "infer"])
 @pytest.mark.parametrize("name", NETS)
 def test_estimate_equals_measurement_to_the_byte(name: str, mode: Any) -> None:

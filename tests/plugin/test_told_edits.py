@@ -114,6 +114,7 @@ def test_edits_without_rows_are_told_as_what_they_are(kind: str) -> None:
     assert {c.path: c.what for c in history(made)[0].changes} == ROWS[kind]
 
 
+@pytest.mark.slow
 def test_the_report_and_the_command_tell_them_too(capsys: pytest.CaptureFixture[str]) -> None:
     model, given = Net(), Silent(kind="resize")
     text = str(compare(model, rewrite(model, given, inputs=INPUT), inputs=INPUT, estimate=True))

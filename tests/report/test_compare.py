@@ -40,6 +40,7 @@ def _remember(model: nn.Module, *records: PassRecord) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_an_estimate_takes_every_figure_but_the_times() -> None:
     document = compare(_net(8), _net(4), "2x1x16x16", estimate=True).document
     before, after = document.before, document.after
@@ -54,6 +55,7 @@ def test_an_estimate_takes_every_figure_but_the_times() -> None:
     assert document.environment.input == "2x1x16x16 float32"
 
 
+@pytest.mark.slow
 def test_inputs_are_guessed_once_and_the_same_for_both_sides() -> None:
     # The second net takes any number of channels from the first one's guess, but has no convolution
     # to guess from itself.
@@ -70,6 +72,7 @@ def test_inputs_are_guessed_once_and_the_same_for_both_sides() -> None:
     assert document.after.model == "Plain"
 
 
+@pytest.mark.slow
 def test_neither_network_is_changed() -> None:
     before, after = _net(8), _net(4)
     states = copy.deepcopy((before.state_dict(), after.state_dict()))
@@ -80,6 +83,7 @@ def test_neither_network_is_changed() -> None:
         torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_largest_ten_of_either_side_are_listed_by_what_they_held_before() -> None:
     deep = nn.Sequential(*(nn.Conv2d(1, 1, 3, padding=1) for _ in range(14)))
     rows = compare(deep, deep, "1x1x16x16", estimate=True).document.modules
@@ -88,6 +92,7 @@ def test_the_largest_ten_of_either_side_are_listed_by_what_they_held_before() ->
     assert all(row.before == row.after for row in rows)
 
 
+@pytest.mark.slow
 def test_passes_are_told_with_what_they_changed_and_refused_free_of_paths() -> None:
     after = _remember(_net(4), _record("pocket"))
     comparison = compare(_net(8), after, "1x1x8x8", estimate=True)
@@ -98,6 +103,7 @@ def test_passes_are_told_with_what_they_changed_and_refused_free_of_paths() -> N
     assert "RETRAIN" in comparison.verdict
 
 
+@pytest.mark.slow
 def test_passes_that_both_sides_went_through_are_no_difference_between_them() -> None:
     first, second = _record("first"), _record("second", "exact")
     before, after = _remember(_net(8), first), _remember(_net(4), first, second)
@@ -108,6 +114,7 @@ def test_passes_that_both_sides_went_through_are_no_difference_between_them() ->
     assert [rewrite.name for rewrite in told] == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_an_error_says_which_side_and_which_mode() -> None:
     def wrong(_: Any) -> Tensor:
         return torch.zeros(2, requires_grad=True)
@@ -116,6 +123,7 @@ def test_an_error_says_which_side_and_which_mode() -> None:
         compare(_net(8), _net(4), "1x1x8x8", estimate=True, loss=wrong)
 
 
+@pytest.mark.slow
 def test_the_loss_is_named_in_the_environment() -> None:
     def dice(outputs: Tensor) -> Tensor:
         return outputs.mean()

@@ -211,6 +211,7 @@ def test_an_operator_reads_the_channels_that_belong_together(name: str) -> None:
     assert lost, "nothing was sliced, not even what has nothing to do with the operator"
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(sorted(OPERATORS)), min_size=2, max_size=3), st.integers(0, 999))
 @settings(max_examples=examples(8), deadline=None, phases=[Phase.explicit, Phase.generate])
 def test_chains_of_operators_do_too(names: list[str], seed: int) -> None:

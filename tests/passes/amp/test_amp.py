@@ -296,6 +296,7 @@ def test_forward_hooks_of_the_user_see_float32_outside_of_autocast():
     assert seen[-1] == (torch.float32, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [True, False])
 def test_compiled_in_one_graph_it_computes_the_same(mode: bool):
     made = rewrite(net(), Amp(), inputs=X).train(mode)

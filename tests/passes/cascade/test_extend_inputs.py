@@ -42,6 +42,7 @@ def beside(x: Tensor, extra: int) -> Tensor:
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_other_peoples_networks_compute_exactly_the_same(name: str) -> None:
     torch.manual_seed(0)
@@ -54,6 +55,7 @@ def test_other_peoples_networks_compute_exactly_the_same(name: str) -> None:
     assert wide.state_dict().keys() == model.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_a_network_that_adds_copies_of_its_input_to_features_is_refused() -> None:
     (net,) = (net for net in foreign_nets() if net.name == "monai_vnet")
     with pytest.raises(RewriteError, match=r"VNet cannot read 3 more channels: aten\.\w+ at vnet"):

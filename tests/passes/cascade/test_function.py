@@ -42,6 +42,7 @@ def stage1_of(x: Tensor, classes: int = 3) -> nn.Module:
     return quiet(Small(x.shape[1], classes, x.ndim - 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_before_training_it_is_stage_2_alone(name: str) -> None:
     torch.manual_seed(0)
@@ -53,6 +54,7 @@ def test_before_training_it_is_stage_2_alone(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("channels", "classes", "parameters"), [(4, 4, 22_587_364), (1, 3, 22_583_875)]
 )
@@ -91,6 +93,7 @@ def test_it_is_the_two_networks_with_resizing_between(axes: int, guidance: Any) 
         assert torch.equal(cascade.shrink(x), small)
 
 
+@pytest.mark.slow
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     scale=st.floats(0.05, 1.0),
@@ -219,6 +222,7 @@ def test_one_network_may_be_both_stages() -> None:
     assert mine.isdisjoint(id(p) for p in cascade.stage2.parameters())
 
 
+@pytest.mark.slow
 def test_passes_go_to_the_widened_second_stage() -> None:
     x = torch.randn(1, 1, 16, 16, dtype=torch.float64)
     stage1, stage2 = quiet(Small(1, 3)), quiet(Small(1, 2, width=8))
@@ -235,6 +239,7 @@ def leaky() -> nn.Module:
     return quiet(nn.Sequential(*layers, nn.Conv2d(4, 2, 3, padding=1)))
 
 
+@pytest.mark.slow
 def test_passes_work_on_the_whole_cascade() -> None:
     torch.manual_seed(0)
     cascade = Cascade(leaky(), leaky(), guidance="softmax").eval()
@@ -247,6 +252,7 @@ def test_passes_work_on_the_whole_cascade() -> None:
     assert slim.get_parameter("stage2.0.weight").shape == (2, 3, 3, 3)
 
 
+@pytest.mark.slow
 def test_it_is_measured_like_any_network() -> None:
     cascade = Cascade(Small(1, 3, 3), Small(1, 2, 3))
     x = torch.randn(1, 1, 16, 16, 16)

@@ -35,6 +35,7 @@ def patchwise(**options: Any) -> Cascade:
     return Cascade(*nets(), passes=(tiles,), inputs=X)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_exact_second_stage_gives_the_answer_of_the_whole() -> None:
     whole, tiled = learnt(Cascade(*nets())), learnt(patchwise(mode="exact"))
@@ -42,6 +43,7 @@ def test_an_exact_second_stage_gives_the_answer_of_the_whole() -> None:
     assert torch.allclose(tiled(X), whole(X), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_slab_sees_its_own_part_of_volume_and_guidance() -> None:
     whole, tiled = learnt(Cascade(*nets())), learnt(patchwise(mode="slab"))
@@ -52,6 +54,7 @@ def test_a_slab_sees_its_own_part_of_volume_and_guidance() -> None:
     assert not torch.allclose(tiled(X), whole(X), rtol=1e-3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_windows_overlap_in_volume_and_guidance_alike() -> None:
     whole, tiled = learnt(Cascade(*nets())), learnt(patchwise(mode="window", overlap=0.5))
@@ -60,6 +63,7 @@ def test_windows_overlap_in_volume_and_guidance_alike() -> None:
     assert not torch.allclose(found, whole(X), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["exact", "slab", "window"])
 @torch.no_grad()
 def test_before_training_it_is_stage_2_alone_patch_wise(mode: str) -> None:
@@ -68,6 +72,7 @@ def test_before_training_it_is_stage_2_alone_patch_wise(mode: str) -> None:
     assert torch.equal(patchwise(mode=mode).eval()(X), alone(X))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pocketize.errors.CropWarning")
 @torch.no_grad()
 def test_the_crop_is_cut_into_tiles_too() -> None:
@@ -82,6 +87,7 @@ def test_the_crop_is_cut_into_tiles_too() -> None:
     assert torch.allclose(tiled(x), plain(x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_thesis_cascade_takes_less_memory_than_the_whole() -> None:
     x = torch.randn(1, 4, 48, 48, 128)
     stage1, stage2 = (UNet3d(4, 4, widths=(16, 16, 16, 16, 16)) for _ in range(2))

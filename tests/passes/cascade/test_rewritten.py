@@ -52,6 +52,7 @@ class Leaky(nn.Module):
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PASSES)
 def test_a_rewritten_second_stage_is_widened_and_stays_rewritten(name: str) -> None:
     torch.manual_seed(0)

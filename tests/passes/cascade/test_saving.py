@@ -71,6 +71,7 @@ def test_a_state_dict_goes_into_another_cascade(tmp_path: Path) -> None:
     agree(cascade, again)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pocketize.errors.CropWarning")
 def test_passes_on_the_second_stage_and_on_the_cascade_come_back(tmp_path: Path) -> None:
     factory = functools.partial(build, passes=("pocket:width=4",))
@@ -82,6 +83,7 @@ def test_passes_on_the_second_stage_and_on_the_cascade_come_back(tmp_path: Path)
     assert [r.name for r in history(again.stage2)] == ["extend-inputs", "pocket"]
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_rewritten_before_is_rewritten_in_the_factory(tmp_path: Path) -> None:
     def factory() -> Cascade:
         return Cascade(pocketize(Small(1, 3), 3), pocketize(Small(1, 2), 2))
@@ -91,6 +93,7 @@ def test_a_stage_that_was_rewritten_before_is_rewritten_in_the_factory(tmp_path:
     agree(cascade, load(tmp_path / "cascade.safetensors", factory))
 
 
+@pytest.mark.slow
 def test_a_patch_wise_second_stage_comes_back(tmp_path: Path) -> None:
     def factory() -> Cascade:
         tiles = Patchwise(mode="exact", size=8, progress=False)

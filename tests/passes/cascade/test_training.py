@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ def losses(
     return found
 
 
+@pytest.mark.slow
 def test_both_stages_learn_one_after_the_other() -> None:
     torch.manual_seed(0)
     cascade = Cascade(Small(1, 2, 3), Small(1, 2, 3), scale=0.5)

@@ -86,6 +86,7 @@ def same(first: nn.Module, second: nn.Module, x: Tensor) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
 @pytest.mark.parametrize("drop", [0.0, 0.3])
 def test_training_gives_the_same_numbers_to_the_bit(norm: Any, drop: float):
@@ -95,6 +96,7 @@ def test_training_gives_the_same_numbers_to_the_bit(norm: Any, drop: float):
     same(model, made, inputs().double())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_running_statistics_and_their_counters_are_updated_once(momentum: float | None):
     model = net()
@@ -148,6 +150,7 @@ def test_two_forwards_before_one_backward_each_get_their_own_buffers():
         assert torch.equal(a.grad, b.grad)
 
 
+@pytest.mark.slow
 def test_backward_twice_through_a_kept_graph_works():
     made = rewrite(net(), ALL, inputs=inputs())
     loss = made(inputs()).square().mean()
@@ -158,6 +161,7 @@ def test_backward_twice_through_a_kept_graph_works():
         torch.testing.assert_close(parameter.grad, 2 * gradient)
 
 
+@pytest.mark.slow
 def test_an_error_in_the_second_run_leaves_the_buffers_as_they_were(
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -176,6 +180,7 @@ def test_an_error_in_the_second_run_leaves_the_buffers_as_they_were(
     assert all(torch.equal(a, b) for a, b in zip(before, made.buffers(), strict=True))
 
 
+@pytest.mark.slow
 def test_keeps_less_and_the_plan_says_how_much_it_is_estimated_to():
     model = net()
     planned = plan(model, Checkpoint(), inputs=inputs(64))
@@ -193,6 +198,7 @@ def test_keeps_less_and_the_plan_says_how_much_it_is_estimated_to():
     assert list(made.state_dict()) == list(model.state_dict())
 
 
+@pytest.mark.slow
 def test_a_target_is_met_with_no_more_work_than_it_takes():
     model = net()
     peak = measure(model, inputs(64), estimate=True).peak
@@ -204,11 +210,13 @@ def test_a_target_is_met_with_no_more_work_than_it_takes():
     assert checkpointed(size) == checkpointed(some)
 
 
+@pytest.mark.slow
 def test_a_target_out_of_reach_is_an_error_that_tells_the_smallest():
     with pytest.raises(RewriteError, match=r"to 1% .*the smallest found is \d+\.\d [KM]iB"):
         plan(net(), Checkpoint(target="1%"), inputs=inputs(64))
 
 
+@pytest.mark.slow
 def test_a_target_that_is_met_already_changes_nothing():
     with pytest.warns(NoEffectWarning, match="checkpoint changed nothing"):
         made = rewrite(net(), Checkpoint(target="1GiB"), inputs=inputs())
@@ -221,6 +229,7 @@ def test_targets_that_are_none_are_explained(target: str):
         Checkpoint(target=target)
 
 
+@pytest.mark.slow
 def test_kept_modules_are_not_run_twice():
     planned = plan(net(), Checkpoint(only=BLOCKS, keep=("bottom.0",)), inputs=inputs())
     (row,) = planned.passes[0].refused
@@ -230,10 +239,12 @@ def test_kept_modules_are_not_run_twice():
         plan(net(), Checkpoint(keep=("botom",)), inputs=inputs())
 
 
+@pytest.mark.slow
 def test_of_nested_matches_the_outer_one_is_taken():
     assert checkpointed(rewrite(net(), Checkpoint(only=("*",)), inputs=inputs())) == list(BLOCKS)
 
 
+@pytest.mark.slow
 def test_hooks_of_a_checkpointed_module_itself_run_once():
     model = net()
     calls: list[str] = []
@@ -245,6 +256,7 @@ def test_hooks_of_a_checkpointed_module_itself_run_once():
     assert calls == ["forward", "backward"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_it_is_the_module_itself(context: Any):
     model = net().eval()
@@ -253,6 +265,7 @@ def test_without_gradients_it_is_the_module_itself(context: Any):
         assert torch.equal(made(inputs()), model(inputs()))
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_train_on_their_own():
     model = net()
     made = rewrite(model, ALL, inputs=inputs())
@@ -262,6 +275,7 @@ def test_copies_and_pickles_train_on_their_own():
     assert all(torch.equal(a, b) for a, b in zip(made.buffers(), model.buffers(), strict=True))
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_it_is_checkpointed_again(tmp_path: Any):
     made = rewrite(net(), ALL, inputs=inputs())
     save(made, tmp_path / "checkpointed.safetensors")
@@ -272,6 +286,7 @@ def test_saved_and_loaded_it_is_checkpointed_again(tmp_path: Any):
 
 
 # The compiler looks at .grad of whatever tensor goes into a frame, and warns itself.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("norm", [nn.InstanceNorm2d, nn.BatchNorm2d])
 def test_compiled_it_trains_to_the_same_numbers(norm: Any):
@@ -290,12 +305,14 @@ def test_compiled_it_trains_to_the_same_numbers(norm: Any):
         torch.testing.assert_close(c, d)
 
 
+@pytest.mark.slow
 def test_under_mixed_precision_the_second_run_is_under_autocast_too():
     once = rewrite(net(), Amp(), inputs=inputs())
     made = rewrite(once, ALL, inputs=inputs())
     same(once, made, inputs())
 
 
+@pytest.mark.slow
 def test_it_comes_after_the_pass_that_changes_widths_and_not_together_with_recompute():
     with pytest.raises(OrderError, match="give them as pocket, checkpoint"):
         plan(net(), Checkpoint(), Pocket(width=4), inputs=inputs())
@@ -313,6 +330,7 @@ def leaky(model: Net) -> Net:
     return model
 
 
+@pytest.mark.slow
 def test_in_place_norms_go_where_no_checkpoint_is_and_both_together_keep_least():
     model, x = leaky(net()).double(), inputs(64).double()
     first = Checkpoint(only=("encoder",))
@@ -329,6 +347,7 @@ def test_in_place_norms_go_where_no_checkpoint_is_and_both_together_keep_least()
     assert peaks[0] < min(peaks[1:])
 
 
+@pytest.mark.slow
 def test_blocks_that_hold_in_place_norms_are_not_run_twice():
     model = leaky(net())
     model.encoder[1] = nn.Identity()

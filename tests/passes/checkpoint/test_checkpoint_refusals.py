@@ -38,6 +38,7 @@ def test_models_that_cannot_be_searched_are_refused_with_the_reason(make: Any, w
         rewrite(make(), Checkpoint(), inputs=inputs())
 
 
+@pytest.mark.slow
 def test_a_second_application_is_refused():
     once = rewrite(net(), Checkpoint(only=("encoder",)), inputs=inputs())
     with pytest.warns(NoEffectWarning, match="1 modules of it are already checkpointed"):
@@ -122,6 +123,7 @@ def test_without_such_a_reason_the_same_block_is_taken():
     assert checkpointed(made) == ["part"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 @pytest.mark.parametrize(
     ("convert", "why"), [(fx.symbolic_trace, "GraphModule"), (torch.jit.script, "TorchScript")]

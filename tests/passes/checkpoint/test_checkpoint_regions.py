@@ -51,6 +51,7 @@ def test_a_region_frees_what_is_kept_inside_and_not_its_input_or_what_others_kee
     assert region.work == 2 * (2 * 4 * 4 * 64) + 4 * 64  # two convolutions, an element-wise one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64])
 def test_predictions_differ_from_estimated_peaks_by_what_is_there_in_any_case(size: int):
     """By weights, their gradients, the optimizer's state, and temporaries of the finest level."""

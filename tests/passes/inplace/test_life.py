@@ -160,6 +160,7 @@ def test_running_statistics_written_in_between_change_nothing() -> None:
     _same(expected, [cast(Tensor, p.grad) for p in net.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at inputs
 def test_compiled_it_says_once_that_it_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forwards, "_compiled", set())

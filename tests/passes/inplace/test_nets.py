@@ -104,6 +104,7 @@ NETS: dict[str, tuple[Build, str, Expected]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_the_norms_of_published_nets(name: str) -> None:
     build, inputs, expected = NETS[name]
@@ -152,6 +153,7 @@ def test_a_training_step_needs_a_quarter_less(name: str) -> None:
     assert peaks[1] < 0.75 * peaks[0]
 
 
+@pytest.mark.slow
 def test_the_peak_is_the_same_estimated_and_measured() -> None:
     made = plan(_dynunet(False)(), InPlaceNorm(), inputs="1x1x16x16x16").apply()
     estimated, measured = (

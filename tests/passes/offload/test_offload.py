@@ -146,6 +146,7 @@ def test_a_tensor_changed_after_it_was_saved_is_moved_again_as_it_is_then(files:
     same(model, rewrite(model, DISK, inputs=inputs()), inputs())
 
 
+@pytest.mark.slow
 def test_memory_is_given_back_at_once_and_estimates_know_it():
     model = nn.Sequential(
         *(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.GELU()) for _ in range(6))
@@ -242,6 +243,7 @@ def test_with_checkpoints_only_their_inputs_are_moved(files: list[int]):
     assert files == 3 * 3 * [2 * 8 * 16 * 16 * 4]
 
 
+@pytest.mark.slow
 def test_with_checkpoints_nothing_else_keeps_the_inputs_that_were_moved():
     model = nn.Sequential(
         *(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh(), nn.Conv2d(8, 8, 1)) for _ in range(6))
@@ -262,6 +264,7 @@ def test_with_mixed_precision_it_moves_the_smaller_tensors(files: list[int]):
 
 
 # The compiler looks at .grad of whatever tensor goes into a frame, and warns itself.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled_it_trains_to_the_same_numbers(files: list[int]):
     model = net().double()

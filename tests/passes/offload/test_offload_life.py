@@ -150,6 +150,7 @@ def test_function_transforms_and_dual_numbers(min_bytes: int):
     both(min_bytes, lambda model: function_transforms(model, X))
 
 
+@pytest.mark.slow
 @SIZES
 def test_forwards_without_a_backward_are_freed(min_bytes: int):
     _, model = pair(min_bytes)

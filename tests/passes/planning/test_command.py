@@ -50,6 +50,7 @@ def run(
 Run = Callable[..., Ran]
 
 
+@pytest.mark.slow
 def test_the_papers_plan_is_planned_written_and_applied(run: Run, tmp_path: Path) -> None:
     ran = run(
         "widths", *NET, "--max-bytes", "1MB", "--dtype", "float64", *COMPLEXITY, "-o", "r.toml"
@@ -65,6 +66,7 @@ def test_the_papers_plan_is_planned_written_and_applied(run: Run, tmp_path: Path
     assert conv_weights(small) == 123_154
 
 
+@pytest.mark.slow
 def test_without_an_output_the_recipe_is_printed(run: Run) -> None:
     ran = run("widths", *SMALL, "--max-parameters", "5k", "--reset")
     assert ran.code == 0
@@ -76,6 +78,7 @@ def test_without_an_output_the_recipe_is_printed(run: Run) -> None:
     assert parameters(small) <= 5000
 
 
+@pytest.mark.slow
 def test_json_has_the_plan_and_the_recipe(run: Run) -> None:
     ran = run("widths", *SMALL, "--max-parameters", "5000", *COMPLEXITY, "--format", "json")
     data = json.loads(ran.out)
@@ -85,6 +88,7 @@ def test_json_has_the_plan_and_the_recipe(run: Run) -> None:
     assert parse_recipe(data["recipe"])[0].options()
 
 
+@pytest.mark.slow
 def test_markdown_has_tables_and_a_fenced_recipe(run: Run) -> None:
     ran = run("widths", *SMALL, "--max-parameters", "5k", "--format", "markdown")
     assert ran.out.startswith("### uniform widths of UNet2d for at most 5,000 parameters\n")
@@ -92,6 +96,7 @@ def test_markdown_has_tables_and_a_fenced_recipe(run: Run) -> None:
     assert "```toml\n[[pass]]" in ran.out
 
 
+@pytest.mark.slow
 def test_a_peak_and_a_drop_are_planned_for(run: Run) -> None:
     peak = run("widths", *SMALL, "--max-peak", "150KiB", "--mode", "infer")
     assert peak.code == 0
@@ -110,6 +115,7 @@ def _images(folder: Path, count: int = 2) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_complexity_is_measured_at_the_scales_of_the_levels(run: Run, tmp_path: Path) -> None:
     images = _images(tmp_path / "images")
     options = ("--images", str(images), "--architecture", "unet", "--format", "json")
@@ -122,6 +128,7 @@ def test_complexity_is_measured_at_the_scales_of_the_levels(run: Run, tmp_path: 
     assert uniform["layerwise"] is False
 
 
+@pytest.mark.slow
 def test_levels_that_skip_a_scale_have_the_scale_they_work_at() -> None:
     net = torch.nn.Sequential(
         torch.nn.Conv2d(1, 8, 3, stride=4, padding=1),
@@ -138,6 +145,7 @@ def test_levels_that_skip_a_scale_have_the_scale_they_work_at() -> None:
     assert level_scales(anisotropic, "1x1x4x16x16") == (0, 1)
 
 
+@pytest.mark.slow
 def test_a_fit_of_ones_own_takes_the_place_of_the_architecture(run: Run, tmp_path: Path) -> None:
     made = Degradation(0.5, 0.02)
     points = [
@@ -200,6 +208,7 @@ def test_what_is_asked_wrongly_is_told(run: Run, arguments: tuple[Any, ...], mes
     assert message in err
 
 
+@pytest.mark.slow
 def test_a_recipe_that_is_there_is_not_replaced_without_force(run: Run, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("mine", encoding="utf-8")
     asked = ("widths", *SMALL, "--max-parameters", "5k", "-o", "r.toml")

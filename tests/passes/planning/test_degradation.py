@@ -185,6 +185,7 @@ def test_json_that_was_changed_or_is_another_thing_is_refused() -> None:
         DegradationFit.from_json({"points": []})
 
 
+@pytest.mark.slow
 def test_a_fit_can_be_drawn(tmp_path: Path) -> None:
     fit = fit_degradation(_points(degradation_of("unet"), [LYMPH, DRIVE, CHASE]))
     fit.plot(tmp_path / "fit.svg")

@@ -56,6 +56,7 @@ NETS: list[tuple[Callable[[], nn.Module], str, int]] = [
 COMPLEXITIES = (0.15, 0.08, 0.06, 0.05, 0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "inputs", "levels"), NETS)
 def test_a_layer_wise_plan_is_what_the_rewritten_network_is(
     build: Callable[[], nn.Module], inputs: str, levels: int

@@ -66,6 +66,7 @@ def test_the_papers_table_6_comes_out_exactly(
     assert made.width_options() == {"levels": list(widths)}
 
 
+@pytest.mark.slow
 def test_the_closed_form_is_near_the_papers_plan_and_says_what_it_misses() -> None:
     closed = plan_widths(
         paper_unet(),
@@ -85,6 +86,7 @@ def test_the_closed_form_is_near_the_papers_plan_and_says_what_it_misses() -> No
     assert ("misses the budget by" in str(closed)) == (closed.after.parameters > 125_000)
 
 
+@pytest.mark.slow
 def test_the_uniform_closed_form_is_the_square_root_of_the_share() -> None:
     closed = plan_widths(
         paper_unet(), inputs="1x1x32x32", method="closed-form", count="conv", **CASE_1
@@ -102,6 +104,7 @@ def _plan(**options: Any) -> WidthPlan:
     return plan_widths(_unet(), inputs=SMALL, **options)
 
 
+@pytest.mark.slow
 @given(
     budget=st.integers(400, 80_000),
     more=st.integers(0, 20_000),
@@ -134,6 +137,7 @@ def test_a_plan_is_within_its_budget_and_grows_with_it(
     assert all(a <= b for a, b in zip(less.widths, wide.widths, strict=True))  # type: ignore[operator]
 
 
+@pytest.mark.slow
 @given(budget=st.integers(1_000, 60_000), lam=st.floats(0.05, 1), delta=st.floats(0.001, 0.05))
 @settings(max_examples=examples(8), deadline=None)
 def test_levels_lose_equally_before_rounding(budget: int, lam: float, delta: float) -> None:
@@ -142,6 +146,7 @@ def test_levels_lose_equally_before_rounding(budget: int, lam: float, delta: flo
     assert losses == pytest.approx([losses[0]] * 5)  # eq. 11
 
 
+@pytest.mark.slow
 def test_what_is_planned_is_what_the_rewritten_model_has() -> None:
     made = _plan(max_bytes="40kB", complexity=LYMPH, degradation="unet")
     small = rewrite(_unet(), Width.from_plan(made), inputs=SMALL)
@@ -150,6 +155,7 @@ def test_what_is_planned_is_what_the_rewritten_model_has() -> None:
     assert made.bytes == 4 * parameters(small) <= 40_000
 
 
+@pytest.mark.slow
 def test_a_dtype_of_half_the_size_allows_twice_the_weights() -> None:
     half = _plan(max_bytes="40kB", dtype="float16")
     assert _plan(max_bytes="80kB").widths == half.widths
@@ -165,6 +171,7 @@ def test_buffers_count_where_that_is_asked_for() -> None:
     assert made.after.stored == held <= 10_000
 
 
+@pytest.mark.slow
 def test_several_budgets_hold_together() -> None:
     by_bytes = _plan(max_bytes="60kB")
     both = _plan(max_bytes="60kB", max_parameters=10_000)
@@ -178,6 +185,7 @@ def test_a_budget_that_is_met_already_changes_nothing() -> None:
     assert made.width_options() == {"scale": 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_an_accuracy_floor_holds_with_the_default_rounding(layerwise: bool) -> None:
     made = _plan(
@@ -191,6 +199,7 @@ def test_an_accuracy_floor_holds_with_the_default_rounding(layerwise: bool) -> N
         assert made.multipliers == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_floor_and_a_budget_that_exclude_each_other_are_told() -> None:
     known: dict[str, Any] = {"complexity": LYMPH, "degradation": "unet"}
     both = _plan(max_drop=0.2, max_parameters=20_000, **known)
@@ -199,6 +208,7 @@ def test_a_floor_and_a_budget_that_exclude_each_other_are_told() -> None:
         _plan(max_drop=0.01, max_parameters=2_000, **known)
 
 
+@pytest.mark.slow
 def test_a_memory_budget_holds_when_the_rewritten_model_is_estimated() -> None:
     net = UNet(2, 1, 2, channels=(8, 16, 32), strides=(2, 2), num_res_units=1)
     whole = measure(net, "2x1x32x32", estimate=True).peak
@@ -213,6 +223,7 @@ def test_a_memory_budget_holds_when_the_rewritten_model_is_estimated() -> None:
     assert "peak, estimated (training step, adam" in str(made)
 
 
+@pytest.mark.slow
 def test_the_papers_guess_of_memory_is_an_option_and_is_told_where_it_misses() -> None:
     whole = measure(_unet(), SMALL, "infer", estimate=True).peak
     guess = _plan(max_peak=0.5 * whole, mode="infer", method="closed-form")
@@ -238,6 +249,7 @@ def test_an_infeasible_budget_tells_the_smallest_that_is_feasible() -> None:
         _plan(max_bytes=1, method="closed-form")
 
 
+@pytest.mark.slow
 def test_the_minimum_is_kept_and_narrower_layers_stay() -> None:
     made = _plan(max_parameters=19_300, minimum=10)
     assert min(made.widths) == 8  # type: ignore[type-var]
@@ -255,6 +267,7 @@ def test_layers_of_a_level_may_differ_and_the_recipe_names_them() -> None:
     assert parameters(small) == made.after.parameters <= 600
 
 
+@pytest.mark.slow
 def test_what_is_kept_stays_and_the_rest_gives_more() -> None:
     made = _plan(max_parameters=12_000, keep=["encoder.0.*"])
     small = rewrite(_unet(), Width.from_plan(made), inputs=SMALL)
@@ -264,6 +277,7 @@ def test_what_is_kept_stays_and_the_rest_gives_more() -> None:
         _plan(max_parameters=12_000, keep=["nothing.*"])
 
 
+@pytest.mark.slow
 def test_what_only_the_check_finds_immovable_is_planned_around() -> None:
     net = Literal()
     made = plan_widths(net, inputs="1x1x8x8", max_parameters=400)
@@ -273,6 +287,7 @@ def test_what_only_the_check_finds_immovable_is_planned_around() -> None:
     assert "the check found that these cannot change: middle" in str(made)
 
 
+@pytest.mark.slow
 def test_a_plan_is_written_as_a_recipe_and_as_json() -> None:
     made = _plan(max_bytes="40kB", complexity=LYMPH, degradation="unet")
     assert parse_recipe(made.recipe()) == [Width.from_plan(made)]
@@ -284,6 +299,7 @@ def test_a_plan_is_written_as_a_recipe_and_as_json() -> None:
     assert data["degradation"]["architecture"] == "unet"
 
 
+@pytest.mark.slow
 def test_a_plan_reads_as_a_table() -> None:
     text = str(_plan(max_bytes="40kB", complexity=LYMPH, degradation="unet"))
     assert text.startswith("layer-wise widths of UNet2d for at most 40,000 B at float32")
@@ -292,6 +308,7 @@ def test_a_plan_reads_as_a_table() -> None:
     assert "| level" in _plan(max_bytes="40kB").to_markdown()
 
 
+@pytest.mark.slow
 def test_a_fit_can_be_planned_with() -> None:
     points = [
         ("a", 0.1, 1000, 0.9),
@@ -349,6 +366,7 @@ def test_what_cannot_be_planned_is_told(
         _plan(**options)
 
 
+@pytest.mark.slow
 def test_a_peak_is_planned_around_what_cannot_move() -> None:
     net = Literal()
     whole = measure(net, "1x1x32x32", "infer", estimate=True).peak

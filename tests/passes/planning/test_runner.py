@@ -44,6 +44,7 @@ def _run(training: Training, cache: Path | None = None, **options: object) -> tu
     )  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_every_data_set_is_trained_at_every_multiplier_and_the_points_can_be_fitted() -> None:
     training = Training()
     points = _run(training, inputs="1x1x12x12")
@@ -56,6 +57,7 @@ def test_every_data_set_is_trained_at_every_multiplier_and_the_points_can_be_fit
     assert fit.datasets[1].slope > fit.datasets[0].slope
 
 
+@pytest.mark.slow
 def test_every_point_starts_from_new_weights_that_the_seed_decides() -> None:
     net, first, second, other = _net(), Training(), Training(), Training()
     for training, seed in ((first, 0), (second, 0), (other, 1)):
@@ -85,6 +87,7 @@ def test_a_factory_is_called_and_the_random_state_of_the_caller_stays() -> None:
     assert torch.equal(training.first[0], next(_net().parameters()))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_without_training_finished_points(tmp_path: Path) -> None:
     cache = tmp_path / "points.jsonl"
     interrupted = Training(stop_at=4)
@@ -115,6 +118,7 @@ def test_an_error_in_training_leaves_what_was_finished(tmp_path: Path) -> None:
     assert [row["multiplier"] for row in rows[1:]] == [1, 0.5, 0.25]
 
 
+@pytest.mark.slow
 def test_another_model_seed_or_choice_of_what_stays_is_another_point(tmp_path: Path) -> None:
     cache = tmp_path / "points.jsonl"
 
@@ -140,6 +144,7 @@ def test_another_model_seed_or_choice_of_what_stays_is_another_point(tmp_path: P
     assert len(cache.read_text(encoding="utf-8").splitlines()) == 1 + 8
 
 
+@pytest.mark.slow
 def test_a_changed_complexity_needs_no_training(tmp_path: Path) -> None:
     cache, again = tmp_path / "points.jsonl", Training()
     _run(Training(), cache, inputs="1x1x12x12")

@@ -60,6 +60,7 @@ def check_gradients(model: nn.Module, x: Any, count: int) -> None:
         same(expected, gradients(with_rebuilt(model, rebuilt, frees, 0), x), tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_any_choice_has_the_same_gradients_on_small_nets(dropout: float) -> None:
     for norm in (nn.BatchNorm2d, lambda c: nn.GroupNorm(2, c), nn.InstanceNorm2d):
@@ -68,6 +69,7 @@ def test_any_choice_has_the_same_gradients_on_small_nets(dropout: float) -> None
     check_gradients(Functional(), torch.randn(2, 1, 8, 8), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_any_choice_has_the_same_gradients(name: str) -> None:
     check_gradients(FOREIGN[name].build(), FOREIGN[name].inputs(), 2)
@@ -89,11 +91,13 @@ def check_peaks(model: nn.Module, x: Any, count: int, least: int, within: float)
         assert step.cost(rebuilt).peak == pytest.approx(found, rel=within, abs=0)
 
 
+@pytest.mark.slow
 def test_the_predicted_peak_is_the_estimate_to_the_byte() -> None:
     for least in (0, 2048):
         check_peaks(small(), torch.randn(2, 1, 32, 32), 3, least, within=0)
 
 
+@pytest.mark.slow
 def test_the_predicted_peak_is_the_estimate() -> None:
     net = FOREIGN[QUICK[0]]
     check_peaks(net.build(), net.inputs(), 1, 0, within=1e-3)
@@ -112,6 +116,7 @@ def test_the_predicted_peak_is_the_estimate_on_all_nets(name: str) -> None:
     check_peaks(FOREIGN[name].build(), FOREIGN[name].inputs(), 3, 0, within=0.02)
 
 
+@pytest.mark.slow
 def test_the_curve_is_a_front_and_its_points_are_what_they_say() -> None:
     model, x = small(), torch.randn(2, 1, 32, 32)
     points = curve(model, x, min_bytes=0)
@@ -124,6 +129,7 @@ def test_the_curve_is_a_front_and_its_points_are_what_they_say() -> None:
         assert measure(made, x, estimate=True).peak == point.peak
 
 
+@pytest.mark.slow
 def test_the_search_finds_what_trying_everything_finds() -> None:
     x = torch.randn(2, 1, 32, 32)
     uses = find_uses(traced := capture(small(), x, train=True))
@@ -139,6 +145,7 @@ def test_the_search_finds_what_trying_everything_finds() -> None:
         assert any(f.peak <= cost.peak and f.flops <= cost.flops for f in found)
 
 
+@pytest.mark.slow
 def test_a_budget_is_met_with_the_least_work() -> None:
     model, x = small(), torch.randn(2, 1, 32, 32)
     before = measure(model, x, estimate=True).peak
@@ -152,6 +159,7 @@ def test_a_budget_is_met_with_the_least_work() -> None:
     assert "the budget needs its memory" in text
 
 
+@pytest.mark.slow
 def test_a_budget_that_cannot_be_met_says_what_can() -> None:
     x = torch.randn(2, 1, 32, 32)
     least = curve(small(), x, min_bytes=0)[-1].peak
@@ -160,11 +168,13 @@ def test_a_budget_that_cannot_be_met_says_what_can() -> None:
     assert "Ask for that" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_met_already_changes_nothing() -> None:
     with pytest.warns(NoEffectWarning, match="is within the budget"):
         rewrite(small(), Recompute(budget="1GiB", min_bytes=0), inputs=torch.randn(2, 1, 8, 8))
 
 
+@pytest.mark.slow
 def test_what_is_kept_can_be_named() -> None:
     x = torch.randn(2, 1, 8, 8)
     uses = find_uses(capture(small(), x, train=True))
@@ -209,6 +219,7 @@ def test_wrong_options(options: dict[str, Any], text: str) -> None:
         Recompute(**options)
 
 
+@pytest.mark.slow
 def test_a_budget_for_a_model_that_cannot_be_estimated_is_refused() -> None:
     frozen = small().requires_grad_(False)
     with pytest.raises(RewriteError, match="a budget needs an estimate"):

@@ -54,6 +54,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return shapes
 
 
+@pytest.mark.slow
 def test_memory_that_nobody_reads_again_is_taken_away(x: Tensor, taken: list[Any]) -> None:
     made = recomputed(small().double(), x)
     taken.clear()
@@ -62,6 +63,7 @@ def test_memory_that_nobody_reads_again_is_taken_away(x: Tensor, taken: list[Any
     assert taken.count((2, 4, 8, 8)) >= 3  # its parts, and the activations before convolutions
 
 
+@pytest.mark.slow
 def test_what_a_hook_takes_with_it_has_its_content(x: Tensor, taken: list[Any]) -> None:
     model, kept = small().double(), []
     model.c1.register_forward_hook(lambda module, args, out: kept.append(args[0]))
@@ -76,6 +78,7 @@ def test_what_a_hook_takes_with_it_has_its_content(x: Tensor, taken: list[Any]) 
     assert torch.allclose(kept[0], wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "read",
     [
@@ -110,6 +113,7 @@ def test_code_that_reads_against_the_plan_finds_the_content(
     assert made.seen == pytest.approx(twin.seen)
 
 
+@pytest.mark.slow
 def test_a_tensor_written_to_after_it_was_read_keeps_its_old_value_for_the_backward(
     x: Tensor,
 ) -> None:
@@ -132,6 +136,7 @@ def test_a_tensor_written_to_after_it_was_read_keeps_its_old_value_for_the_backw
     same(gradients(reference(made), x), gradients(made, x))
 
 
+@pytest.mark.slow
 def test_weights_that_change_before_the_backward_are_an_error_as_ever(x: Tensor) -> None:
     made = recomputed(small().double(), x)
     loss = made(x).sum()
@@ -141,6 +146,7 @@ def test_weights_that_change_before_the_backward_are_an_error_as_ever(x: Tensor)
         loss.backward()
 
 
+@pytest.mark.slow
 def test_an_error_in_the_forward_ends_the_recording(x: Tensor) -> None:
     made = recomputed(small().double(), x)
     with pytest.raises(RuntimeError, match=r"size|channels"):
@@ -154,6 +160,7 @@ def test_an_error_in_the_forward_ends_the_recording(x: Tensor) -> None:
     same(gradients(reference(made), x), gradients(made, x))
 
 
+@pytest.mark.slow
 def test_without_gradients_nothing_is_recorded(x: Tensor, taken: list[Any]) -> None:
     made = recomputed(small().double(), x).eval()
     taken.clear()
@@ -164,6 +171,7 @@ def test_without_gradients_nothing_is_recorded(x: Tensor, taken: list[Any]) -> N
     assert not taken
 
 
+@pytest.mark.slow
 def test_hooks_of_the_user_run_as_before(x: Tensor) -> None:
     model, calls = Net(nn.BatchNorm2d, nn.ReLU()).double(), []
     for module in model.modules():
@@ -178,6 +186,7 @@ def test_hooks_of_the_user_run_as_before(x: Tensor) -> None:
     assert calls == before
 
 
+@pytest.mark.slow
 def test_a_tensor_hook_on_a_normed_tensor_sees_its_gradient(x: Tensor) -> None:
     class Watched(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -194,6 +203,7 @@ def test_a_tensor_hook_on_a_normed_tensor_sees_its_gradient(x: Tensor) -> None:
     assert len(made.seen) == 1
 
 
+@pytest.mark.slow
 def test_two_threads_record_for_themselves(x: Tensor) -> None:
     made = recomputed(small().double(), x).eval()
     expected = gradients(reference(made), x)
@@ -217,6 +227,7 @@ def test_two_threads_record_for_themselves(x: Tensor) -> None:
         same({n: expected[n] for n in grads}, grads)
 
 
+@pytest.mark.slow
 def test_copies_pickles_and_saved_models_recompute_too(x: Tensor, tmp_path: Any) -> None:
     made = recomputed(small().double(), x)
     buffer = io.BytesIO()
@@ -238,6 +249,7 @@ def test_copies_pickles_and_saved_models_recompute_too(x: Tensor, tmp_path: Any)
         same(expected, gradients(twin, x))
 
 
+@pytest.mark.slow
 def test_the_model_keeps_its_class_keys_and_modules(x: Tensor) -> None:
     model = small()
     made = recomputed(model, x.float())
@@ -246,6 +258,7 @@ def test_the_model_keeps_its_class_keys_and_modules(x: Tensor) -> None:
     assert [type(m) for m in made.modules()] == [type(m) for m in model.modules()]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:recompute. torch.compile traces")
 @pytest.mark.parametrize(("backend", "whole"), [("eager", True), ("aot_eager", False)])
 def test_torch_compile_runs_the_model_as_it_is(backend: str, whole: bool, x: Tensor) -> None:
@@ -262,6 +275,7 @@ def _plain(found: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("buffer _orig_mod.", "buffer "): value for name, value in found.items()}
 
 
+@pytest.mark.slow
 def test_a_norm_read_twice_gives_both_gradients(x: Tensor) -> None:
     class Twice(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -272,6 +286,7 @@ def test_a_norm_read_twice_gives_both_gradients(x: Tensor) -> None:
     same(gradients(reference(made), x), gradients(made, x))
 
 
+@pytest.mark.slow
 def test_a_view_taken_before_an_in_place_activation_sees_it(x: Tensor) -> None:
     class Viewed(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -284,6 +299,7 @@ def test_a_view_taken_before_an_in_place_activation_sees_it(x: Tensor) -> None:
     same(gradients(reference(made), x), gradients(made, x))
 
 
+@pytest.mark.slow
 def test_an_in_place_activation_whose_result_is_dropped(x: Tensor) -> None:
     class Dropped(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -295,6 +311,7 @@ def test_an_in_place_activation_whose_result_is_dropped(x: Tensor) -> None:
     same(gradients(reference(made), x), gradients(made, x))
 
 
+@pytest.mark.slow
 def test_an_in_place_activation_of_a_tensor_that_somebody_watches(x: Tensor) -> None:
     class Watching(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -307,6 +324,7 @@ def test_an_in_place_activation_of_a_tensor_that_somebody_watches(x: Tensor) -> 
     same(gradients(reference(made), x), gradients(made, x))
 
 
+@pytest.mark.slow
 def test_a_subclass_that_hands_attributes_on_is_not_taken_for_what_was_normed() -> None:
     class Scaled(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -325,6 +343,7 @@ def test_a_subclass_that_hands_attributes_on_is_not_taken_for_what_was_normed() 
         same(*found)
 
 
+@pytest.mark.slow
 def test_an_alias_without_history_stays_without(x: Tensor) -> None:
     class Detaching(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -335,6 +354,7 @@ def test_an_alias_without_history_stays_without(x: Tensor) -> None:
     same(gradients(reference(made), x), gradients(made, x))
 
 
+@pytest.mark.slow
 def test_outputs_hold_no_more_than_they_are(x: Tensor) -> None:
     class Normed(Net):
         def forward(self, x: Tensor) -> Tensor:

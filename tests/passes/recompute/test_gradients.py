@@ -58,12 +58,14 @@ def check(model: nn.Module, x: torch.Tensor, keep: str = "level") -> None:
         same(gradients(twin, x.double()), gradients(made.train(train), x.double()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["conv", "block", "level"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_norm_in_every_mode(norm: str, keep: str) -> None:
     check(Net(NORMS[norm][3], nn.ReLU(inplace=True), 3), torch.randn(2, 1, 4, 4, 4), keep)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ACTS)
 def test_every_activation(act: str) -> None:
     check(Net(nn.BatchNorm2d, ACTS[act]), torch.randn(2, 1, 8, 8))
@@ -87,6 +89,7 @@ def test_any_small_net(norm, act, dims, batch, keep, dropout, size) -> None:
         check(Net(NORMS[norm][dims], ACTS[act], dims, dropout), x, keep)
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     block = norm_gradients._block
 
@@ -99,16 +102,19 @@ def test_a_wrong_gradient_would_be_found(monkeypatch: pytest.MonkeyPatch) -> Non
         check(Net(nn.BatchNorm2d, nn.ReLU()), torch.randn(2, 1, 8, 8))
 
 
+@pytest.mark.slow
 def test_in_place_calls_and_sums() -> None:
     check(Functional(), torch.randn(2, 1, 8, 8))
 
 
+@pytest.mark.slow
 def test_running_statistics_are_updated_once() -> None:
     made = recomputed(Net(nn.BatchNorm2d, nn.ReLU()), x := torch.randn(2, 1, 8, 8))
     gradients(made.train(), x)
     assert {int(b) for n, b in made.named_buffers() if n.endswith("num_batches_tracked")} == {1}
 
 
+@pytest.mark.slow
 def test_channels_last_stays_and_agrees() -> None:
     last = torch.channels_last
     model = Net(nn.BatchNorm2d, nn.ReLU()).to(memory_format=last)
@@ -116,6 +122,7 @@ def test_channels_last_stays_and_agrees() -> None:
     check(model, x.contiguous(memory_format=last))
 
 
+@pytest.mark.slow
 def test_autocast_is_in_the_state_it_was() -> None:
     made = recomputed(Net(partial(nn.GroupNorm, 2), nn.ReLU()), x := torch.randn(2, 1, 8, 8))
     with torch.autocast("cpu", torch.bfloat16):
@@ -125,6 +132,7 @@ def test_autocast_is_in_the_state_it_was() -> None:
     same(expected, found, 2e-2)
 
 
+@pytest.mark.slow
 def test_a_second_backward_over_the_same_graph() -> None:
     made = recomputed(
         Net(nn.BatchNorm2d, nn.ReLU()).double(), x := torch.randn(2, 1, 8, 8).double()
@@ -137,6 +145,7 @@ def test_a_second_backward_over_the_same_graph() -> None:
     same(first, {n: p.grad for n, p in made.named_parameters()})
 
 
+@pytest.mark.slow
 def test_gradients_of_gradients() -> None:
     made = recomputed(
         Net(nn.InstanceNorm2d, nn.SiLU()).double(), x := torch.randn(2, 1, 8, 8).double()
@@ -150,6 +159,7 @@ def test_gradients_of_gradients() -> None:
     same(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_region_that_the_model_checkpoints_itself_is_left_to_it(reentrant: bool) -> None:
     class Checkpointing(nn.Module):
@@ -171,6 +181,7 @@ def test_a_region_that_the_model_checkpoints_itself_is_left_to_it(reentrant: boo
         check(Checkpointing(), torch.randn(2, 1, 8, 8))
 
 
+@pytest.mark.slow
 def test_frozen_layers_and_outputs_at_several_depths() -> None:
     class Deep(Net):
         def forward(self, x: torch.Tensor) -> Any:

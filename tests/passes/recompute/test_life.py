@@ -70,6 +70,7 @@ def second(net: nn.Module) -> Tensor:
     return flat((*first, *torch.autograd.grad(penalty, given, materialize_grads=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", [nn.LeakyReLU(0.1, inplace=True), nn.SiLU(), nn.PReLU()])
 @pytest.mark.parametrize("norm", range(3))
 @pytest.mark.parametrize("keep", KEEP)
@@ -77,6 +78,7 @@ def test_second_derivatives(keep: str, norm: int, act: nn.Module) -> None:
     both(keep, second, norm=norm, act=act)
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_a_norm_and_a_convolution_whose_weights_made_their_input() -> None:
     class Woven(nn.Module):
         def __init__(self) -> None:
@@ -103,6 +105,7 @@ def _exchanged(net: nn.Module, name: str) -> None:
     net.get_parameter(name).data = net.get_parameter(name) + 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [_written, _exchanged])
 @pytest.mark.parametrize("name", ["a2.weight", "c1.bias", "m2.weight", "n1.bias"])
 def test_a_weight_that_is_changed_between_the_passes_is_refused(
@@ -125,6 +128,7 @@ def test_a_weight_that_only_moved_is_no_error() -> None:
     both("level", moved)
 
 
+@pytest.mark.slow
 def test_running_statistics_written_between_the_passes_change_nothing() -> None:
     def gradient(net: nn.Module, between: bool) -> Tensor:
         loss = net.eval()(batch()).square().sum()
@@ -170,6 +174,7 @@ def test_what_a_hook_keeps_can_be_written_to_or_is_refused(
         same({"it": expected}, {"it": found})
 
 
+@pytest.mark.slow
 def test_memory_that_somebody_points_to_is_not_taken_away() -> None:
     class Pointing(Net):
         peek = False
@@ -237,6 +242,7 @@ def test_function_transforms_find_the_model_as_it_is(of: Callable[[nn.Module], T
     both("level", of)
 
 
+@pytest.mark.slow
 def test_a_model_that_transforms_functions_itself_says_what_to_do() -> None:
     class Inner(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -248,6 +254,7 @@ def test_a_model_that_transforms_functions_itself_says_what_to_do() -> None:
         rewrite(net, Recompute(min_bytes=0), inputs=batch())(batch()).sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(0, 1, 8, 8), (2, 1, 0, 8)])
 @pytest.mark.parametrize("norm", range(3))
 @pytest.mark.parametrize("dropout", [0.0, 0.3])  # with it, norm and activation are not fused
@@ -269,6 +276,7 @@ def test_a_batch_of_none(norm: int, dropout: float, shape: tuple[int, ...]) -> N
         assert torch.allclose(*found, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_called_in_a_checkpoint_it_leaves_the_memory_to_that(reentrant: bool) -> None:
     def step(net: nn.Module) -> Tensor:
@@ -327,6 +335,7 @@ def test_subclasses_come_out_as_they_go_in() -> None:
     same({"it": flat(p.grad for p in twin.parameters())}, {"it": found})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo looks at inputs
 def test_compiled_it_says_once_that_it_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forwards, "_compiled", set())

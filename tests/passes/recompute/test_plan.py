@@ -68,6 +68,7 @@ def test_a_weight_used_twice_has_two_sites() -> None:
     assert [site.name for site in find_uses(traced)] == ["0.weight", "0.weight#1"]
 
 
+@pytest.mark.slow
 def test_the_plan_shows_the_price_of_every_choice(x: Tensor) -> None:
     text = str(plan(net(), Recompute(keep="block", min_bytes=0), inputs=x))
     for keep in ("conv", "block", "level"):
@@ -78,6 +79,7 @@ def test_the_plan_shows_the_price_of_every_choice(x: Tensor) -> None:
     assert only.changes[0].what.startswith("stored for the backward pass: ")
 
 
+@pytest.mark.slow
 def test_what_was_planned_is_remembered(x: Tensor) -> None:
     made = rewrite(net(), Recompute(keep="level", min_bytes=0), inputs=x)
     (record,) = history(made)
@@ -86,12 +88,14 @@ def test_what_was_planned_is_remembered(x: Tensor) -> None:
     assert edit["options"]["rebuilt"] == [f"{n}.weight" for n in ("a1", "a2", "c1", "c2", "up")]
 
 
+@pytest.mark.slow
 def test_a_second_time_has_no_effect(x: Tensor) -> None:
     made = rewrite(net(), Recompute(min_bytes=0), inputs=x)
     with pytest.warns(NoEffectWarning, match="recomputes already"):
         rewrite(made, Recompute(min_bytes=0), inputs=x)
 
 
+@pytest.mark.slow
 def test_a_net_that_stores_no_more_than_it_must_is_left_alone(x: Tensor) -> None:
     with pytest.warns(NoEffectWarning, match="nothing to gain"):
         rewrite(nn.Sequential(nn.Conv2d(1, 2, 3)), Recompute(), inputs=x)
@@ -133,6 +137,7 @@ def test_the_peak_of_a_training_step_at_96_cubed(make: Any, rows: list[tuple[str
         assert after <= PEAKS[passes] * before, passes
 
 
+@pytest.mark.slow
 def test_the_estimate_is_what_happens() -> None:
     model, inputs = dynunet(), torch.randn(1, 1, 16, 16, 16)
     made = rewrite(model, Recompute(keep="level", min_bytes=0), inputs=inputs)

@@ -60,6 +60,7 @@ def results(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y.square().sum(), parameters)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [trained, kept, inferred])
 @pytest.mark.parametrize("name", PASSES)
 def test_a_rewritten_network_that_has_run_can_be_copied_and_pickled(name: str, run: Any) -> None:
@@ -99,6 +100,7 @@ class Supervised(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [trained, kept, inferred])
 @pytest.mark.parametrize("name", ["recompute", "checkpoint", "offload", "amp", "window"])
 def test_a_network_that_keeps_its_outputs_is_planned_and_copied_after_it_has_run(

@@ -40,6 +40,7 @@ def block(before: int, after: int) -> nn.Module:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pocketize.errors.PocketizeWarning")  # nothing to change
 @pytest.mark.parametrize("name", [info.name for info in list_passes()])
 def test_tensors_do_not_become_more_with_every_rewrite(name: str):

@@ -122,6 +122,7 @@ def test_attributes_changed_in_between_are_changed_for_the_next_forward_only():
     both(Stateful(), use)
 
 
+@pytest.mark.slow
 def test_steps_whose_output_stays_in_an_attribute_do_not_keep_each_other_alive():
     _, model = pair(Stateful())
     counts = []

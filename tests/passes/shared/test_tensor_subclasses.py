@@ -86,6 +86,7 @@ def leaves(value: Any) -> list[Tensor]:
     return [value["out"], *value["deep"], value["plain"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_outputs_by_tiles_have_the_class_and_the_attributes_of_the_networks_own(
@@ -117,6 +118,7 @@ def test_outputs_by_tiles_have_the_class_and_the_attributes_of_the_networks_own(
         assert all(p.grad is not None for p in tiled.parameters())
 
 
+@pytest.mark.slow
 def test_gradients_reach_an_input_of_a_class_of_its_own() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh()).double()
     values = torch.randn(1, 1, 8, 16, dtype=torch.float64)
@@ -127,6 +129,7 @@ def test_gradients_reach_an_input_of_a_class_of_its_own() -> None:
     torch.testing.assert_close(x.grad.as_subclass(Tensor), y.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["exact", "window"])
 def test_labels_keep_the_metadata(mode: str) -> None:
     net, values = nn.Conv2d(1, 3, 3, padding=1).eval(), torch.randn(1, 1, 8, 16)
@@ -149,6 +152,7 @@ def net() -> nn.Module:
 OPTIONS = {"width": "width:scale=0.5", "patchwise": "patchwise:size=8,progress=false"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pocketize.errors.NoEffectWarning")
 @pytest.mark.parametrize("kind", ["meta", "noted"])
 @pytest.mark.parametrize("name", [each.name for each in list_passes()])
@@ -170,6 +174,7 @@ def test_every_pass_plans_for_an_example_of_a_class_as_for_a_plain_one(
     trained.square().mean().backward()
 
 
+@pytest.mark.slow
 def test_measurements_and_comparisons_take_examples_of_a_class() -> None:
     values, model = torch.randn(2, 1, 8, 8), net()
     for estimate in (True, False):

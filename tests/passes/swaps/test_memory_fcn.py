@@ -26,6 +26,7 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "block", "expected"),
     [
@@ -44,6 +45,7 @@ def test_one_block_a_level_is_the_hand_built_variant(given: Any, block: str, exp
     assert made.train()(torch.randn(2, 1, 16, 16, 16)).shape == (2, 3, 16, 16, 16)
 
 
+@pytest.mark.slow
 def test_reset_blocks_begin_as_hand_built_ones_do() -> None:
     given = CompactBlock(inner_norm=True, **PAPER)
     made = rewrite(MemoryFCN3d(per_level=1), given, inputs=INPUT, seed=0)
@@ -77,6 +79,7 @@ def test_swaps_of_the_baseline_with_two_convolutions_a_level(given: Any, expecte
     assert parameters(made) == expected
 
 
+@pytest.mark.slow
 def test_weighing_leaves_out_the_finest_level_where_activations_are() -> None:
     (planned,) = plan(MemoryFCN3d(), Bottleneck(where=("encoder",)), inputs="1x1x32x32x32").passes
     assert [row.path for row in planned.changes] == [
@@ -86,6 +89,7 @@ def test_weighing_leaves_out_the_finest_level_where_activations_are() -> None:
     assert why.startswith("4.0 MiB more activations")
 
 
+@pytest.mark.slow
 def test_trained_weights_are_kept_where_nothing_is_swapped() -> None:
     model = MemoryFCN3d()
     made = rewrite(model, Separable(**PAPER), inputs=INPUT, seed=0)

@@ -53,6 +53,7 @@ def refusals(model: nn.Module, given: Any, inputs: Any = IMAGE) -> dict[str, str
     return {row.path: row.why for row in planned.refused}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SWAPS)
 def test_convolutions_with_a_kernel_become_blocks_and_others_stay(kind: Any) -> None:
     model = small()
@@ -91,6 +92,7 @@ def test_guarantees_follow_from_what_is_carried_over() -> None:
 # -- which convolutions --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sides_and_patterns_choose_and_both_may_be_given() -> None:
     for where, expected in {
         ("all",): ["down", "bottom", "late"],
@@ -105,6 +107,7 @@ def test_sides_and_patterns_choose_and_both_may_be_given() -> None:
     assert why["late"] == "where=encoder leaves it out"
 
 
+@pytest.mark.slow
 def test_two_swaps_on_two_sides_follow_each_other() -> None:
     made = rewrite(
         small(),
@@ -226,6 +229,7 @@ def test_a_weight_of_low_rank_is_carried_over_as_it_is(
     assert float(error.detach()) < (2e-3 if given.name == "compact-block" else 1e-5)
 
 
+@pytest.mark.slow
 def test_more_energy_takes_more_parameters_and_errs_less() -> None:
     model = small()
     for kind in SWAPS:
@@ -254,6 +258,7 @@ def test_ratios_give_the_papers_widths() -> None:
     assert Separable(multiplier=20).ranks(conv) == (9,)
 
 
+@pytest.mark.slow
 def test_reset_draws_the_blocks_alone_by_the_owners_law() -> None:
     model = small()
     for layer in (model.down, model.bottom, model.late, model.up, model.grouped):

@@ -72,6 +72,7 @@ def test_a_swapped_model_is_saved_and_loaded(given: Any, tmp_path: Path) -> None
         load(tmp_path / "net.safetensors", lambda: Net(20))
 
 
+@pytest.mark.slow
 def test_the_command_line_swaps_and_says_what(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +93,7 @@ def test_what_saves_memory_comes_after_a_swap(late: Any) -> None:
         plan(net(), late, SWAPS[0], inputs=X)
 
 
+@pytest.mark.slow
 def test_what_sets_widths_comes_before_a_swap() -> None:
     for early in (Pocket(), Width(0.5)):
         with pytest.raises(OrderError, match=f"separable must come after {early.name}"):
@@ -100,6 +102,7 @@ def test_what_sets_widths_comes_before_a_swap() -> None:
         assert isinstance(made.deep, SeparableBlock)
 
 
+@pytest.mark.slow
 def test_norms_inside_a_block_are_computed_in_place() -> None:
     alone: Any = rewrite(net(), SWAPS[0], inputs=X)
     made: Any = rewrite(net(), SWAPS[0], InPlaceNorm(), inputs=X)
@@ -118,6 +121,7 @@ def test_widths_of_a_swapped_model_can_be_changed_and_the_block_follows() -> Non
     assert made(X).shape == (2, 2, 4, 4)
 
 
+@pytest.mark.slow
 def test_a_model_without_values_is_planned_by_shape_and_energy_is_refused() -> None:
     empty = copy.deepcopy(net()).to("meta")
     inputs = X.to("meta")
@@ -134,6 +138,7 @@ def test_a_model_without_values_is_planned_by_shape_and_energy_is_refused() -> N
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", SWAPS, ids=str)
 def test_in_place_is_the_same_as_on_a_copy(given: Any) -> None:
     model = net()

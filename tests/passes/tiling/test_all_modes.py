@@ -51,6 +51,7 @@ def _options(mode: Any) -> dict[str, Any]:
     return {"overlap": 0.0} if mode == "window" else {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_several_inputs_and_nested_outputs_at_other_resolutions(mode: Any) -> None:
     model, given = _nested()
@@ -62,6 +63,7 @@ def test_several_inputs_and_nested_outputs_at_other_resolutions(mode: Any) -> No
         _agree(made(a, b=b, vector=vector, deep=False), model(a, b, vector=vector, deep=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_volume_whose_channels_lie_last(mode: Any) -> None:
     model, given = _nested()
@@ -71,6 +73,7 @@ def test_a_volume_whose_channels_lie_last(mode: Any) -> None:
         _agree(made(**moved), model(**given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_volume_in_a_file_that_may_not_be_written(mode: Any, tmp_path: Path) -> None:
     model, given = _nested()
@@ -81,6 +84,7 @@ def test_a_volume_in_a_file_that_may_not_be_written(mode: Any, tmp_path: Path) -
         _agree(made(**{**given, "b": torch.from_numpy(file)}), model(**given))
 
 
+@pytest.mark.slow
 def test_under_autocast_tiles_are_no_further_from_the_whole_than_that_is_from_float32() -> None:
     model, x = unet(3).eval(), double(1, 1, 16, 16, 32).float()
     made = rewrite(model, Patchwise(size=8), inputs=x)

@@ -117,6 +117,7 @@ def test_a_training_step_stays_within_the_target_with_the_largest_tiles_that_do(
     assert "live tensors of a training step with Adam peak at" in text
 
 
+@pytest.mark.slow
 def test_inference_stays_within_the_target_too() -> None:
     size = "1x1x32x128"
     whole = measure(unet(), size, "infer", estimate=True).peak
@@ -145,6 +146,7 @@ def test_a_target_that_no_tile_meets_is_an_error_that_tells_the_least(train: boo
     assert measure(smallest, size, mode).peak == pytest.approx(least, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_larger_volume_is_cut_anew_or_told_that_it_cannot_be() -> None:
     size = "1x1x32x64"
     limit = int(measure(unet(), size, estimate=True).peak * 0.9)
@@ -155,6 +157,7 @@ def test_a_larger_volume_is_cut_anew_or_told_that_it_cannot_be() -> None:
         made(torch.randn(1, 1, 256, 256))
 
 
+@pytest.mark.slow
 def test_the_plan_says_where_tiles_do_not_help() -> None:
     (step,) = plan(chain(), Patchwise(size=4, train=True), inputs="1x1x8x8").passes
     assert "no lower than that of the whole" in step.changes[0].why

@@ -43,6 +43,7 @@ def _tiled(model: nn.Module, x: Tensor, **options: Any) -> nn.Module:
     return rewrite(model, Patchwise(size=4, train=True, progress=False, **options), inputs=x)
 
 
+@pytest.mark.slow
 def test_updates_in_the_backward_pass_are_those_after_it_also_of_weights_read_twice() -> None:
     torch.manual_seed(0)
     model, x = Shared().double(), double(1, 2, 10, 12)
@@ -61,6 +62,7 @@ def test_updates_in_the_backward_pass_are_those_after_it_also_of_weights_read_tw
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_gradients_never_exist_together() -> None:
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.InstanceNorm2d(4)) for _ in range(5)]
@@ -78,6 +80,7 @@ def test_gradients_never_exist_together() -> None:
     assert max(held) == 1
 
 
+@pytest.mark.slow
 def test_the_peak_with_updates_in_the_backward_pass_is_lower_and_the_estimate_exact() -> None:
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.InstanceNorm2d(32)) for _ in "abcd"]
@@ -92,6 +95,7 @@ def test_the_peak_with_updates_in_the_backward_pass_is_lower_and_the_estimate_ex
     assert peaks[2] == peaks[3] < peaks[0] - layers[0][0].weight.nbytes  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_a_weight_written_by_a_hook_that_earlier_steps_read_is_an_error() -> None:
     model = nn.Sequential(*(nn.Conv2d(2, 2, 3, padding=1) for _ in range(3)), nn.InstanceNorm2d(2))
     x = torch.randn(1, 2, 8, 8)
@@ -106,6 +110,7 @@ def test_a_weight_written_by_a_hook_that_earlier_steps_read_is_an_error() -> Non
         tiled(x).square().sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("retain", [False, True])
 def test_gradients_of_late_weights_alone_leave_nothing_behind(retain: bool) -> None:
     torch.manual_seed(0)

@@ -134,6 +134,7 @@ def _tiled_peak(model: nn.Module, x: Tensor, length: int) -> int:
     return _peak(run, model, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_four_slabs_take_less_than_a_third_of_the_whole_volumes_peak(name: str) -> None:
     model, x = LARGE[name]().eval(), torch.randn(1, 1, 16, 16, 128)
@@ -143,6 +144,7 @@ def test_four_slabs_take_less_than_a_third_of_the_whole_volumes_peak(name: str) 
     assert part < (_peak(lambda: whole(x), model, x) - kept) / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_the_peak_does_not_grow_with_the_volume(name: str) -> None:
     model = LARGE[name]().eval()
@@ -225,6 +227,7 @@ def test_every_place_is_computed_once_but_for_halos() -> None:
     assert len(sweep.targets) == 1
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(25), deadline=None)
 @given(st.integers(5, 21), st.integers(5, 17), st.integers(1, 25), st.integers(1, 20))
 def test_any_size_and_any_tile(height: int, width: int, rows: int, columns: int) -> None:

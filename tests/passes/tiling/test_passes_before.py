@@ -46,6 +46,7 @@ def test_a_pass_that_does_nothing_in_training_by_tiles_is_named(name: str) -> No
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.slow
 def test_several_are_named_together_and_amp_works_in_a_tile() -> None:
     model = net()
     text = str(plan(model, InPlaceNorm(), INERT["offload"], TILES, inputs=SIZE))

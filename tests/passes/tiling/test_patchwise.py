@@ -77,6 +77,7 @@ def test_other_peoples_networks_answer_as_they_do_whole(name: str) -> None:
     assert tiles_of(made)
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(25), deadline=None)
 @given(
     st.tuples(st.integers(3, 17), st.integers(3, 17)),
@@ -93,6 +94,7 @@ def test_any_size_of_volume_and_tile_gives_the_same(
     agree(infer(model, x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("axis", "tile"), [(0, (4, 16)), (-1, (12, 4))])
 def test_a_single_number_cuts_one_axis(axis: int, tile: tuple[int, int]) -> None:
     x = double(1, 1, 12, 16)
@@ -103,6 +105,7 @@ def test_a_single_number_cuts_one_axis(axis: int, tile: tuple[int, int]) -> None
     assert program.tile == tile
 
 
+@pytest.mark.slow
 def test_volumes_in_one_and_three_dimensions_are_cut_as_well() -> None:
     for rank, sizes in ((1, (40,)), (3, (9, 8, 10))):
         x = double(2, 1, *sizes)
@@ -110,6 +113,7 @@ def test_volumes_in_one_and_three_dimensions_are_cut_as_well() -> None:
         agree(infer(rewrite(model, Patchwise(size=4), inputs=x), x), infer(model, x))
 
 
+@pytest.mark.slow
 def test_the_plan_is_exact_and_tells_what_is_to_be_known() -> None:
     x = double(1, 1, 16, 200)
     planned = plan(unet().double(), Patchwise(size=40), inputs=x)
@@ -131,6 +135,7 @@ def test_the_plan_is_exact_and_tells_what_is_to_be_known() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_outputs_keep_their_containers_and_resolutions() -> None:
     x = double(1, 1, 16, 12)
     model = DeepSupervision().double().eval()
@@ -141,6 +146,7 @@ def test_outputs_keep_their_containers_and_resolutions() -> None:
     agree([found.main, *found.coarse], [infer(model, x).main, *infer(model, x).coarse])
 
 
+@pytest.mark.slow
 def test_a_switch_that_is_turned_between_two_calls_is_seen() -> None:
     x = double(1, 1, 16, 12)
     model = DeepSupervision().double().eval()
@@ -150,6 +156,7 @@ def test_a_switch_that_is_turned_between_two_calls_is_seen() -> None:
     agree(infer(made, x), infer(model, x))
 
 
+@pytest.mark.slow
 def test_several_inputs_of_which_some_are_no_maps() -> None:
     given = {"image": double(2, 1, 9, 14), "mask": double(2, 1, 9, 14, seed=1)}
     given["vector"] = double(2, 3)
@@ -158,6 +165,7 @@ def test_several_inputs_of_which_some_are_no_maps() -> None:
     agree(infer(made, **given), infer(model, **given))
 
 
+@pytest.mark.slow
 def test_weights_that_are_loaded_later_are_the_ones_that_count() -> None:
     x = double(1, 1, 12, 12)
     model = unet().double()
@@ -169,6 +177,7 @@ def test_weights_that_are_loaded_later_are_the_ones_that_count() -> None:
     agree(infer(made, x), infer(other, x))
 
 
+@pytest.mark.slow
 def test_training_and_gradients_go_through_the_volume_as_a_whole() -> None:
     x = double(1, 1, 12, 12)
     model = unet().double()
@@ -186,6 +195,7 @@ def test_training_and_gradients_go_through_the_volume_as_a_whole() -> None:
     assert tiles_of(made)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_model_in_training_mode_makes_it_run_whole() -> None:
     x = double(1, 1, 12, 12)
     made: Any = rewrite(unet().double(), Patchwise(size=4), inputs=x)
@@ -194,6 +204,7 @@ def test_a_part_of_the_model_in_training_mode_makes_it_run_whole() -> None:
     assert not tiles_of(made)
 
 
+@pytest.mark.slow
 def test_recorders_and_exporters_see_the_network_itself() -> None:
     x = double(1, 1, 12, 12)
     model = unet().double()
@@ -205,6 +216,7 @@ def test_recorders_and_exporters_see_the_network_itself() -> None:
     assert not tiles_of(made)
 
 
+@pytest.mark.slow
 def test_copies_pickles_and_files_compute_the_same(tmp_path: Path) -> None:
     x = double(1, 1, 12, 12)
     model = unet().double()
@@ -224,6 +236,7 @@ def test_copies_pickles_and_files_compute_the_same(tmp_path: Path) -> None:
     assert list(made.state_dict()) == list(model.state_dict())
 
 
+@pytest.mark.slow
 def test_a_second_time_has_no_effect_and_says_in_which_mode_it_runs() -> None:
     x = double(1, 1, 12, 12)
     made = rewrite(unet().double(), Patchwise(size=5), inputs=x)
@@ -231,6 +244,7 @@ def test_a_second_time_has_no_effect_and_says_in_which_mode_it_runs() -> None:
         rewrite(made, Patchwise(size=3), inputs=x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["host", "disk"])
 def test_what_waits_and_what_is_returned_lies_where_it_is_told_to(
     keep: Any, tmp_path: Path
@@ -246,6 +260,7 @@ def test_what_waits_and_what_is_returned_lies_where_it_is_told_to(
     assert (found.untyped_storage().filename is not None) == (keep == "disk")
 
 
+@pytest.mark.slow
 def test_an_input_in_a_memory_map_is_read_part_by_part(tmp_path: Path) -> None:
     x = double(1, 1, 12, 20)
     file = np.memmap(tmp_path / "volume", dtype=np.float64, mode="w+", shape=tuple(x.shape))
@@ -255,6 +270,7 @@ def test_an_input_in_a_memory_map_is_read_part_by_part(tmp_path: Path) -> None:
     agree(infer(made, torch.from_numpy(file)), infer(model, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["device", "disk"])
 def test_labels_take_the_place_of_logits(keep: Any) -> None:
     x = double(1, 1, 16, 16)
@@ -266,6 +282,7 @@ def test_labels_take_the_place_of_logits(keep: Any) -> None:
     assert made(x).shape == model(x).shape  # with gradients there is nothing to reduce
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "place"), MODES_AND_PLACES)
 def test_channels_last_volumes_and_networks_give_channels_last(mode: str, place: str) -> None:
     x = double(1, 3, 12, 16).contiguous(memory_format=torch.channels_last)
@@ -283,6 +300,7 @@ def test_channels_last_volumes_and_networks_give_channels_last(mode: str, place:
         agree(found, infer(made, plain))
 
 
+@pytest.mark.slow
 def test_under_autocast_tiles_compute_what_the_whole_does() -> None:
     x = double(1, 1, 16, 16).float()
     model = unet()
@@ -296,6 +314,7 @@ def test_under_autocast_tiles_compute_what_the_whole_does() -> None:
     agree(plain, infer(model, x), 1e-4)
 
 
+@pytest.mark.slow
 def test_mixed_precision_comes_first_and_is_kept() -> None:
     x = double(1, 1, 16, 16).float()
     model = rewrite(unet(), Amp(), inputs=x)
@@ -306,6 +325,7 @@ def test_mixed_precision_comes_first_and_is_kept() -> None:
     assert not torch.equal(expected, infer(unet(), x))
 
 
+@pytest.mark.slow
 def test_hooks_of_the_model_itself_run_once_and_around_the_tiles() -> None:
     x = double(1, 1, 12, 12)
     made = rewrite(unet().double(), Patchwise(size=5), inputs=x)
@@ -340,6 +360,7 @@ def _bytes_after(text: str, start: str) -> float:
     return found
 
 
+@pytest.mark.slow
 def test_labels_of_a_tiled_model_are_what_a_tensor_subclass_gives_as_well() -> None:
     class Dressed(Tensor):
         pass
@@ -350,6 +371,7 @@ def test_labels_of_a_tiled_model_are_what_a_tensor_subclass_gives_as_well() -> N
     agree(infer(made, x.as_subclass(Dressed)).as_subclass(Tensor), infer(model, x))
 
 
+@pytest.mark.slow
 def test_small_maps_that_are_split_and_dropouts_are_followed() -> None:
     class Modulated(nn.Module):
         """A convolution scaled and shifted by halves of a map without extent."""
@@ -373,6 +395,7 @@ def test_small_maps_that_are_split_and_dropouts_are_followed() -> None:
     assert tiles_of(made)
 
 
+@pytest.mark.slow
 def test_weights_that_the_forward_computes_are_kept_while_they_serve() -> None:
     x = double(1, 1, 10, 14)
     model = unet().double()
@@ -382,6 +405,7 @@ def test_weights_that_the_forward_computes_are_kept_while_they_serve() -> None:
     agree(infer(rewrite(model, Patchwise(size=4), inputs=x), x), infer(model, x))
 
 
+@pytest.mark.slow
 def test_in_place_norms_and_recomputation_come_first() -> None:
     net = FOREIGN["nnunet_plain_conv"]
     model, x = net.build().double().eval(), net.inputs().double()
@@ -391,6 +415,7 @@ def test_in_place_norms_and_recomputation_come_first() -> None:
         assert tiles_of(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "place"), MODES_AND_PLACES)
 def test_an_estimate_counts_what_is_measured_wherever_things_are_kept(
     mode: str, place: str

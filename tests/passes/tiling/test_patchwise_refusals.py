@@ -101,6 +101,7 @@ class Preparing(Flagging):
         return x
 
 
+@pytest.mark.slow
 def test_a_flag_set_once_does_not_matter_unless_it_changes_what_is_computed() -> None:
     x = double(1, 1, 8, 8).float()
     model = Flagging().eval()
@@ -119,6 +120,7 @@ def test_inputs_without_axes_to_cut_are_refused() -> None:
     assert "no input has spatial axes" in refused(nn.Linear(4, 4), torch.zeros(2, 4))
 
 
+@pytest.mark.slow
 def test_a_form_that_is_wrong_is_found_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Convolution.run
 
@@ -176,6 +178,7 @@ def test_passes_that_change_the_network_come_before() -> None:
         plan(unet(), Patchwise(size=4), Amp(), inputs="1x1x8x8")
 
 
+@pytest.mark.slow
 def test_volumes_of_another_rank_are_refused_when_they_come() -> None:
     made = rewrite(nn.Conv2d(1, 2, 3).eval(), Patchwise(size=(4, 4)), inputs="1x1x8x8")
     with torch.inference_mode(), pytest.raises(InputError, match="size has 2 numbers"):
@@ -233,6 +236,7 @@ def test_an_axis_that_would_be_ignored_is_refused() -> None:
         Patchwise(mode="window", size=4, axis=0)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
     x = double(1, 1, 16, 16)
     tiling = Patchwise(size=4, keep="disk", folder=str(tmp_path / "gone"))
@@ -241,6 +245,7 @@ def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
         made(x)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +260,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_file_system_that_reserves_nothing_will_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +275,7 @@ def test_a_file_system_that_reserves_nothing_will_do(
         assert (made(x) - model(x)).abs().max() < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["slab", "window"])
 def test_an_empty_volume_is_refused(mode: str) -> None:
     made = rewrite(unet(), Patchwise(mode=mode, size=4), inputs=torch.randn(1, 1, 8, 8))  # type: ignore[arg-type]

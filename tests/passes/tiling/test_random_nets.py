@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -55,12 +56,14 @@ def _check_outputs(data: st.DataObject, rank: int) -> None:
             _agree(found, expected, 1e-10, net)
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(25), deadline=None, suppress_health_check=_SLOW)
 @given(st.data())
 def test_any_network_along_one_axis(data: st.DataObject) -> None:
     _check_outputs(data, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(25), deadline=None, suppress_health_check=_SLOW)
 @given(st.data())
 def test_any_network_of_images(data: st.DataObject) -> None:
@@ -73,6 +76,7 @@ def test_any_network_of_volumes(data: st.DataObject) -> None:
     _check_outputs(data, 3)
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(25), deadline=None, suppress_health_check=_SLOW)
 @given(st.data(), st.integers(1, 2))
 def test_the_gradients_of_any_network(data: st.DataObject, rank: int) -> None:

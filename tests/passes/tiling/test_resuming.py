@@ -133,6 +133,7 @@ def test_an_interrupted_volume_goes_on_to_the_same_result(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "each"),
     [
@@ -165,6 +166,7 @@ def test_interrupted_slabs_and_windows_go_on(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = _dynunet()
     made = rewrite(model, _options(tmp_path), inputs=x)
@@ -182,6 +184,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert calls[0] <= 4
 
 
+@pytest.mark.slow
 def test_another_volume_and_other_weights_begin_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +271,7 @@ def test_two_processes_cannot_use_the_same_resume_state(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here")
     model, x = _dynunet()
@@ -283,6 +287,7 @@ def test_options_that_resume_needs_are_named() -> None:
         Patchwise(mode="slab", size=8, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["exact", "slab", "window"])
 def test_the_plan_says_where_progress_is_kept(mode: str, tmp_path: Path) -> None:
     model, x = _dynunet()
@@ -339,6 +344,7 @@ def _take_anothers(path: Path) -> None:
     path.write_bytes((others or [path.parent / "lock"])[0].read_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [_delete, _shorten, _zero, _turn_a_bit, _take_anothers])
 @pytest.mark.parametrize(
     "more",
@@ -385,6 +391,7 @@ def test_damaged_files_are_never_trusted(
     assert tried
 
 
+@pytest.mark.slow
 def test_what_was_not_noted_yet_may_be_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ def _net() -> DynUNet:
     return DynUNet(3, 1, 3, [3] * 3, [1, 2, 2], [2] * 2, filters=[4, 8, 8]).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_what_waits_is_rounded_and_nothing_else(dtype: str) -> None:
     net, x = _net(), torch.randn(1, 1, 16, 16, 32)

@@ -98,6 +98,7 @@ def test_three_steps_leave_the_same_weights_and_running_statistics(
         assert (model.eval()(x) - tiled.eval()(x)).abs().max() < 1e-9
 
 
+@pytest.mark.slow
 def test_a_monai_network_with_batch_norms_trains_by_tiles() -> None:
     torch.manual_seed(0)
     features = (8, 8, 8, 8, 8, 8)
@@ -107,6 +108,7 @@ def test_a_monai_network_with_batch_norms_trains_by_tiles() -> None:
     _train_alike(model, tiled, 1, 1, 16, 16, 64)
 
 
+@pytest.mark.slow
 def test_frozen_norms_stay_as_they_are() -> None:
     torch.manual_seed(0)
     model = Net(0.1).double().train()
@@ -127,6 +129,7 @@ def test_a_forward_that_fails_updates_nothing() -> None:
     assert all(torch.equal(value, before[key]) for key, value in tiled.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_norm_with_a_forward_of_its_own_is_named_and_may_be_frozen() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), Centred(4), nn.Conv2d(4, 2, 1)).double()

@@ -53,6 +53,7 @@ def test_slabs_are_what_they_are_by_hand(length: int, size: int, axis: int, batc
     equal(model(x), expected)
 
 
+@pytest.mark.slow
 def test_155_voxels_make_ten_slabs_of_16_with_5_of_padding() -> None:
     model = unet(3).double()
     planned = plan(model, Patchwise(mode="slab", size=16), inputs="1x1x8x8x155")
@@ -93,6 +94,7 @@ def test_what_is_no_map_goes_with_every_slab() -> None:
     equal(one[..., :4], model(**first))
 
 
+@pytest.mark.slow
 def test_the_plain_forward_trains_with_one_graph() -> None:
     x = double(2, 1, 8, 10)
     model = unet().double().train()

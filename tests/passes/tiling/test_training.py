@@ -31,6 +31,7 @@ def _by_tiles(model: nn.Module, x: Tensor, tile: tuple[int, ...], train: bool = 
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_a_few_steps_of_training_end_in_the_same_weights(name: str) -> None:
     torch.manual_seed(0)
@@ -116,6 +117,7 @@ def test_a_rewritten_model_in_training_mode_has_the_whole_volumes_gradients(name
         assert (found[key] - gradient).abs().max() < 1e-9 * size, key
 
 
+@pytest.mark.slow
 def test_without_the_option_the_volume_trains_whole() -> None:
     model = LARGE["DynUNet"]().train()
     x = torch.randn(1, 1, 8, 8, 16)
@@ -128,6 +130,7 @@ def test_without_the_option_the_volume_trains_whole() -> None:
     )
 
 
+@pytest.mark.slow
 def test_under_autocast_the_gradients_are_as_near_to_float32_as_autocasts_own() -> None:
     torch.manual_seed(0)
     model = DynUNet(2, 1, 3, [3, 3, 3], [1, 2, 2], [2, 2], filters=[8, 16, 32]).train()

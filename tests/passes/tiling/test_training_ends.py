@@ -37,6 +37,7 @@ class Conditioned(nn.Module):
         return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["device", "disk"])
 def test_all_inputs_have_their_gradients_also_those_that_are_no_maps(keep: Any) -> None:
     torch.manual_seed(0)
@@ -77,6 +78,7 @@ RETURNS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RETURNS)
 def test_outputs_are_written_in_place_as_those_of_the_whole_volume(name: str) -> None:
     torch.manual_seed(0)
@@ -98,6 +100,7 @@ def test_outputs_are_written_in_place_as_those_of_the_whole_volume(name: str) ->
             assert torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_parts_of_one_tensor_that_overlap_are_not_made_two() -> None:
     model = Returns(lambda y, x: (y[:, :3], y[:, 1:]))
     made = plan(model, Patchwise(size=5), inputs="1x1x12x12")
@@ -106,6 +109,7 @@ def test_parts_of_one_tensor_that_overlap_are_not_made_two() -> None:
     assert not plan(disjoint, Patchwise(size=5), inputs="1x1x12x12").passes[-1].refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [True, False])
 def test_a_batch_of_none_runs_as_it_does_without_tiles(train: bool) -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 2, 3, stride=2))
@@ -118,6 +122,7 @@ def test_a_batch_of_none_runs_as_it_does_without_tiles(train: bool) -> None:
         assert tiled.eval()(empty).shape == model(empty).shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(3, 4), (5, 5), (1, 11), (17, 2)])
 def test_volumes_smaller_than_a_tile_and_odd_ones(sizes: tuple[int, int]) -> None:
     torch.manual_seed(0)
@@ -136,6 +141,7 @@ def test_volumes_smaller_than_a_tile_and_odd_ones(sizes: tuple[int, int]) -> Non
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_channels_that_lie_last_and_other_dtypes() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 2, 3, padding=1))
@@ -161,6 +167,7 @@ class Holder:
         self.image = image
 
 
+@pytest.mark.slow
 def test_tensors_hidden_in_an_object_are_refused() -> None:
     class Takes(nn.Module):
         def __init__(self) -> None:
@@ -193,6 +200,7 @@ class Leaves(nn.Module):
         return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [True, False])
 def test_what_a_forward_leaves_in_attributes_is_not_that_of_an_earlier_one(train: bool) -> None:
     torch.manual_seed(0)

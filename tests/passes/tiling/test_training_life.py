@@ -109,6 +109,7 @@ def test_what_is_computed_from_again_must_not_be_written_before_the_backward(nam
         loss.backward()
 
 
+@pytest.mark.slow
 def test_running_statistics_that_forwards_update_are_nobodys_write() -> None:
     def act(model: nn.Module, x: Tensor) -> Any:
         first, second = model(x), model(x * 2)
@@ -236,6 +237,7 @@ def test_as_on_the_whole_volume(act: Act) -> None:
     _same(act)
 
 
+@pytest.mark.slow
 def test_weights_that_are_untied_between_two_calls_are_two() -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(2, 2, 3, padding=1)
@@ -303,6 +305,7 @@ def _gradients_in_a_batch(model: Any, x: Tensor) -> Any:
     torch.autograd.grad(y, model.first.weight, both, is_grads_batched=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "words"),
     [
@@ -321,6 +324,7 @@ def test_what_does_not_go_by_tiles_is_refused_in_the_passs_name(act: Act, words:
         act(tiled, x)
 
 
+@pytest.mark.slow
 def test_forwards_leave_nothing_behind_with_or_without_a_backward() -> None:
     _, tiled, x = _nets()
     counts = []

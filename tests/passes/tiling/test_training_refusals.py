@@ -95,6 +95,7 @@ def _tiled(model: nn.Module, x: Tensor, *before: Any) -> nn.Module:
     return rewrite(model, *before, Patchwise(size=6, train=True, progress=False), inputs=x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("forward", "words"),
     [
@@ -133,6 +134,7 @@ def test_gradients_that_operators_do_not_have_are_refused_by_the_plan(
         tiled.eval()(x)  # without gradients there is nothing to refuse
 
 
+@pytest.mark.slow
 def test_what_the_modes_of_the_model_switch_off_is_not_refused() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Dropout(0.3), nn.Conv2d(4, 2, 1))
     model = model.double().train()
@@ -145,6 +147,7 @@ def test_what_the_modes_of_the_model_switch_off_is_not_refused() -> None:
         tiled(x)
 
 
+@pytest.mark.slow
 def test_a_hook_on_the_gradients_of_a_module_is_named() -> None:
     x = double(1, 1, 12, 12)
     tiled: Any = _tiled(unet().double(), x)
@@ -153,6 +156,7 @@ def test_a_hook_on_the_gradients_of_a_module_is_named() -> None:
         tiled(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "forward",
     [
@@ -176,6 +180,7 @@ def test_what_says_itself_that_no_gradient_follows_is_exact(
         assert torch.allclose(other, gradient, rtol=1e-9, atol=1e-9), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [InPlaceNorm(), Recompute(min_bytes=0), Amp()])
 def test_functions_of_the_passes_before_have_the_gradients_of_their_operators(other: Any) -> None:
     torch.manual_seed(0)

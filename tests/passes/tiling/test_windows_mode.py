@@ -55,6 +55,7 @@ def test_the_result_is_that_of_monais_inferer(
         agree(made(x), expected)
 
 
+@pytest.mark.slow
 def test_outputs_at_several_resolutions_are_monais_too() -> None:
     net = next(n for n in foreign_nets() if n.name == "nnunet_plain_conv_deep_supervision")
     model, x = net.build().double().eval(), double(1, 1, 16, 24, 16)
@@ -86,6 +87,7 @@ def test_the_windows_lie_where_monais_do(size: int, window: int, step: int) -> N
     assert window_starts(image, windows, steps) == expected
 
 
+@pytest.mark.slow
 def test_the_overlap_may_differ_from_axis_to_axis() -> None:
     x = double(1, 1, 17, 20)
     model = unet().double()
@@ -95,12 +97,14 @@ def test_the_overlap_may_differ_from_axis_to_axis() -> None:
         agree(rewrite(model, given, inputs=x)(x), expected)
 
 
+@pytest.mark.slow
 def test_the_plan_tells_windows_and_what_they_cost() -> None:
     text = str(plan(unet(), Patchwise(mode="window", size=8, overlap=0.5), inputs="1x1x16x16"))
     assert "9 windows, 2.25 times the voxels of the volume are computed" in text
     assert "live tensors of the forward of a window peak at" in text
 
 
+@pytest.mark.slow
 def test_gradients_flow_through_the_average() -> None:
     x = double(1, 1, 12, 9)
     model = unet().double().train()
@@ -115,6 +119,7 @@ def test_gradients_flow_through_the_average() -> None:
             agree(a.grad, b.grad)
 
 
+@pytest.mark.slow
 def test_labels_need_no_more_than_a_row_of_logits(tmp_path: Path) -> None:
     x = double(1, 1, 96, 16).float()
     many = unet(classes=40)
@@ -127,6 +132,7 @@ def test_labels_need_no_more_than_a_row_of_logits(tmp_path: Path) -> None:
     assert peaks[0] - peaks[1] > 0.9 * logits
 
 
+@pytest.mark.slow
 def test_outputs_may_lie_in_a_file(tmp_path: Path) -> None:
     x = double(1, 1, 16, 12)
     model = unet().double()
@@ -139,6 +145,7 @@ def test_outputs_may_lie_in_a_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_containers_are_kept() -> None:
     x = double(1, 1, 16, 12)
     model = DeepSupervision().double().eval()

@@ -22,6 +22,7 @@ def planned(model: nn.Module, **options: object) -> PassPlan:
 # -- the papers' nets ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_brats_resnet_comes_out_as_the_hand_built_pocket_net() -> None:
     name, options = "pocketnet_resnet3d", {"in_channels": 4}
     small = pocketize(
@@ -69,6 +70,7 @@ def test_a_patch_embedding_with_nothing_finer_gives_the_width() -> None:
     assert planned(model).notes[0].startswith("width 6: the first features at the finest")
 
 
+@pytest.mark.slow
 def test_a_width_as_given_may_be_wider_or_narrower_than_the_first_convolution() -> None:
     assert pocketize(Net(), 12, inputs=INPUT).widths() == [4, 12, 8, 2]
     assert pocketize(Net(), 1, inputs=INPUT).widths() == [1, 1, 1, 2]

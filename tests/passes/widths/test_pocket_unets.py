@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -152,6 +153,7 @@ def layers(model: nn.Module) -> dict[str, int]:
     return {p: width_of(model, p) for p, m in model.named_modules() if isinstance(m, kinds)}
 
 
+@pytest.mark.slow
 @settings(fixed, max_examples=examples(8))
 @given(recipes())
 def test_a_random_unet_runs_is_as_narrow_as_asked_and_keeps_the_right_indices(

@@ -80,6 +80,7 @@ def test_patterns_have_multipliers_of_their_own() -> None:
     assert _narrowed(_net(8, 16, 32), given) == [4, 4, 8, 2]
 
 
+@pytest.mark.slow
 def test_levels_with_a_fraction_are_multipliers_and_integers_are_channels() -> None:
     model = zoo.build("complexity_unet2d", widths=(8, 16, 24, 32, 48))
     wide, shape = Width(levels=[1, 1, 0.5, 0.5, 0.25]), "1x1x32x32"
@@ -202,6 +203,7 @@ def test_channels_that_go_in_steps_get_there_in_a_second_round() -> None:
 # -- real nets, files, text ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [
@@ -225,6 +227,7 @@ def test_monai_nets_at_half_width_train_and_survive_a_file(build: Any, tmp_path:
     assert [r.name for r in history(loaded)] == ["width"] * len(history(small))
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(20), deadline=None)
 @given(
     st.lists(st.integers(1, 24), min_size=1, max_size=4),
