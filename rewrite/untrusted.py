@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_nesting", "markdown", "one_line", "printable", "read_as", "read_json"]
+__all__ = ["check_nesting", "markdown", "one_line", "printable", "read_as", "read_json", "scrub"]
 
 import dataclasses
 import json
@@ -142,6 +142,13 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def scrub(text: str) -> str:
+    """Remove from a text what differs between runs and machines: memory addresses and folders."""
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+    absolute = r"(?<![\w.)\]])(?:~|[A-Za-z]:)?[/\\](?:[\w.+-]+[/\\])+([\w.+-]+)"
+    return re.sub(absolute, r"\1", text)
 
 
 def one_line(text: str) -> str:

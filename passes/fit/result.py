@@ -13,7 +13,7 @@ from torch import nn
 from pocketize.plugin.base import Guarantee, Pass
 from pocketize.plugin.recipe import dump_recipe
 from pocketize.report import render
-from pocketize.report.layout import Block, Heading, Paragraph, Table
+from pocketize.report.blocks import Block, Heading, Paragraph, Table
 from pocketize.units import bytes_text, ratio_text, seconds_text
 
 

@@ -129,6 +129,9 @@ def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
     apply.add_argument(
         "--strict", action="store_true", help="fail (exit code 1) where a pass changes nothing"
     )
+    _add_measure(
+        command("measure", "reporting", "measure one model; its JSON is a baseline for `report`")
+    )
     _add_report(
         command("report", "reporting", "measure two models and put the figures side by side")
     )
@@ -196,13 +199,21 @@ def _add_passes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="FILE", help="a TOML file of passes, applied first")
 
 
+def _add_measure(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    _add_passes(parser)
+    _add_measuring(parser)
+    parser.add_argument("--mode", choices=("train", "infer", "both"), default="both")
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument(
         "after",
         nargs="?",
         metavar="AFTER",
-        help="a second MODEL, or one that `pocketize apply` saved from the first; or use --pass",
+        help="a second MODEL, or one that `pocketize apply` saved from the first; or use --pass. "
+        "MODEL and AFTER may also be JSON files of `pocketize measure`",
     )
     parser.add_argument(
         "--after-kwargs", metavar="JSON", help="keyword arguments of AFTER's factory"
@@ -217,6 +228,15 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         help="fail (exit code 1) if a figure grows by more than this: 'peak 2%% 16MiB' allows the "
         "larger of the two, 'peak -30%%' asks for a decrease; repeat for several",
     )
+    parser.add_argument(
+        "--anyway",
+        action="store_true",
+        help="also compare figures of different inputs, dtypes, optimizers, devices or machines",
+    )
+    _add_measuring(parser)
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("text", "markdown", "json", "html"))
     parser.add_argument(
         "-o", "--output", metavar="FILE", help="write here (.txt, .md, .json, .html)"
@@ -226,7 +246,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         "--estimate", action="store_true", help="count without running: any size, no time"
     )
     choices = ("adam", "adamw", "sgd", "none")
-    parser.add_argument("--optimizer", choices=choices, default="adam")
+    parser.add_argument("--optimizer", choices=choices, help="default: adam")
     parser.add_argument(
         "--step-in-backward",
         action="store_true",

@@ -1,11 +1,12 @@
-"""The commands that measure: ``report`` and ``demo``."""
+"""The commands that measure: ``measure``, ``report`` and ``demo``."""
 
 from __future__ import annotations
 
-__all__ = ["run_demo", "run_report"]
+__all__ = ["run_demo", "run_measure", "run_report"]
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,8 +29,18 @@ from pocketize.cli.common import (
     write_out,
 )
 from pocketize.engine.pipeline import plan
+from pocketize.errors import ReportError
 from pocketize.graph.capture import settle_inputs
-from pocketize.report import Comparison, Threshold, compare
+from pocketize.graph.inputs import Inputs
+from pocketize.plugin.base import Pass
+from pocketize.report import (
+    Comparison,
+    Measurement,
+    Threshold,
+    compare,
+    compare_measurements,
+    take,
+)
 
 _FORMATS = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html"}
 # small enough for two cores to measure both models in well under a minute
@@ -37,10 +48,23 @@ _DEMO, _DEMO_INPUT = "zoo:pocketnet_unet3d", "1x1x5x48x48"
 _FIT, _FIT_INPUT, _FIT_MEMORY = '{"pocket": true}', "1x1x16x64x64", "30MiB"
 
 
+def run_measure(args: argparse.Namespace) -> int:
+    """Measure one model, as it is or with what passes make of it."""
+    layout = _checked_output(args)
+    passes = passes_of(args) if _rewrites(args) else []
+    resolved = resolve_model(args)
+    inputs = settle_inputs(resolved.model, inputs_of(args, resolved))
+    model = _rewritten(args, resolved, passes, inputs) if passes else resolved.model
+    progress("measuring")
+    options = _options(args) | ({} if args.mode == "both" else {"modes": [args.mode]})
+    taken = take(model, inputs, **options)
+    write_out(_render(taken, layout), args.output, force=args.force)
+    return DONE
+
+
 def run_report(args: argparse.Namespace) -> int:
     """Compare two models, or a model with what passes make of it."""
-    rewritten = bool(args.passes) or args.recipe is not None
-    if rewritten == (args.after is not None):
+    if _rewrites(args) == (args.after is not None):
         raise UsageError(
             "report compares two models, or one with what passes make of it: give AFTER, or "
             "--pass, and not both"
@@ -49,35 +73,9 @@ def run_report(args: argparse.Namespace) -> int:
     timed = [each.metric for each in thresholds if each.metric in ("time", "inference-time")]
     if timed and (args.estimate or args.time_steps == 0):
         raise UsageError(f"a limit on {timed[0]} needs times: leave out --estimate, --time-steps 0")
-    if args.step_in_backward and args.optimizer == "none":
-        raise UsageError("--step-in-backward needs an optimizer")
-    if args.output is not None:
-        check_output(args.output, force=args.force)
-    layout = args.format or _FORMATS.get(Path(args.output or "").suffix.lower(), "text")
-    passes = passes_of(args) if rewritten else []
-
-    before = resolve_model(args)
-    inputs = settle_inputs(before.model, inputs_of(args, before))
-    if rewritten:
-        progress("planning and rewriting")
-        planned = plan(before.model, *passes, inputs=inputs, seed=args.seed)
-        for each in planned.passes:
-            if not each.edits:
-                note(f"warning: {each.rewrite} changes nothing in {before.label}")
-        after = planned.apply()
-    else:
-        after = _after(args, before)
-    progress("measuring both models, in a training step and in inference")
-    comparison = compare(
-        before.model,
-        after,
-        inputs,
-        optimizer=None if args.optimizer == "none" else args.optimizer,
-        estimate=args.estimate,
-        time_steps=args.time_steps,
-        device=args.device,
-        step_in_backward=args.step_in_backward,
-    )
+    layout = _checked_output(args)
+    passes = passes_of(args) if _rewrites(args) else []
+    comparison = _compared(args, passes)
     write_out(_render(comparison, layout), args.output, force=args.force)
     violations = comparison.check(thresholds)
     for violation in violations:
@@ -85,22 +83,102 @@ def run_report(args: argparse.Namespace) -> int:
     return CHECK_FAILED if violations else DONE
 
 
-def _after(args: argparse.Namespace, before: ResolvedModel) -> nn.Module:
+def _compared(args: argparse.Namespace, passes: list[Pass]) -> Comparison:
+    old, new = _stored(args.model), _stored(args.after)
+    if old is not None and new is not None:
+        return compare_measurements(old, new, anyway=args.anyway)
+    if old is None:
+        before = resolve_model(args)
+        if new is not None:
+            progress("measuring")
+            taken = take(before.model, args.input or _input_text(new), **_options(args, new))
+            return compare_measurements(taken, new, anyway=args.anyway)
+        inputs = settle_inputs(before.model, inputs_of(args, before))
+        after = _rewritten(args, before, passes, inputs) if passes else _after(args, before)
+        progress("measuring both models")
+        return compare(before.model, after, inputs, anyway=args.anyway, **_options(args))
+    if passes:
+        raise UsageError(f"{args.model} holds figures and no model that --pass could rewrite")
+    after = _after(args, None)
+    progress("measuring")
+    taken = take(after, args.input or _input_text(old), **_options(args, old))
+    return compare_measurements(old, taken, anyway=args.anyway)
+
+
+def _rewrites(args: argparse.Namespace) -> bool:
+    return bool(args.passes) or args.recipe is not None
+
+
+def _checked_output(args: argparse.Namespace) -> str:
+    """Check options before the work, and return the format."""
+    if args.step_in_backward and args.optimizer == "none":
+        raise UsageError("--step-in-backward needs an optimizer")
+    if args.output is not None:
+        check_output(args.output, force=args.force)
+    return args.format or _FORMATS.get(Path(args.output or "").suffix.lower(), "text")
+
+
+def _options(args: argparse.Namespace, like: Measurement | None = None) -> dict[str, Any]:
+    """How to measure: as asked for, and otherwise as ``like`` was measured."""
+    options: dict[str, Any] = {
+        "optimizer": None if args.optimizer == "none" else args.optimizer or "adam",
+        "estimate": args.estimate,
+        "time_steps": args.time_steps,
+        "device": args.device,
+        "step_in_backward": args.step_in_backward,
+    }
+    if like is not None:
+        options["modes"] = [profile.mode for profile in like.profiles]
+        options["estimate"] |= like.profiles[0].estimated
+        if like.train is not None:
+            options["step_in_backward"] |= like.train.step_in_backward
+            if args.optimizer is None:
+                options["optimizer"] = like.train.optimizer
+    return options
+
+
+def _input_text(like: Measurement) -> str:
+    return like.profiles[0].input.replace(" ", ":").replace(",:", ",")
+
+
+def _stored(path: str | None) -> Measurement | None:
+    if path is None or Path(path).suffix.lower() != ".json":
+        return None
+    try:
+        return Measurement.from_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    except ReportError as error:
+        raise ReportError(f"{path}: {error}") from error
+
+
+def _rewritten(
+    args: argparse.Namespace, before: ResolvedModel, passes: list[Pass], inputs: Inputs
+) -> nn.Module:
+    progress("planning and rewriting")
+    planned = plan(before.model, *passes, inputs=inputs, seed=args.seed)
+    for each in planned.passes:
+        if not each.edits:
+            note(f"warning: {each.rewrite} changes nothing in {before.label}")
+    return planned.apply()
+
+
+def _after(args: argparse.Namespace, before: ResolvedModel | None) -> nn.Module:
     kwargs = parse_kwargs(args.after_kwargs, "--after-kwargs")
     if Path(args.after).suffix.lower() != ".safetensors":
         return resolve(args.after, kwargs=kwargs, trust=args.trust_pickle).model
-    if before.factory is None:
+    if before is None or before.factory is None:
         raise UsageError(
             f"{args.after} was saved from a rewritten model and needs the factory of the original "
-            f"as BEFORE; {before.label} is none"
+            f"as BEFORE; {args.model} is none"
         )
     return load(args.after, before.factory, folder=args.folder)
 
 
-def _render(comparison: Comparison, layout: str) -> str:
+def _render(drawn: Comparison | Measurement, layout: str) -> str:
     if layout == "text":
-        return str(comparison)
-    rendered: str = getattr(comparison, f"to_{layout}")()
+        return str(drawn)
+    rendered: str = getattr(drawn, f"to_{layout}")()
     return rendered.rstrip("\n")
 
 

@@ -94,6 +94,13 @@ class MemoryProfile:
     flops: int = 0
     elsewhere: int = 0
 
+    @property
+    def moment(self) -> tuple[str, str]:
+        """When the peak was: ``"forward"``, ``"backward"`` or ``"optimizer"``, and the module."""
+        label = max(self.timeline, key=lambda event: event[1], default=("", 0))[0]
+        stage, _, module = label.partition(" ")
+        return stage, module
+
     def to_json(self) -> dict[str, Any]:
         """Return the profile as what ``json.dumps`` takes; sizes are integers, in bytes."""
         data: dict[str, Any] = to_jsonable(dataclasses.asdict(self))

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pocketize.errors import ReportError, nearest
-from pocketize.report.document import Document, Side
+from pocketize.memory import MemoryProfile
+from pocketize.report.measurement import Measurement
 from pocketize.units import UNITS, bytes_text, count_text, quantity, seconds_text
 
 
@@ -18,31 +19,40 @@ class Metric:
     """A figure that can be guarded: the kind of its unit, and where a side has it."""
 
     kind: str
-    read: Callable[[Side], float | None]
+    read: Callable[[Measurement], float | None]
+
+
+def _figure(kind: str, mode: str, read: Callable[[MemoryProfile], float | None]) -> Metric:
+    def of(side: Measurement) -> float | None:
+        profile: MemoryProfile | None = getattr(side, mode)
+        return None if profile is None else read(profile)
+
+    return Metric(kind, of)
 
 
 def _category(name: str) -> Metric:
-    return Metric("bytes", lambda side: side.training.categories.get(name))
+    return _figure("bytes", "train", lambda profile: profile.categories.get(name, 0))
+
+
+def _time(profile: MemoryProfile) -> float | None:
+    return profile.step_seconds[0] if profile.step_seconds else None
 
 
 #: What a threshold can be on. The parts are those of the training peak.
 METRICS: dict[str, Metric] = {
-    "peak": Metric("bytes", lambda side: side.training.bytes),
-    "inference-peak": Metric("bytes", lambda side: side.inference.bytes),
+    "peak": _figure("bytes", "train", lambda profile: profile.peak),
+    "inference-peak": _figure("bytes", "infer", lambda profile: profile.peak),
     "activations": _category("activations"),
     "temporaries": _category("temporaries"),
     "gradients": _category("gradients"),
     "optimizer-state": _category("optimizer_state"),
-    "parameters": Metric("count", lambda side: side.parameters),
-    "weights": Metric("bytes", lambda side: side.weight_bytes),
-    "macs": Metric("count", lambda side: side.macs),
-    "time": Metric("seconds", lambda side: _median(side.training.step_seconds)),
-    "inference-time": Metric("seconds", lambda side: _median(side.inference.step_seconds)),
+    "parameters": Metric("count", lambda side: side.profiles[0].parameters),
+    "weights": Metric("bytes", lambda side: side.profiles[0].weight_bytes),
+    "macs": Metric("count", lambda side: side.profiles[0].macs),
+    "flops": _figure("count", "train", lambda profile: profile.flops),
+    "time": _figure("seconds", "train", _time),
+    "inference-time": _figure("seconds", "infer", _time),
 }
-
-
-def _median(timed: tuple[float, float] | None) -> float | None:
-    return timed[0] if timed else None
 
 
 @dataclass(frozen=True)
@@ -135,21 +145,24 @@ class Violation:
         return f"{self.threshold.metric}: expected at most {limit}, got {after} (before: {before})."
 
 
-def check(document: Document, thresholds: Iterable[Threshold | str]) -> list[Violation]:
+def check(
+    before: Measurement, after: Measurement, thresholds: Iterable[Threshold | str]
+) -> list[Violation]:
     """Find the thresholds that a comparison exceeds; see ``Comparison.check``."""
     violations = []
     for given in thresholds:
         threshold = Threshold.parse(given) if isinstance(given, str) else given
         read = METRICS[threshold.metric].read
-        before, after = read(document.before), read(document.after)
-        if before is None or after is None:
+        old, new = read(before), read(after)
+        if old is None or new is None:
             raise ReportError(
-                f"threshold on {threshold.metric!r}: the comparison has no such figure. Times are "
-                "taken only with time_steps above 0 and not in an estimate."
+                f"threshold on {threshold.metric!r}: the comparison has no such figure. Its mode "
+                "was not measured, or it is a time, which is taken only with time_steps above 0 "
+                "and not in an estimate."
             )
-        limit = threshold.limit(before)
-        if after > limit:
-            violations.append(Violation(threshold, before, after, limit))
+        limit = threshold.limit(old)
+        if new > limit:
+            violations.append(Violation(threshold, old, new, limit))
     return violations
 
 

@@ -1,29 +1,18 @@
 """What a report says and in which order, once for all formats.
 
-A document becomes a list of blocks (paragraphs, tables, bars), which the formats draw.
+One measurement or two become a list of blocks (paragraphs, tables, bars), which the formats draw.
 """
 
 from __future__ import annotations
 
-__all__ = [
-    "Bars",
-    "Block",
-    "Cell",
-    "Code",
-    "Heading",
-    "Paragraph",
-    "Table",
-    "layout",
-    "remarks",
-    "verdict",
-]
+__all__ = ["between", "common_modes", "layout", "remarks", "unlike", "verdict"]
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
+from pocketize.memory import MemoryProfile, top_modules
 from pocketize.memory.tracker import CATEGORIES
-from pocketize.report.document import Document, Peak, Rewrite, RewriteRow
+from pocketize.report.blocks import Bars, Block, Cell, Code, Heading, Paragraph, Table
 from pocketize.units import (
     bytes_text,
     count_text,
@@ -33,37 +22,95 @@ from pocketize.units import (
     seconds_text,
 )
 
+if TYPE_CHECKING:
+    from pocketize.report.measurement import Measurement, Rewrite, RewriteRow
+
+Sides = Sequence["Measurement"]
+
 #: How much more a figure that jitters (time, growth of the process) must be to be worth a remark.
 _NOTICEABLE = 1.05
 
+#: Rows of a pass' changes and refusals that are shown; JSON has all of them.
+SHOWN = 12
+#: What is printed where a figure does not exist.
+NONE = "-"
 
-def remarks(document: Document) -> tuple[str, ...]:
+#: The modes by their names in a measurement.
+_MODES = {"train": ("training", "training step"), "infer": ("inference", "forward pass")}
+
+#: Modules that are listed of each side.
+_LARGEST = 10
+
+
+def common_modes(sides: Sides) -> Iterator[tuple[str, list[MemoryProfile]]]:
+    """Yield the modes that every side has, with the profile of each side."""
+    for mode in _MODES:
+        found = [getattr(side, mode) for side in sides]
+        if all(found):
+            yield mode, found
+
+
+def unlike(before: Measurement, after: Measurement) -> dict[str, tuple[str, str]]:
+    """Return the conditions in which two measurements differ, and so cannot be compared.
+
+    Estimates do not depend on the machine and its threads, figures of an inference not on the
+    optimizer.
+    """
+    old, new = before.conditions, after.conditions
+    names = ["figures", "input", "dtype", "device", "optimizer", "loss"]
+    if "measured" in (old["figures"], new["figures"]):
+        names += ["threads", "machine"]
+    pairs = {name: (old.get(name, ""), new.get(name, "")) for name in names}
+    pairs["form"] = _form(before), _form(after)
+    both = before.train is not None and after.train is not None
+    return {
+        name: (a, b)
+        for name, (a, b) in pairs.items()
+        if a != b and (both or name not in ("optimizer", "loss"))
+    }
+
+
+def _form(side: Measurement) -> str:
+    return "an exported program" if side.exported else "a module"
+
+
+def between(before: Measurement, after: Measurement) -> tuple[Rewrite, ...]:
+    """Return the passes that were applied to ``after`` and not already to ``before``."""
+    old, new = before.passes, after.passes
+    alike = [(p.name, p.options) for p in new[: len(old)]] == [(p.name, p.options) for p in old]
+    return new[len(old) :] if alike else new
+
+
+def remarks(before: Measurement, after: Measurement) -> tuple[str, ...]:
     """Say what became slower or bigger, and what the figures leave out; empty where nothing did.
 
     Times count where they differ by more than 5 % and by more than the quartiles of either side
     are apart.
     """
-    environment = document.environment
-    where = f"on {environment.device}, {environment.dtype} weights, torch {environment.torch}"
-    modes = (
-        ("training step", document.before.training, document.after.training),
-        ("forward pass", document.before.inference, document.after.inference),
-    )
-    worse = (f"{text} ({where})." for mode in modes for text in _worse(*mode))
-    uncounted = sorted({*document.before.not_counted, *document.after.not_counted})
-    if not uncounted:
-        return tuple(worse)
-    return (*worse, f"Not counted in the MACs, as no formula is known: {', '.join(uncounted)}.")
+    now = after.conditions
+    where = f"on {now['device']}, {now['dtype']} weights, torch {now['torch']}"
+    said = [
+        f"Compared although they differ: {name} is {old} before and {new} after."
+        for name, (old, new) in unlike(before, after).items()
+    ]
+    for mode, (old, new) in common_modes((before, after)):
+        said += [f"{text} ({where})." for text in _worse(_MODES[mode][1], old, new)]
+    return (*said, *_uncounted((before, after)))
 
 
-def _worse(mode: str, before: Peak, after: Peak) -> Iterator[str]:
+def _uncounted(sides: Sides) -> Iterator[str]:
+    if names := sorted({name for side in sides for p in side.profiles for name in p.not_counted}):
+        yield f"Not counted in the MACs, as no formula is known: {', '.join(names)}."
+
+
+def _worse(mode: str, before: MemoryProfile, after: MemoryProfile) -> Iterator[str]:
     old, new = before.step_seconds, after.step_seconds
     if old and new and new[0] > _NOTICEABLE * old[0] and new[0] - old[0] > max(old[1], new[1]):
         pair = f"{seconds_text(new[0])} instead of {seconds_text(old[0])}"
         yield f"Slower: a {mode} takes {pair}, {ratio_text(old[0], new[0])} the time"
-    if after.bytes > before.bytes:
-        pair = f"{bytes_text(after.bytes)} instead of {bytes_text(before.bytes)}"
-        yield f"Bigger: the peak of a {mode} is {pair}, {ratio_text(before.bytes, after.bytes)}"
+    if after.peak > before.peak:
+        pair = f"{bytes_text(after.peak)} instead of {bytes_text(before.peak)}"
+        yield f"Bigger: the peak of a {mode} is {pair}, {ratio_text(before.peak, after.peak)}"
     for name, held, holds in (
         ("the process grows by", before.rss, after.rss),
         ("the allocator reserves", before.reserved, after.reserved),
@@ -73,116 +120,54 @@ def _worse(mode: str, before: Peak, after: Peak) -> Iterator[str]:
             yield f"Bigger: during a {mode} {name} {pair}, {ratio_text(held, holds)}"
 
 
-N = TypeVar("N", int, float)
-
-#: Rows of a pass' changes and refusals that are shown; JSON has all of them.
-SHOWN = 12
-#: What is printed where a figure does not exist.
-NONE = "-"
-
-
-class Code(str):
-    """A cell or a piece of text that names something in the model: drawn as code."""
-
-    __slots__ = ()
-
-
-Cell = str | Code
-
-
-@dataclass(frozen=True)
-class Heading:
-    """A title of the first (the report) or second level."""
-
-    text: str
-    level: int = 2
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    """Running text; ``strong`` for the verdict."""
-
-    text: str
-    strong: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells.
-
-    Attributes:
-        columns: Headings.
-        rows: Cells, as many in each row as there are columns.
-        right: How many of the last columns hold figures and are aligned right.
-        indented: Rows (by index) that are parts of the row above them.
-    """
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    right: int = 0
-    indented: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class Bars:
-    """Stacked bars on one scale, for the formats that can draw."""
-
-    labels: tuple[str, ...]
-    stacks: tuple[dict[str, int], ...]
-
-
-Block = Heading | Paragraph | Table | Bars
-
-
-def verdict(document: Document) -> str:
+def verdict(sides: Sides) -> str:
     """One line: what became of the peaks, and, as a figure of its own, of the parameters."""
-    before, after, environment = document.before, document.after, document.environment
-    training = before.training.bytes, after.training.bytes
-    inference = before.inference.bytes, after.inference.bytes
-    parameters = before.parameters, after.parameters
+    conditions = sides[0].conditions
+    peaks = ", ".join(
+        f"{_MODES[mode][0]} peak {_change([p.peak for p in profiles], bytes_text)}"
+        for mode, profiles in common_modes(sides)
+    )
+    parameters = _change([side.profiles[0].parameters for side in sides], count_text)
+    promise = f" {_function(between(sides[0], sides[1]))}" if len(sides) > 1 else ""
     return (
-        f"{environment.method.capitalize()} on {environment.device}: "
-        f"training peak {_change(training, bytes_text)}, "
-        f"inference peak {_change(inference, bytes_text)}. "
-        f"Counted: parameters {_change(parameters, count_text)}. {_function(document.rewrites)}"
+        f"{conditions['figures'].capitalize()} on {conditions['device']}: {peaks}. "
+        f"Counted: parameters {parameters}.{promise}"
     )
 
 
-def layout(document: Document) -> list[Block]:
-    """Lay a document out as blocks, in reading order."""
-    names = document.before.model, document.after.model
-    title = names[0] if names[0] == names[1] else f"{names[0]} against {names[1]}"
+def layout(*sides: Measurement) -> list[Block]:
+    """Lay one measurement, or two to compare, out as blocks in reading order."""
+    names = dict.fromkeys(side.model for side in sides)
+    title = "report" if len(sides) > 1 else "measurement"
+    said = remarks(*sides) if len(sides) > 1 else _uncounted(sides)
+    labels = ("before", "after") if len(sides) > 1 else ("",)
+    bars = {
+        f"{_MODES[mode][0]}, {label}".rstrip(", "): _ordered(profile.categories)
+        for mode, profiles in common_modes(sides)
+        for label, profile in zip(labels, profiles, strict=True)
+    }
     return [
-        Heading(f"pocketize report: {title}", level=1),
-        Paragraph(verdict(document), strong=True),
-        *(Paragraph(remark) for remark in remarks(document)),
-        _figures(document),
-        Bars(
-            ("training, before", "training, after", "inference, before", "inference, after"),
-            tuple(
-                _ordered(peak.categories)
-                for peak in (
-                    document.before.training,
-                    document.after.training,
-                    document.before.inference,
-                    document.after.inference,
-                )
-            ),
-        ),
-        *_modules(document),
-        *_rewrites(document.rewrites),
-        *_environment(document),
+        Heading(f"pocketize {title}: {' against '.join(names)}", level=1),
+        Paragraph(verdict(sides), strong=True),
+        *(Paragraph(remark) for remark in said),
+        _figures(sides),
+        Bars(tuple(bars), tuple(bars.values())),
+        *_modules(sides),
+        *_rewrites(between(*sides) if len(sides) > 1 else sides[0].passes, alone=len(sides) == 1),
+        *_environment(sides),
     ]
 
 
-def _change(pair: tuple[int, int], write: Callable[[int], str]) -> str:
-    before, after = pair
-    if before == after:
-        return f"{write(before)}, unchanged"
-    return f"{write(before)} -> {write(after)} ({percent_text(before, after)})"
+def _change(values: Sequence[int], write: Callable[[int], str]) -> str:
+    first, last = values[0], values[-1]
+    if len(values) == 1:
+        return write(first)
+    if first == last:
+        return f"{write(first)}, unchanged"
+    return f"{write(first)} -> {write(last)} ({percent_text(first, last)})"
 
 
-def _function(rewrites: tuple[Rewrite, ...]) -> str:
+def _function(rewrites: Sequence[Rewrite]) -> str:
     """What the passes promise about the function; the weakest of them decides."""
     if not rewrites:
         return "No pass is recorded between the two networks."
@@ -200,87 +185,92 @@ def _ordered(categories: dict[str, int]) -> dict[str, int]:
     return {name: categories[name] for name in [*known, *sorted(categories.keys() - set(known))]}
 
 
-def _figures(document: Document) -> Table:
-    before, after = document.before, document.after
+def _columns(sides: Sides) -> tuple[str, ...]:
+    return ("before", "after", "ratio") if len(sides) > 1 else ("memory",)
+
+
+def _figures(sides: Sides) -> Table:
+    first = [side.profiles[0] for side in sides]
     rows = [
-        _row("parameters", before.parameters, after.parameters, count_text),
-        _row("weights' bytes", before.weight_bytes, after.weight_bytes, bytes_text),
-        _row("MACs of a forward", before.macs, after.macs, large_text),
+        _row("parameters", [p.parameters for p in first], count_text),
+        _row("weights' bytes", [p.weight_bytes for p in first], bytes_text),
+        _row("MACs of a forward", [p.macs for p in first], large_text),
     ]
-    times = {"training": "training step's time", "inference": "inference time"}
+    times = {"train": "training step's time", "infer": "inference time"}
     parts: set[int] = set()
-    for mode in ("training", "inference"):
-        old: Peak = getattr(before, mode)
-        new: Peak = getattr(after, mode)
-        rows.append(_row(f"{mode} peak", old.bytes, new.bytes, bytes_text))
-        details = _peak_rows(old, new)
+    for mode, profiles in common_modes(sides):
+        if mode == "train":
+            rows.append(_row("FLOPs of a training step", [p.flops for p in profiles], large_text))
+        rows.append(_row(f"{_MODES[mode][0]} peak", [p.peak for p in profiles], bytes_text))
+        details = _peak_rows(profiles)
         parts.update(range(len(rows), len(rows) + len(details)))
         rows += details
-        if old.step_seconds or new.step_seconds:
-            rows.append(_row(times[mode], _median(old), _median(new), seconds_text))
+        timed = [p.step_seconds or (None, None) for p in profiles]
+        if any(p.step_seconds for p in profiles):
+            rows.append(_row(times[mode], [median for median, _ in timed], seconds_text))
             parts.add(len(rows))
-            rows.append(_row("quartiles apart", _spread(old), _spread(new), seconds_text))
-    return Table(("", "before", "after", "ratio"), tuple(rows), right=3, indented=frozenset(parts))
+            rows.append(_row("quartiles apart", [spread for _, spread in timed], seconds_text))
+    columns = ("", *(_columns(sides) if len(sides) > 1 else ("figure",)))
+    return Table(columns, tuple(rows), len(columns) - 1, frozenset(parts))
 
 
-def _peak_rows(old: Peak, new: Peak) -> list[tuple[Cell, ...]]:
+def _peak_rows(profiles: Sequence[MemoryProfile]) -> list[tuple[Cell, ...]]:
     """Rows of a peak's parts, and of the figures that cross-check it."""
     rows = []
-    for name in _ordered(old.categories | new.categories):
-        pair = old.categories.get(name, 0), new.categories.get(name, 0)
-        if any(pair):
-            rows.append(_row(name.replace("_", " "), *pair, bytes_text))
+    for name in _ordered({name: 0 for p in profiles for name in p.categories}):
+        values = [p.categories.get(name, 0) for p in profiles]
+        if any(values):
+            rows.append(_row(name.replace("_", " "), values, bytes_text))
     checks = {
-        "reserved by the allocator": (old.reserved, new.reserved),
-        "growth of the process": (old.rss, new.rss),
+        "reserved by the allocator": [p.reserved for p in profiles],
+        "growth of the process": [p.rss for p in profiles],
     }
-    for label, (before, after) in checks.items():
-        if before is not None or after is not None:
-            rows.append(_row(label, before, after, bytes_text))
+    for label, held in checks.items():
+        if any(value is not None for value in held):
+            rows.append(_row(label, held, bytes_text))
     return rows
 
 
-def _row(
-    label: str, before: N | None, after: N | None, write: Callable[[N], str]
-) -> tuple[Cell, ...]:
-    return (
-        label,
-        NONE if before is None else write(before),
-        NONE if after is None else write(after),
-        NONE if before is None or after is None else ratio_text(before, after),
-    )
+def _row(label: str, values: Sequence[Any], write: Callable[[Any], str]) -> tuple[Cell, ...]:
+    """A row of one figure for each side, and of the ratio of two."""
+    shown = [NONE if value is None else write(value) for value in values]
+    if len(values) > 1:
+        known = all(value is not None for value in values)
+        shown.append(ratio_text(values[0], values[1]) if known else NONE)
+    return (label, *shown)
 
 
-def _median(peak: Peak) -> float | None:
-    return peak.step_seconds[0] if peak.step_seconds else None
-
-
-def _spread(peak: Peak) -> float | None:
-    return peak.step_seconds[1] if peak.step_seconds else None
-
-
-def _modules(document: Document) -> Iterator[Block]:
-    rows = []
-    for held in document.modules:
-        _, *figures = _row("", held.before, held.after, bytes_text)
-        rows.append((_place(held.path), *figures))
-    yield Heading("Modules that hold most at the training peak")
-    yield Table(("module", "before", "after", "ratio"), tuple(rows), right=3)
+def _modules(sides: Sides) -> Iterator[Block]:
+    """The largest of either side, by their bytes before; ties by name, so that reports diff."""
+    for mode, profiles in common_modes(sides):
+        held = [p.modules for p in profiles]
+        paths = dict.fromkeys(
+            path for p in profiles for path, size in top_modules(p, _LARGEST) if size > 0
+        )
+        order = sorted(paths, key=lambda path: (*(-each.get(path, 0) for each in held), path))
+        rows = [
+            (_place(path), *_row("", [each.get(path) for each in held], bytes_text)[1:])
+            for path in order
+        ]
+        yield Heading(f"Modules that hold most at the {_MODES[mode][0]} peak")
+        columns = _columns(sides)
+        yield Table(("module", *columns), tuple(rows), right=len(columns))
+        return
 
 
 def _place(path: str) -> Cell:
     return Code(path) if path else "(the network itself)"
 
 
-def _rewrites(rewrites: tuple[Rewrite, ...]) -> Iterator[Block]:
+def _rewrites(rewrites: Sequence[Rewrite], *, alone: bool) -> Iterator[Block]:
+    if alone and not rewrites:
+        return
     yield Heading("What was rewritten")
     if not rewrites:
         yield Paragraph("No pass of pocketize is recorded in the second network.")
     for rewrite in rewrites:
-        options = ", ".join(f"{name}={value!r}" for name, value in sorted(rewrite.options.items()))
-        call = f"{rewrite.name}({options})" if options else rewrite.name
         yield Paragraph(
-            f"{call}, {rewrite.guarantee}: {len(rewrite.changed)} changed, "
+            f"{rewrite}, {rewrite.guarantee}: {len(rewrite.changed)} changed, "
             f"{len(rewrite.refused)} refused."
         )
         if rewrite.changed:
@@ -305,46 +295,38 @@ def _rows(title: str, rows: tuple[RewriteRow, ...]) -> Table:
     return Table(tuple(name for name, _ in columns), tuple(shown))
 
 
-def _environment(document: Document) -> Iterator[Block]:
-    environment = document.environment
+def _environment(sides: Sides) -> Iterator[Block]:
+    conditions = [side.conditions for side in sides]
+    merged: dict[str, str] = {}
+    for name in conditions[0] | conditions[-1]:
+        merged[name] = " / ".join(dict.fromkeys(each.get(name, NONE) for each in conditions))
+        if name == "loss" or (name == "device" and "optimizer" not in conditions[0]):
+            merged["processes"] = _processes(sides)
     yield Heading("What the figures hold for")
-    facts = (
-        ("figures", environment.method),
-        ("input", environment.input),
-        ("dtype", environment.dtype),
-        ("device", environment.device),
-        ("optimizer", environment.optimizer),
-        ("loss", environment.loss),
-        ("processes", _processes(document)),
-        ("threads", str(environment.threads)),
-        ("torch", environment.torch),
-        ("python", environment.python),
-        ("machine", environment.machine),
-        ("pocketize", environment.pocketize),
-    )
-    yield Table(("", ""), facts)
-    yield Paragraph(_meaning(environment.method, environment.device))
+    yield Table(("", ""), tuple(merged.items()))
+    yield Paragraph(_meaning(sides[0]))
 
 
-def _processes(document: Document) -> str:
-    if document.environment.method == "estimated":
+def _processes(sides: Sides) -> str:
+    if sides[0].profiles[0].estimated:
         return "none started: an estimate runs no operator"
-    peaks = {
-        f"{side} {mode}": getattr(getattr(document, side), mode)
-        for side in ("before", "after")
-        for mode in ("training", "inference")
+    labels = ("before ", "after ") if len(sides) > 1 else ("",)
+    shared = {
+        f"{label}{_MODES[profile.mode][0]}": profile.why_not_isolated or "not asked for"
+        for label, side in zip(labels, sides, strict=True)
+        for profile in side.profiles
+        if not profile.isolated
     }
-    shared = {label: peak for label, peak in peaks.items() if not peak.isolated}
     if not shared:
         return "each figure in a fresh one"
-    reasons = sorted({peak.why_not_isolated or "not asked for" for peak in shared.values()})
-    return f"this one for {', '.join(shared)} ({'; '.join(reasons)})"
+    return f"this one for {', '.join(shared)} ({'; '.join(sorted(set(shared.values())))})"
 
 
-def _meaning(method: str, device: str) -> str:
-    if method == "estimated":
+def _meaning(side: Measurement) -> str:
+    profile = side.profiles[0]
+    if profile.estimated:
         meaning = "Peaks are estimated: live tensors of a step under fake tensors; nothing was run."
-    elif device.startswith("cuda"):
+    elif profile.device.startswith("cuda"):
         meaning = "Peaks are measured: the allocator's maximum of allocated bytes over a step."
     else:
         meaning = (

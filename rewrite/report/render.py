@@ -9,7 +9,7 @@ from html import escape
 
 from tabulate import tabulate
 
-from pocketize.report.layout import Bars, Block, Cell, Code, Heading, Paragraph, Table
+from pocketize.report.blocks import Bars, Block, Cell, Code, Heading, Paragraph, Table
 from pocketize.units import bytes_text
 from pocketize.untrusted import markdown as escaped
 from pocketize.untrusted import one_line, printable

@@ -53,9 +53,10 @@ def test_the_json_holds_the_figures(run: Run) -> None:
     )
     assert code == 0
     document = json.loads(out)
-    assert document["before"]["parameters"] == 40 + 37 * 32 + 2 * 32 + 2 * 32 + 2
-    assert document["after"]["parameters"] == 40 + 37 * 8 + 2 * 8 + 2 * 8 + 2
-    assert document["before"]["training"]["categories"]["optimizer_state"] == 0
+    before, after = document["before"]["train"], document["after"]["train"]
+    assert before["parameters"] == 40 + 37 * 32 + 2 * 32 + 2 * 32 + 2
+    assert after["parameters"] == 40 + 37 * 8 + 2 * 8 + 2 * 8 + 2
+    assert before["categories"]["optimizer_state"] == 0
 
 
 @pytest.mark.slow
@@ -121,6 +122,43 @@ def test_an_existing_report_is_replaced_only_by_force(run: Run, folder: Path) ->
 
 
 @pytest.mark.slow
+def test_a_stored_baseline_is_compared_as_it_was_measured(run: Run) -> None:
+    taken = run("measure", "my_nets:Net", *INPUT, "--estimate", "--mode", "train", "-o", "b.json")
+    assert (taken.code, taken.out, taken.err) == (0, "", "")
+    code, out, err = run("report", "b.json", "my_nets:small", "--fail-over", "parameters 0%")
+    assert (code, err) == (0, "")
+    assert out.startswith("pocketize report: Net\n")
+    assert "Estimated" in out
+    assert "inference" not in out  # was not taken
+    code, out, err = run("report", "my_nets:small", "b.json", "--fail-over", "parameters 0%")
+    assert code == 1
+    assert "over the limit: parameters" in err
+    assert run("report", "b.json", "b.json").code == 0
+
+
+def test_unlike_figures_are_compared_only_anyway(run: Run) -> None:
+    assert run("measure", "my_nets:Net", *INPUT, "--estimate", "-o", "b.json").code == 0
+    command = ("report", "b.json", "my_nets:Net", "--input", "1x1x8x8", "--optimizer", "sgd")
+    code, _, err = run(*command)
+    assert code == 2
+    assert "input is 1x1x16x16 float32 before and 1x1x8x8 float32 after" in err
+    assert "optimizer is adam before and sgd after" in err
+    code, out, err = run(*command, "--anyway")
+    assert (code, err) == (0, "")
+    assert "Compared although they differ: optimizer is adam before and sgd after." in out
+
+
+def test_figures_are_no_model(run: Run, folder: Path) -> None:
+    (folder / "b.json").write_text("{}")
+    code, _, err = run("report", "b.json", "my_nets:Net")
+    assert code == 2
+    assert "b.json: measurement: expected schema 2, got None" in err
+    assert run("measure", "my_nets:Net", *INPUT, "--estimate", "-o", "b.json", "--force").code == 0
+    code, _, err = run("report", "b.json", "--pass", "pocket")
+    assert code == 2
+    assert "b.json holds figures and no model that --pass could rewrite" in err
+
+
 def test_a_pass_without_effect_is_told(run: Run) -> None:
     code, out, err = run("report", "my_nets:small", "--pass", "pocket", *INPUT, "--estimate")
     assert code == 0

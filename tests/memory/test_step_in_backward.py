@@ -69,4 +69,4 @@ def test_a_comparison_names_it() -> None:
             nn.Linear(2, 2), nn.Linear(2, 2), "1x2", optimizer="adamw", estimate=True,
             step_in_backward=True,
         )  # fmt: skip
-    assert made.document.environment.optimizer == "adamw, in the backward pass"
+    assert made.after.conditions["optimizer"] == "adamw, in the backward pass"

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from pocketize.report.document import (
-    SCHEMA,
-    Document,
-    Environment,
-    ModuleMemory,
-    Peak,
-    Rewrite,
-    RewriteRow,
-    Side,
-)
+from pocketize.memory import MemoryProfile
+from pocketize.report import Comparison
+from pocketize.report.layers import LayerSummary
+from pocketize.report.measurement import Environment, Measurement, Rewrite, RewriteRow
 
 MIB = 2**20
 
@@ -31,40 +26,92 @@ def _categories(
     }
 
 
-def _peak(categories: dict[str, int], seconds: tuple[float, float], *, rss: int) -> Peak:
-    return Peak(
-        bytes=sum(categories.values()),
-        categories=categories,
-        reserved=None,
-        rss=rss * MIB,
-        step_seconds=seconds,
-        isolated=True,
-        why_not_isolated=None,
-    )
+def profile(mode: str, categories: dict[str, int], **changes: Any) -> MemoryProfile:
+    fields: dict[str, Any] = {
+        "mode": mode,
+        "optimizer": "adam" if mode == "train" else None,
+        "estimated": False,
+        "device": "cpu",
+        "dtype": "float32",
+        "input": "1x1x96x96x96 float32",
+        "torch": "2.13.0",
+        "peak": sum(categories.values()),
+        "categories": categories,
+        "modules": {},
+        "timeline": (),
+        "reserved": None,
+        "rss": None,
+        "parameters": 5_470_850,
+        "weight_bytes": 21_883_400,
+        "macs": 12_314_000_000,
+        "flops": 73_884_000_000 if mode == "train" else 24_628_000_000,
+        "step_seconds": None,
+        "isolated": True,
+    }
+    return MemoryProfile(**fields | changes)
 
 
-BEFORE = Side(
-    model="UNet",
-    parameters=5_470_850,
-    weight_bytes=21_883_400,
-    macs=12_314_000_000,
-    training=_peak(_categories(21, 21, 42, 1500, 300), (1.3, 0.04), rss=2000),
-    inference=_peak(_categories(21, 0, 0, 0, 400), (0.31, 0.01), rss=450),
+SMALL: dict[str, Any] = {
+    "parameters": 150_066,
+    "weight_bytes": 600_264,
+    "macs": 2_010_000_000,
+}
+STEP_BEFORE = profile(
+    "train",
+    _categories(21, 21, 42, 1500, 300),
+    step_seconds=(1.3, 0.04),
+    rss=2000 * MIB,
+    modules={
+        "encoder.0.conv": 640 * MIB,
+        "encoder.0.norm": 320 * MIB,
+        "decoder.3.conv": 280 * MIB,
+        "": 12 * MIB,
+    },
+    timeline=(
+        ("forward", 88 * MIB),
+        ("forward encoder.0.conv", 900 * MIB),
+        ("backward decoder.3.conv", 1888 * MIB),
+        ("backward encoder.0.conv", 1400 * MIB),
+        ("optimizer", 120 * MIB),
+    ),
 )
-AFTER = Side(
-    model="UNet",
-    parameters=150_066,
-    weight_bytes=600_264,
-    macs=2_010_000_000,
-    training=_peak(_categories(1, 1, 1, 1280, 210), (0.92, 0.03), rss=1590),
-    inference=_peak(_categories(1, 0, 0, 0, 330), (0.0841, 0.002), rss=360),
+STEP_AFTER = profile(
+    "train",
+    _categories(1, 1, 1, 1280, 210),
+    step_seconds=(0.92, 0.03),
+    rss=1590 * MIB,
+    flops=12_060_000_000,
+    modules={
+        "encoder.0.conv": 640 * MIB,
+        "encoder.0.norm": 320 * MIB,
+        "decoder.3.conv": 150 * MIB,
+        "decoder.3.rebuilt": 20 * MIB,
+    },
+    timeline=(
+        ("forward", 8 * MIB),
+        ("forward encoder.0.conv", 800 * MIB),
+        ("backward decoder.3.conv", 1497 * MIB),
+        ("optimizer", 12 * MIB),
+    ),
+    **SMALL,
 )
-MODULES = (
-    ModuleMemory("encoder.0.conv", 640 * MIB, 640 * MIB),
-    ModuleMemory("encoder.0.norm", 320 * MIB, 320 * MIB),
-    ModuleMemory("decoder.3.conv", 280 * MIB, 150 * MIB),
-    ModuleMemory("", 12 * MIB, None),
-    ModuleMemory("decoder.3.rebuilt", None, 20 * MIB),
+FORWARD_BEFORE = profile(
+    "infer",
+    _categories(21, 0, 0, 0, 400),
+    step_seconds=(0.31, 0.01),
+    rss=450 * MIB,
+    modules={"encoder.0.conv": 400 * MIB, "": 25 * MIB},
+    timeline=(("forward encoder.0.conv", 425 * MIB),),
+)
+FORWARD_AFTER = profile(
+    "infer",
+    _categories(1, 0, 0, 0, 330),
+    step_seconds=(0.0841, 0.002),
+    rss=360 * MIB,
+    flops=4_020_000_000,
+    modules={"encoder.0.conv": 330 * MIB, "": 5 * MIB},
+    timeline=(("forward encoder.0.conv", 335 * MIB),),
+    **SMALL,
 )
 POCKET = Rewrite(
     name="pocket",
@@ -85,56 +132,63 @@ POCKET = Rewrite(
     notes=("width 16: the width of encoder.0.conv, the first convolution.",),
 )
 ENVIRONMENT = Environment(
-    method="measured",
-    device="cpu",
-    dtype="float32",
-    input="1x1x96x96x96 float32",
-    optimizer="adam",
-    loss="mean of squares of the outputs",
-    torch="2.13.0",
-    pocketize="0.1.0",
-    python="3.12.1",
-    machine="Linux x86_64",
-    threads=2,
+    pocketize="0.1.0", python="3.12.1", machine="Linux x86_64, a processor", threads=2
 )
-DOCUMENT = Document(
-    schema=SCHEMA,
-    before=BEFORE,
-    after=AFTER,
-    modules=MODULES,
-    rewrites=(POCKET,),
+
+
+def _layers(widths: tuple[int, ...]) -> tuple[LayerSummary, ...]:
+    return tuple(
+        LayerSummary(
+            f"encoder.{level}.conv",
+            "Conv3d",
+            {"in": str(before), "out": str(after), "kernel_size": "3x3x3"},
+        )
+        for level, (before, after) in enumerate(zip((1, *widths), widths, strict=False))
+    )
+
+
+BEFORE = Measurement(
+    model="UNet",
+    train=STEP_BEFORE,
+    infer=FORWARD_BEFORE,
+    layers=_layers((16, 32, 64, 128)),
+    passes=(),
+    loss="mean of squares of the outputs",
+    exported=False,
     environment=ENVIRONMENT,
 )
+AFTER = dataclasses.replace(
+    BEFORE,
+    train=STEP_AFTER,
+    infer=FORWARD_AFTER,
+    layers=_layers((16, 16, 16, 16)),
+    passes=(POCKET,),
+)
+MEASURED = Comparison(BEFORE, AFTER)
 
 
-def with_peaks(before: int, after: int) -> Document:
+def with_peaks(before: int, after: int) -> Comparison:
     """The same comparison with other training peaks, in bytes, all of it activations."""
-    old, new = (
-        dataclasses.replace(
-            side,
-            training=dataclasses.replace(
-                side.training, bytes=peak, categories={"activations": peak}
-            ),
-        )
-        for side, peak in ((BEFORE, before), (AFTER, after))
-    )
-    return dataclasses.replace(DOCUMENT, before=old, after=new)
+
+    def side(made: Measurement, peak: int) -> Measurement:
+        assert made.train is not None
+        categories = {"activations": peak}
+        train = dataclasses.replace(made.train, peak=peak, categories=categories)
+        return dataclasses.replace(made, train=train)
+
+    return Comparison(side(BEFORE, before), side(AFTER, after))
 
 
-def estimated() -> Document:
+def estimated() -> Comparison:
     """The same comparison as an estimate: no process, no time, no resident set."""
 
-    def side(measured: Side) -> Side:
-        def plain(peak: Peak) -> Peak:
-            return dataclasses.replace(peak, rss=None, step_seconds=None, isolated=False)
+    def side(made: Measurement) -> Measurement:
+        plain = {
+            mode: dataclasses.replace(
+                getattr(made, mode), estimated=True, rss=None, step_seconds=None, isolated=False
+            )
+            for mode in ("train", "infer")
+        }
+        return dataclasses.replace(made, **plain)
 
-        return dataclasses.replace(
-            measured, training=plain(measured.training), inference=plain(measured.inference)
-        )
-
-    return dataclasses.replace(
-        DOCUMENT,
-        before=side(BEFORE),
-        after=side(AFTER),
-        environment=dataclasses.replace(ENVIRONMENT, method="estimated"),
-    )
+    return Comparison(side(BEFORE), side(AFTER))

@@ -10,10 +10,15 @@ import pytest
 
 from pocketize.errors import ReportError
 from pocketize.report import Comparison
-from pocketize.report.document import scrub
-from tests.report.fixed import DOCUMENT, POCKET, estimated, with_peaks
+from pocketize.report.measurement import Rewrite
+from pocketize.untrusted import scrub
+from tests.report.fixed import AFTER, BEFORE, MEASURED, POCKET, estimated, with_peaks
 
-COMPARISON = Comparison(DOCUMENT)
+COMPARISON = MEASURED
+
+
+def _with_passes(*passes: Rewrite) -> Comparison:
+    return Comparison(BEFORE, dataclasses.replace(AFTER, passes=passes))
 
 
 def test_the_verdict_is_one_line_and_says_what_was_measured_and_what_was_counted() -> None:
@@ -25,7 +30,7 @@ def test_the_verdict_is_one_line_and_says_what_was_measured_and_what_was_counted
 
 
 def test_an_estimate_is_never_called_measured() -> None:
-    comparison = Comparison(estimated())
+    comparison = estimated()
     assert comparison.verdict.startswith("Estimated on cpu")
     for rendered in (str(comparison), comparison.to_markdown(), comparison.to_html()):
         assert "measured" not in rendered.lower()
@@ -33,8 +38,8 @@ def test_an_estimate_is_never_called_measured() -> None:
 
 
 def test_a_peak_that_stays_is_called_unchanged_and_one_that_rises_is_shown_rising() -> None:
-    assert "training peak 1.0 MiB, unchanged" in Comparison(with_peaks(2**20, 2**20)).verdict
-    assert "1.0 MiB -> 2.0 MiB (+100.0 %)" in Comparison(with_peaks(2**20, 2**21)).verdict
+    assert "training peak 1.0 MiB, unchanged" in with_peaks(2**20, 2**20).verdict
+    assert "1.0 MiB -> 2.0 MiB (+100.0 %)" in with_peaks(2**20, 2**21).verdict
 
 
 def test_the_weakest_guarantee_of_several_passes_decides() -> None:
@@ -44,15 +49,14 @@ def test_the_weakest_guarantee_of_several_passes_decides() -> None:
         ((exact, POCKET, exact), "RETRAIN:"),
         ((), "No pass is recorded"),
     ):
-        document = dataclasses.replace(DOCUMENT, rewrites=rewrites)
-        assert expected in Comparison(document).verdict
+        assert expected in _with_passes(*rewrites).verdict
 
 
 def test_json_has_integers_for_bytes_and_sorted_keys() -> None:
     data = json.loads(COMPARISON.to_json())
-    assert data["schema"] == 1
-    assert data["before"]["training"]["bytes"] == DOCUMENT.before.training.bytes
-    assert all(type(size) is int for size in data["after"]["training"]["categories"].values())
+    assert (data["kind"], data["schema"]) == ("comparison", 2)
+    assert data["before"]["train"]["peak"] == 1888 * 2**20
+    assert all(type(size) is int for size in data["after"]["train"]["categories"].values())
     assert COMPARISON.to_json() == json.dumps(data, indent=2, sort_keys=True) + "\n"
 
 
@@ -67,18 +71,23 @@ def _without(data: dict[str, Any], key: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda d: "[]", "expected a comparison of schema 1, got None"),
+        (lambda d: "[]", "comparison: expected schema 2, got None"),
         (lambda d: "{", "not JSON"),
-        (lambda d: json.dumps(d | {"schema": 2}), "schema 1, got 2"),
-        (lambda d: json.dumps(_without(d, "modules")), "report: lacks modules"),
-        (lambda d: json.dumps(d | {"extra": 1}), "report: unknown extra"),
+        (lambda d: json.dumps(d | {"schema": 1}), "expected schema 2, got 1. Make the file again"),
+        (lambda d: BEFORE.to_json(), "expected a comparison, got a 'measurement'"),
+        (lambda d: json.dumps(_without(d, "after")), "comparison: lacks after"),
+        (lambda d: json.dumps(d | {"extra": 1}), "comparison: unknown extra"),
         (
-            lambda d: json.dumps(d | {"before": d["before"] | {"parameters": "many"}}),
-            "report.before.parameters: expected int, got 'many'",
+            lambda d: json.dumps(d | {"before": d["before"] | {"exported": "no"}}),
+            "comparison.before.exported: expected bool, got 'no'",
         ),
         (
-            lambda d: json.dumps(d | {"before": d["before"] | {"macs": True}}),
-            "report.before.macs: expected int, got True",
+            lambda d: json.dumps(d | {"before": d["before"] | {"train": d["before"]["infer"]}}),
+            "train holds figures of mode 'infer'",
+        ),
+        (
+            lambda d: json.dumps(d | {"before": d["before"] | {"train": None, "infer": None}}),
+            "holds neither a training step nor a forward",
         ),
     ],
 )
@@ -127,11 +136,11 @@ def test_html_is_well_formed_escaped_and_loads_nothing() -> None:
 
 
 def test_peaks_of_a_shared_process_are_told_with_the_reason() -> None:
+    assert AFTER.train is not None
     shared = dataclasses.replace(
-        DOCUMENT.after.training, isolated=False, why_not_isolated="the class cannot be pickled"
+        AFTER.train, isolated=False, why_not_isolated="the class cannot be pickled"
     )
-    after = dataclasses.replace(DOCUMENT.after, training=shared)
-    text = str(Comparison(dataclasses.replace(DOCUMENT, after=after)))
+    text = str(Comparison(BEFORE, dataclasses.replace(AFTER, train=shared)))
     assert "this one for after training (the class cannot be pickled)" in text
 
 
@@ -151,6 +160,6 @@ def test_addresses_and_absolute_paths_are_scrubbed(text: str, expected: str) -> 
 def test_a_column_in_which_nothing_stands_is_left_out() -> None:
     unexplained = tuple(dataclasses.replace(row, why="") for row in POCKET.changed)
     bare = dataclasses.replace(POCKET, options={}, changed=unexplained, refused=())
-    markdown = Comparison(dataclasses.replace(DOCUMENT, rewrites=(bare,))).to_markdown()
+    markdown = _with_passes(bare).to_markdown()
     assert "\npocket, RETRAIN: 15 changed, 0 refused.\n" in markdown
     assert "| changed | what |\n" in markdown

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from pocketize.errors import ReportError
-from pocketize.report import METRICS, Comparison, Threshold
-from tests.report.fixed import DOCUMENT, MIB, estimated, with_peaks
+from pocketize.report import METRICS, Threshold
+from tests.report.fixed import MEASURED, MIB, estimated, with_peaks
 
 
 def test_a_threshold_reads_percent_and_amount_in_either_order() -> None:
@@ -48,29 +48,29 @@ def test_an_unreadable_threshold_says_what_was_expected(text: str, expected: str
 def test_a_double_threshold_fires_only_on_what_is_over_both(
     before: int, after: int, fires: bool
 ) -> None:
-    violations = Comparison(with_peaks(before, after)).check(["peak 2% 16MiB"])
+    violations = with_peaks(before, after).check(["peak 2% 16MiB"])
     assert bool(violations) == fires
 
 
 def test_a_negative_threshold_demands_a_decrease() -> None:
-    comparison = Comparison(with_peaks(100 * MIB, 80 * MIB))
+    comparison = with_peaks(100 * MIB, 80 * MIB)
     assert comparison.check(["peak -20%"]) == []
     (violation,) = comparison.check("peak -30%")
     assert str(violation) == "peak: expected at most 70.0 MiB, got 80.0 MiB (before: 100.0 MiB)."
 
 
 def test_violations_come_in_the_order_of_the_thresholds() -> None:
-    comparison = Comparison(DOCUMENT)
+    comparison = MEASURED
     demands = ["time -90%", "peak 0%", Threshold("parameters", percent=-99.0)]
     assert [v.threshold.metric for v in comparison.check(demands)] == ["time", "parameters"]
 
 
 def test_every_metric_can_be_guarded_on_a_full_comparison() -> None:
-    comparison = Comparison(DOCUMENT)
+    comparison = MEASURED
     assert comparison.check(f"{metric} 0%" for metric in METRICS) == []
     assert len(comparison.check(f"{metric} -100%" for metric in METRICS)) == len(METRICS)
 
 
 def test_a_threshold_on_a_figure_that_was_not_taken_is_an_error() -> None:
     with pytest.raises(ReportError, match=r"no such figure.*time_steps"):
-        Comparison(estimated()).check(["time 5%"])
+        estimated().check(["time 5%"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pocketize.report import Comparison
-from tests.report.fixed import DOCUMENT, estimated
+from tests.report.fixed import MEASURED, estimated
 
 GOLDEN = Path(__file__).parent / "golden"
 FORMATS: dict[str, Callable[[Comparison], str]] = {
@@ -27,7 +27,7 @@ FORMATS: dict[str, Callable[[Comparison], str]] = {
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("name", ["measured", "estimated"])
 def test_the_rendering_is_the_golden_file(name: str, suffix: str) -> None:
-    comparison = Comparison(DOCUMENT if name == "measured" else estimated())
+    comparison = MEASURED if name == "measured" else estimated()
     rendered = FORMATS[suffix](comparison)
     file = GOLDEN / f"{name}.{suffix}"
     if os.environ.get("POCKETIZE_WRITE_GOLDEN"):
@@ -38,4 +38,4 @@ def test_the_rendering_is_the_golden_file(name: str, suffix: str) -> None:
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_what_was_read_back_from_json_renders_the_same(suffix: str) -> None:
     read = Comparison.from_json((GOLDEN / "measured.json").read_text(encoding="utf-8"))
-    assert FORMATS[suffix](read) == FORMATS[suffix](Comparison(DOCUMENT))
+    assert FORMATS[suffix](read) == FORMATS[suffix](MEASURED)
