@@ -16,7 +16,8 @@
     ├── RecipeError                a recipe file: not TOML, unknown keys, wrong values
     ├── ArtifactError              saved models: truncated, not ours, made by another version,
     │                              or not fitting the factory
-    ├── ModelError                 a model named on the command line: not found, or it did not build
+    ├── ModelError                 no model: a class, weights; or one named on the command line that
+    │                              is not found or does not build
     ├── MeasureError               a measurement that could not be made
     ├── PlanningError              widths that cannot be planned: points, complexities, a cache
     │   └── BudgetError            a budget that no widths meet; it names the smallest possible
@@ -121,7 +122,7 @@ class ArtifactError(PocketizeError):
 
 
 class ModelError(PocketizeError):
-    """A model named on the command line cannot be found or built."""
+    """Something else was given for a model, or one named in text cannot be found or built."""
 
 
 class MeasureError(PocketizeError):

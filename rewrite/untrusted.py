@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["check_nesting", "markdown", "one_line", "printable", "read_as", "read_json", "scrub"]
+__all__ = ["markdown", "one_line", "printable", "read_as", "read_json", "read_toml", "scrub"]
 
 import dataclasses
 import json
 import re
+import sys
 import types
 import typing
 from typing import Any, TypeVar
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 _T = TypeVar("_T")
 
@@ -29,19 +35,28 @@ def read_json(text: str | bytes) -> Any:
         value = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_number)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    check_nesting(value)
+    _check_nesting(value)
+    return value
+
+
+def read_toml(text: str) -> dict[str, Any]:
+    """Read TOML that is not nested too deeply.
+
+    Raises:
+        ValueError: it is not such TOML; the text says why.
+    """
+    try:
+        value: dict[str, Any] = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    _check_nesting(value)
     return value
 
 
 _TOO_DEEP = f"more than {DEEPEST} lists or mappings lie within each other"
 
 
-def check_nesting(value: Any) -> None:
-    """Check that lists and mappings do not lie too deeply within each other for recursion.
-
-    Raises:
-        ValueError: they do.
-    """
+def _check_nesting(value: Any) -> None:
     level = [value]
     for _ in range(DEEPEST + 1):
         level = [

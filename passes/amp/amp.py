@@ -20,9 +20,10 @@ from torch.nn import functional
 from pocketize._torch import BatchNorm, InstanceNorm, check_norm_input, unbatched_dim
 from pocketize.engine.dry_run import DryRun
 from pocketize.errors import OptionError, RewriteError
+from pocketize.graph.inputs import first_parameter
 from pocketize.ops import NORMS, Kind, bind, operator_of
 from pocketize.passes.shared import REBUILDING
-from pocketize.passes.shared.forwards import Forward, first_parameter, obstacle, wrapping
+from pocketize.passes.shared.forwards import Forward, obstacle, wrapping
 from pocketize.passes.shared.nests import map_tensors
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.plugin.conversions import conversion

@@ -6,11 +6,13 @@ __all__ = ["ComplexityCommand"]
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pocketize.cli.common import DONE, UsageError, check_output, note, write_out
-from pocketize.passes.complexity.dataset import Complexity, compare_measures, measure_dataset
-from pocketize.passes.complexity.registry import MEASURES
+
+# `pocketize --help` imports this file, and numpy takes as long as the rest: functions import it
+if TYPE_CHECKING:
+    from pocketize.passes.complexity.dataset import Complexity
 
 _OVER_SIZE = ("jpeg", "jb")
 _ALL = "all"
@@ -23,6 +25,8 @@ class ComplexityCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
+        from pocketize.passes.complexity.registry import MEASURES
+
         parser.add_argument("images", metavar="DIR", help="a folder of images, or one image")
         parser.add_argument(
             "--measure",
@@ -75,6 +79,9 @@ class ComplexityCommand:
 
     def run(self, args: argparse.Namespace) -> int:
         """Measure, and print."""
+        from pocketize.passes.complexity.dataset import measure_dataset
+        from pocketize.passes.complexity.registry import MEASURES
+
         names = _names(args)
         value_range = _range(args.value_range)
         if args.output is not None:
@@ -105,6 +112,8 @@ class ComplexityCommand:
 
 
 def _names(args: argparse.Namespace) -> list[str]:
+    from pocketize.passes.complexity.registry import MEASURES
+
     asked = list(dict.fromkeys(args.measures or ["jpeg"]))
     if _ALL in asked:
         asked = [
@@ -154,5 +163,7 @@ def _render(results: list[Complexity], layout: str) -> str:
     if layout == "json":
         return json.dumps([result.to_dict() for result in results], indent=2)
     if len(results) > 1:
+        from pocketize.passes.complexity.dataset import compare_measures
+
         return compare_measures(results, markdown=layout == "markdown")
     return results[0].to_markdown() if layout == "markdown" else repr(results[0])

@@ -70,9 +70,13 @@ class FitCommand:
         from pocketize.passes.fit.largest import largest_input
         from pocketize.passes.fit.search import fit
 
-        for path in (args.output, args.recipe, args.report):
+        for path, suffixes in (
+            (args.output, (".safetensors",)),
+            (args.recipe, (".toml",)),
+            (args.report, ()),
+        ):
             if path is not None:
-                check_output(path, force=args.force)
+                check_output(path, force=args.force, suffixes=suffixes)
         resolved = resolve_model(args)
         options: dict[str, Any] = {
             "memory": args.memory,

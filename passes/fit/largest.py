@@ -9,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from pocketize.errors import FitError, InputError, PocketizeError
-from pocketize.memory import measure
+from pocketize.memory.meter import measure_here
+from pocketize.memory.step import Request
 from pocketize.passes.fit.result import Fit
 from pocketize.passes.fit.search import fit
 
@@ -53,16 +55,21 @@ def largest_input(
             f"{pattern!r:.60} has no N to be found; write a shape such as 1x1xNxNxN, or "
             "Nx1x96x96x96 for the largest batch"
         )
-    mode, optimizer = options.get("mode", "train"), options.get("optimizer", "adam")
+    device = options.get("device")
+    request = Request(
+        model=model,
+        inputs=None,
+        mode=options.get("mode", "train"),
+        optimizer=options.get("optimizer", "adam"),
+        estimate=True,
+        device=None if device is None else torch.device(device),
+    )
 
     def shape(n: int) -> str:
         return pattern.replace("N", str(n))
 
     def peak(n: int) -> int:
-        profile = measure(
-            model, shape(n), mode, optimizer, estimate=True, device=options.get("device")
-        )
-        return profile.peak
+        return measure_here(replace(request, inputs=shape(n))).peak
 
     def attempt(n: int) -> Fit | FitError:
         tell(f"trying {shape(n)}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 __all__ = ["FitSearch", "fit"]
 
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,9 +19,10 @@ from torch import nn
 
 from pocketize.engine.pipeline import rewrite
 from pocketize.engine.surgery import apply_edits
-from pocketize.errors import CaptureError, FitError, PocketizeError
-from pocketize.graph.capture import capture, settle_inputs
+from pocketize.errors import FitError, PocketizeError
+from pocketize.graph.capture import settle_inputs
 from pocketize.graph.clone import clone
+from pocketize.graph.sizes import suggest_sizes
 from pocketize.memory.meter import measure_here
 from pocketize.memory.step import Request
 from pocketize.memory.work import Work
@@ -40,8 +40,6 @@ from pocketize.units import bytes_text, quantity
 #: Of a GPU's budget: what the driver's context takes, and the part of the rest that workspaces and
 #: the allocator's rounding may take.
 _CONTEXT, _MARGIN = 512 << 20, 0.08
-#: Networks that halve their volume want sizes that are multiples of one of these.
-_STEPS = (2, 4, 8, 16, 32, 64)
 
 
 def fit(
@@ -82,7 +80,8 @@ def fit(
     Raises:
         FitError: nothing fits; the text has the least peak for each guarantee. Or the budget is no
             size, or below what the weights alone take.
-        InputError: the inputs cannot be read, or do not suit the network.
+        InputError: the inputs cannot be read, or do not suit the network; the text has the nearest
+            sizes that do.
         CaptureError: the network does not run on the inputs.
     """
     request = Request(
@@ -99,11 +98,8 @@ def fit(
     budget = _bytes(memory)
     tell = progress or (lambda text: None)
     allowed = list(Guarantee)[: order.index(allow) + 1]
-    try:
+    with suggest_sizes(model, request.inputs):
         search = FitSearch(request, budget, max_time, tell)
-    except CaptureError as error:
-        near = _nearest_shape(model, inputs)
-        raise CaptureError(f"{error}{near and f'. It runs on {near}'}") from error
     chosen, lean = search.solve(allowed)
     proof = prove_step(lean, request, chosen) if prove else "Estimated only, as was asked for."
     return Fit(
@@ -308,23 +304,6 @@ class FitSearch:
     def remarks(self) -> tuple[str, ...]:
         """Say what was refused."""
         return tuple(f"Not possible: {label}: {why}" for label, why in self.refused.items())
-
-
-def _nearest_shape(model: nn.Module, inputs: Any) -> str:
-    """Return a shape near to one on which a model does not run; empty if none was found."""
-    if not isinstance(inputs, str) or not re.fullmatch(r"\d+(x\d+){2,}", inputs):
-        return ""
-    batch, channels, *sizes = map(int, inputs.split("x"))
-    for step in _STEPS:
-        near = [max(step, round(size / step) * step) for size in sizes]
-        shape = "x".join(map(str, (batch, channels, *near)))
-        try:
-            if shape != inputs:
-                capture(model, shape, train=True)
-                return shape
-        except CaptureError:
-            continue
-    return ""
 
 
 def _key(way: Way | FitPoint) -> str:

@@ -24,15 +24,10 @@ from pocketize._torch import FakeTensor, storage_key, version_of
 from pocketize.engine.pipeline import history
 from pocketize.errors import ExecutionError, OptionError, RewriteError
 from pocketize.graph.capture import find_tensors
+from pocketize.graph.inputs import first_parameter
 from pocketize.memory.in_place import is_dense
 from pocketize.passes.shared import REBUILDING
-from pocketize.passes.shared.forwards import (
-    Forward,
-    first_parameter,
-    obstacle,
-    without_backward,
-    wrapping,
-)
+from pocketize.passes.shared.forwards import Forward, obstacle, without_backward, wrapping
 from pocketize.passes.shared.regions import survey
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.plugin.conversions import conversion

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 __all__ = [
     "Forward",
-    "first_parameter",
     "hooked",
     "is_foreign",
     "lowering",
@@ -29,7 +28,6 @@ __all__ = [
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from types import CodeType
 from typing import Any, ClassVar, TypeVar
 
@@ -199,15 +197,6 @@ def refuse_exchanged(name: str, parameter: torch.Tensor, before: torch.Tensor) -
             "forward and the backward pass (p.data = ...), and both must see the same; run the "
             "forward again after weights change"
         )
-
-
-def first_parameter(module: nn.Module) -> torch.Tensor | None:
-    """Return the first floating-point parameter, or buffer: it tells where a module works."""
-    # a loop, because torch 2.6 does not compile next() with a default
-    for tensor in chain(module.parameters(), module.buffers()):
-        if tensor.is_floating_point():
-            return tensor
-    return None
 
 
 def hooked(modules: Mapping[str, nn.Module]) -> str:

@@ -20,9 +20,8 @@ from pocketize._torch import pytree, transforms_active
 from pocketize.errors import ExecutionError
 from pocketize.graph.capture import TracedGraph, find_tensors
 from pocketize.graph.clone import clone
-from pocketize.graph.inputs import Inputs, as_plain
+from pocketize.graph.inputs import Inputs, as_plain, first_parameter
 from pocketize.graph.methods import set_mode
-from pocketize.passes.shared.forwards import first_parameter
 from pocketize.passes.tiling.execution import Execution
 from pocketize.passes.tiling.figures import estimated_peak, largest_tile, measured_peak
 from pocketize.passes.tiling.forward import (

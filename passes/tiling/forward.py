@@ -31,8 +31,8 @@ from pocketize._torch import FakeTensor, dispatch_modes, without_dispatch_modes
 from pocketize.errors import InputError
 from pocketize.graph.capture import TraceMode, find_tensors, quiet_tracing
 from pocketize.graph.clone import fake_clone
-from pocketize.graph.inputs import Inputs, as_plain, is_dressed
-from pocketize.passes.shared.forwards import Forward, first_parameter, wrapping
+from pocketize.graph.inputs import Inputs, as_plain, first_parameter, is_dressed
+from pocketize.passes.shared.forwards import Forward, wrapping
 from pocketize.passes.shared.nests import dressed, map_tensors
 from pocketize.plugin.options import read_size
 

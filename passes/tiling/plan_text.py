@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from pocketize.errors import CaptureError, InputError, MeasureError
 from pocketize.graph.capture import find_tensors
 from pocketize.graph.clone import clone
-from pocketize.graph.inputs import Inputs
+from pocketize.graph.inputs import Inputs, first_parameter
 from pocketize.graph.methods import set_mode
-from pocketize.passes.shared.forwards import first_parameter, lowering
+from pocketize.passes.shared.forwards import lowering
 from pocketize.passes.tiling.exact import ExactForward, Prepared
 from pocketize.passes.tiling.figures import (
     estimated_peak,

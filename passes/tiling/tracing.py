@@ -33,10 +33,10 @@ from pocketize._torch import (
 from pocketize.errors import CaptureError
 from pocketize.graph.capture import TracedGraph, find_tensors, quiet_tracing, trace_module
 from pocketize.graph.clone import fake_clone
-from pocketize.graph.inputs import Inputs
+from pocketize.graph.inputs import Inputs, first_parameter
 from pocketize.ops import Kind, bind, operator_of
 from pocketize.ops.effects import written_nodes
-from pocketize.passes.shared.forwards import first_parameter, wrapping
+from pocketize.passes.shared.forwards import wrapping
 from pocketize.passes.shared.nests import map_tensors
 from pocketize.passes.tiling.forward import PatchForward
 from pocketize.passes.tiling.side_effects import (

@@ -22,7 +22,7 @@ import inspect
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from pocketize.artifact import load, load_weights, read_header
+from pocketize.artifact.classes import resolve_classes
 from pocketize.artifact.pt2 import module_of, read_exported
 from pocketize.errors import ArtifactError, ModelError, nearest
 from pocketize.graph.inputs import Inputs
@@ -66,17 +67,20 @@ def resolve(
     weights: str | os.PathLike[str] | None = None,
     trust: bool = False,
     folder: str | os.PathLike[str] | None = None,
+    classes_from: Sequence[str] = (),
 ) -> ResolvedModel:
     """Find or build the model of a MODEL argument.
 
     Args:
         name: a form of the table above.
-        kwargs: keyword arguments of the factory.
-        weights: a state_dict to load into the model, or a model that :func:`pocketize.save` wrote,
-            which is then rewritten as the file says.
+        kwargs: keyword arguments of the factory; texts may name classes, see
+            :func:`~pocketize.artifact.classes.resolve_classes`.
+        weights: a state_dict to load into the model, also ``FILE:KEY`` (see :func:`load_weights`);
+            or a model that was saved, which is then rewritten as the file says.
         trust: open exported programs and pickles, as ``name`` and ``weights``; they may run any
             code.
         folder: for the files of passes, where ``weights`` is a model that was saved with such.
+        classes_from: packages besides ``torch.nn`` that ``kwargs`` may name classes of.
 
     Raises:
         ModelError: the argument names no model, or the factory fails.
@@ -84,7 +88,7 @@ def resolve(
     """
     suffix = Path(name).suffix.lower()
     if name.startswith("zoo:"):
-        found = _from_zoo(name, kwargs or {})
+        found = _from_zoo(name, resolve_classes(dict, kwargs or {}, classes_from))
     elif suffix == ".safetensors":
         raise ModelError(
             f"{name} holds weights and no code, so it is no MODEL by itself: give the factory of "
@@ -95,11 +99,13 @@ def resolve(
             raise ModelError(f"{name} is a file and takes no keyword arguments")
         found = _from_pt2(name, trust) if suffix == ".pt2" else _from_pickle(name, trust)
     else:
-        found = _from_import(name, kwargs or {})
+        found = _from_import(name, kwargs or {}, classes_from)
     return found if weights is None else _with_weights(found, weights, trust, folder)
 
 
-def _from_import(name: str, kwargs: Mapping[str, Any]) -> ResolvedModel:
+def _from_import(
+    name: str, kwargs: Mapping[str, Any], classes_from: Sequence[str]
+) -> ResolvedModel:
     module_name, colon, path = name.partition(":")
     if not colon or not path or not all(p.isidentifier() for p in module_name.split(".")):
         raise ModelError(f"cannot tell what {name!r} is; expected {_FORMS}")
@@ -127,8 +133,8 @@ def _from_import(name: str, kwargs: Mapping[str, Any]) -> ResolvedModel:
         raise ModelError(f"{name} is a model that exists already; name what builds it")
     if not callable(owner):
         raise ModelError(f"{name} is a {type(owner).__name__}, not a function or class")
-    factory = functools.partial(owner, **kwargs)
     with _current_folder(module_name):  # for what it imports only now
+        factory = functools.partial(owner, **resolve_classes(owner, kwargs, classes_from))
         model = _built(name, factory)
     return ResolvedModel(model, "factory", name, factory)
 

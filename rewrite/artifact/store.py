@@ -44,6 +44,7 @@ from pocketize.artifact.states import (
 )
 from pocketize.engine.pipeline import history, replay
 from pocketize.errors import ArtifactError, PocketizeError
+from pocketize.graph.methods import check_module
 from pocketize.plugin.base import PassRecord
 from pocketize.untrusted import read_as, read_json
 from pocketize.version import VERSION
@@ -94,6 +95,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
             or without data; or its class puts into its ``state_dict`` what :func:`load` could not
             give back.
     """
+    check_module(model)
     state = full_state(model)
     tensors, ties = _distinct_tensors(model, state)
     data = {

@@ -26,6 +26,7 @@ from pocketize.channels.rules import Call, LayerChannels, apply_rule, sums_or_ma
 from pocketize.errors import CaptureError
 from pocketize.graph.capture import TracedGraph, Tracer, settle_inputs
 from pocketize.graph.inputs import Inputs
+from pocketize.graph.sizes import suggest_sizes
 from pocketize.ops import bind, is_convolution
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,9 @@ def analyse(model: nn.Module, inputs: Any = None) -> ChannelGroups:
         CaptureError: the model does not run.
         InputError: the inputs cannot be read or guessed.
     """
-    return Analysis(model, settle_inputs(model, inputs)).solve()
+    settled = settle_inputs(model, inputs)
+    with suggest_sizes(model, settled):
+        return Analysis(model, settled).solve()
 
 
 class Analysis:

@@ -88,10 +88,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PocketizeError, UsageError) as error:
         if args.debug:
             _print_traceback()
-        note(f"{'nothing done' if isinstance(error, CheckFailed) else 'error'}: {error}")
+        note(f"{'nothing done' if isinstance(error, CheckFailed) else 'error'}: {_spoken(error)}")
         if isinstance(error, CheckFailed):
             return error.code
         return USAGE if isinstance(error, _WRONGLY_GIVEN) else FAILED
+
+
+#: How the command line writes what the library's errors advise.
+_SPOKEN = {
+    "pass estimate=True": "add --estimate",
+    "estimate=True": "--estimate",
+    "use estimate=False": "leave out --estimate",
+    "pass inputs=(...)": "give --input",
+    "pass inputs=...": "give --input",
+}
+
+
+def _spoken(error: Exception) -> str:
+    text = str(error)
+    for python, shell in _SPOKEN.items():
+        text = text.replace(python, shell)
+    return text
 
 
 def _drop_output() -> None:

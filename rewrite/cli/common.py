@@ -16,6 +16,7 @@ __all__ = [
     "parse_kwargs",
     "passes_of",
     "progress",
+    "reading",
     "resolve_model",
     "seed",
     "show",
@@ -23,19 +24,25 @@ __all__ = [
 ]
 
 import argparse
+import contextlib
+import logging
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketize.artifact.files import atomic_write
-from pocketize.errors import PocketizeError
-from pocketize.untrusted import printable, read_json
+from pocketize.errors import ArtifactError, PocketizeError
+from pocketize.untrusted import printable, read_json, read_toml
 
 # torch takes seconds to import, and the help and the version need none: functions import it
 if TYPE_CHECKING:
     from pocketize.artifact.models import ResolvedModel
+    from pocketize.graph.inputs import Inputs
     from pocketize.plugin.base import Pass
+
+_log = logging.getLogger(__name__)
 
 _MODEL_HELP = "package.module:factory, zoo:NAME, or FILE.pt2 (with --trust-pickle)"
 DONE, CHECK_FAILED, USAGE, FAILED = range(4)
@@ -66,9 +73,11 @@ def note(text: str) -> None:
 
 
 def progress(text: str) -> None:
-    """Print what takes time, if stderr is a terminal."""
+    """Print what takes time, if stderr is a terminal; elsewhere with ``--verbose``."""
     if sys.stderr.isatty():
         print(f"{printable(text)} ...", file=sys.stderr, flush=True)
+    else:
+        _log.info("%s", text)
 
 
 def write_out(text: str, path: str | None, *, force: bool = False) -> None:
@@ -80,12 +89,20 @@ def write_out(text: str, path: str | None, *, force: bool = False) -> None:
         temporary.write_text(f"{text}\n", encoding="utf-8")
 
 
-def check_output(path: str, *, force: bool) -> None:
+def check_output(path: str, *, force: bool, suffixes: Sequence[str] = ()) -> None:
     """Check before the work that the result can be written.
 
+    Args:
+        path: the file.
+        force: it may be there already.
+        suffixes: what its name may end with; nothing for any name.
+
     Raises:
-        UsageError: the file exists and ``--force`` was not given, or its folder does not exist.
+        UsageError: the file exists and ``--force`` was not given, or its folder does not exist, or
+            the name tells no format.
     """
+    if suffixes and Path(path).suffix.lower() not in suffixes:
+        raise UsageError(f"cannot tell what to write to {path!r}: expected {', '.join(suffixes)}")
     # not the methods of paths, which raise where a name is too long
     if os.path.isdir(path):
         raise UsageError(f"{path} is a folder; name a file")
@@ -99,17 +116,25 @@ def check_output(path: str, *, force: bool) -> None:
 
 
 def parse_kwargs(text: str | None, option: str = "--kwargs") -> dict[str, Any]:
-    """Read keyword arguments from JSON.
+    """Read keyword arguments from JSON, or from a file of JSON or TOML.
 
     Raises:
-        UsageError: the text is no JSON object.
+        UsageError: the text is no JSON object, or the file cannot be read.
     """
     if text is None:
         return {}
+    kind, content = "JSON", text
+    if Path(text).suffix.lower() in (".json", ".toml"):  # which JSON itself does not end with
+        kind = Path(text).suffix[1:].upper()
+        try:
+            content = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+            raise UsageError(f"{option}: cannot read {text}: {reason}") from error
     try:
-        kwargs = read_json(text)
+        kwargs = read_toml(content) if kind == "TOML" else read_json(content)
     except ValueError as error:
-        raise UsageError(f"{option} {text!r:.200} is not JSON: {error}") from error
+        raise UsageError(f"{option} {text!r:.200} is not {kind}: {error}") from error
     if not isinstance(kwargs, dict):
         raise UsageError(
             f'{option} {text!r} must be a JSON object such as {{"in_channels": 1}}, '
@@ -129,16 +154,31 @@ def seed(text: str) -> int:
 def add_model(parser: argparse.ArgumentParser, **options: Any) -> None:
     """Declare MODEL and what :func:`resolve_model` and :func:`inputs_of` read with it."""
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP, **options)
-    parser.add_argument("--kwargs", metavar="JSON", help="keyword arguments of the factory")
+    parser.add_argument(
+        "--kwargs",
+        metavar="JSON",
+        help="keyword arguments of the factory: JSON, or a file of them (.json, .toml); a class is "
+        "written torch.nn.Conv3d, or !torch.nn.Conv3d where the factory does not say that it "
+        "takes a class",
+    )
+    parser.add_argument(
+        "--classes-from",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="a package besides torch.nn that --kwargs may name classes and functions of",
+    )
     parser.add_argument(
         "--weights",
-        metavar="FILE",
-        help="a state_dict to load (.safetensors, .pt), or a model saved by `pocketize apply`",
+        metavar="FILE[:KEY]",
+        help="a state_dict to load (.safetensors, .pt, .pth, .bin, .ckpt), in a checkpoint found "
+        "by itself or under KEY; or a model saved by `pocketize apply`",
     )
     parser.add_argument(
         "--input",
         metavar="SHAPE",
-        help="example input, such as 1x1x96x96x96, or 1x3x64x64,1x77:int64 (default: guessed)",
+        help="example input, such as 1x1x96x96x96, 1x3x64x64,1x77:int64 for several, or "
+        "image=1x1x64x64,mask=1x1x64x64 by name (default: guessed)",
     )
     parser.add_argument(
         "--folder", metavar="DIR", help="for the files of passes in a model saved by `apply`"
@@ -160,18 +200,35 @@ def resolve_model(args: argparse.Namespace) -> ResolvedModel:
 
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    return resolve(
-        args.model,
-        kwargs=parse_kwargs(args.kwargs),
-        weights=args.weights,
-        trust=args.trust_pickle,
-        folder=args.folder,
-    )
+    with reading():
+        return resolve(
+            args.model,
+            kwargs=parse_kwargs(args.kwargs),
+            weights=args.weights,
+            trust=args.trust_pickle,
+            folder=args.folder,
+            classes_from=args.classes_from,
+        )
 
 
-def inputs_of(args: argparse.Namespace, resolved: ResolvedModel) -> Any:
-    """Return the example inputs: ``--input``, or what the model came with, or None to guess."""
-    return args.input if args.input is not None else resolved.inputs
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """A file that cannot be read, or does not fit the model, is wrong usage."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise UsageError(str(error)) from error
+
+
+def inputs_of(args: argparse.Namespace, resolved: ResolvedModel) -> Inputs:
+    """Return the example inputs: ``--input``, or what the model came with, or a guess."""
+    from pocketize.graph.capture import settle_inputs
+
+    given = args.input if args.input is not None else resolved.inputs
+    inputs = settle_inputs(resolved.model, given)
+    if given is None:
+        note(f"without --input, {inputs.describe()} was guessed")
+    return inputs
 
 
 def passes_of(args: argparse.Namespace) -> list[Pass]:

@@ -14,6 +14,8 @@ from typing import Any
 from pocketize.cli.commands import Command, command_names, load_command
 from pocketize.cli.common import add_model, seed
 from pocketize.errors import RegistryError
+from pocketize.plugin.registry import GROUP as PASSES
+from pocketize.plugin.registry import discover
 from pocketize.untrusted import printable
 from pocketize.version import VERSION
 
@@ -51,7 +53,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if last and one_word and getattr(args, last) in (None, "*"):
         setattr(args, last, unknown.pop())
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        passes = [word for word in unknown if word.partition(":")[0] in discover(PASSES)]
+        hint = f"; passes are given as --pass {' --pass '.join(passes)}" if passes else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return args
 
 
@@ -123,7 +127,8 @@ def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
         "--output",
         required=True,
         metavar="OUT",
-        help=".safetensors (weights and recipe), .pt2 (exported program) or .pt (state_dict)",
+        help=".safetensors (weights and recipe; keeps every pass), .pt2 (exported program of "
+        "inference) or .pt, .pth (state_dict)",
     )
     apply.add_argument("--force", action="store_true", help="replace a file that is there")
     apply.add_argument(

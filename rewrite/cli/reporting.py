@@ -24,13 +24,13 @@ from pocketize.cli.common import (
     parse_kwargs,
     passes_of,
     progress,
+    reading,
     resolve_model,
     show,
     write_out,
 )
 from pocketize.engine.pipeline import plan
 from pocketize.errors import ReportError
-from pocketize.graph.capture import settle_inputs
 from pocketize.graph.inputs import Inputs
 from pocketize.plugin.base import Pass
 from pocketize.report import (
@@ -53,7 +53,7 @@ def run_measure(args: argparse.Namespace) -> int:
     layout = _checked_output(args)
     passes = passes_of(args) if _rewrites(args) else []
     resolved = resolve_model(args)
-    inputs = settle_inputs(resolved.model, inputs_of(args, resolved))
+    inputs = inputs_of(args, resolved)
     model = _rewritten(args, resolved, passes, inputs) if passes else resolved.model
     progress("measuring")
     options = _options(args) | ({} if args.mode == "both" else {"modes": [args.mode]})
@@ -77,6 +77,8 @@ def run_report(args: argparse.Namespace) -> int:
     passes = passes_of(args) if _rewrites(args) else []
     comparison = _compared(args, passes)
     write_out(_render(comparison, layout), args.output, force=args.force)
+    if args.output is not None:
+        show(comparison.verdict)
     violations = comparison.check(thresholds)
     for violation in violations:
         note(f"over the limit: {violation}")
@@ -93,7 +95,9 @@ def _compared(args: argparse.Namespace, passes: list[Pass]) -> Comparison:
             progress("measuring")
             taken = take(before.model, args.input or _input_text(new), **_options(args, new))
             return compare_measurements(taken, new, anyway=args.anyway)
-        inputs = settle_inputs(before.model, inputs_of(args, before))
+        if args.thresholds and args.input is None:
+            raise UsageError("--fail-over needs --input: the limit is on figures of this size")
+        inputs = inputs_of(args, before)
         after = _rewritten(args, before, passes, inputs) if passes else _after(args, before)
         progress("measuring both models")
         return compare(before.model, after, inputs, anyway=args.anyway, **_options(args))
@@ -114,7 +118,8 @@ def _checked_output(args: argparse.Namespace) -> str:
     if args.step_in_backward and args.optimizer == "none":
         raise UsageError("--step-in-backward needs an optimizer")
     if args.output is not None:
-        check_output(args.output, force=args.force)
+        known = tuple(_FORMATS) if args.format is None else ()
+        check_output(args.output, force=args.force, suffixes=known)
     return args.format or _FORMATS.get(Path(args.output or "").suffix.lower(), "text")
 
 
@@ -166,13 +171,20 @@ def _rewritten(
 def _after(args: argparse.Namespace, before: ResolvedModel | None) -> nn.Module:
     kwargs = parse_kwargs(args.after_kwargs, "--after-kwargs")
     if Path(args.after).suffix.lower() != ".safetensors":
-        return resolve(args.after, kwargs=kwargs, trust=args.trust_pickle).model
+        with reading():
+            return resolve(
+                args.after,
+                kwargs=kwargs,
+                trust=args.trust_pickle,
+                classes_from=args.classes_from,
+            ).model
     if before is None or before.factory is None:
         raise UsageError(
             f"{args.after} was saved from a rewritten model and needs the factory of the original "
             f"as BEFORE; {args.model} is none"
         )
-    return load(args.after, before.factory, folder=args.folder)
+    with reading():
+        return load(args.after, before.factory, folder=args.folder)
 
 
 def _render(drawn: Comparison | Measurement, layout: str) -> str:

@@ -18,7 +18,6 @@ from pocketize.artifact.pt2 import write_exported
 from pocketize.cli.common import (
     DONE,
     CheckFailed,
-    UsageError,
     check_output,
     inputs_of,
     note,
@@ -29,11 +28,10 @@ from pocketize.cli.common import (
 )
 from pocketize.engine.pipeline import Plan, plan
 from pocketize.errors import ArtifactError
-from pocketize.graph.capture import settle_inputs
 from pocketize.graph.inputs import Inputs
 from pocketize.units import count_text, ratio_text
 
-_SUFFIXES = (".safetensors", ".pt2", ".pt")
+_SUFFIXES = (".safetensors", ".pt2", ".pt", ".pth")
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -50,15 +48,10 @@ def run_apply(args: argparse.Namespace) -> int:
     """Rewrite a model and save it."""
     passes = passes_of(args)
     suffix = Path(args.output).suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise UsageError(
-            f"cannot tell what to write to {args.output!r}: expected .safetensors (weights and "
-            "recipe), .pt2 (exported program) or .pt (state_dict)"
-        )
-    check_output(args.output, force=args.force)
+    check_output(args.output, force=args.force, suffixes=_SUFFIXES)
     resolved = resolve_model(args)
     progress("planning")
-    inputs = settle_inputs(resolved.model, inputs_of(args, resolved))
+    inputs = inputs_of(args, resolved)
     planned = plan(resolved.model, *passes, inputs=inputs, seed=args.seed)
     _check_effect(planned, resolved, strict=args.strict)
     progress("rewriting")

@@ -27,6 +27,7 @@ from pocketize.engine.surgery import apply_edits
 from pocketize.errors import NoEffectWarning, OptionError, OrderError, RewriteError
 from pocketize.graph.capture import settle_inputs
 from pocketize.graph.clone import clone
+from pocketize.graph.sizes import suggest_sizes
 from pocketize.plugin.base import Guarantee, Pass, PassRecord, Proposal
 from pocketize.plugin.registry import get_pass, parse_pass
 from pocketize.untrusted import markdown, one_line, printable
@@ -270,7 +271,7 @@ def plan(
     repeated = False
     while queue:
         given = queue.pop(0)
-        with _own_randomness(current, seed) as generator:
+        with suggest_sizes(model, settled), _own_randomness(current, seed) as generator:
             proposal = settle_proposal(current, given, settled, generator)
         if proposal.edits or not repeated:
             plans.append(PassPlan(**vars(proposal), rewrite=given))

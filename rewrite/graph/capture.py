@@ -66,7 +66,7 @@ from pocketize.graph.inputs import (
     structure_of,
     to_model,
 )
-from pocketize.graph.methods import check_methods, set_mode
+from pocketize.graph.methods import check_methods, check_module, set_mode
 
 #: What traces draw random numbers from; a seed that nobody else would set.
 _SEED = 0x706F636B6574
@@ -116,6 +116,7 @@ def capture(model: nn.Module, inputs: Any = None, *, train: bool = False) -> Tra
         CaptureError: the model could not be copied or did not run; the text names the module.
         InputError: the inputs cannot be read, or none could be guessed.
     """
+    check_module(model)
     if inputs is None:
         settled = settle_inputs(model, None)
     else:

@@ -1,7 +1,7 @@
 """Example inputs of a model: how a user writes them, how they are guessed, what comes out.
 
-A user gives a tensor, a tuple, a dict or a text such as ``"1x1x96x96x96"``; the engine works on one
-form, :class:`Inputs`.
+A user gives a tensor, a tuple, a dict, a shape or a text such as ``"1x1x96x96x96"``; the engine
+works on one form, :class:`Inputs`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ __all__ = [
     "as_inputs",
     "as_plain",
     "find_tensors",
+    "first_parameter",
     "guess_inputs",
     "is_dressed",
     "structure_of",
@@ -23,6 +24,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 from pocketize._torch import pytree
 from pocketize.errors import InputError
 
-_SHAPE = re.compile(r"(\d+(?:x\d+)*)(?::([a-z]+\d*))?")
+_SHAPE = re.compile(r"(?:(\w+)\s*=\s*)?(\d+(?:x\d+)*)(?::([a-z]+\d*))?")
 _GUESSED_SIZES = (32, 64, 96, 128, 224, 256)
 _GUESSED_BATCH = 2
 
@@ -63,10 +65,13 @@ class Inputs:
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def describe(self) -> str:
-        """Say shapes and dtypes: ``"2x1x64x64 float32, 2x77 int64"``."""
+        """Say names, shapes and dtypes: ``"2x1x64x64 float32, mask=2x77 int64"``."""
+        named = [("", tensor) for tensor in Inputs(self.args).tensors()]
+        for name, value in self.kwargs.items():
+            named += [(f"{name}=", tensor) for tensor in Inputs((value,)).tensors()]
         return ", ".join(
-            f"{'x'.join(map(str, t.shape)) or 'scalar'} {str(t.dtype).removeprefix('torch.')}"
-            for t in self.tensors()
+            f"{name}{'x'.join(map(str, t.shape)) or 'scalar'} {str(t.dtype).removeprefix('torch.')}"
+            for name, t in named
         )
 
 
@@ -106,8 +111,10 @@ def as_inputs(inputs: Any, model: nn.Module | None = None) -> Inputs:
     Args:
         inputs: a tensor (one positional argument), a tuple or list (positional arguments), a dict
             (keyword arguments if its keys fit the signature of ``model.forward``, otherwise one
-            positional argument), a text such as ``"1x1x96x96x96"`` or ``"1x3x64x64,1x77:int64"``
-            (random tensors of these shapes), or :class:`Inputs`.
+            positional argument), a shape such as ``(1, 1, 96, 96, 96)``, a text such as
+            ``"1x1x96x96x96"``, ``"1x3x64x64,1x77:int64"`` or ``"image=1x1x64x64,mask=1x1x64x64"``
+            (named ones are passed as a dict is), or :class:`Inputs`. Shapes, and tensors without
+            values (on the ``meta`` device, for a model that is not), become random tensors.
         model: the model that will be called; decides how a dict is passed.
 
     Raises:
@@ -116,17 +123,18 @@ def as_inputs(inputs: Any, model: nn.Module | None = None) -> Inputs:
     if isinstance(inputs, Inputs):
         made = inputs
     elif isinstance(inputs, str):
-        made = Inputs(tuple(_parse_shape(part.strip(), inputs) for part in inputs.split(",")))
+        made = _from_text(inputs, model)
     elif isinstance(inputs, Tensor):
         made = Inputs((inputs,))
     elif isinstance(inputs, Mapping):
         made = _from_mapping(inputs, model)
     elif isinstance(inputs, tuple | list):
-        made = Inputs(tuple(inputs))
+        shape = len(inputs) > 1 and all(type(size) is int for size in inputs)
+        made = as_inputs("x".join(map(str, inputs))) if shape else Inputs(tuple(inputs))
     else:
         raise InputError(
-            f"example inputs must be a tensor, a tuple, a dict or a text such as '1x1x96x96x96', "
-            f"not {type(inputs).__name__}"
+            f"example inputs must be a tensor, a tuple, a dict, a shape or a text such as "
+            f"'1x1x96x96x96', not {type(inputs).__name__}"
         )
     if not made.tensors():
         raise InputError("example inputs hold no tensor; give at least one, e.g. '1x1x96x96x96'")
@@ -155,17 +163,29 @@ def to_model(inputs: Inputs, model: nn.Module) -> Inputs:
     """Move inputs to the device of the model, floating ones to its dtype too.
 
     The first floating-point parameter (or buffer) decides; a model without any leaves them as they
-    are.
+    are. What has no values to move is made anew.
     """
-    like = next((t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()), None)
+    like = first_parameter(model)
     if like is None:
         return inputs
     device, dtype = like.device, like.dtype
 
     def move(t: Tensor) -> Tensor:
+        if t.is_meta and device.type != "meta":
+            t = _example(tuple(t.shape), t.dtype)
         return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
 
     return inputs.map(move)
+
+
+def first_parameter(module: nn.Module) -> Tensor | None:
+    """Return the first floating-point parameter, or buffer: it tells where a module works."""
+    for tensor in chain(
+        module.parameters(), module.buffers()
+    ):  # torch 2.6 compiles no next(…, None)
+        if tensor.is_floating_point():
+            return tensor
+    return None
 
 
 def guess_inputs(model: nn.Module) -> Iterator[Inputs]:
@@ -224,20 +244,37 @@ def _from_mapping(inputs: Mapping[Any, Any], model: nn.Module | None) -> Inputs:
     return Inputs((dict(inputs),))
 
 
-def _parse_shape(text: str, whole: str) -> Tensor:
+def _from_text(text: str, model: nn.Module | None) -> Inputs:
+    parts = [_parse_shape(part.strip(), text) for part in text.split(",")]
+    args = tuple(tensor for name, tensor in parts if name is None)
+    named = {name: tensor for name, tensor in parts if name is not None}
+    if len(args) + len(named) < len(parts):
+        raise InputError(f"{text!r} names an input twice")
+    if named and not args:
+        return _from_mapping(named, model)
+    return Inputs(args, named)
+
+
+def _parse_shape(text: str, whole: str) -> tuple[str | None, Tensor]:
     match = _SHAPE.fullmatch(text)
     if match is None:
         raise InputError(
             f"cannot read input shape {text!r} in {whole!r}: expected sizes joined by 'x', e.g. "
-            "'1x1x96x96x96', several inputs joined by ',', a dtype after ':' as in '1x77:int64'"
+            "'1x1x96x96x96', several inputs joined by ',', a dtype after ':' as in '1x77:int64', "
+            "a name before '=' as in 'mask=1x1x96x96x96'"
         )
     try:
-        shape = [int(size) for size in match[1].split("x")]
+        shape = tuple(int(size) for size in match[2].split("x"))
     except ValueError as error:  # more digits than Python reads
         raise InputError(f"input shape {text:.60}... has a size of too many digits") from error
-    dtype = getattr(torch, match[2], None) if match[2] else torch.float32
+    dtype = getattr(torch, match[3], None) if match[3] else torch.float32
     if not isinstance(dtype, torch.dtype):
-        raise InputError(f"unknown dtype {match[2]!r} in {whole!r}; try float32 or int64")
+        raise InputError(f"unknown dtype {match[3]!r} in {whole!r}; try float32 or int64")
+    return match[1], _example(shape, dtype)
+
+
+def _example(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    text = "x".join(map(str, shape))
     if 0 in shape:
         raise InputError(f"input shape {text!r} has an empty axis; every size must be at least 1")
     nbytes = math.prod(shape) * dtype.itemsize

@@ -7,15 +7,15 @@ about it can be trusted: that is refused, with the method's name.
 
 from __future__ import annotations
 
-__all__ = ["check_methods", "set_mode"]
+__all__ = ["check_methods", "check_module", "set_mode"]
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from pocketize.errors import CaptureError
+from pocketize.errors import CaptureError, ModelError
 
 #: Methods that list what a module holds, with the options that they are asked with.
 _LISTS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -55,12 +55,34 @@ def _takes_mode(method: Callable[..., Any]) -> bool:
     return not needed and (first.name == "mode" or isinstance(first.default, bool))
 
 
+def check_module(model: Any) -> None:
+    """Refuse what is no model, such as its class or its weights.
+
+    Raises:
+        ModelError: it is no ``nn.Module``; the text says what to give.
+    """
+    if isinstance(model, nn.Module):
+        return
+    got = f"{type(model).__name__}"
+    if inspect.isclass(model) and issubclass(model, nn.Module):
+        name = model.__name__
+        got = f"the class {name}. Make a model of it, {name}(...)"
+    elif isinstance(model, Mapping):
+        got += ", which holds weights and no code. Build the model and load them, "
+        got += "model.load_state_dict(...)"
+    elif callable(model):
+        got += ". If it builds the model, call it"
+    raise ModelError(f"expected a model, a torch.nn.Module, got {got}")
+
+
 def check_methods(model: nn.Module) -> None:
     """Refuse a model of which a class gives other answers than ``nn.Module`` does.
 
     Raises:
         CaptureError: a method lists other things, takes other arguments or raises.
+        ModelError: it is no module.
     """
+    check_module(model)
     try:
         modules = list(nn.Module.named_modules(model))
     except TypeError as error:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pocketize._torch import is_compiled
 from pocketize.errors import MeasureError, PocketizeWarning
 from pocketize.graph.methods import check_methods
+from pocketize.graph.sizes import suggest_sizes
 from pocketize.memory.counters import CudaCounters, ProcessMemory
 from pocketize.memory.flops import Macs, count_macs, count_on_fakes
 from pocketize.memory.isolate import measure_isolated
@@ -103,12 +104,13 @@ def measure(
             stacklevel=2,
         )
     why_not = None
-    if isolate and not estimate:
-        outcome = measure_isolated(request)
-        if isinstance(outcome, MemoryProfile):
-            return dataclasses.replace(outcome, isolated=True)
-        why_not = outcome
-    return dataclasses.replace(measure_here(request), why_not_isolated=why_not)
+    with suggest_sizes(model, inputs):
+        if isolate and not estimate:
+            outcome = measure_isolated(request)
+            if isinstance(outcome, MemoryProfile):
+                return dataclasses.replace(outcome, isolated=True)
+            why_not = outcome
+        return dataclasses.replace(measure_here(request), why_not_isolated=why_not)
 
 
 def _device(device: str | torch.device) -> torch.device:

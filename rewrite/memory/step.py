@@ -38,7 +38,7 @@ from pocketize.errors import MeasureError, nearest
 from pocketize.graph.capture import find_tensors
 from pocketize.graph.clone import kept_random_states, quiet_hooks
 from pocketize.graph.inputs import Inputs
-from pocketize.graph.methods import set_mode
+from pocketize.graph.methods import check_module, set_mode
 from pocketize.optim import step_in_backward
 
 #: Optimizers by name: Adam and AdamW keep two tensors per parameter, SGD (without momentum) none.
@@ -60,8 +60,7 @@ class Request:
     step_in_backward: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, nn.Module):
-            raise MeasureError(f"model must be an nn.Module, not {type(self.model).__name__}")
+        check_module(self.model)
         if self.mode not in ("train", "infer"):
             hint = nearest(str(self.mode), ("train", "infer"))
             raise MeasureError(f"mode must be 'train' or 'infer', not {self.mode!r}.{hint}")

@@ -18,7 +18,6 @@ __all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,7 @@ from typing import Any
 from pocketize.errors import OptionError, RecipeError, RegistryError, nearest
 from pocketize.plugin.base import Pass
 from pocketize.plugin.registry import get_pass
-from pocketize.untrusted import check_nesting
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from pocketize.untrusted import read_toml
 
 
 def load_recipe(path: str | os.PathLike[str]) -> list[Pass]:
@@ -56,12 +50,9 @@ def parse_recipe(text: str, source: str = "recipe") -> list[Pass]:
         RecipeError: the text is not TOML, or is not a recipe.
     """
     try:
-        content = tomllib.loads(text)
-        check_nesting(content)
+        content = read_toml(text)
     except ValueError as error:  # a number may have too many digits, which is no TOMLDecodeError
         raise RecipeError(f"{source} is not TOML: {error}") from error
-    except RecursionError:
-        raise RecipeError(f"{source} is not a recipe: its values are nested too deeply") from None
     for key in content:
         if key != "pass":
             raise RecipeError(
@@ -100,7 +91,7 @@ def dump_recipe(passes: Iterable[Pass]) -> str:
 def _table(each: Pass) -> str:
     options = "".join(f"{name} = {_toml(value)}\n" for name, value in each.options().items())
     # "none" may be text or None, and TOML cannot represent every value: compare after reading back
-    if type(each).from_options(tomllib.loads(options)) != each:
+    if type(each).from_options(read_toml(options)) != each:
         raise RecipeError(
             f"{each} cannot be written as a recipe: read back, it would be another pass. TOML has "
             "no null, and 'none' is text where the option takes text"

@@ -171,6 +171,12 @@ def parse_pass(spec: str) -> Pass:
         OptionError: the options cannot be read; the message quotes ``spec``.
     """
     name, _, options = spec.partition(":")
+    several, known = [each.strip() for each in name.split(",")], discover(GROUP)
+    if len(several) > 1 and all(each in known for each in several):
+        raise RegistryError(
+            f"{spec!r} names several passes; give each by itself, as "
+            + " ".join(f"--pass {each}" for each in several)
+        )
     cls = get_pass(name.strip())
     try:
         return cls.from_options(split_options(options), text=True)

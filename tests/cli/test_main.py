@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pocketize.cli import main, rewriting
+from pocketize.errors import MeasureError
 from pocketize.version import VERSION
 
 from .conftest import Ran
@@ -88,6 +89,29 @@ def test_words_and_options_may_come_in_any_order(run: Run) -> None:
             "Did you mean 'peak'?",
         ),
         (("zoo", "*unet4d*"), "no network matches '*unet4d*'."),
+        (
+            ("plan", "my_nets:Net", "--pass", "pocket,recompute:keep=level"),
+            "names several passes; give each by itself, as --pass pocket --pass recompute",
+        ),
+        (("plan", "my_nets:Net", "pocket"), "pocket; passes are given as --pass pocket"),
+        (
+            ("report", "my_nets:Net", "--pass", "pocket", "--fail-over", "peak 2%"),
+            "--fail-over needs --input",
+        ),
+        (("plan", "my_nets:Net", "--pass", "pocket", "--weights", "no.pt"), "cannot read no.pt"),
+        (("plan", "my_nets:Net", "--pass", "pocket", "--kwargs", "no.toml"), "cannot read no.toml"),
+        (
+            ("plan", "my_nets:two", "--pass", "pocket"),
+            "forward needs 2 arguments (image, mask); gi",
+        ),
+        (
+            ("plan", "my_nets:UNet", "--pass", "pocket", "--input", "1x1x9x9"),
+            "It runs on 1x1x8x8 float32 and on 1x1x10x10 float32",
+        ),
+        (
+            ("report", "my_nets:UNet", "my_nets:UNet", "--estimate", "--input", "1x1x9x9"),
+            "It runs on 1x1x8x8 float32 and on 1x1x10x10 float32",
+        ),
     ],
 )
 def test_wrong_usage_exits_with_2_and_says_why(
@@ -105,6 +129,49 @@ def test_a_failing_model_exits_with_3(run: Run) -> None:
     assert err.startswith("pocketize: error: ")
     assert "the forward has a mistake" in err
     assert "Traceback" not in err
+
+
+def test_help_imports_neither_torch_nor_numpy() -> None:
+    program = (
+        "import sys; from pocketize.cli import main; main(['--help']); "
+        "sys.exit(len({'torch', 'numpy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
+def test_a_guessed_input_is_told_and_stages_are_told_on_request(run: Run) -> None:
+    code, _, err = run("plan", "my_nets:Net", "--pass", "pocket", "-v")
+    assert code == 0
+    assert err == (
+        "pocketize: building my_nets:Net\n"
+        "pocketize: planning\n"
+        "pocketize: without --input, 2x1x32x32 float32 was guessed\n"
+    )
+
+
+def test_inputs_may_have_names(run: Run) -> None:
+    command = ("plan", "my_nets:two", "--pass", "pocket")
+    code, _, err = run(*command, "--input", "mask=1x1x8x8,image=1x1x8x8")
+    assert (code, err) == (0, "")
+
+
+def test_keyword_arguments_come_from_a_file_and_may_name_classes(run: Run, folder: Path) -> None:
+    (folder / "net.toml").write_text('width = 8\nnorm = "torch.nn.InstanceNorm2d"\n')
+    (folder / "net.json").write_text('{"width": 8, "norm": "!torch.nn.GroupNorm"}')
+    command = ("plan", "my_nets:normed", "--pass", "pocket", "--input", "1x1x8x8")
+    assert run(*command, "--kwargs", "net.toml").code == 0
+    code, _, err = run(*command, "--kwargs", "net.json")
+    assert (code, "norm=<class 'torch.nn.modules.normalization.GroupNorm'>" in err) == (2, True)
+
+
+def test_errors_speak_of_options(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise MeasureError("not enough memory; estimate=True needs none; pass inputs=... .")
+
+    monkeypatch.setattr(rewriting, "plan", failing)
+    code, _, err = run("plan", "my_nets:Net", "--pass", "pocket", "--input", "1x1x8x8")
+    assert code == 3
+    assert err == "pocketize: error: not enough memory; --estimate needs none; give --input .\n"
 
 
 def test_debug_shows_the_traceback(run: Run) -> None:
@@ -130,7 +197,8 @@ def test_an_interrupt_is_told_without_a_traceback(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rewriting, "plan", interrupted)
-    assert run("plan", "my_nets:Net", "--pass", "pocket") == (130, "", "pocketize: interrupted\n")
+    command = ("plan", "my_nets:Net", "--pass", "pocket", "--input", "1x1x8x8")
+    assert run(*command) == (130, "", "pocketize: interrupted\n")
 
 
 def test_the_process_is_left_as_it_was(run: Run, folder: Path) -> None:

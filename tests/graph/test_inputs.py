@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pocketize.errors import InputError
 from pocketize.graph.inputs import Inputs, as_inputs, guess_inputs, to_model
+from pocketize.memory import measure
 
 
 class Keywords(nn.Module):
@@ -101,6 +102,36 @@ def test_a_text_gives_tensors_of_these_shapes(
     assert all(t.dtype in (torch.bool, torch.int64) or t.abs().sum() > 0 for t in tensors)
 
 
+class Segment(nn.Module):
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        return image * mask
+
+
+def test_inputs_of_a_text_may_have_names() -> None:
+    made = as_inputs("image=1x1x8x8,mask=1x1x8x8:int64", Segment())
+    assert (made.args, list(made.kwargs)) == ((), ["image", "mask"])
+    assert made.kwargs["mask"].dtype is torch.int64
+    made = as_inputs("1x1x8x8, mask = 1x1x8x8", Segment())
+    assert (len(made.args), list(made.kwargs)) == (1, ["mask"])
+    (batch,) = as_inputs("image=1x1x8x8,label=1x3", nn.Identity()).args  # forward takes one dict
+    assert list(batch) == ["image", "label"]
+    with pytest.raises(InputError, match="names an input twice"):
+        as_inputs("mask=1x1,mask=1x1", Segment())
+
+
+@pytest.mark.parametrize("given", [(1, 1, 8, 8), [1, 1, 8, 8], torch.Size((1, 1, 8, 8))])
+def test_a_shape_is_an_input(given: Any) -> None:
+    (tensor,) = as_inputs(given).args
+    assert torch.equal(tensor, as_inputs("1x1x8x8").args[0])
+
+
+def test_an_input_without_values_gets_some_where_the_model_needs_them() -> None:
+    given = as_inputs(torch.empty(1, 1, 8, device="meta"))
+    assert to_model(given, nn.Linear(8, 2)).args[0].device.type == "cpu"
+    assert to_model(given, nn.Linear(8, 2, device="meta")).args[0].is_meta
+    assert measure(nn.Linear(8, 2), given.args[0], isolate=False).peak > 0
+
+
 def test_tensors_from_text_are_the_same_every_time_and_leave_the_generator_alone() -> None:
     before = torch.get_rng_state()
     first, second = as_inputs("2x3x4").args[0], as_inputs("2x3x4").args[0]
@@ -132,7 +163,7 @@ def test_a_text_that_cannot_be_read_says_what_was_expected(text: str, says: str)
 @pytest.mark.parametrize("given", [3, 2.5, object(), {1, 2}])
 def test_a_type_that_is_no_input_is_named(given: Any) -> None:
     with pytest.raises(
-        InputError, match=f"tensor, a tuple, a dict or a text.*{type(given).__name__}"
+        InputError, match=f"tensor, a tuple, a dict, a shape or a text.*{type(given).__name__}"
     ):
         as_inputs(given)
 

@@ -9,8 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketize import history, load, measure, pocketize, rewrite, save
-from pocketize.errors import CaptureError, NoEffectWarning
+from pocketize import (
+    analyse,
+    capture,
+    compare,
+    fit,
+    history,
+    load,
+    measure,
+    pocketize,
+    rewrite,
+    save,
+)
+from pocketize.errors import CaptureError, ModelError, NoEffectWarning
 from tests.toys import Net as Toy
 
 INPUT = "2x3x8x8"
@@ -260,3 +271,17 @@ class CallsForward(Toy):
 def test_a_call_that_runs_no_hooks_cannot_be_tiled() -> None:
     with pytest.warns(NoEffectWarning, match=r"has a __call__\(\) of its own that runs no forward"):
         rewrite(CallsForward(), "patchwise:size=4", inputs=INPUT)
+
+
+@pytest.mark.parametrize("use", [pocketize, measure, compare, analyse, capture, fit, save])
+def test_what_is_no_model_is_told_what_to_give(use: Any, tmp_path: Path) -> None:
+    more = {fit: {"memory": "1GiB"}, save: {"path": tmp_path / "a"}, compare: {"after": Toy()}}
+    given = {} if use is save else {"inputs": INPUT}
+    for wrong, says in (
+        (Toy, r"got the class Net\. Make a model of it, Net\(\.\.\.\)"),
+        (Toy().state_dict(), r"got OrderedDict, which holds weights and no code\. Build the model"),
+        (lambda: Toy(), r"got function\. If it builds the model, call it"),
+        (None, "got NoneType$"),
+    ):
+        with pytest.raises(ModelError, match=says):
+            use(wrong, **given, **more.get(use, {}))

@@ -133,7 +133,7 @@ def test_the_largest_input_fits_and_the_next_does_not(net: nn.Module) -> None:
 
 
 def test_an_input_that_does_not_suit_names_one_that_does(net: nn.Module) -> None:
-    with pytest.raises(CaptureError, match="It runs on 1x1x32x32x32"):
+    with pytest.raises(InputError, match="It runs on 1x1x32x32x32"):
         fit(net, "1x1x33x33x33", memory="1GiB")
     with pytest.raises(CaptureError, match="did not run"):
         fit(net, "1x2x32x32x32", memory="1GiB")
