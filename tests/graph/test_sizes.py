@@ -37,7 +37,7 @@ def test_the_nearest_sizes_that_suit_are_named() -> None:
 
 def test_an_error_of_another_cause_stays_what_it_is() -> None:
     for inputs in ("1x1x8x8", "1x2x8x8", "nothing", None):
-        with pytest.raises(CaptureError, match="^elsewhere$"), suggest_sizes(UNet(), inputs):
+        with pytest.raises(CaptureError, match=r"^elsewhere$"), suggest_sizes(UNet(), inputs):
             raise CaptureError("elsewhere")
     with pytest.raises(CaptureError, match="did not run"):
         plan(UNet(), "pocket", inputs=torch.zeros(1, 2, 8, 8))
