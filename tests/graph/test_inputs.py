@@ -188,7 +188,7 @@ def test_map_reaches_every_tensor_and_keeps_the_containers() -> None:
 
 def test_describe_says_shapes_and_dtypes() -> None:
     given = Inputs((torch.ones(2, 3),), {"n": torch.tensor(3), "mask": torch.ones(4).bool()})
-    assert given.describe() == "2x3 float32, scalar int64, 4 bool"
+    assert given.describe() == "2x3 float32, n=scalar int64, mask=4 bool"
 
 
 def test_inputs_take_the_floating_dtype_of_the_model_and_others_stay() -> None:
