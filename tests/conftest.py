@@ -45,16 +45,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Run the slow tests last, so that a broken fast one is known within minutes.
 
     Of a test with the marker ``each_value`` only as many cases run as it takes to try every value
-    of every parameter, not all values of one with all of another.
+    of every parameter, not all values of one with all of another; what has the marker ``whole``
+    does not run.
     """
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
     if is_whole(config):
         return
+    left_out = {item for item in items if item.get_closest_marker("whole")}
     cases: dict[str, list[pytest.Function]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and item.get_closest_marker("each_value"):
             cases.setdefault(item.nodeid.split("[")[0], []).append(item)
-    left_out = {item for each in cases.values() for item in set(each) - set(_each_value(each))}
+    left_out.update(item for each in cases.values() for item in set(each) - set(_each_value(each)))
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
@@ -62,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _each_value(cases: list[pytest.Function]) -> Iterator[pytest.Function]:
     """Choose greedily: always a case with most of the values that no chosen one has."""
-    values = {case: set(case.callspec.indices.items()) for case in cases}
+    values = {case: set(enumerate(case.callspec._idlist)) for case in cases}
     left = set().union(*values.values())
     while left:
         best = max(cases, key=lambda case: len(values[case] & left))

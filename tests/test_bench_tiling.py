@@ -39,6 +39,7 @@ def task(kind: str, *ways: str, **others: Any) -> Task:
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "way", ["monai-buffer", "monai-away", "window-argmax", "exact", "exact-disk"]
 )
@@ -49,6 +50,7 @@ def test_what_is_estimated_is_what_is_measured(way: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_tiles_take_less_than_the_volume_and_labels_less_than_logits() -> None:
     names = ("whole", "window-gauss", "window-argmax", "exact", "exact-disk", "exact-thin")
     peaks = {name: estimate(task("estimate", name))["peak"] for name in names}
@@ -58,6 +60,7 @@ def test_tiles_take_less_than_the_volume_and_labels_less_than_logits() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_a_volume_that_does_not_fit_the_network_is_padded_and_cut() -> None:
     odd = dataclasses.replace(task("weigh", "whole"), size=(16, 16, 63))
     with torch.inference_mode():

@@ -600,6 +600,7 @@ AWKWARD = dict.fromkeys(n for tag in ("reuse", "ties", "computed-weight") for n 
 _FAST = {"shared_conv", "tied_weights", "transposed_tie", "spectral_norm_parametrized"}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "given",
@@ -637,6 +638,7 @@ class TwoRoles(nn.Module):
         return y
 
 
+@pytest.mark.each_value
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(

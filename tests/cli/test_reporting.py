@@ -167,7 +167,7 @@ def test_a_pass_without_effect_is_told(run: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
+@pytest.mark.whole  # .ci/run runs the demo in three environments
 def test_the_demo_fits_and_reports(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,7 @@ class Extent(enum.IntEnum):
     NAMED = 0
     """On no others."""
     PART = 1
-    """On a quarter of the core of the sample, another quarter for the next row."""
+    """On an eighth of the core of the sample, another eighth for the next row."""
     EVERYWHERE = 2
     """On every net."""
 

@@ -79,7 +79,7 @@ _CORE = (
     "keeps_features lazy_after_a_call single_layer no_parameters",
 )
 CORE = frozenset(" ".join(_CORE).split())
-"""The part of the sample of which variants and combinations are tried on a quarter each."""
+"""The part of the sample of which variants and combinations are tried on an eighth each."""
 
 
 def _names(text: str) -> frozenset[str]:

@@ -45,7 +45,7 @@ def _is_usual(net: Net, label: str) -> bool:
     if net.name not in CORE:
         turns = [name for name in _TURNS if net.name not in ROWS[name].not_on]
         return label == turns[number % len(turns)]
-    part = (number + list(ROWS).index(label)) % 4 == 0
+    part = (sorted(CORE).index(net.name) + list(ROWS).index(label)) % 8 == 0
     return row.extent is Extent.PART and part
 
 
@@ -94,14 +94,14 @@ def test_nets_that_a_row_names_exist() -> None:
     assert named <= {net.name for net in every_net()}
 
 
-def test_every_net_meets_a_second_row_and_every_row_eight_nets() -> None:
+def test_every_net_meets_a_second_row_and_every_row_four_nets() -> None:
     pairs = list(_pairs(whole=False))
     nets = Counter(net.name for net, _ in pairs)
     rows = Counter(label for _, label in pairs)
     once = {net for net in every_net() if net.error is None and nets[net.name] < 2}
     assert all("slow" in net.tags for net in once)
     assert set(rows) == set(ROWS)
-    assert min(rows.values()) >= 8
+    assert min(rows.values()) >= 4
 
 
 @pytest.mark.slow

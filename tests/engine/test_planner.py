@@ -291,6 +291,7 @@ class WrongAttribute(Nonsense):
         return (SetAttribute("stem", "groups", 1, 2),)
 
 
+@pytest.mark.each_value
 @pytest.mark.slow
 @pytest.mark.parametrize("looks", [True, False])
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ def by_hand(name: str, dims: int = 2) -> list[dict[str, Tensor]]:
     return [values(build(POCKET, INITS[name], dims, seed=100 + seed)) for seed in range(DRAWS)]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("name", INITS)
 def test_redrawn_layers_match_the_same_layers_built_by_hand(name: str, dims: int) -> None:

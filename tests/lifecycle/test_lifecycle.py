@@ -109,7 +109,8 @@ def _difference(expected: list[Tensor] | None, found: list[Tensor]) -> str:
 def _cells(columns: Iterable[str]) -> list[Any]:
     """Every situation with every column; one in six, of all of them, belongs to the fast tests.
 
-    Those of a column run in one process, which rewrites the network once for all.
+    Of several passes together, every second one runs with --whole only. Those of a column run in
+    one process, which rewrites the network once for all.
     """
     cells = []
     for place, column in enumerate(columns):
@@ -118,6 +119,8 @@ def _cells(columns: Iterable[str]) -> list[Any]:
             marks = [pytest.mark.xdist_group(f"{column}, {'fast' if fast else 'slow'}")]
             if not fast:
                 marks.append(pytest.mark.slow)
+            if column in COMBINATIONS and (number + place) % 2:
+                marks.append(pytest.mark.whole)
             cells.append(pytest.param(column, name, id=f"{column}-{name}", marks=marks))
     return cells
 

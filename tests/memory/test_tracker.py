@@ -221,6 +221,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "infer"])
 @pytest.mark.parametrize("name", NETS)
@@ -250,6 +251,7 @@ def same(measured: MemoryProfile, estimated: MemoryProfile) -> None:
     assert measured.macs == estimated.macs
 
 
+@pytest.mark.each_value
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "infer"])
 @pytest.mark.parametrize("name", NETS)

@@ -56,6 +56,7 @@ def test_no_network_is_left_out_here() -> None:
     assert sorted(name for name, _ in SLIM_NETS) == zoo.list_models()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", zoo.list_models())
 @pytest.mark.parametrize("small", [True, False])
 def test_example_shapes_fit_the_network_as_it_is(name: str, small: bool) -> None:

@@ -76,6 +76,7 @@ def test_any_choice_has_the_same_gradients(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize("name", REST)
 def test_any_choice_has_the_same_gradients_on_all_nets(name: str) -> None:
     check_gradients(FOREIGN[name].build(), FOREIGN[name].inputs(), 3)
@@ -111,6 +112,7 @@ def test_the_predicted_peak_is_the_estimate_of_large_networks() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize("name", FOREIGN)
 def test_the_predicted_peak_is_the_estimate_on_all_nets(name: str) -> None:
     check_peaks(FOREIGN[name].build(), FOREIGN[name].inputs(), 3, 0, within=0.02)
@@ -231,7 +233,7 @@ def reaches(points: list[Choice], peak: float, step: float) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [plainconv, dynunet])
+@pytest.mark.parametrize("make", [plainconv, pytest.param(dynunet, marks=pytest.mark.whole)])
 def test_the_curve_at_96_cubed(make: Any) -> None:
     model, x = make(), torch.zeros(1, 1, 96, 96, 96)
     before = measure(model, x, estimate=True).peak

@@ -58,6 +58,7 @@ def check(model: nn.Module, x: torch.Tensor, keep: str = "level") -> None:
         same(gradients(twin, x.double()), gradients(made.train(train), x.double()))
 
 
+@pytest.mark.each_value
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", ["conv", "block", "level"])
 @pytest.mark.parametrize("norm", NORMS)

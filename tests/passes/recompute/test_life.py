@@ -70,6 +70,7 @@ def second(net: nn.Module) -> Tensor:
     return flat((*first, *torch.autograd.grad(penalty, given, materialize_grads=True)))
 
 
+@pytest.mark.each_value
 @pytest.mark.slow
 @pytest.mark.parametrize("act", [nn.LeakyReLU(0.1, inplace=True), nn.SiLU(), nn.PReLU()])
 @pytest.mark.parametrize("norm", range(3))
@@ -105,6 +106,7 @@ def _exchanged(net: nn.Module, name: str) -> None:
     net.get_parameter(name).data = net.get_parameter(name) + 0.5
 
 
+@pytest.mark.each_value
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [_written, _exchanged])
 @pytest.mark.parametrize("name", ["a2.weight", "c1.bias", "m2.weight", "n1.bias"])
@@ -148,6 +150,7 @@ def test_an_input_written_between_the_passes_is_refused() -> None:
         loss.backward()
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("keep", KEEP)
 @pytest.mark.parametrize("which", ["a1", "a2", "b1", "up", "c1", "head"])
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -254,6 +257,7 @@ def test_a_model_that_transforms_functions_itself_says_what_to_do() -> None:
         rewrite(net, Recompute(min_bytes=0), inputs=batch())(batch()).sum().backward()
 
 
+@pytest.mark.each_value
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(0, 1, 8, 8), (2, 1, 0, 8)])
 @pytest.mark.parametrize("norm", range(3))

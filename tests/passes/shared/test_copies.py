@@ -60,6 +60,7 @@ def results(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y.square().sum(), parameters)]
 
 
+@pytest.mark.each_value
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [trained, kept, inferred])
 @pytest.mark.parametrize("name", PASSES)
@@ -100,6 +101,7 @@ class Supervised(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.each_value
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [trained, kept, inferred])
 @pytest.mark.parametrize("name", ["recompute", "checkpoint", "offload", "amp", "window"])

@@ -86,6 +86,7 @@ def leaves(value: Any) -> list[Tensor]:
     return [value["out"], *value["deep"], value["plain"]]
 
 
+@pytest.mark.each_value
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
@@ -152,6 +153,7 @@ def net() -> nn.Module:
 OPTIONS = {"width": "width:scale=0.5", "patchwise": "patchwise:size=8,progress=false"}
 
 
+@pytest.mark.each_value
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pocketize.errors.NoEffectWarning")
 @pytest.mark.parametrize("kind", ["meta", "noted"])

@@ -65,6 +65,7 @@ def _step(model: nn.Module, x: Tensor) -> list[Tensor]:
         return [*found, model.eval()(x)]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("name", NETS)
 def test_one_voxel_that_is_no_number_and_a_box_of_them(name: str, value: float) -> None:

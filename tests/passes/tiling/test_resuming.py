@@ -344,6 +344,7 @@ def _take_anothers(path: Path) -> None:
     path.write_bytes((others or [path.parent / "lock"])[0].read_bytes())
 
 
+@pytest.mark.each_value
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", [_delete, _shorten, _zero, _turn_a_bit, _take_anothers])
 @pytest.mark.parametrize(
