@@ -75,7 +75,7 @@ def run_report(args: argparse.Namespace) -> int:
         raise UsageError(f"a limit on {timed[0]} needs times: leave out --estimate, --time-steps 0")
     layout = _checked_output(args)
     passes = passes_of(args) if _rewrites(args) else []
-    comparison = _compared(args, passes)
+    comparison = _compared(args, passes).with_limits(thresholds)
     write_out(_render(comparison, layout), args.output, force=args.force)
     if args.output is not None:
         show(comparison.verdict)

@@ -5,14 +5,14 @@ from __future__ import annotations
 __all__ = [
     "METRICS",
     "Comparison",
+    "LimitCheck",
     "Measurement",
     "Threshold",
-    "Violation",
     "compare",
     "compare_measurements",
     "take",
 ]
 
 from pocketize.report.comparison import Comparison, compare, compare_measurements
-from pocketize.report.gate import METRICS, Threshold, Violation
+from pocketize.report.gate import METRICS, LimitCheck, Threshold
 from pocketize.report.measurement import Measurement, take

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Bars", "Block", "Cell", "Code", "Heading", "Paragraph", "Table"]
+__all__ = ["Bars", "Block", "Cell", "Code", "Heading", "Paragraph", "Section", "Table"]
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ Cell = str | Code
 
 @dataclass(frozen=True)
 class Heading:
-    """A title of the first (the report) or second level."""
+    """A title: of the first level for the report, of the second for a part of it."""
 
     text: str
     level: int = 2
@@ -57,4 +57,12 @@ class Bars:
     stacks: tuple[dict[str, int], ...]
 
 
-Block = Heading | Paragraph | Table | Bars
+@dataclass(frozen=True)
+class Section:
+    """Blocks under a title. In a comment only the title shows, until the reader opens it."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+Block = Heading | Paragraph | Table | Bars | Section

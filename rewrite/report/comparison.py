@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from pocketize.errors import MeasureError, ReportError
 from pocketize.graph.capture import settle_inputs
-from pocketize.report.gate import Threshold, Violation, check
-from pocketize.report.layout import common_modes, layout, remarks, unlike, verdict
+from pocketize.report.blocks import Block
+from pocketize.report.differences import common_modes, status, unlike
+from pocketize.report.gate import LimitCheck, Threshold, judge
+from pocketize.report.layout import layout, remarks, verdict
 from pocketize.report.measurement import Measurement, Mode, check_modes, dump, load, take
 from pocketize.report.render import html, markdown, text
 
@@ -34,22 +36,43 @@ class Comparison:
     Attributes:
         before: The first network.
         after: The second.
+        limits: What every rendering checks and tells, see :meth:`with_limits`.
     """
 
     before: Measurement
     after: Measurement
+    limits: tuple[str, ...] = ()
+
+    def with_limits(self, limits: str | Iterable[Threshold | str]) -> Comparison:
+        """Return the same comparison with limits, so that every rendering tells the verdict.
+
+        Args:
+            limits: as for :meth:`check`.
+
+        Raises:
+            ReportError: As :meth:`check`.
+        """
+        checks = self._judge(limits)
+        return dataclasses.replace(self, limits=tuple(str(check.threshold) for check in checks))
+
+    @property
+    def status(self) -> str:
+        """``"over the limit"``, ``"better"``, ``"ok"`` (within limits), or without limits
+        ``"changed"`` or ``"unchanged"``.
+        """
+        return status(self.before, self.after, self._judge(self.limits))
 
     @property
     def verdict(self) -> str:
-        """One line: both peaks, the parameters as a figure of their own, and what is promised."""
-        return verdict((self.before, self.after))
+        """One line: the status, both peaks, the parameters, and what the passes promise."""
+        return verdict((self.before, self.after), self._judge(self.limits))
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """What became slower or bigger on the measured machine, a sentence each."""
         return remarks(self.before, self.after)
 
-    def check(self, thresholds: str | Iterable[Threshold | str]) -> list[Violation]:
+    def check(self, thresholds: str | Iterable[Threshold | str]) -> list[LimitCheck]:
         """Find the thresholds that the second network exceeds.
 
         Args:
@@ -57,28 +80,35 @@ class Comparison:
                 ``"peak 2% 16MiB"``; a text alone is one threshold.
 
         Returns:
-            The violations, in the order of the thresholds; empty where all hold.
+            Those that are exceeded, in the order given; empty where all hold.
 
         Raises:
             ReportError: A text is no threshold, or is on a figure that was not taken.
         """
+        return [check for check in self._judge(thresholds) if check.over]
+
+    def _judge(self, thresholds: str | Iterable[Threshold | str]) -> list[LimitCheck]:
         given = [thresholds] if isinstance(thresholds, str) else thresholds
-        return check(self.before, self.after, given)
+        return judge(self.before, self.after, given)
+
+    def _blocks(self) -> list[Block]:
+        return layout(self.before, self.after, checks=self._judge(self.limits))
 
     def __str__(self) -> str:
-        return text(layout(self.before, self.after)).rstrip("\n")
+        return text(self._blocks()).rstrip("\n")
 
     def to_markdown(self) -> str:
         """Draw the report as Markdown, for a review."""
-        return markdown(layout(self.before, self.after))
+        return markdown(self._blocks())
 
     def to_html(self) -> str:
         """Draw the report as one self-contained HTML page."""
-        return html(layout(self.before, self.after))
+        return html(self._blocks())
 
     def to_json(self) -> str:
-        """Write both measurements as JSON: sorted keys, memory as integers in bytes."""
-        return dump("comparison", dataclasses.asdict(self))
+        """Write both measurements, limits and verdict as JSON: sorted keys, memory in bytes."""
+        told = {"status": self.status, "verdict": self.verdict}
+        return dump("comparison", dataclasses.asdict(self) | told)
 
     @classmethod
     def from_json(cls, source: str) -> Comparison:
@@ -87,10 +117,10 @@ class Comparison:
         Raises:
             ReportError: The text is no such JSON, or was written by another schema.
         """
-        made = load(cls, "comparison", source)
+        made = load(cls, "comparison", source, ignored=("status", "verdict"))
         check_modes(made.before)
         check_modes(made.after)
-        return _with_common_modes(made)
+        return _with_common_modes(made).with_limits(made.limits)
 
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
@@ -203,5 +233,5 @@ def _with_common_modes(made: Comparison) -> Comparison:
             "other in inference only"
         )
     left_out: dict[str, Any] = {mode: None for mode in ("train", "infer") if mode not in common}
-    sides = (dataclasses.replace(side, **left_out) for side in (made.before, made.after))
-    return Comparison(*sides)
+    before, after = (dataclasses.replace(side, **left_out) for side in (made.before, made.after))
+    return Comparison(before, after, made.limits)

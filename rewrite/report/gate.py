@@ -2,56 +2,75 @@
 
 from __future__ import annotations
 
-__all__ = ["METRICS", "Threshold", "Violation", "check"]
+__all__ = ["METRICS", "LimitCheck", "Metric", "Threshold", "judge"]
 
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pocketize.errors import ReportError, nearest
 from pocketize.memory import MemoryProfile
-from pocketize.report.measurement import Measurement
-from pocketize.units import UNITS, bytes_text, count_text, quantity, seconds_text
+from pocketize.units import UNITS, bytes_text, count_text, large_text, quantity, seconds_text
+
+if TYPE_CHECKING:
+    from pocketize.report.measurement import Measurement
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure that can be guarded: the kind of its unit, and where a side has it."""
+    """A figure of a network that can have a limit.
 
+    Attributes:
+        label: what reports call it.
+        kind: of its unit: ``"bytes"``, ``"count"`` or ``"seconds"``.
+        write: how reports write it.
+        read: where a measurement has it; ``None`` if it was not taken.
+    """
+
+    label: str
     kind: str
+    write: Callable[[Any], str]
     read: Callable[[Measurement], float | None]
 
 
-def _figure(kind: str, mode: str, read: Callable[[MemoryProfile], float | None]) -> Metric:
-    def of(side: Measurement) -> float | None:
+def _of(
+    mode: str, read: Callable[[MemoryProfile], float | None]
+) -> Callable[[Measurement], float | None]:
+    def figure(side: Measurement) -> float | None:
         profile: MemoryProfile | None = getattr(side, mode)
         return None if profile is None else read(profile)
 
-    return Metric(kind, of)
+    return figure
 
 
-def _category(name: str) -> Metric:
-    return _figure("bytes", "train", lambda profile: profile.categories.get(name, 0))
-
-
-def _time(profile: MemoryProfile) -> float | None:
+def _seconds(profile: MemoryProfile) -> float | None:
     return profile.step_seconds[0] if profile.step_seconds else None
 
 
-#: What a threshold can be on. The parts are those of the training peak.
+def _part(name: str) -> Metric:
+    label = f"{name.replace('_', ' ')} at the training peak"
+    return Metric(label, "bytes", bytes_text, _of("train", lambda p: p.categories.get(name, 0)))
+
+
+#: What a threshold can be on: first what every report shows.
 METRICS: dict[str, Metric] = {
-    "peak": _figure("bytes", "train", lambda profile: profile.peak),
-    "inference-peak": _figure("bytes", "infer", lambda profile: profile.peak),
-    "activations": _category("activations"),
-    "temporaries": _category("temporaries"),
-    "gradients": _category("gradients"),
-    "optimizer-state": _category("optimizer_state"),
-    "parameters": Metric("count", lambda side: side.profiles[0].parameters),
-    "weights": Metric("bytes", lambda side: side.profiles[0].weight_bytes),
-    "macs": Metric("count", lambda side: side.profiles[0].macs),
-    "flops": _figure("count", "train", lambda profile: profile.flops),
-    "time": _figure("seconds", "train", _time),
-    "inference-time": _figure("seconds", "infer", _time),
+    "peak": Metric("training peak", "bytes", bytes_text, _of("train", lambda p: p.peak)),
+    "inference-peak": Metric("inference peak", "bytes", bytes_text, _of("infer", lambda p: p.peak)),
+    "parameters": Metric("parameters", "count", count_text, lambda m: m.profiles[0].parameters),
+    "macs": Metric("MACs of a forward", "count", large_text, lambda m: m.profiles[0].macs),
+    "flops": Metric(
+        "FLOPs of a training step", "count", large_text, _of("train", lambda p: p.flops)
+    ),
+    "time": Metric("time of a training step", "seconds", seconds_text, _of("train", _seconds)),
+    "inference-time": Metric("time of a forward", "seconds", seconds_text, _of("infer", _seconds)),
+    "weights": Metric(
+        "bytes of weights", "bytes", bytes_text, lambda m: m.profiles[0].weight_bytes
+    ),
+    "activations": _part("activations"),
+    "temporaries": _part("temporaries"),
+    "gradients": _part("gradients"),
+    "optimizer-state": _part("optimizer_state"),
 }
 
 
@@ -124,10 +143,26 @@ class Threshold:
             limits.append(before + self.amount)
         return max(limits)
 
+    def __str__(self) -> str:
+        """Return a text that :meth:`parse` reads as this threshold."""
+        parts = [self.metric]
+        if self.percent is not None:
+            parts.append(f"{_digits(self.percent)}%")
+        if self.amount is not None:
+            units = UNITS[METRICS[self.metric].kind]
+            whole = [unit for unit, size in units.items() if self.amount % size == 0]
+            unit = max(whole or [min(units, key=units.__getitem__)], key=units.__getitem__)
+            parts.append(f"{_digits(self.amount / units[unit])}{unit}")
+        return " ".join(parts)
+
+
+def _digits(value: float) -> str:
+    return f"{value:.6f}".rstrip("0").rstrip(".")
+
 
 @dataclass(frozen=True)
-class Violation:
-    """A threshold that a comparison exceeds, with figures in bytes, counts or seconds.
+class LimitCheck:
+    """A threshold, and the figures that it was checked on: bytes, counts or seconds.
 
     ``str()`` is one line.
     """
@@ -137,19 +172,43 @@ class Violation:
     after: float
     limit: float
 
+    @property
+    def over(self) -> bool:
+        """Whether the threshold is exceeded."""
+        return self.after > self.limit
+
+    @property
+    def allowed(self) -> str:
+        """The limit as text, with all digits where fewer do not tell it from the figure."""
+        metric = METRICS[self.threshold.metric]
+        short = metric.write(self._round(self.limit))
+        if self.over and short == metric.write(self._round(self.after)):
+            return self._exact(self.limit)
+        return short
+
     def __str__(self) -> str:
-        kind = METRICS[self.threshold.metric].kind
-        before, after, limit = (
-            _write(kind, value) for value in (self.before, self.after, self.limit)
+        write = METRICS[self.threshold.metric].write
+        before, after = write(self._round(self.before)), write(self._round(self.after))
+        if self.over and write(self._round(self.limit)) == after:
+            before, after = self._exact(self.before), self._exact(self.after)
+        return (
+            f"{self.threshold.metric}: expected at most {self.allowed}, got {after} "
+            f"(before: {before})."
         )
-        return f"{self.threshold.metric}: expected at most {limit}, got {after} (before: {before})."
+
+    def _round(self, value: float) -> float:
+        return value if METRICS[self.threshold.metric].kind == "seconds" else round(value)
+
+    def _exact(self, value: float) -> str:
+        unit = {"bytes": " B", "count": "", "seconds": " s"}[METRICS[self.threshold.metric].kind]
+        return f"{value:,.6f}".rstrip("0").rstrip(".") + unit
 
 
-def check(
+def judge(
     before: Measurement, after: Measurement, thresholds: Iterable[Threshold | str]
-) -> list[Violation]:
-    """Find the thresholds that a comparison exceeds; see ``Comparison.check``."""
-    violations = []
+) -> list[LimitCheck]:
+    """Check thresholds on two measurements, in their order; see ``Comparison.check``."""
+    checks = []
     for given in thresholds:
         threshold = Threshold.parse(given) if isinstance(given, str) else given
         read = METRICS[threshold.metric].read
@@ -160,13 +219,5 @@ def check(
                 "was not measured, or it is a time, which is taken only with time_steps above 0 "
                 "and not in an estimate."
             )
-        limit = threshold.limit(old)
-        if new > limit:
-            violations.append(Violation(threshold, old, new, limit))
-    return violations
-
-
-def _write(kind: str, value: float) -> str:
-    if kind == "seconds":
-        return seconds_text(value)
-    return bytes_text(round(value)) if kind == "bytes" else count_text(round(value))
+        checks.append(LimitCheck(threshold, old, new, threshold.limit(old)))
+    return checks

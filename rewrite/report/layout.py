@@ -5,22 +5,24 @@ One measurement or two become a list of blocks (paragraphs, tables, bars), which
 
 from __future__ import annotations
 
-__all__ = ["between", "common_modes", "layout", "remarks", "unlike", "verdict"]
+__all__ = ["layout", "remarks", "verdict"]
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pocketize.memory import MemoryProfile, top_modules
 from pocketize.memory.tracker import CATEGORIES
-from pocketize.report.blocks import Bars, Block, Cell, Code, Heading, Paragraph, Table
-from pocketize.units import (
-    bytes_text,
-    count_text,
-    large_text,
-    percent_text,
-    ratio_text,
-    seconds_text,
+from pocketize.report.blocks import Bars, Block, Cell, Code, Heading, Paragraph, Section, Table
+from pocketize.report.differences import (
+    between,
+    changes,
+    common_modes,
+    same_moment,
+    status,
+    unlike,
 )
+from pocketize.report.gate import METRICS, LimitCheck
+from pocketize.units import bytes_text, count_text, percent_text, ratio_text, seconds_text
 
 if TYPE_CHECKING:
     from pocketize.report.measurement import Measurement, Rewrite, RewriteRow
@@ -29,56 +31,74 @@ Sides = Sequence["Measurement"]
 
 #: How much more a figure that jitters (time, growth of the process) must be to be worth a remark.
 _NOTICEABLE = 1.05
-
-#: Rows of a pass' changes and refusals that are shown; JSON has all of them.
+#: Rows of changes and refusals that are shown; JSON has all of them.
 SHOWN = 12
-#: What is printed where a figure does not exist.
-NONE = "-"
-
-#: The modes by their names in a measurement.
-_MODES = {"train": ("training", "training step"), "infer": ("inference", "forward pass")}
-
 #: Modules that are listed of each side.
 _LARGEST = 10
+#: What is printed where a figure does not exist, and for the ratio of what cannot be compared.
+NONE = "-"
+#: The modes by their names in a measurement.
+_MODES = {"train": ("training", "training step"), "infer": ("inference", "forward pass")}
+#: Figures that stand in every report where they were taken.
+_MAIN = ("peak", "inference-peak", "parameters", "macs", "flops", "time", "inference-time")
 
 
-def common_modes(sides: Sides) -> Iterator[tuple[str, list[MemoryProfile]]]:
-    """Yield the modes that every side has, with the profile of each side."""
-    for mode in _MODES:
-        found = [getattr(side, mode) for side in sides]
-        if all(found):
-            yield mode, found
+def layout(*sides: Measurement, checks: Sequence[LimitCheck] = ()) -> list[Block]:
+    """Lay one measurement, or two to compare, out as blocks in reading order.
 
-
-def unlike(before: Measurement, after: Measurement) -> dict[str, tuple[str, str]]:
-    """Return the conditions in which two measurements differ, and so cannot be compared.
-
-    Estimates do not depend on the machine and its threads, figures of an inference not on the
-    optimizer.
+    Args:
+        sides: one, or before and after.
+        checks: limits that were checked on two.
     """
-    old, new = before.conditions, after.conditions
-    names = ["figures", "input", "dtype", "device", "optimizer", "loss"]
-    if "measured" in (old["figures"], new["figures"]):
-        names += ["threads", "machine"]
-    pairs = {name: (old.get(name, ""), new.get(name, "")) for name in names}
-    pairs["form"] = _form(before), _form(after)
-    both = before.train is not None and after.train is not None
-    return {
-        name: (a, b)
-        for name, (a, b) in pairs.items()
-        if a != b and (both or name not in ("optimizer", "loss"))
+    two = len(sides) > 1
+    names = " against ".join(dict.fromkeys(side.model for side in sides))
+    bars = {
+        f"{_MODES[mode][0]}, {label}".rstrip(", "): _ordered(profile.categories)
+        for mode, profiles in common_modes(sides)
+        for label, profile in zip(("before", "after") if two else ("",), profiles, strict=True)
     }
+    said = remarks(*sides) if two else tuple(_uncounted(sides))
+    return [
+        Heading(f"pocketize {'report' if two else 'measurement'}: {names}", level=1),
+        Paragraph(verdict(sides, checks), strong=True),
+        _figures(sides, checks),
+        *map(Paragraph, (*_moments(sides), *said)),
+        *(_changes(*sides) if two else ()),
+        Bars(tuple(bars), tuple(bars.values())),
+        Section("What the peaks consist of", (_parts(sides),)),
+        *_modules(sides),
+        *_rewrites(between(*sides) if two else sides[0].passes),
+        *(() if two else (_layers(sides[0]),)),
+        _environment(sides),
+    ]
 
 
-def _form(side: Measurement) -> str:
-    return "an exported program" if side.exported else "a module"
+def verdict(sides: Sides, checks: Sequence[LimitCheck] = ()) -> str:
+    """One line: how it stands with the limits, both peaks, and the parameters.
 
-
-def between(before: Measurement, after: Measurement) -> tuple[Rewrite, ...]:
-    """Return the passes that were applied to ``after`` and not already to ``before``."""
-    old, new = before.passes, after.passes
-    alike = [(p.name, p.options) for p in new[: len(old)]] == [(p.name, p.options) for p in old]
-    return new[len(old) :] if alike else new
+    Args:
+        sides: one measurement, or before and after.
+        checks: limits that were checked.
+    """
+    conditions = sides[0].conditions
+    peaks = ", ".join(
+        f"{_MODES[mode][0]} peak {_change([p.peak for p in profiles], bytes_text)}"
+        for mode, profiles in common_modes(sides)
+    )
+    parameters = _change([side.profiles[0].parameters for side in sides], count_text)
+    figures = (
+        f"{conditions['figures'].capitalize()} on {conditions['device']}: {peaks}. "
+        f"Counted: parameters {parameters}."
+    )
+    if len(sides) == 1:
+        return figures
+    stands = status(sides[0], sides[1], checks)
+    if stands == "over the limit":
+        over = (f"{check.threshold} allows {check.allowed}" for check in checks if check.over)
+        stands += f": {', '.join(over)}"
+    elif checks:
+        stands += f", within {', '.join(str(check.threshold) for check in checks)}"
+    return f"{stands[0].upper()}{stands[1:]}. {figures} {_promise(sides[0], sides[1])}"
 
 
 def remarks(before: Measurement, after: Measurement) -> tuple[str, ...]:
@@ -120,44 +140,6 @@ def _worse(mode: str, before: MemoryProfile, after: MemoryProfile) -> Iterator[s
             yield f"Bigger: during a {mode} {name} {pair}, {ratio_text(held, holds)}"
 
 
-def verdict(sides: Sides) -> str:
-    """One line: what became of the peaks, and, as a figure of its own, of the parameters."""
-    conditions = sides[0].conditions
-    peaks = ", ".join(
-        f"{_MODES[mode][0]} peak {_change([p.peak for p in profiles], bytes_text)}"
-        for mode, profiles in common_modes(sides)
-    )
-    parameters = _change([side.profiles[0].parameters for side in sides], count_text)
-    promise = f" {_function(between(sides[0], sides[1]))}" if len(sides) > 1 else ""
-    return (
-        f"{conditions['figures'].capitalize()} on {conditions['device']}: {peaks}. "
-        f"Counted: parameters {parameters}.{promise}"
-    )
-
-
-def layout(*sides: Measurement) -> list[Block]:
-    """Lay one measurement, or two to compare, out as blocks in reading order."""
-    names = dict.fromkeys(side.model for side in sides)
-    title = "report" if len(sides) > 1 else "measurement"
-    said = remarks(*sides) if len(sides) > 1 else _uncounted(sides)
-    labels = ("before", "after") if len(sides) > 1 else ("",)
-    bars = {
-        f"{_MODES[mode][0]}, {label}".rstrip(", "): _ordered(profile.categories)
-        for mode, profiles in common_modes(sides)
-        for label, profile in zip(labels, profiles, strict=True)
-    }
-    return [
-        Heading(f"pocketize {title}: {' against '.join(names)}", level=1),
-        Paragraph(verdict(sides), strong=True),
-        *(Paragraph(remark) for remark in said),
-        _figures(sides),
-        Bars(tuple(bars), tuple(bars.values())),
-        *_modules(sides),
-        *_rewrites(between(*sides) if len(sides) > 1 else sides[0].passes, alone=len(sides) == 1),
-        *_environment(sides),
-    ]
-
-
 def _change(values: Sequence[int], write: Callable[[int], str]) -> str:
     first, last = values[0], values[-1]
     if len(values) == 1:
@@ -167,8 +149,12 @@ def _change(values: Sequence[int], write: Callable[[int], str]) -> str:
     return f"{write(first)} -> {write(last)} ({percent_text(first, last)})"
 
 
-def _function(rewrites: Sequence[Rewrite]) -> str:
+def _promise(before: Measurement, after: Measurement) -> str:
     """What the passes promise about the function; the weakest of them decides."""
+    names = {rewrite.name for rewrite in after.passes}
+    if gone := dict.fromkeys(each.name for each in before.passes if each.name not in names):
+        return f"Without {', '.join(gone)}, which the first network has."
+    rewrites = between(before, after)
     if not rewrites:
         return "No pass is recorded between the two networks."
     promises = {
@@ -185,57 +171,109 @@ def _ordered(categories: dict[str, int]) -> dict[str, int]:
     return {name: categories[name] for name in [*known, *sorted(categories.keys() - set(known))]}
 
 
-def _columns(sides: Sides) -> tuple[str, ...]:
-    return ("before", "after", "ratio") if len(sides) > 1 else ("memory",)
+def _figures(sides: Sides, checks: Sequence[LimitCheck]) -> Table:
+    """The main table: figures before and after, with their limits."""
+    rows: list[tuple[Cell, ...]] = []
+    for name in dict.fromkeys([*_MAIN, *(check.threshold.metric for check in checks)]):
+        metric = METRICS[name]
+        values = [metric.read(side) for side in sides]
+        if all(value is None for value in values):
+            continue
+        row = [metric.label, *(NONE if v is None else metric.write(v) for v in values)]
+        if len(sides) > 1:
+            row.append(_percent(*values))
+        if checks:
+            row.append("; ".join(map(_limit, (c for c in checks if c.threshold.metric == name))))
+        rows.append(tuple(row))
+    columns = ("", "before", "after", "change") if len(sides) > 1 else ("", "figure")
+    return Table((*columns, "limit") if checks else columns, tuple(rows), len(columns) - 1)
 
 
-def _figures(sides: Sides) -> Table:
-    first = [side.profiles[0] for side in sides]
-    rows = [
-        _row("parameters", [p.parameters for p in first], count_text),
-        _row("weights' bytes", [p.weight_bytes for p in first], bytes_text),
-        _row("MACs of a forward", [p.macs for p in first], large_text),
-    ]
-    times = {"train": "training step's time", "infer": "inference time"}
+def _percent(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return NONE
+    return "=" if before == after else percent_text(before, after) if before else NONE
+
+
+def _limit(check: LimitCheck) -> str:
+    allowance = str(check.threshold).partition(" ")[2]
+    return f"{'OVER' if check.over else 'ok'}: {allowance} allows {check.allowed}"
+
+
+def _moments(sides: Sides) -> Iterator[str]:
+    """Say when the peaks are, and what they consist of where that moved."""
+    for mode, profiles in common_modes(sides):
+        name = f"{_MODES[mode][0]} peak"
+        if not all(profile.moment[0] for profile in profiles):
+            continue
+        if same_moment(profiles):
+            both = ", before and after" if len(sides) > 1 else ""
+            yield f"The {name} is {_when(profiles[0])}{both}."
+        else:
+            before, after = (f"{_when(p)}, mostly {_mostly(p)}" for p in profiles)
+            yield f"The {name} moved. Before: {before}. After: {after}."
+
+
+def _when(profile: MemoryProfile) -> str:
+    stage, module = profile.moment
+    if stage == "optimizer":
+        return "in the optimizer's step"
+    name = {"forward": "the forward pass", "backward": "the backward pass"}.get(stage, stage)
+    return f"in {name} of {module or 'the network itself'}"
+
+
+def _mostly(profile: MemoryProfile) -> str:
+    parts = sorted(_ordered(profile.categories).items(), key=lambda item: -item[1])
+    largest = [part for part in parts[:2] if 10 * part[1] > profile.peak] or parts[:1]
+    return " and ".join(f"{name.replace('_', ' ')} ({bytes_text(n)})" for name, n in largest)
+
+
+def _changes(before: Measurement, after: Measurement) -> Iterator[Block]:
+    found = changes(before, after)
+    if not found:
+        yield Paragraph("No layer changed, and no pass.")
+        return
+    rows: list[tuple[Cell, ...]] = [(_place(path), what) for path, what in found[:SHOWN]]
+    yield Table(("changed", "how"), (*rows, *_rest(len(found), 2)))
+
+
+def _rest(found: int, columns: int) -> Iterator[tuple[Cell, ...]]:
+    if found > SHOWN:
+        yield (f"and {found - SHOWN} more, all of them in the JSON", *[""] * (columns - 1))
+
+
+def _parts(sides: Sides) -> Table:
+    rows: list[tuple[Cell, ...]] = []
     parts: set[int] = set()
     for mode, profiles in common_modes(sides):
-        if mode == "train":
-            rows.append(_row("FLOPs of a training step", [p.flops for p in profiles], large_text))
+        like = same_moment(profiles)
         rows.append(_row(f"{_MODES[mode][0]} peak", [p.peak for p in profiles], bytes_text))
-        details = _peak_rows(profiles)
-        parts.update(range(len(rows), len(rows) + len(details)))
-        rows += details
+        start = len(rows)
+        for name in _ordered({name: 0 for p in profiles for name in p.categories}):
+            values = [p.categories.get(name, 0) for p in profiles]
+            if any(values):
+                rows.append(_row(name.replace("_", " "), values, bytes_text, ratio=like))
         timed = [p.step_seconds or (None, None) for p in profiles]
-        if any(p.step_seconds for p in profiles):
-            rows.append(_row(times[mode], [median for median, _ in timed], seconds_text))
-            parts.add(len(rows))
-            rows.append(_row("quartiles apart", [spread for _, spread in timed], seconds_text))
-    columns = ("", *(_columns(sides) if len(sides) > 1 else ("figure",)))
-    return Table(columns, tuple(rows), len(columns) - 1, frozenset(parts))
+        further: dict[str, tuple[Sequence[Any], Callable[[Any], str]]] = {
+            "reserved by the allocator": ([p.reserved for p in profiles], bytes_text),
+            "growth of the process": ([p.rss for p in profiles], bytes_text),
+            "quartiles of the time, apart": ([spread for _, spread in timed], seconds_text),
+        }
+        for label, (held, write) in further.items():
+            if any(value is not None for value in held):
+                rows.append(_row(label, held, write))
+        parts.update(range(start, len(rows)))
+    columns = ("before", "after", "ratio") if len(sides) > 1 else ("figure",)
+    return Table(("", *columns), tuple(rows), len(columns), frozenset(parts))
 
 
-def _peak_rows(profiles: Sequence[MemoryProfile]) -> list[tuple[Cell, ...]]:
-    """Rows of a peak's parts, and of the figures that cross-check it."""
-    rows = []
-    for name in _ordered({name: 0 for p in profiles for name in p.categories}):
-        values = [p.categories.get(name, 0) for p in profiles]
-        if any(values):
-            rows.append(_row(name.replace("_", " "), values, bytes_text))
-    checks = {
-        "reserved by the allocator": [p.reserved for p in profiles],
-        "growth of the process": [p.rss for p in profiles],
-    }
-    for label, held in checks.items():
-        if any(value is not None for value in held):
-            rows.append(_row(label, held, bytes_text))
-    return rows
-
-
-def _row(label: str, values: Sequence[Any], write: Callable[[Any], str]) -> tuple[Cell, ...]:
+def _row(
+    label: Cell, values: Sequence[Any], write: Callable[[Any], str], *, ratio: bool = True
+) -> tuple[Cell, ...]:
     """A row of one figure for each side, and of the ratio of two."""
     shown = [NONE if value is None else write(value) for value in values]
     if len(values) > 1:
-        known = all(value is not None for value in values)
+        known = ratio and all(value is not None for value in values)
         shown.append(ratio_text(values[0], values[1]) if known else NONE)
     return (label, *shown)
 
@@ -248,13 +286,14 @@ def _modules(sides: Sides) -> Iterator[Block]:
             path for p in profiles for path, size in top_modules(p, _LARGEST) if size > 0
         )
         order = sorted(paths, key=lambda path: (*(-each.get(path, 0) for each in held), path))
-        rows = [
-            (_place(path), *_row("", [each.get(path) for each in held], bytes_text)[1:])
+        like = same_moment(profiles)
+        rows = tuple(
+            _row(_place(path), [each.get(path) for each in held], bytes_text, ratio=like)
             for path in order
-        ]
-        yield Heading(f"Modules that hold most at the {_MODES[mode][0]} peak")
-        columns = _columns(sides)
-        yield Table(("module", *columns), tuple(rows), right=len(columns))
+        )
+        columns = ("before", "after", "ratio") if len(sides) > 1 else ("memory",)
+        table = Table(("module", *columns), rows, right=len(columns))
+        yield Section(f"Modules that hold most at the {_MODES[mode][0]} peak", (table,))
         return
 
 
@@ -262,23 +301,24 @@ def _place(path: str) -> Cell:
     return Code(path) if path else "(the network itself)"
 
 
-def _rewrites(rewrites: Sequence[Rewrite], *, alone: bool) -> Iterator[Block]:
-    if alone and not rewrites:
-        return
-    yield Heading("What was rewritten")
-    if not rewrites:
-        yield Paragraph("No pass of pocketize is recorded in the second network.")
+def _layers(side: Measurement) -> Section:
+    rows = tuple((_place(layer.path), str(layer)) for layer in side.layers)
+    return Section("Layers", (Table(("layer", "what"), rows),))
+
+
+def _rewrites(rewrites: Sequence[Rewrite]) -> Iterator[Block]:
     for rewrite in rewrites:
-        yield Paragraph(
-            f"{rewrite}, {rewrite.guarantee}: {len(rewrite.changed)} changed, "
-            f"{len(rewrite.refused)} refused."
-        )
+        blocks: list[Block] = [
+            Paragraph(
+                f"{rewrite}, {rewrite.guarantee}: {len(rewrite.changed)} changed, "
+                f"{len(rewrite.refused)} refused."
+            )
+        ]
         if rewrite.changed:
-            yield _rows("changed", rewrite.changed)
+            blocks.append(_rows("changed", rewrite.changed))
         if rewrite.refused:
-            yield _rows("refused", rewrite.refused)
-        for note in rewrite.notes:
-            yield Paragraph(note)
+            blocks.append(_rows("refused", rewrite.refused))
+        yield Section(f"What {rewrite.name} did", (*blocks, *map(Paragraph, rewrite.notes)))
 
 
 def _rows(title: str, rows: tuple[RewriteRow, ...]) -> Table:
@@ -289,22 +329,19 @@ def _rows(title: str, rows: tuple[RewriteRow, ...]) -> Table:
         if any(cells):
             columns.append((name, cells))
     shown = [tuple(cells) for cells in zip(*(cells[:SHOWN] for _, cells in columns), strict=True)]
-    if len(rows) > SHOWN:
-        rest = f"and {len(rows) - SHOWN} more, all of them in the JSON"
-        shown.append((rest, *[""] * (len(columns) - 1)))
+    shown += _rest(len(rows), len(columns))
     return Table(tuple(name for name, _ in columns), tuple(shown))
 
 
-def _environment(sides: Sides) -> Iterator[Block]:
+def _environment(sides: Sides) -> Section:
     conditions = [side.conditions for side in sides]
     merged: dict[str, str] = {}
     for name in conditions[0] | conditions[-1]:
         merged[name] = " / ".join(dict.fromkeys(each.get(name, NONE) for each in conditions))
         if name == "loss" or (name == "device" and "optimizer" not in conditions[0]):
             merged["processes"] = _processes(sides)
-    yield Heading("What the figures hold for")
-    yield Table(("", ""), tuple(merged.items()))
-    yield Paragraph(_meaning(sides[0]))
+    table = Table(("", ""), tuple(merged.items()))
+    return Section("What the figures hold for", (table, Paragraph(_meaning(sides[0]))))
 
 
 def _processes(sides: Sides) -> str:

@@ -21,7 +21,7 @@ import dataclasses
 import json
 import platform
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -281,8 +281,8 @@ def dump(kind: str, data: dict[str, Any]) -> str:
     return json.dumps(document, indent=2, sort_keys=True) + "\n"
 
 
-def load(target: type[_T], kind: str, source: str) -> _T:
-    """Read what :func:`dump` wrote as a dataclass.
+def load(target: type[_T], kind: str, source: str, ignored: Sequence[str] = ()) -> _T:
+    """Read what :func:`dump` wrote as a dataclass, without the fields that follow from others.
 
     Raises:
         ReportError: the text is no JSON, of another kind or schema, or lacks or misspells a field.
@@ -300,6 +300,8 @@ def load(target: type[_T], kind: str, source: str) -> _T:
         )
     if found != kind:
         raise ReportError(f"expected a {kind}, got a {found!r:.100}")
+    for name in ignored:
+        data.pop(name, None)
     try:
         return read_as(target, data, kind)
     except ValueError as error:

@@ -9,7 +9,7 @@ from html import escape
 
 from tabulate import tabulate
 
-from pocketize.report.blocks import Bars, Block, Cell, Code, Heading, Paragraph, Table
+from pocketize.report.blocks import Bars, Block, Cell, Code, Heading, Paragraph, Section, Table
 from pocketize.units import bytes_text
 from pocketize.untrusted import markdown as escaped
 from pocketize.untrusted import one_line, printable
@@ -38,6 +38,8 @@ def _text(block: Block) -> str:
         )
     if isinstance(block, Bars):
         return ""
+    if isinstance(block, Section):
+        return "\n\n".join(map(_text, (Heading(block.title), *block.blocks)))
     rows = [
         [("  " if i in block.indented else "") + one_line(row[0]), *map(one_line, row[1:])]
         for i, row in enumerate(block.rows)
@@ -65,6 +67,11 @@ def _markdown(block: Block) -> str:
         return escaped(block.text, paragraph=True)
     if isinstance(block, Bars):
         return ""
+    if isinstance(block, Section):
+        inside = "\n\n".join(map(_markdown, block.blocks))
+        return (
+            f"<details><summary>{escape(one_line(block.title))}</summary>\n\n{inside}\n\n</details>"
+        )
     return _markdown_table(block)
 
 
@@ -131,6 +138,8 @@ def _html(block: Block) -> str:
     if isinstance(block, Paragraph):
         kind = ' class="verdict"' if block.strong else ""
         return f"<p{kind}>{_escape(block.text)}</p>"
+    if isinstance(block, Section):
+        return "\n".join(map(_html, (Heading(block.title), *block.blocks)))
     return _bars(block) if isinstance(block, Bars) else _html_table(block)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pocketize.errors import MeasureError
 from pocketize.plugin.base import Change, PassRecord, Refusal
 from pocketize.report import compare, take
-from pocketize.report.layout import between
+from pocketize.report.differences import between
 
 
 def _net(width: int) -> nn.Sequential:

@@ -10,6 +10,8 @@ import pytest
 
 from pocketize.errors import ReportError
 from pocketize.report import Comparison
+from pocketize.report.differences import changes
+from pocketize.report.layers import LayerSummary
 from pocketize.report.measurement import Rewrite
 from pocketize.untrusted import scrub
 from tests.report.fixed import AFTER, BEFORE, MEASURED, POCKET, estimated, with_peaks
@@ -24,14 +26,15 @@ def _with_passes(*passes: Rewrite) -> Comparison:
 def test_the_verdict_is_one_line_and_says_what_was_measured_and_what_was_counted() -> None:
     verdict = COMPARISON.verdict
     assert "\n" not in verdict
-    assert verdict.startswith("Measured on cpu: training peak 1.84 GiB -> 1.46 GiB (-20.7 %)")
+    start = "Better. Measured on cpu: training peak 1.84 GiB -> 1.46 GiB (-20.7 %)"
+    assert verdict.startswith(start)
     assert "Counted: parameters 5,470,850 -> 150,066 (-97.3 %)." in verdict
     assert verdict.endswith("RETRAIN: the function changed, and has to be trained.")
 
 
 def test_an_estimate_is_never_called_measured() -> None:
     comparison = estimated()
-    assert comparison.verdict.startswith("Estimated on cpu")
+    assert comparison.verdict.startswith("Better. Estimated on cpu")
     for rendered in (str(comparison), comparison.to_markdown(), comparison.to_html()):
         assert "measured" not in rendered.lower()
         assert "estimated" in rendered.lower()
@@ -42,6 +45,72 @@ def test_a_peak_that_stays_is_called_unchanged_and_one_that_rises_is_shown_risin
     assert "1.0 MiB -> 2.0 MiB (+100.0 %)" in with_peaks(2**20, 2**21).verdict
 
 
+def test_every_format_tells_the_verdict_and_the_limits() -> None:
+    for limits, expected in (
+        (["peak -30%"], "Over the limit: peak -30% allows 1.29 GiB. Measured"),
+        (["peak 2% 16MiB", "parameters 0%"], "Better, within peak 2% 16MiB, parameters 0%. "),
+    ):
+        comparison = COMPARISON.with_limits(limits)
+        assert Comparison.from_json(comparison.to_json()) == comparison
+        assert json.loads(comparison.to_json())["status"] == comparison.status
+        drawings = (str(comparison), comparison.to_markdown(), comparison.to_html())
+        for drawn in (comparison.verdict, comparison.to_json(), *drawings):
+            assert expected in " ".join(drawn.split())
+    assert "OVER: -30% allows 1.29 GiB" in str(COMPARISON.with_limits("peak -30%"))
+    assert "optimizer state at the training peak" in str(
+        COMPARISON.with_limits("optimizer-state 0%")
+    )
+
+
+def test_the_status_is_a_word() -> None:
+    grown = with_peaks(2**20, 2**21)
+    worse = dataclasses.replace(grown, after=dataclasses.replace(grown.after, infer=None))
+    assert COMPARISON.status == "better"
+    assert worse.status == "changed"
+    assert worse.with_limits("peak 100%").status == "ok"
+    assert worse.with_limits("peak 99%").status == "over the limit"
+    assert Comparison(BEFORE, BEFORE).status == "unchanged"
+    assert Comparison(BEFORE, BEFORE).with_limits("peak 0%").status == "ok"
+
+
+def test_changed_layers_and_passes_are_told_a_line_each() -> None:
+    drawn = COMPARISON.to_markdown()
+    assert "| `pocket(keep=['encoder.4.*'], width=16)` | pass added, RETRAIN |" in drawn
+    assert "| `encoder.1.conv` | 32 -> 16 channels |" in drawn
+    assert "| `encoder.2.conv` | 64 -> 16 channels, 32 -> 16 input channels |" in drawn
+    kept, turned, *_ = BEFORE.layers
+    swapped = dataclasses.replace(
+        BEFORE,
+        layers=(
+            dataclasses.replace(kept, settings=kept.settings | {"kernel_size": "1x1x1"}),
+            LayerSummary("new", "BatchNorm3d", {"": "16"}),
+            dataclasses.replace(turned, kind="ConvTranspose3d", settings={"in": "1", "out": "2"}),
+        ),
+    )
+    assert changes(BEFORE, swapped) == [
+        ("encoder.0.conv", "kernel_size 3x3x3 -> 1x1x1"),
+        ("new", "added: BatchNorm3d 16"),
+        ("encoder.1.conv", "Conv3d 16 -> 32, 3x3x3 became ConvTranspose3d 1 -> 2"),
+        ("encoder.2.conv", "removed: Conv3d 32 -> 64, 3x3x3"),
+        ("encoder.3.conv", "removed: Conv3d 64 -> 128, 3x3x3"),
+    ]
+    assert "No layer changed, and no pass." in str(Comparison(BEFORE, BEFORE))
+
+
+def test_parts_of_peaks_at_different_moments_get_no_ratio() -> None:
+    assert "is in the backward pass of decoder.3.conv, before and after." in str(COMPARISON)
+    assert AFTER.train is not None
+    train = dataclasses.replace(AFTER.train, timeline=(("optimizer", 9),))
+    text = str(Comparison(BEFORE, dataclasses.replace(AFTER, train=train)))
+    assert (
+        "The training peak moved. Before: in the backward pass of decoder.3.conv, mostly "
+        "activations (1.46 GiB) and temporaries (300.0 MiB). After: in the optimizer's step, mostly"
+    ) in " ".join(text.split())
+    rows = {line.strip().partition("  ")[0]: line.split()[-1] for line in text.splitlines() if line}
+    assert rows["activations"] == rows["encoder.0.norm"] == "-"
+    assert rows["inference peak"] == "0.79x"
+
+
 def test_the_weakest_guarantee_of_several_passes_decides() -> None:
     exact = dataclasses.replace(POCKET, name="inplace", guarantee="EXACT")
     for rewrites, expected in (
@@ -50,6 +119,11 @@ def test_the_weakest_guarantee_of_several_passes_decides() -> None:
         ((), "No pass is recorded"),
     ):
         assert expected in _with_passes(*rewrites).verdict
+
+
+def test_a_pass_that_the_second_network_lacks_is_told() -> None:
+    verdict = Comparison(AFTER, BEFORE).verdict
+    assert verdict.endswith("Without pocket, which the first network has.")
 
 
 def test_json_has_integers_for_bytes_and_sorted_keys() -> None:

@@ -18,6 +18,14 @@ def test_a_threshold_reads_percent_and_amount_in_either_order() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["peak 2% 16MiB", "peak -30%", "peak 1537B", "time 0.5% 20ms", "parameters 0% 1k", "macs 7"],
+)
+def test_a_threshold_writes_the_text_that_it_is_read_from(text: str) -> None:
+    assert str(Threshold.parse(text)) == text
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("", "expected one of peak"),
@@ -57,6 +65,13 @@ def test_a_negative_threshold_demands_a_decrease() -> None:
     assert comparison.check(["peak -20%"]) == []
     (violation,) = comparison.check("peak -30%")
     assert str(violation) == "peak: expected at most 70.0 MiB, got 80.0 MiB (before: 100.0 MiB)."
+
+
+def test_figures_that_look_alike_are_told_in_full() -> None:
+    (violation,) = with_peaks(2**30, 2**30 + 1).check("peak 0%")
+    assert str(violation) == (
+        "peak: expected at most 1,073,741,824 B, got 1,073,741,825 B (before: 1,073,741,824 B)."
+    )
 
 
 def test_violations_come_in_the_order_of_the_thresholds() -> None:
