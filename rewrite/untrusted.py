@@ -126,7 +126,8 @@ def _read(kind: Any, data: Any, where: str) -> Any:
 def _read_record(kind: Any, data: dict[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(kind)
     fields = dataclasses.fields(kind)
-    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    none = dataclasses.MISSING
+    needed = {f.name for f in fields if f.default is none and f.default_factory is none}
     if missing := needed - data.keys():
         raise ValueError(f"{where}: lacks {', '.join(sorted(missing))}.")
     if unknown := data.keys() - {field.name for field in fields}:

@@ -26,7 +26,7 @@ _CODE = re.compile(r"`([^`\n]+)`")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _PATH = re.compile(r"(?<![\w./])((?:[\w-]+/)+(?:[\w.-]+\.(?:py|md|toml|svg))?|[\w-]+\.(?:py|md))\b")
-_DOTTED = re.compile(r"\bpocketize(?:\.\w+)+")
+_DOTTED = re.compile(r"\bpocketize(?:\.(?!toml\b)\w+)+")
 
 
 def _prose(page: Path) -> str:

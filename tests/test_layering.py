@@ -36,6 +36,7 @@ ENGINE = (
     "report",
     "artifact",
     "cli",
+    "review",
     "__main__",
 )
 #: What a pass's room may import of the other rooms of ``passes/``, besides ``shared``.

@@ -34,7 +34,12 @@ exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 the rewrite failed
 """
 
 
-_LAST_WORDS = {"report": "after", "zoo": "pattern", "passes": "name"}
+_LAST_WORDS = {
+    "diff": ("base", "head"),
+    "passes": ("name",),
+    "report": ("after",),
+    "zoo": ("pattern",),
+}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,10 +53,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = build_parser(sys.argv[1:] if argv is None else argv)
     args, unknown = parser.parse_known_args(argv)
-    last = _LAST_WORDS.get(args.command)
-    one_word = len(unknown) == 1 and not unknown[0].startswith("-")
-    if last and one_word and getattr(args, last) in (None, "*"):
-        setattr(args, last, unknown.pop())
+    names = _LAST_WORDS.get(args.command, ())
+    free = [name for name in names if getattr(args, name) in (None, "*")]
+    if len(unknown) <= len(free) and not any(word.startswith("-") for word in unknown):
+        vars(args).update(zip(free, unknown, strict=False))
+        unknown = []
     if unknown:
         passes = [word for word in unknown if word.partition(":")[0] in discover(PASSES)]
         hint = f"; passes are given as --pass {' --pass '.join(passes)}" if passes else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["run_demo", "run_measure", "run_report"]
+__all__ = ["output_format", "render", "run_demo", "run_measure", "run_report"]
 
 import argparse
 from pathlib import Path
@@ -58,7 +58,7 @@ def run_measure(args: argparse.Namespace) -> int:
     progress("measuring")
     options = _options(args) | ({} if args.mode == "both" else {"modes": [args.mode]})
     taken = take(model, inputs, **options)
-    write_out(_render(taken, layout), args.output, force=args.force)
+    write_out(render(taken, layout), args.output, force=args.force)
     return DONE
 
 
@@ -76,7 +76,7 @@ def run_report(args: argparse.Namespace) -> int:
     layout = _checked_output(args)
     passes = passes_of(args) if _rewrites(args) else []
     comparison = _compared(args, passes).with_limits(thresholds)
-    write_out(_render(comparison, layout), args.output, force=args.force)
+    write_out(render(comparison, layout), args.output, force=args.force)
     if args.output is not None:
         show(comparison.verdict)
     violations = comparison.check(thresholds)
@@ -117,6 +117,11 @@ def _checked_output(args: argparse.Namespace) -> str:
     """Check options before the work, and return the format."""
     if args.step_in_backward and args.optimizer == "none":
         raise UsageError("--step-in-backward needs an optimizer")
+    return output_format(args)
+
+
+def output_format(args: argparse.Namespace) -> str:
+    """Check before the work that ``-o`` can be written, and return the format."""
     if args.output is not None:
         known = tuple(_FORMATS) if args.format is None else ()
         check_output(args.output, force=args.force, suffixes=known)
@@ -187,7 +192,8 @@ def _after(args: argparse.Namespace, before: ResolvedModel | None) -> nn.Module:
         return load(args.after, before.factory, folder=args.folder)
 
 
-def _render(drawn: Comparison | Measurement, layout: str) -> str:
+def render(drawn: object, layout: str) -> str:
+    """Draw a report in one of the formats, without a line end."""
     if layout == "text":
         return str(drawn)
     rendered: str = getattr(drawn, f"to_{layout}")()

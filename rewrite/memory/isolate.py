@@ -8,7 +8,7 @@ in this process.
 
 from __future__ import annotations
 
-__all__ = ["Settings", "main", "measure_isolated"]
+__all__ = ["Settings", "main", "measure_isolated", "run_child"]
 
 import dataclasses
 import json
@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,28 +107,33 @@ def measure_isolated(request: Request) -> MemoryProfile | str:
         except Exception as error:  # a user's __reduce__ may raise anything
             return f"it cannot be pickled: {brief(error, 200)}"
         command = [sys.executable, str(boot), str(settings), str(payload), str(answer)]
-        # our end of it closes when this process ends, for whatever reason
-        watched, held = os.pipe()
         try:
-            done = subprocess.run(
-                command,
-                stdin=watched,
-                env={**os.environ, **_ALLOCATOR},
-                capture_output=True,
-                text=True,
-                errors="replace",
-                check=False,
-            )
+            done = run_child(command, env={**os.environ, **_ALLOCATOR})
         except OSError as error:
             return f"no other process could be started: {brief(error, 200)}"
-        finally:
-            os.close(watched)
-            os.close(held)
         try:
             reply = json.loads(answer.read_text())
         except (OSError, ValueError):
             raise MeasureError(_death(request, done)) from None
     return _read(reply)
+
+
+def run_child(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a Python process that reads from stdin only to end with this process, however it ends."""
+    watched, held = os.pipe()
+    try:
+        return subprocess.run(
+            command,
+            stdin=watched,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            **options,
+        )
+    finally:
+        os.close(watched)
+        os.close(held)
 
 
 def _folders(request: Request) -> list[str]:

@@ -1,0 +1,232 @@
+"""The networks of two revisions side by side: measured, and as one report."""
+
+from __future__ import annotations
+
+__all__ = ["ModelDiff", "RevisionDiff", "diff"]
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pocketize.cli.common import UsageError
+from pocketize.memory.isolate import run_child
+from pocketize.report import METRICS, Measurement, Threshold, compare_measurements
+from pocketize.report.blocks import Block, Code, Heading, Paragraph, Table
+from pocketize.report.layout import layout
+from pocketize.report.render import html, markdown, text
+from pocketize.review.child import top_levels
+from pocketize.review.config import EXAMPLE, Configuration, WatchedModel, read_configuration
+from pocketize.review.revisions import Repository, Revision
+from pocketize.units import bytes_text, count_text
+from pocketize.untrusted import read_json
+
+Status = Literal["ok", "over the limit", "added", "removed", "not compared", "broken"]
+#: Characters of a comment on GitHub, less some room.
+_LONGEST = 60_000
+
+
+@dataclass(frozen=True)
+class ModelDiff:
+    """One network in both revisions.
+
+    Attributes:
+        name: as configured.
+        status: ``"broken"`` if the second revision fails, ``"not compared"`` if the first does.
+        before: figures of the first revision, where there are any.
+        after: figures of the second.
+        limits: those that were checked.
+        said: errors, exceeded limits, and changes of the configuration.
+    """
+
+    name: str
+    status: Status
+    before: Measurement | None = None
+    after: Measurement | None = None
+    limits: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RevisionDiff:
+    """All configured networks in two revisions."""
+
+    base: str
+    head: str
+    models: tuple[ModelDiff, ...]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a limit is exceeded, or a network of the second revision is broken."""
+        return any(model.status in ("over the limit", "broken") for model in self.models)
+
+    def __str__(self) -> str:
+        return text(list(self._blocks())).rstrip("\n")
+
+    def to_markdown(self) -> str:
+        """Draw the report as Markdown; without details where a comment could not hold them."""
+        drawn = markdown(list(self._blocks()))
+        return drawn if len(drawn) < _LONGEST else markdown(list(self._blocks(details=False)))
+
+    def to_html(self) -> str:
+        """Draw the report as one self-contained HTML page."""
+        return html(list(self._blocks()))
+
+    def to_json(self) -> str:
+        """Write all figures as JSON: sorted keys, memory as integers in bytes."""
+        data = {"kind": "diff", "schema": 1, **dataclasses.asdict(self)}
+        return json.dumps(data, indent=2, sort_keys=True) + "\n"
+
+    def _blocks(self, *, details: bool = True) -> Iterator[Block]:
+        yield Heading(f"pocketize diff: {self.base} to {self.head}", level=1)
+        columns = {"peak": "training peak", "inference-peak": "inference peak"}
+        columns["parameters"] = "parameters"
+        yield Table(
+            ("model", "verdict", *columns.values()),
+            tuple(
+                (Code(model.name), model.status, *(_pair(model, name) for name in columns))
+                for model in self.models
+            ),
+            right=len(columns),
+        )
+        for model in self.models:
+            yield Heading(f"{model.name}: {model.status}")
+            yield from map(Paragraph, model.said)
+            sides = [side for side in (model.before, model.after) if side is not None]
+            if sides and details:
+                yield from layout(*sides)[1:]
+
+
+def _pair(model: ModelDiff, metric: str) -> str:
+    values = [METRICS[metric].read(side) if side else None for side in (model.before, model.after)]
+    write = count_text if METRICS[metric].kind == "count" else bytes_text
+    shown = ["-" if value is None else write(round(value)) for value in values]
+    return shown[0] if shown[0] == shown[1] else " -> ".join(shown)
+
+
+def diff(
+    repository: Repository,
+    revisions: tuple[Revision, Revision],
+    *,
+    limits: tuple[str, ...] = (),
+    estimate: bool = True,
+    device: str | None = None,
+    python: str = sys.executable,
+    progress: Callable[[str], None] = lambda text: None,
+) -> RevisionDiff:
+    """Measure the networks that two revisions configure, each in a fresh process.
+
+    Args:
+        repository: where both are; nothing in it changes.
+        revisions: before and after.
+        limits: for every network, besides its own.
+        estimate: count on fake tensors.
+        device: where to measure; by default where the networks are.
+        python: the interpreter; it has pocketize too.
+        progress: called with what is measured next.
+
+    Raises:
+        UsageError: the second revision configures no network, or wrongly; or git fails.
+    """
+    with repository.checkouts(revisions) as (scratch, roots):
+        folder = _configured(repository.folder, roots[1])
+        new = read_configuration(roots[1] / folder) or Configuration()
+        if not new.models:
+            raise UsageError(f"no models are configured; add to pyproject.toml:\n\n{EXAMPLE}")
+        for model in new.models:
+            for limit in (*model.limits, *limits):
+                if estimate and Threshold.parse(limit).metric.endswith("time"):
+                    raise UsageError(f"{limit!r} needs times, which an estimate lacks: --measure")
+        old, complaint = new, ""
+        try:
+            old = read_configuration(roots[0] / folder) or new
+        except UsageError as error:
+            complaint = f"Settings of {revisions[0].label} that are wrong were not used: {error}"
+        paths = [
+            [str(root / folder / entry) for entry in configuration.path]
+            for root, configuration in zip(roots, (old, new), strict=True)
+        ]
+        request = {
+            "own": top_levels([*paths[0], *paths[1]]),
+            "tree": str(repository.root),
+            "estimate": estimate,
+            "device": device,
+        }
+        earlier = {model.name: model for model in old.models}
+        models = []
+        for number, model in enumerate(new.models, start=1):
+            was = earlier.pop(model.name, model)
+            # both are measured in one way, whatever the first revision's settings were
+            like = dataclasses.replace(model, model=was.model, kwargs=was.kwargs, passes=was.passes)
+            answers = []
+            for side, asked in enumerate((like, model)):
+                progress(f"{model.name} ({number} of {len(new.models)}): {revisions[side].label}")
+                where = {"root": str(roots[side]), "folder": str(roots[side] / folder)}
+                everything = request | dataclasses.asdict(asked) | where | {"path": paths[side]}
+                answers.append(_run(python, scratch, everything))
+            notes = [complaint] if complaint else []
+            notes += _changes(was, model)
+            models.append(_judged(model.name, answers, (*model.limits, *limits), notes))
+        models += [ModelDiff(name, "removed") for name in earlier]
+    return RevisionDiff(revisions[0].label, revisions[1].label, tuple(models))
+
+
+def _configured(folder: Path, root: Path) -> Path:
+    """Return the nearest folder, from the current one up, that has a configuration."""
+    upwards = (folder, *folder.parents)
+    return next((each for each in upwards if read_configuration(root / each)), folder)
+
+
+def _changes(old: WatchedModel, new: WatchedModel) -> Iterator[str]:
+    for each in dataclasses.fields(WatchedModel):
+        was, now = getattr(old, each.name), getattr(new, each.name)
+        if was != now:
+            yield f"Setting {each.name}: {json.dumps(was)} became {json.dumps(now)}."
+
+
+def _run(python: str, scratch: Path, request: dict[str, Any]) -> dict[str, str]:
+    """Return what :mod:`pocketize.review.child` answers, or how its process died."""
+    asked, answer = scratch / "request.json", scratch / "answer.json"
+    answer.unlink(missing_ok=True)
+    asked.write_text(json.dumps(request | {"answer": str(answer)}), encoding="utf-8")
+    command = [python, "-m", "pocketize.review.child", str(asked)]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = run_child(command, cwd=scratch, env=environment)
+    except OSError as error:
+        raise UsageError(f"cannot run {python}: {error.strerror}") from error
+    try:
+        read: dict[str, str] = read_json(answer.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        last = " / ".join(done.stderr.strip().splitlines()[-3:]) or f"exit code {done.returncode}"
+        if done.returncode < 0:
+            last = f"ended by signal {-done.returncode}, perhaps for want of memory"
+        read = {"error": f"the process broke off: {last}"}
+    # the folder is another in each run
+    return {key: text.replace(f"{request['root']}{os.sep}", "") for key, text in read.items()}
+
+
+def _judged(
+    name: str, answers: list[dict[str, str]], limits: tuple[str, ...], notes: list[str]
+) -> ModelDiff:
+    before, after = (
+        Measurement.from_json(answer["measurement"]) if "measurement" in answer else None
+        for answer in answers
+    )
+    old, new = answers
+    if after is None:
+        failure = new.get("error") or new["absent"]
+        return ModelDiff(name, "broken", before, said=(failure, *notes))
+    notes += filter(None, [new["note"]])
+    if before is None and "absent" in old:
+        return ModelDiff(name, "added", after=after, said=tuple(notes))
+    if before is None:
+        failure = f"No limit was checked, because the first revision fails: {old['error']}"
+        return ModelDiff(name, "not compared", after=after, said=(failure, *notes))
+    over = compare_measurements(before, after, anyway=True).check(limits)
+    status: Status = "over the limit" if over else "ok"
+    return ModelDiff(name, status, before, after, limits, (*map(str, over), *notes))
