@@ -9,23 +9,22 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pocketize.cli.common import UsageError
 from pocketize.memory.isolate import run_child
 from pocketize.report import METRICS, Measurement, Threshold, compare_measurements
-from pocketize.report.blocks import Block, Code, Heading, Paragraph, Table
+from pocketize.report.blocks import Block, Code, Heading, Paragraph, Section, Table
+from pocketize.report.gate import judge
 from pocketize.report.layout import layout
 from pocketize.report.render import html, markdown, text
 from pocketize.review.child import top_levels
 from pocketize.review.config import EXAMPLE, Configuration, WatchedModel, read_configuration
 from pocketize.review.revisions import Repository, Revision
-from pocketize.units import bytes_text, count_text
 from pocketize.untrusted import read_json
 
-Status = Literal["ok", "over the limit", "added", "removed", "not compared", "broken"]
 #: Characters of a comment on GitHub, less some room.
 _LONGEST = 60_000
 
@@ -36,19 +35,41 @@ class ModelDiff:
 
     Attributes:
         name: as configured.
-        status: ``"broken"`` if the second revision fails, ``"not compared"`` if the first does.
+        status: that of a :class:`~pocketize.report.Comparison`; or ``"added"``, ``"removed"``,
+            ``"broken"`` if the second revision fails, ``"not compared"`` if the first does.
         before: figures of the first revision, where there are any.
         after: figures of the second.
         limits: those that were checked.
-        said: errors, exceeded limits, and changes of the configuration.
+        said: errors, and changes of the settings.
     """
 
     name: str
-    status: Status
+    status: str
     before: Measurement | None = None
     after: Measurement | None = None
     limits: tuple[str, ...] = ()
     said: tuple[str, ...] = ()
+
+    def blocks(self, *, details: bool) -> Iterator[Block]:
+        """Yield what a report says of the network, folded if all is well."""
+        told: list[Block] = list(map(Paragraph, self.said))
+        if details and self.before and self.after:
+            checks = judge(self.before, self.after, self.limits)
+            told += layout(self.before, self.after, checks=checks)[1:]
+        elif details and (alone := self.after or self.before):
+            told += layout(alone)[1:]
+        title = f"{self.name}: {self.status}"
+        if told and self.status in ("ok", "unchanged"):
+            yield Section(title, tuple(told))
+        else:
+            yield from (Heading(title), *told)
+
+    def figures(self, metric: str) -> str:
+        """Write a figure of both sides."""
+        sides = (self.before, self.after)
+        values = [None if side is None else METRICS[metric].read(side) for side in sides]
+        shown = ["-" if value is None else METRICS[metric].write(value) for value in values]
+        return shown[0] if shown[0] == shown[1] else " -> ".join(shown)
 
 
 @dataclass(frozen=True)
@@ -83,29 +104,17 @@ class RevisionDiff:
 
     def _blocks(self, *, details: bool = True) -> Iterator[Block]:
         yield Heading(f"pocketize diff: {self.base} to {self.head}", level=1)
-        columns = {"peak": "training peak", "inference-peak": "inference peak"}
-        columns["parameters"] = "parameters"
+        columns = ("peak", "inference-peak", "parameters")
         yield Table(
-            ("model", "verdict", *columns.values()),
+            ("model", "verdict", *(METRICS[name].label for name in columns)),
             tuple(
-                (Code(model.name), model.status, *(_pair(model, name) for name in columns))
+                (Code(model.name), model.status, *map(model.figures, columns))
                 for model in self.models
             ),
             right=len(columns),
         )
         for model in self.models:
-            yield Heading(f"{model.name}: {model.status}")
-            yield from map(Paragraph, model.said)
-            sides = [side for side in (model.before, model.after) if side is not None]
-            if sides and details:
-                yield from layout(*sides)[1:]
-
-
-def _pair(model: ModelDiff, metric: str) -> str:
-    values = [METRICS[metric].read(side) if side else None for side in (model.before, model.after)]
-    write = count_text if METRICS[metric].kind == "count" else bytes_text
-    shown = ["-" if value is None else write(round(value)) for value in values]
-    return shown[0] if shown[0] == shown[1] else " -> ".join(shown)
+            yield from model.blocks(details=details)
 
 
 def diff(
@@ -161,7 +170,7 @@ def diff(
         for number, model in enumerate(new.models, start=1):
             was = earlier.pop(model.name, model)
             # both are measured in one way, whatever the first revision's settings were
-            like = dataclasses.replace(model, model=was.model, kwargs=was.kwargs, passes=was.passes)
+            like = replace(model, model=was.model, kwargs=was.kwargs, passes=was.passes)
             answers = []
             for side, asked in enumerate((like, model)):
                 progress(f"{model.name} ({number} of {len(new.models)}): {revisions[side].label}")
@@ -227,6 +236,5 @@ def _judged(
     if before is None:
         failure = f"No limit was checked, because the first revision fails: {old['error']}"
         return ModelDiff(name, "not compared", after=after, said=(failure, *notes))
-    over = compare_measurements(before, after, anyway=True).check(limits)
-    status: Status = "over the limit" if over else "ok"
-    return ModelDiff(name, status, before, after, limits, (*map(str, over), *notes))
+    status = compare_measurements(before, after, anyway=True).with_limits(limits).status
+    return ModelDiff(name, status, before, after, limits, tuple(notes))

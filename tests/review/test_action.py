@@ -104,7 +104,7 @@ def test_the_report_is_the_summary_and_the_exit_code_is_kept(
     assert "net: over the limit" in done.stderr
     summary = (runner.temporary / "summary").read_text()
     assert summary.startswith("# pocketize diff: origin/main")
-    assert "inference-peak: expected at most" in summary
+    assert "inference-peak 5% allows" in summary
     assert (runner.temporary / "pocketize-diff.md").read_text() == summary
     assert git(folder, "status", "--porcelain") == ""
 

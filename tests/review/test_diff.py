@@ -64,14 +64,14 @@ def test_each_model_gets_its_verdict(repository: Path) -> None:
         "gone": "removed",
     }
     said = {model.name: " ".join(model.said) for model in found.models}
-    assert said["wide"].startswith("peak: expected at most")
+    assert said["same"] == said["wide"] == said["new"] == said["gone"] == ""
     assert "No module named 'missing'" in said["mended"]
     assert "KeyError: 'no such setting'" in said["broken"]
     assert "(watched_nets/broken.py:7: raise KeyError" in said["broken"]
     assert found.failed
     assert _worktrees(repository) == []
     for drawn in (found.to_markdown(), found.to_html(), found.to_json(), str(found)):
-        assert "over the limit" in drawn
+        assert "peak 2%" in drawn
         assert "/tmp" not in drawn
 
 
