@@ -1,8 +1,8 @@
-"""Write a file completely or not at all."""
+"""Read files with errors that name them; write a file completely or not at all."""
 
 from __future__ import annotations
 
-__all__ = ["atomic_write", "open_for_torch"]
+__all__ = ["atomic_write", "open_for_torch", "reading"]
 
 import contextlib
 import hashlib
@@ -16,6 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from pocketize.errors import ArtifactError
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the file in an error of the system.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

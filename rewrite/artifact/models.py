@@ -32,12 +32,15 @@ from torch import nn
 
 from pocketize.artifact import load, load_weights, read_header
 from pocketize.artifact.classes import resolve_classes
+from pocketize.artifact.files import reading
+from pocketize.artifact.pickles import PICKLES
 from pocketize.artifact.pt2 import module_of, read_exported
+from pocketize.artifact.statefile import has_recipe
 from pocketize.errors import ArtifactError, ModelError, nearest
 from pocketize.graph.inputs import Inputs
 from pocketize.plugin.registry import is_installed
 
-_PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
+_MODULES = (*PICKLES, ".pkl", ".pickle")
 _FORMS = "package.module:factory, zoo:NAME, or FILE.pt2 (with --trust-pickle)"
 
 
@@ -94,7 +97,7 @@ def resolve(
             f"{name} holds weights and no code, so it is no MODEL by itself: give the factory of "
             f"the original as MODEL, and --weights {name}"
         )
-    elif suffix == ".pt2" or suffix in _PICKLES:
+    elif suffix == ".pt2" or suffix in _MODULES:
         if kwargs:
             raise ModelError(f"{name} is a file and takes no keyword arguments")
         found = _from_pt2(name, trust) if suffix == ".pt2" else _from_pickle(name, trust)
@@ -208,9 +211,8 @@ def _from_pickle(name: str, trust: bool) -> ResolvedModel:
             "and you trust where it comes from, add --trust-pickle"
         )
     try:
-        model = torch.load(name, map_location="cpu", weights_only=False)
-    except OSError as error:
-        raise ArtifactError(f"cannot read {name}: {error.strerror or error}") from error
+        with reading(name):
+            model = torch.load(name, map_location="cpu", weights_only=False)
     except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError, ImportError) as error:
         raise ArtifactError(
             f"{name} cannot be unpickled: {type(error).__name__}: {error}"
@@ -229,14 +231,29 @@ def _with_weights(
     trust: bool,
     folder: str | os.PathLike[str] | None,
 ) -> ResolvedModel:
-    saved = Path(weights).suffix.lower() == ".safetensors"
-    if saved and "pocketize" in read_header(weights).metadata:
-        if found.factory is None:
-            raise ModelError(
-                f"{weights} was saved from a rewritten model and needs the factory of the "
-                f"original; {found.label} is none"
-            )
-        model = load(weights, found.factory, folder=folder)
-        return ResolvedModel(model, found.kind, f"{weights}", found.factory, found.inputs)
-    load_weights(found.model, weights, trust=trust)
-    return found
+    path, key = _split_key(os.fspath(weights))
+    saved = (
+        Path(path).suffix.lower() == ".safetensors" and "pocketize" in read_header(path).metadata
+    )
+    if not saved:
+        try:
+            load_weights(found.model, path, key=key, trust=trust)
+        except ArtifactError:
+            if not has_recipe(path):
+                raise
+        else:
+            return found
+    if found.factory is None:
+        raise ModelError(
+            f"{path} was saved from a rewritten model and needs the factory of the original; "
+            f"{found.label} is none"
+        )
+    model = load(path, found.factory, folder=folder)
+    return ResolvedModel(model, found.kind, path, found.factory, found.inputs)
+
+
+def _split_key(weights: str) -> tuple[str, str | None]:
+    path, colon, key = weights.rpartition(":")
+    if colon and Path(path).suffix.lower() in PICKLES and not os.path.exists(weights):
+        return path, key
+    return weights, None

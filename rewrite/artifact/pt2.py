@@ -7,7 +7,7 @@ check before opening would not help: what torch reads changes with every release
 
 from __future__ import annotations
 
-__all__ = ["module_of", "read_exported", "write_exported"]
+__all__ = ["export", "module_of", "read_exported", "write_exported"]
 
 import contextlib
 import inspect
@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from pocketize.artifact.files import open_for_torch
+from pocketize.artifact.files import open_for_torch, reading
 from pocketize.errors import ArtifactError, RewriteError
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
@@ -37,22 +37,21 @@ def read_exported(path: str | os.PathLike[str], *, trust: bool = False) -> Expor
     Raises:
         ArtifactError: the file is not trusted, or cannot be read.
     """
+    # torch's error for a file that is not there has no file's name
+    with reading(path), open(path, "rb"):
+        pass
+    if not trust:
+        raise ArtifactError(
+            f"{path} is an exported program, and opening one can run any code it contains. If "
+            "you trust where it comes from, add --trust-pickle (in Python trust=True); "
+            "otherwise give package.module:factory as MODEL, and its weights as "
+            "--weights FILE.safetensors"
+        )
     try:
-        with open(path, "rb"):  # torch's error for a file that is not there has no file's name
-            pass
-        if not trust:
-            raise ArtifactError(
-                f"{path} is an exported program, and opening one can run any code it contains. If "
-                "you trust where it comes from, add --trust-pickle (in Python trust=True); "
-                "otherwise give package.module:factory as MODEL, and its weights as "
-                "--weights FILE.safetensors"
-            )
-        with _quiet():
+        with reading(path), _quiet():
             return torch.export.load(path)
     except ArtifactError:
         raise
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
         # the reader of a foreign format may fail in any way on a file that is not of that format
         reason = str(error).strip().partition("\n")[0]
@@ -62,12 +61,18 @@ def read_exported(path: str | os.PathLike[str], *, trust: bool = False) -> Expor
 
 
 def write_exported(model: nn.Module, inputs: Inputs, path: Path) -> None:
-    """Export a model in evaluation mode and save it.
+    """Export a model, as :func:`export`, and save it to a file."""
+    program = export(model, inputs)
+    with open_for_torch(path) as file, _quiet():
+        torch.export.save(program, cast("IO[bytes]", file))
+
+
+def export(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """Export a model in evaluation mode.
 
     Args:
         model: the model; left in evaluation mode, if it can be put there.
         inputs: example inputs; the exported program takes inputs of exactly these shapes.
-        path: the file to write to.
 
     Raises:
         RewriteError: ``torch.export`` cannot export the model.
@@ -76,7 +81,7 @@ def write_exported(model: nn.Module, inputs: Inputs, path: Path) -> None:
         set_mode(model, False)
     try:
         with _quiet():
-            program = torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
+            return torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
     except Exception as error:
         # torch.export runs the model, and the model is the user's
         reason = str(error).strip().partition("\n")[0]  # what follows is about torch's internals
@@ -84,8 +89,6 @@ def write_exported(model: nn.Module, inputs: Inputs, path: Path) -> None:
             f"torch.export cannot export {type(model).__name__}: {type(error).__name__}: {reason} "
             "Save as .safetensors instead"
         ) from error
-    with open_for_torch(path) as file, _quiet():
-        torch.export.save(program, cast("IO[bytes]", file))
 
 
 def module_of(program: ExportedProgram) -> fx.GraphModule:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pocketize.artifact.files import reading
 from pocketize.errors import ArtifactError
 from pocketize.untrusted import read_json
 
@@ -137,7 +138,7 @@ class SafeFile:
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         if entry.end > entry.begin:
             raw = tensor.view(-1).view(torch.uint8)
-            with _named(self._path):
+            with reading(self._path):
                 self._file.seek(self._data + entry.begin)
                 count = self._file.readinto(raw.numpy().data)
             if count != len(raw):
@@ -164,20 +165,12 @@ def open_safe(path: str | os.PathLike[str]) -> Iterator[SafeFile]:
         ArtifactError: there is no such file, it is truncated or damaged, or it is no safetensors
             file.
     """
-    with _named(path):
+    with reading(path):
         file = open(path, "rb")  # noqa: SIM115  (closed below; what the caller does is no reading)
     with file:
-        with _named(path):
+        with reading(path):
             opened = SafeFile(path, file)
         yield opened
-
-
-@contextlib.contextmanager
-def _named(path: str | os.PathLike[str]) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

@@ -16,11 +16,9 @@ __all__ = ["FORMAT", "load", "save"]
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import safetensors
@@ -30,14 +28,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pocketize.artifact.files import atomic_write
-from pocketize.artifact.safefile import Header, SafeFile, open_safe
+from pocketize.artifact.recipe import FORMAT, SavedState, in_folder, read_recipe, write_recipe
+from pocketize.artifact.safefile import SafeFile, open_safe
 from pocketize.artifact.skeleton import build
+from pocketize.artifact.statefile import StateFile, is_state_file
 from pocketize.artifact.states import (
     MEMORY_FORMATS,
     apply_state,
-    constants_of,
     describe_mismatch,
-    describe_state,
     full_state,
     let_classes_load,
     own_tensors,
@@ -46,36 +44,9 @@ from pocketize.engine.pipeline import history, replay
 from pocketize.errors import ArtifactError, PocketizeError
 from pocketize.graph.methods import check_module
 from pocketize.plugin.base import PassRecord
-from pocketize.untrusted import read_as, read_json
 from pocketize.version import VERSION
 
-FORMAT = 1
-"""Version of the metadata. A reader refuses what is newer than itself and reads what is older."""
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _State:
-    """What :func:`~pocketize.artifact.states.describe_state` returns."""
-
-    modes: dict[str, bool]
-    frozen: tuple[str, ...]
-    channels_last: tuple[str, ...]
-    buffers: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """What a file's metadata hold; ``model`` is for error messages only."""
-
-    format: int
-    pocketize: str
-    model: str
-    records: tuple[Any, ...]
-    ties: dict[str, str]
-    state: _State
-    constants: dict[str, Any]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -98,18 +69,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     check_module(model)
     state = full_state(model)
     tensors, ties = _distinct_tensors(model, state)
-    data = {
-        "format": FORMAT,
-        "pocketize": VERSION,
-        "torch": str(torch.__version__),
-        "model": type(model).__qualname__,  # for error messages only
-        "records": [_in_folder(record, None).to_json() for record in history(model)],
-        "ties": ties,
-        "state": describe_state(model, state),
-        "constants": constants_of(model, state),
-    }
     # one entry only: safetensors writes several in random order, and equal models make equal files
-    metadata = {"pocketize": json.dumps(data, sort_keys=True, allow_nan=False)}
+    metadata = {"pocketize": write_recipe(model, state, ties)}
     with atomic_write(path, overwrite=overwrite) as temporary:
         try:
             save_file(tensors, temporary, metadata)
@@ -124,7 +85,7 @@ def load(
     device: str | torch.device = "cpu",
     folder: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
-    """Load a model that :func:`save` wrote.
+    """Load a model that :func:`save` wrote, or ``pocketize apply -o FILE.pt``.
 
     The factory's model is built without memory for its parameters wherever possible, takes the
     shape that the saved passes gave it, and is then filled from the file. Keys and shapes must
@@ -145,8 +106,11 @@ def load(
         ArtifactError: the file cannot be read, is truncated, is not one of :func:`save`'s or was
             written in a newer format; or the factory builds another model than the saved one was.
     """
-    with open_safe(path) as file:
-        model = _load(path, file, factory, folder)
+    if is_state_file(path):
+        model = _load(path, StateFile(path), factory, folder)
+    else:
+        with open_safe(path) as file:
+            model = _load(path, file, factory, folder)
     if any(tensor.device != torch.device(device) for tensor in own_tensors(model).values()):
         model.to(device)
     return model
@@ -154,14 +118,14 @@ def load(
 
 def _load(
     path: str | os.PathLike[str],
-    file: SafeFile,
+    file: SafeFile | StateFile,
     factory: Callable[[], nn.Module],
     folder: str | os.PathLike[str] | None,
 ) -> nn.Module:
-    recipe, shapes = _read_recipe(path, file.header), dict(file.header.shapes)
+    recipe, shapes = read_recipe(path, file.header), dict(file.header.shapes)
     try:
         place = None if folder is None else os.fspath(folder)
-        records = [_in_folder(PassRecord.from_json(record), place) for record in recipe.records]
+        records = [in_folder(PassRecord.from_json(record), place) for record in recipe.records]
     except ArtifactError as error:
         raise ArtifactError(f"the recipe in {path} is damaged: {error}") from error
     resumes = any(record.options.get("resume") is True for record in records)
@@ -235,20 +199,6 @@ class _MisfitError(Exception):
     """The shapes in a file are not those of the model."""
 
 
-def _in_folder(record: PassRecord, folder: str | None) -> PassRecord:
-    """Return a record with the caller's folder, or none, in place of the one that it names."""
-    named = {key: value for key, value in record.options.items() if key != "folder"}
-    edits = []
-    for edit in record.edits:
-        options = edit.get("options")
-        if isinstance(options, dict) and "folder" in options:
-            place = folder if "disk" in options.values() else None
-            edit = {**edit, "options": {**options, "folder": place}}
-            named |= {} if place is None else {"folder": place}
-        edits.append(edit)
-    return dataclasses.replace(record, options=named, edits=tuple(edits))
-
-
 def _distinct_tensors(
     model: nn.Module, state: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -293,31 +243,7 @@ def _check_tensor(model: nn.Module, key: str, value: Any) -> None:
         )
 
 
-def _read_recipe(path: str | os.PathLike[str], header: Header) -> _Recipe:
-    text = header.metadata.get("pocketize")
-    if text is None:
-        raise ArtifactError(
-            f"{path} holds plain weights and no recipe: pocketize did not write it. Load it with "
-            "model.load_state_dict(safetensors.torch.load_file(path))"
-        )
-    try:
-        data = read_json(text)
-        version = data["format"]
-        if isinstance(version, int) and version > FORMAT:
-            raise ArtifactError(
-                f"{path} was written by pocketize {data.get('pocketize')} in format {version}; "
-                f"this is pocketize {VERSION}, which reads formats up to {FORMAT}. "
-                "Install a newer pocketize"
-            )
-        names = {field.name for field in dataclasses.fields(_Recipe)}
-        given = {key: value for key, value in data.items() if key in names}
-        # older files have no constants
-        return read_as(_Recipe, {"constants": {}, **given}, "recipe")
-    except (ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"the recipe in {path} is damaged: {error}") from error
-
-
-def _read_tensors(file: SafeFile, described: _State) -> dict[str, Tensor]:
+def _read_tensors(file: SafeFile | StateFile, described: SavedState) -> dict[str, Tensor]:
     channels_last = set(described.channels_last)
     return {
         key: file.read(key, MEMORY_FORMATS.get(len(shape)) if key in channels_last else None)

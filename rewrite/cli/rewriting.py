@@ -6,18 +6,19 @@ __all__ = ["run_apply", "run_plan"]
 
 import argparse
 from pathlib import Path
-from typing import IO, Any, cast
 
-import torch
 from torch import nn
 
 from pocketize.artifact import save
-from pocketize.artifact.files import atomic_write, open_for_torch
+from pocketize.artifact.files import atomic_write
+from pocketize.artifact.kept import lost_steps
 from pocketize.artifact.models import ResolvedModel
 from pocketize.artifact.pt2 import write_exported
+from pocketize.artifact.statefile import write_state
 from pocketize.cli.common import (
     DONE,
     CheckFailed,
+    UsageError,
     check_output,
     inputs_of,
     note,
@@ -27,7 +28,6 @@ from pocketize.cli.common import (
     show,
 )
 from pocketize.engine.pipeline import Plan, plan
-from pocketize.errors import ArtifactError
 from pocketize.graph.inputs import Inputs
 from pocketize.units import count_text, ratio_text
 
@@ -54,6 +54,8 @@ def run_apply(args: argparse.Namespace) -> int:
     inputs = inputs_of(args, resolved)
     planned = plan(resolved.model, *passes, inputs=inputs, seed=args.seed)
     _check_effect(planned, resolved, strict=args.strict)
+    if suffix != ".safetensors":
+        _check_format(planned, inputs if suffix == ".pt2" else None, args.output)
     progress("rewriting")
     before = _parameters(resolved.model)
     model = planned.apply()
@@ -82,6 +84,22 @@ def _check_effect(planned: Plan, resolved: ResolvedModel, *, strict: bool) -> No
         note(f"warning: {text}")
 
 
+def _check_format(planned: Plan, inputs: Inputs | None, output: str) -> None:
+    """Refuse a format in which a pass leaves nothing; ``inputs`` are those of an exported program.
+
+    Raises:
+        UsageError: there is such a pass.
+    """
+    lost = lost_steps(planned.model, [each.edits for each in planned.passes], inputs)
+    if lost:
+        names = " and ".join(dict.fromkeys(planned.passes[number].name for number in lost))
+        kind = "a state_dict" if inputs is None else "an exported program"
+        raise UsageError(
+            f"{output} would be as without {names}, of which {kind} keeps nothing. Write "
+            f".safetensors, which keeps every pass, or leave out {names}"
+        )
+
+
 def _write(model: nn.Module, inputs: Inputs, path: Path, suffix: str, *, force: bool) -> None:
     if suffix == ".safetensors":
         save(model, path, overwrite=force)
@@ -90,19 +108,7 @@ def _write(model: nn.Module, inputs: Inputs, path: Path, suffix: str, *, force: 
         if suffix == ".pt2":
             write_exported(model, inputs, temporary)
         else:
-            state = _state(model)
-            with open_for_torch(temporary) as file:
-                torch.save(state, cast("IO[bytes]", file))
-
-
-def _state(model: nn.Module) -> Any:
-    try:
-        return model.state_dict()
-    except Exception as error:  # a class's own code may raise anything
-        raise ArtifactError(
-            f"state_dict() of {type(model).__name__} raises {type(error).__name__}: {error}. Mend "
-            "it, or write a .safetensors file, which holds the weights whatever state_dict does"
-        ) from error
+            write_state(model, temporary)
 
 
 def _parameters(model: nn.Module) -> int:

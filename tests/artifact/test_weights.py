@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
 import re
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -51,28 +54,95 @@ def test_what_does_not_fit_is_listed_and_changes_nothing(tmp_path: Path) -> None
     assert torch.equal(model.weight, before)
 
 
-def test_weights_of_a_wrapped_model_are_recognised(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "network_weights", "x"])
+def test_the_state_dict_of_a_checkpoint_is_found(tmp_path: Path, key: str) -> None:
+    source, model, path = nn.Linear(2, 3), nn.Linear(2, 3), tmp_path / "best.pth"
+    optimizer = torch.optim.Adam(source.parameters()).state_dict()
+    torch.save({"epoch": 3, key: source.state_dict(), "optimizer": optimizer}, path)
+    load_weights(model, path)
+    assert_loaded(model, source)
+
+
+def test_of_several_state_dicts_the_caller_says_which(tmp_path: Path) -> None:
+    source, model, path = nn.Linear(2, 3), nn.Linear(2, 3), tmp_path / "best.pth"
+    torch.save({"net": nn.Linear(2, 3).state_dict(), "ema": source.state_dict()}, path)
+    with pytest.raises(ArtifactError, match=r"state_dicts: net, ema\. Say which, as .*:net"):
+        load_weights(model, path)
+    with pytest.raises(ArtifactError, match=r"holds no 'emma', but 'net', 'ema'\. Did you mean"):
+        load_weights(model, path, key="emma")
+    load_weights(model, path, key="ema")
+    assert_loaded(model, source)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "net._orig_mod.", "module.module."])
+def test_names_of_wrappers_are_taken_off(
+    tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, model, path = nn.Linear(2, 3), nn.Linear(2, 3), tmp_path / "best.pt"
+    torch.save({f"{prefix}{key}": value for key, value in source.state_dict().items()}, path)
+    load_weights(model, path)
+    assert_loaded(model, source)
+    assert caplog.messages == [f"{path}: the names of its weights were read without {prefix!r}"]
+
+
+def test_names_that_fit_stay_and_others_are_listed_as_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "best.pt"
-    torch.save({"module.weight": torch.zeros(3, 2), "module.bias": torch.zeros(3)}, path)
-    with pytest.raises(
-        ArtifactError, match=r"begins with 'module\.': save model\.module of a Data"
-    ):
-        load_weights(nn.Linear(2, 3), path)
+    source = nn.Sequential(OrderedDict(model=nn.Linear(2, 3)))
+    model = nn.Sequential(OrderedDict(model=nn.Linear(2, 3)))
+    torch.save(source.state_dict(), path)
+    load_weights(model, path)
+    assert_loaded(model, source)
+    with pytest.raises(ArtifactError, match=r"not in the model: model\.bias, model\.weight"):
+        load_weights(nn.Linear(2, 4), path)
+    assert not caplog.messages
+    compiled = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    state = {f"{k[0]}._orig_mod{k[1:]}": value for k, value in compiled.state_dict().items()}
+    torch.save(state, path)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    load_weights(model, path)
+    assert_loaded(model, compiled)
 
 
 class Settings:
-    """Something that a checkpoint should not hold."""
+    """Something that a checkpoint holds beside weights, and that runs when it is unpickled."""
+
+    ran: ClassVar[list[str]] = []
+
+    def __reduce__(self) -> Any:
+        return _ran, ("unpickled",)
 
 
-def test_a_checkpoint_with_more_than_weights_is_not_opened(tmp_path: Path) -> None:
+def _ran(text: str) -> None:
+    Settings.ran.append(text)
+
+
+def test_a_checkpoint_is_read_without_running_what_is_beside_its_weights(tmp_path: Path) -> None:
     model, path = nn.Linear(2, 3), tmp_path / "best.pt"
     source = nn.Linear(2, 3)
-    torch.save({"state_dict": source.state_dict(), "settings": Settings()}, path)
-    message = r"(?s)cannot be read with weights_only=True: .* run any code .* add --trust-pickle"
-    with pytest.raises(ArtifactError, match=message):
-        load_weights(model, path)
-    load_weights(model, path, trust=True)
+    content = {
+        "network_weights": source.state_dict(),
+        "logging": {"dice": [np.float64(0.5)], "place": tmp_path, "class": nn.Conv3d},
+        "settings": Settings(),
+    }
+    torch.save(content, path)
+    load_weights(model, path)
     assert_loaded(model, source)
+    assert Settings.ran == []
+    load_weights(model, path, trust=True)
+    assert Settings.ran == ["unpickled"]
+
+
+def test_a_whole_module_and_blocked_names_are_not_opened(tmp_path: Path) -> None:
+    path = tmp_path / "best.pt"
+    message = r"(?s)cannot be read with weights_only=True: .* run any code .* add --trust-pickle"
+    torch.save(nn.Linear(2, 3), path)
+    with pytest.raises(ArtifactError, match=message):
+        load_weights(nn.Linear(2, 3), path)
+    torch.save({"state_dict": nn.Linear(2, 3).state_dict(), "run": os.system}, path)
+    with pytest.raises(ArtifactError, match=message):
+        load_weights(nn.Linear(2, 3), path)
 
 
 @pytest.mark.parametrize(

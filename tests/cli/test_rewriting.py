@@ -211,3 +211,46 @@ def test_a_state_that_a_class_does_not_tell_cannot_be_written_as_one(run: Run) -
     assert code == 3
     assert "state_dict() of Untold raises NotImplementedError: use export()" in err
     assert "write a .safetensors file" in err
+
+
+def test_a_format_that_would_drop_a_pass_is_refused(run: Run, folder: Path) -> None:
+    command = ("apply", *POCKET, "--pass", "recompute:min_bytes=1", "-o")
+    for output, kind in (("a.pt", "a state_dict"), ("a.pt2", "an exported program")):
+        code, out, err = run(*command, output)
+        assert (code, out) == (2, "")
+        assert f"{output} would be as without recompute, of which {kind} keeps nothing" in err
+        assert not (folder / output).exists()
+    assert run(*command, "a.safetensors").code == 0
+
+
+def test_a_state_dict_that_was_written_is_read_again(run: Run, folder: Path) -> None:
+    assert run("apply", *POCKET, "-o", "small.pth").code == 0
+    import my_nets
+
+    saved = torch.load("small.pth", weights_only=True)
+    my_nets.small().load_state_dict(saved)  # for torch, it is one like any other
+    again = load("small.pth", my_nets.Net)
+    assert [record.name for record in history(again)] == ["pocket"]
+    assert torch.equal(again.wide.weight, saved["wide.weight"])
+    command = ("apply", *POCKET[:1], "--weights", "small.pth", "--pass", "pocket:width=2")
+    code, out, err = run(*command, "--input", "1x1x8x8", "-o", "tiny.safetensors")
+    assert (code, err) == (0, "")
+    assert "206 -> " in out
+    code, _, err = run("plan", "my_nets:small", "--weights", "small.pth", *POCKET[1:])
+    assert (code, err) == (0, "")  # the network of these widths takes them too
+
+
+def test_weights_are_found_in_a_checkpoint(run: Run, folder: Path) -> None:
+    assert run("plan", *POCKET).code == 0
+    import my_nets
+
+    state = {f"module.{key}": value for key, value in my_nets.Net().state_dict().items()}
+    torch.save({"network_weights": state, "ema": my_nets.Net().state_dict()}, "best.pth")
+    command = ("plan", *POCKET, "--weights")
+    code, _, err = run(*command, "best.pth")
+    assert code == 0
+    assert err == "pocketize: best.pth: the names of its weights were read without 'module.'\n"
+    assert run(*command, "best.pth:ema")[::2] == (0, "")
+    code, _, err = run(*command, "best.pth:swa")
+    assert (code, "best.pth holds no 'swa', but 'network_weights', 'ema'" in err) == (2, True)
+    assert "cannot read no.pth" in run(*command, "no.pth:ema").err

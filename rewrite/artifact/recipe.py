@@ -1,0 +1,116 @@
+"""The recipe of a saved model: what was done to it, and what a state_dict does not tell."""
+
+from __future__ import annotations
+
+__all__ = ["FORMAT", "Recipe", "SavedState", "in_folder", "read_recipe", "write_recipe"]
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pocketize.artifact.safefile import Header
+from pocketize.artifact.states import constants_of, describe_state
+from pocketize.engine.pipeline import history
+from pocketize.errors import ArtifactError
+from pocketize.plugin.base import PassRecord
+from pocketize.untrusted import read_as, read_json
+from pocketize.version import VERSION
+
+FORMAT = 1
+"""Version of the metadata. A reader refuses what is newer than itself and reads what is older."""
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What :func:`~pocketize.artifact.states.describe_state` returns."""
+
+    modes: dict[str, bool]
+    frozen: tuple[str, ...]
+    channels_last: tuple[str, ...]
+    buffers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a file's metadata hold; ``model`` is for error messages only."""
+
+    format: int
+    pocketize: str
+    model: str
+    records: tuple[Any, ...]
+    ties: dict[str, str]
+    state: SavedState
+    constants: dict[str, Any]
+
+
+def write_recipe(model: nn.Module, state: Mapping[str, Any], ties: Mapping[str, str]) -> str:
+    """Write the recipe of a model.
+
+    Args:
+        model: the model.
+        state: what :func:`~pocketize.artifact.states.full_state` returns.
+        ties: other names of its tensors.
+
+    Raises:
+        ArtifactError: its class adds to its ``state_dict`` what could not be given back.
+    """
+    data = {
+        "format": FORMAT,
+        "pocketize": VERSION,
+        "torch": str(torch.__version__),
+        "model": type(model).__qualname__,  # for error messages only
+        "records": [in_folder(record, None).to_json() for record in history(model)],
+        "ties": ties,
+        "state": describe_state(model, state),
+        "constants": constants_of(model, state),
+    }
+    return json.dumps(data, sort_keys=True, allow_nan=False)
+
+
+def in_folder(record: PassRecord, folder: str | None) -> PassRecord:
+    """Return a record with the caller's folder, or none, in place of the one that it names."""
+    named = {key: value for key, value in record.options.items() if key != "folder"}
+    edits = []
+    for edit in record.edits:
+        options = edit.get("options")
+        if isinstance(options, dict) and "folder" in options:
+            place = folder if "disk" in options.values() else None
+            edit = {**edit, "options": {**options, "folder": place}}
+            named |= {} if place is None else {"folder": place}
+        edits.append(edit)
+    return dataclasses.replace(record, options=named, edits=tuple(edits))
+
+
+def read_recipe(path: str | os.PathLike[str], header: Header) -> Recipe:
+    """Read the recipe of a file.
+
+    Raises:
+        ArtifactError: there is none, it is damaged, or a newer version wrote it.
+    """
+    text = header.metadata.get("pocketize")
+    if text is None:
+        raise ArtifactError(
+            f"{path} holds plain weights and no recipe: pocketize did not write it. Load it with "
+            "model.load_state_dict(safetensors.torch.load_file(path))"
+        )
+    try:
+        data = read_json(text)
+        version = data["format"]
+        if isinstance(version, int) and version > FORMAT:
+            raise ArtifactError(
+                f"{path} was written by pocketize {data.get('pocketize')} in format {version}; "
+                f"this is pocketize {VERSION}, which reads formats up to {FORMAT}. "
+                "Install a newer pocketize"
+            )
+        names = {field.name for field in dataclasses.fields(Recipe)}
+        given = {key: value for key, value in data.items() if key in names}
+        # older files have no constants
+        return read_as(Recipe, {"constants": {}, **given}, "recipe")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"the recipe in {path} is damaged: {error}") from error
