@@ -14,6 +14,7 @@ from pocketize.plugin.base import Guarantee, Pass
 from pocketize.plugin.recipe import dump_recipe
 from pocketize.report import render
 from pocketize.report.blocks import Block, Heading, Paragraph, Table
+from pocketize.report.page import html
 from pocketize.units import bytes_text, ratio_text, seconds_text
 
 
@@ -132,8 +133,7 @@ class Fit:
 
     def to_html(self) -> str:
         """Return a page with the table and, where matplotlib is installed, the curve."""
-        page = render.html(self._blocks())
-        return page.replace("</body>", f"{self._svg()}</body>")
+        return html(self._blocks()).replace("</body>", f"{self._svg()}</body>")
 
     def plot(self, ax: Any = None) -> Any:
         """Draw time against peak, one mark a way; needs matplotlib.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Bars", "Block", "Cell", "Code", "Heading", "Paragraph", "Section", "Table"]
+__all__ = ["Bars", "Block", "Cell", "Code", "Heading", "Paragraph", "Section", "Table", "Timeline"]
 
 from dataclasses import dataclass
 
@@ -26,10 +26,16 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Running text; ``strong`` for the verdict."""
+    """Running text.
+
+    Attributes:
+        strong: for the verdict.
+        tone: ``"good"`` or ``"bad"``, for the formats that have colours.
+    """
 
     text: str
     strong: bool = False
+    tone: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,9 @@ class Table:
     Attributes:
         columns: Headings.
         rows: Cells, as many in each row as there are columns.
-        right: How many of the last columns hold figures and are aligned right.
+        right: How many columns hold figures and are aligned right: the last ones, but for
+            ``trailing`` columns of text.
+        trailing: Columns of text behind the figures.
         indented: Rows (by index) that are parts of the row above them.
     """
 
@@ -47,6 +55,12 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     right: int = 0
     indented: frozenset[int] = frozenset()
+    trailing: int = 0
+
+    @property
+    def left(self) -> int:
+        """How many columns stand before the figures."""
+        return len(self.columns) - self.right - self.trailing
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,21 @@ class Bars:
 
 
 @dataclass(frozen=True)
+class Timeline:
+    """Live memory over a step, for the formats that can draw.
+
+    Attributes:
+        title: what is drawn, and its peak.
+        events: stage of the step, module and bytes, in order.
+        scale: bytes at the top edge.
+    """
+
+    title: str
+    events: tuple[tuple[str, str, int], ...]
+    scale: int
+
+
+@dataclass(frozen=True)
 class Section:
     """Blocks under a title. In a comment only the title shows, until the reader opens it."""
 
@@ -65,4 +94,4 @@ class Section:
     blocks: tuple[Block, ...]
 
 
-Block = Heading | Paragraph | Table | Bars | Section
+Block = Heading | Paragraph | Table | Bars | Timeline | Section

@@ -19,7 +19,8 @@ from pocketize.report.differences import common_modes, status, unlike
 from pocketize.report.gate import LimitCheck, Threshold, judge
 from pocketize.report.layout import layout, remarks, verdict
 from pocketize.report.measurement import Measurement, Mode, check_modes, dump, load, take
-from pocketize.report.render import html, markdown, text
+from pocketize.report.page import html
+from pocketize.report.render import markdown, text
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from pocketize.memory import MemoryProfile, top_modules
 from pocketize.memory.tracker import CATEGORIES
-from pocketize.report.blocks import Bars, Block, Cell, Code, Heading, Paragraph, Section, Table
+from pocketize.report.blocks import (
+    Bars,
+    Block,
+    Cell,
+    Code,
+    Heading,
+    Paragraph,
+    Section,
+    Table,
+    Timeline,
+)
 from pocketize.report.differences import (
     between,
     changes,
@@ -60,11 +70,12 @@ def layout(*sides: Measurement, checks: Sequence[LimitCheck] = ()) -> list[Block
     said = remarks(*sides) if two else tuple(_uncounted(sides))
     return [
         Heading(f"pocketize {'report' if two else 'measurement'}: {names}", level=1),
-        Paragraph(verdict(sides, checks), strong=True),
+        Paragraph(verdict(sides, checks), strong=True, tone=_tone(sides, checks)),
         _figures(sides, checks),
         *map(Paragraph, (*_moments(sides), *said)),
         *(_changes(*sides) if two else ()),
         Bars(tuple(bars), tuple(bars.values())),
+        *_timelines(sides),
         Section("What the peaks consist of", (_parts(sides),)),
         *_modules(sides),
         *_rewrites(between(*sides) if two else sides[0].passes),
@@ -99,6 +110,11 @@ def verdict(sides: Sides, checks: Sequence[LimitCheck] = ()) -> str:
     elif checks:
         stands += f", within {', '.join(str(check.threshold) for check in checks)}"
     return f"{stands[0].upper()}{stands[1:]}. {figures} {_promise(sides[0], sides[1])}"
+
+
+def _tone(sides: Sides, checks: Sequence[LimitCheck]) -> str:
+    stands = status(sides[0], sides[1], checks) if len(sides) > 1 else ""
+    return {"over the limit": "bad", "better": "good", "ok": "good"}.get(stands, "")
 
 
 def remarks(before: Measurement, after: Measurement) -> tuple[str, ...]:
@@ -186,7 +202,9 @@ def _figures(sides: Sides, checks: Sequence[LimitCheck]) -> Table:
             row.append("; ".join(map(_limit, (c for c in checks if c.threshold.metric == name))))
         rows.append(tuple(row))
     columns = ("", "before", "after", "change") if len(sides) > 1 else ("", "figure")
-    return Table((*columns, "limit") if checks else columns, tuple(rows), len(columns) - 1)
+    if not checks:
+        return Table(columns, tuple(rows), len(columns) - 1)
+    return Table((*columns, "limit"), tuple(rows), len(columns) - 1, trailing=1)
 
 
 def _percent(before: float | None, after: float | None) -> str:
@@ -226,6 +244,25 @@ def _mostly(profile: MemoryProfile) -> str:
     parts = sorted(_ordered(profile.categories).items(), key=lambda item: -item[1])
     largest = [part for part in parts[:2] if 10 * part[1] > profile.peak] or parts[:1]
     return " and ".join(f"{name.replace('_', ' ')} ({bytes_text(n)})" for name, n in largest)
+
+
+def _timelines(sides: Sides) -> Iterator[Block]:
+    """The timelines of the training step, or of the forward if there is none, on one scale."""
+    mode, profiles = next(common_modes(sides))
+    labels = (", before", ", after") if len(sides) > 1 else ("",)
+    scale = max((size for p in profiles for _, size in p.timeline), default=0)
+    for label, profile in zip(labels, profiles, strict=True):
+        events = tuple((*_split(name), size) for name, size in profile.timeline)
+        peak = max((size for _, size in profile.timeline), default=0)
+        when = f", {_when(profile)}" if profile.moment[0] else ""
+        title = f"Live tensors over a {_MODES[mode][1]}{label}: peak {bytes_text(peak)}{when}"
+        if scale > 0:
+            yield Timeline(title, events, scale)
+
+
+def _split(label: str) -> tuple[str, str]:
+    stage, _, module = label.partition(" ")
+    return stage, module
 
 
 def _changes(before: Measurement, after: Measurement) -> Iterator[Block]:

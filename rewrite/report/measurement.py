@@ -36,7 +36,8 @@ from pocketize.memory import MemoryProfile, measure
 from pocketize.plugin.base import PassRecord
 from pocketize.report.layers import LayerSummary, layers_of
 from pocketize.report.layout import layout
-from pocketize.report.render import html, markdown, text
+from pocketize.report.page import html
+from pocketize.report.render import markdown, text
 from pocketize.untrusted import read_as, read_json, scrub
 from pocketize.version import VERSION
 
