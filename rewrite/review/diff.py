@@ -19,7 +19,8 @@ from pocketize.report import METRICS, Measurement, Threshold, compare_measuremen
 from pocketize.report.blocks import Block, Code, Heading, Paragraph, Section, Table
 from pocketize.report.gate import judge
 from pocketize.report.layout import layout
-from pocketize.report.render import html, markdown, text
+from pocketize.report.page import html
+from pocketize.report.render import markdown, text
 from pocketize.review.child import top_levels
 from pocketize.review.config import EXAMPLE, Configuration, WatchedModel, read_configuration
 from pocketize.review.revisions import Repository, Revision
