@@ -6,9 +6,10 @@
 A budget is a part of the peak of the untouched training step (Adam, batch 1). Each network
 has a process of its own. For each budget the table has what was chosen, the estimate, the live
 tensors of a real step and their ratio, the predicted and the taken time of a step (one thread, the
-processor's seconds, relative to untouched), and how far the gradients are from those of the
-untouched network in float64, relative to the largest. A budget that cannot be met has the
-least peak that was found. Finished networks are kept in the JSON file; Markdown goes to stdout.
+processor's seconds, relative to untouched), how far the gradients are from those of the untouched
+network in float64, relative to the largest, and the processor's seconds of the search. A budget
+that cannot be met has the least peak that was found. Finished networks are kept in the JSON file;
+Markdown goes to stdout.
 """
 
 from __future__ import annotations
@@ -107,19 +108,18 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
     device = torch.device(task["device"])
     model = model.to(device).train()
     untouched = measure(model, inputs, estimate=True).peak
-    seconds = _seconds(model, inputs)
+    seconds, gradients = _seconds(model, inputs), _gradients(model, inputs)
     rows = []
     for part in task["budgets"]:
         row: dict[str, Any] = {"budget": part}
-        begun = time.monotonic()
+        begun = time.process_time()
         try:
             found = fit(model, inputs, memory=int(part * untouched), prove=False)
         except FitError as error:
-            row["refused"] = str(error)
+            row |= {"search": time.process_time() - begun, "refused": str(error)}
         else:
-            real = measure(
-                found.model, inputs, step_in_backward=found.chosen.step_in_backward, isolate=True
-            )
+            row["search"] = time.process_time() - begun
+            real = measure(found.model, inputs, step_in_backward=found.chosen.step_in_backward)
             row |= {
                 "way": found.chosen.label,
                 "estimated": found.chosen.peak,
@@ -127,19 +127,18 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
                 "within": real.peak <= part * untouched,
                 "time": found.chosen.time,
                 "took": _seconds(found.model, inputs) / seconds,
-                "difference": _difference(model, found.model, inputs),
+                "difference": _difference(gradients, _gradients(found.model, inputs)),
             }
-        row["seconds"] = time.monotonic() - begun
         rows.append(row)
     return {"untouched": untouched, "inputs": inputs, "rows": rows, "torch": torch.__version__}
 
 
 def _seconds(model: nn.Module, inputs: str) -> float:
-    """Return the processor's seconds of a step, without the optimizer's; the least of three."""
+    """Return the processor's seconds of a step, without the optimizer's; the least of two."""
     net = copy.deepcopy(model).train()
     x = torch.randn([int(n) for n in inputs.split("x")], device=next(net.parameters()).device)
     best = float("inf")
-    for _ in range(3):
+    for _ in range(2):
         begun = time.process_time()
         outputs = net(x)
         outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
@@ -150,37 +149,33 @@ def _seconds(model: nn.Module, inputs: str) -> float:
     return best
 
 
-def _difference(one: nn.Module, other: nn.Module, inputs: str) -> float:
-    """Return how far gradients are apart in float64, relative to the largest of each tensor."""
+def _gradients(model: nn.Module, inputs: str) -> list[torch.Tensor]:
+    """Return the gradients of a step in float64."""
+    net = copy.deepcopy(model).double().train()
     torch.manual_seed(0)
-    parameter = next(one.parameters())
-    x = torch.randn([int(n) for n in inputs.split("x")], device=parameter.device).double()
+    x = torch.randn([int(n) for n in inputs.split("x")], dtype=torch.float64)
+    outputs = net(x.to(next(net.parameters()).device))
+    outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    torch.stack([out.pow(2).mean() for out in outputs]).sum().backward()
+    return [p.grad for p in net.parameters() if p.grad is not None]
 
-    def gradients(net: nn.Module) -> list[torch.Tensor]:
-        net = copy.deepcopy(net).double().train()
-        torch.manual_seed(0)
-        outputs = net(x)
-        outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-        torch.stack([out.pow(2).mean() for out in outputs]).sum().backward()
-        return [p.grad for p in net.parameters() if p.grad is not None]
 
-    pairs = list(zip(gradients(one), gradients(other), strict=True))
-    largest = max(float(a.abs().max()) for a, _ in pairs)
-    return max(float((a - b).abs().max()) for a, b in pairs) / largest
+def _difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    largest = max(float(a.abs().max()) for a in one)
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True)) / largest
 
 
 def _render(records: dict[str, Any]) -> str:
     lines = []
     for name, record in records.items():
         if "failed" in record:
-            lines.append((name, "", "", f"failed: {record['failed'][:80]}", "", "", "", "", "", ""))
+            lines.append((name, "", "", f"failed: {record['failed'][:80]}", *[""] * 7))
             continue
         for row in record["rows"]:
             first = (f"{name}, {record['inputs']}", f"{record['untouched'] / _MIB:.0f}")
             if "refused" in row:
-                lines.append(
-                    (*first, f"{row['budget']:.2f}", row["refused"], "", "", "", "", "", "")
-                )
+                budget, search = f"{row['budget']:.2f}", f"{row['search']:.0f}"
+                lines.append((*first, budget, row["refused"], *[""] * 6, search))
                 continue
             lines.append(
                 (
@@ -193,12 +188,13 @@ def _render(records: dict[str, Any]) -> str:
                     f"{row['time']:.2f}",
                     f"{row['took']:.2f}",
                     f"{row['difference']:.0e}",
+                    f"{row['search']:.0f}",
                 )
             )
     heads = ("network", "untouched, MiB", "budget", "way", "peak", "measured / estimated")
     return tabulate(
         lines,
-        (*heads, "within", "time", "took", "gradients"),
+        (*heads, "within", "time", "took", "gradients", "search, s"),
         tablefmt="github",
         disable_numparse=True,
     )
