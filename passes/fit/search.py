@@ -32,6 +32,7 @@ from pocketize.passes.fit.result import Fit, FitPoint
 from pocketize.passes.fit.time_model import TimeModel
 from pocketize.passes.fit.ways import UNTOUCHED, Way, try_ways
 from pocketize.passes.recompute.curve import Choice, curve
+from pocketize.passes.recompute.recompute import Recompute
 from pocketize.plugin.base import Guarantee, Pass
 from pocketize.plugin.edits import Convert
 from pocketize.plugin.recipe import dump_recipe
@@ -126,6 +127,7 @@ class FitSearch:
         usable: bytes that tensors may take.
         points: what was estimated, in the order in which it was tried.
         untouched: the first of them.
+        fixed: bytes of weights, optimizer state and inputs, which no exact way can lower.
         refused: why a candidate could not be applied, by its label.
     """
 
@@ -150,6 +152,7 @@ class FitSearch:
         self.refused: dict[str, str] = {}
         self._again: set[str] = set()
         self._seconds = 1.0
+        self.fixed = 0
         progress("tracing the network")
         # predicted seconds are of a number of threads
         self.cache = EstimateCache(request, f"{self.times.cache} {torch.get_num_threads()}")
@@ -162,7 +165,8 @@ class FitSearch:
             FitError: nothing fits.
         """
         for guarantee in allowed:
-            try_ways(self, guarantee)
+            if self.fixed <= self.usable or guarantee is Guarantee.RETRAIN:
+                try_ways(self, guarantee)
             chosen = self.best(guarantee)
             if chosen is not None:
                 break
@@ -203,8 +207,11 @@ class FitSearch:
 
     def fits(self, point: FitPoint) -> bool:
         """Tell whether a point is within the budget and the allowed time."""
-        slow = self.max_time is not None and point.time > self.max_time and point.passes
-        return point.peak <= self.usable and not slow
+        return point.peak <= self.usable and not self.slow(point)
+
+    def slow(self, point: FitPoint) -> bool:
+        """Tell whether a point takes more than the allowed time."""
+        return self.max_time is not None and point.time > self.max_time and bool(point.passes)
 
     def gradients_decide(self, point: FitPoint) -> bool:
         """Tell whether a step in the backward pass may bring a point into the budget."""
@@ -255,7 +262,7 @@ class FitSearch:
             gradients=known["gradients"],
         )
         if not self.points:
-            self._seconds = seconds
+            self._seconds, self.fixed = seconds, known["fixed"]
         self.points.append(point)
         return point
 
@@ -264,21 +271,26 @@ class FitSearch:
         model, request = self.request.model, self.request
         for given in passes:
             if given.name == "patchwise":  # planning runs small volumes
-                model = clone(model)
-                options = given.conversion_options()
-                apply_edits(model, [Convert("", given.name, options)])
+                edit = Convert("", given.name, given.conversion_options())
+            elif isinstance(given, Recompute):  # planning records the step
+                edit = given.unchecked(capture(model, request.inputs, train=True))
+            else:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    model = rewrite(model, given, inputs=request.inputs, strict=True)
                 continue
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = rewrite(model, given, inputs=request.inputs, strict=True)
+            model = clone(model)
+            apply_edits(model, [edit])
         return model
 
     def _estimate(self, way: Way | FitPoint, model: nn.Module) -> dict[str, Any]:
         work = Work()
         request = replace(self.request, model=model, step_in_backward=way.step_in_backward)
         profile = measure_here(request, work=work)
+        fixed = ("parameters", "optimizer_state", "inputs")
         return {
             "peak": profile.peak,
+            "fixed": sum(profile.categories[name] for name in fixed),
             "elsewhere": profile.elsewhere,
             "flops": work.flops,
             "gradients": profile.categories["gradients"],
@@ -289,7 +301,13 @@ class FitSearch:
         """Say what was tried in vain and what would help."""
         limit = f" in {self.max_time:g} times the time" if self.max_time is not None else ""
         parts = [f"nothing that is allowed fits into {bytes_text(self.usable)}{limit}."]
-        for guarantee in allowed:
+        hopeless = self.fixed > self.usable
+        if hopeless:
+            parts.append(
+                f"Weights, optimizer state and inputs alone take {bytes_text(self.fixed)}, however "
+                "the network is run."
+            )
+        for guarantee in [Guarantee.RETRAIN] if hopeless else allowed:
             of = [p for p in self.points if p.guarantee is guarantee]
             if of:
                 least = min(of, key=lambda p: p.peak)
@@ -297,7 +315,7 @@ class FitSearch:
                     f"The least peak with guarantee {guarantee.value} is {bytes_text(least.peak)} "
                     f"({least.label}, {least.time:.2f} times the time)."
                 )
-        weaker = [g.value for g in Guarantee if g not in allowed]
+        weaker = [g.value for g in Guarantee if g not in allowed][-1 if hopeless else 0 :]
         advice = f"allow={weaker[0]!r} (--allow {weaker[0]}), or " if weaker else ""
         return " ".join([*parts, f"Try {advice}a smaller input: `pocketize fit --largest-input`."])
 

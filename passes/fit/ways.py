@@ -122,8 +122,8 @@ def _try_smaller(
         point = search.try_way(way)
         if point is not None and search.gradients_decide(point):
             point = search.try_way(way.stepping())
-        if point is None or point.peak <= search.usable:
-            return True  # refused; or it fits, and smaller tiles are slower
+        if point is None or point.peak <= search.usable or search.slow(point):
+            return True  # refused; or it fits, or takes too long, and smaller tiles are slower
         if point.peak > _WORTH * peak:
             return False
         peak = point.peak

@@ -13,7 +13,7 @@ import torch
 from pocketize._torch import FakeTensorMode
 from pocketize.engine.surgery import apply_edits
 from pocketize.errors import OptionError, PocketizeError, RewriteError
-from pocketize.graph.capture import quiet_tracing
+from pocketize.graph.capture import TracedGraph, quiet_tracing
 from pocketize.graph.clone import clone_modules, fake_clone
 from pocketize.graph.methods import set_mode
 from pocketize.memory import measure
@@ -150,6 +150,11 @@ class Recompute(Pass):
             if self.budget is None:
                 return None
             raise RewriteError(f"recompute: a budget needs an estimate: {error}") from error
+
+    def unchecked(self, traced: TracedGraph) -> Convert:
+        """Return the edit for the model that was traced, in training, as no plan has checked it."""
+        uses = find_uses(traced)
+        return self._edit(_names(chosen(uses, self.keep)), freed(traced, uses))
 
     def _edit(self, rebuilt: Iterable[str], frees: Mapping[str, tuple[int, ...]]) -> Convert:
         listed = {name: list(parts) for name, parts in sorted(frees.items())}

@@ -19,7 +19,7 @@ MODEL = "tests.passes.fit.conftest:UNet3d"
 def test_model_recipe_and_report_are_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    budget = int(0.6 * measure(UNet3d(), INPUT, estimate=True).peak)
+    budget = int(0.75 * measure(UNet3d(), INPUT, estimate=True).peak)
     model, recipe, report = (
         tmp_path / "lean.safetensors",
         tmp_path / "fit.toml",
@@ -40,7 +40,7 @@ def test_model_recipe_and_report_are_written(
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["--memory", "1kB"], 1, "The least peak with guarantee exact"),
+        (["--memory", "1kB"], 1, "Weights, optimizer state and inputs alone take"),
         (["--memory", "much"], 1, "is no size"),
         (["--memory", "1GiB", "--input", "1x1x33x33"], 3, "1x1x33x33"),
         (["--memory", "1GiB", "--largest-input"], 2, "no N"),
