@@ -310,7 +310,7 @@ class FitSearch:
         for guarantee in [Guarantee.RETRAIN] if hopeless else allowed:
             of = [p for p in self.points if p.guarantee is guarantee]
             if of:
-                least = min(of, key=lambda p: p.peak)
+                least = min(of, key=lambda p: (self.slow(p), p.peak))
                 parts.append(
                     f"The least peak with guarantee {guarantee.value} is {bytes_text(least.peak)} "
                     f"({least.label}, {least.time:.2f} times the time)."

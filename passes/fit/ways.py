@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["UNTOUCHED", "Way", "try_ways"]
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
     from pocketize.passes.fit.search import FitSearch
 
 #: Slabs of these parts of the longest axis are tried until one fits, then blocks of these parts of
-#: every axis.
-_SLABS, _BLOCKS = (2, 3, 4, 6, 8, 12, 16, 24), (3, 4, 6)
+#: every axis. Thinner slabs save nothing: the coarse levels of a U-Net run whole.
+_SLABS, _BLOCKS = (2, 3, 4, 6, 8, 12), (3, 4, 6)
 #: Points of the curve of recompute that are estimated although another one fits.
 _SHOWN = 3
 #: Smaller tiles are not tried if the last ones took more than this part of the peak before.
@@ -109,11 +108,13 @@ def _try_tiles(search: FitSearch, *before: Pass) -> None:
 
 
 def _try_smaller(
-    search: FitSearch, family: Sequence[dict[str, Any]], place: str, before: tuple[Pass, ...]
+    search: FitSearch, family: list[dict[str, Any]], place: str, before: tuple[Pass, ...]
 ) -> bool:
     """Return whether there is no need to go on: tiles are refused, or some fit."""
-    peak = math.inf
-    for cut in family:
+    tried: list[tuple[int, int]] = []  # voxels of a tile, peak
+    left = list(family)
+    while left:
+        cut = left.pop(0)
         train = {"train": True} if search.request.train else {}
         tiles = _pass("patchwise", mode="exact", **cut, keep=place, output=place, **train)
         size = cut["size"]
@@ -124,10 +125,21 @@ def _try_smaller(
             point = search.try_way(way.stepping())
         if point is None or point.peak <= search.usable or search.slow(point):
             return True  # refused; or it fits, or takes too long, and smaller tiles are slower
-        if point.peak > _WORTH * peak:
+        if tried and point.peak > _WORTH * tried[-1][1]:
             return False
-        peak = point.peak
+        tried.append((_voxels(cut), point.peak))
+        if len(tried) > 1:  # where the line through the last two is, estimates are left out
+            (much, high), (little, low) = tried[-2:]
+            slope = (high - low) / max(1, much - little)
+            most = search.usable + (0 if search.request.optimizer is None else point.gradients)
+            while len(left) > 1 and low - slope * (little - _voxels(left[0])) > most:
+                left.pop(0)
     return False
+
+
+def _voxels(cut: dict[str, Any]) -> int:
+    size = cut["size"]
+    return size if isinstance(size, int) else math.prod(size)
 
 
 def _try_amp(search: FitSearch) -> None:
