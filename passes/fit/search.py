@@ -20,7 +20,7 @@ from torch import nn
 from pocketize.engine.pipeline import rewrite
 from pocketize.engine.surgery import apply_edits
 from pocketize.errors import FitError, PocketizeError
-from pocketize.graph.capture import settle_inputs
+from pocketize.graph.capture import capture, settle_inputs
 from pocketize.graph.clone import clone
 from pocketize.graph.sizes import suggest_sizes
 from pocketize.memory.meter import measure_here
