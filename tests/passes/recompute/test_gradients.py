@@ -73,7 +73,7 @@ def test_every_activation(act: str) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=examples(20), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(8), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     norm=st.sampled_from(sorted(NORMS)),
     act=st.sampled_from(sorted(ACTS)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,6 +40,11 @@ class Net(nn.Module):
 
 
 def _nets() -> tuple[nn.Module, nn.Module, Tensor]:
+    return copy.deepcopy(_made())
+
+
+@functools.cache
+def _made() -> tuple[nn.Module, nn.Module, Tensor]:
     torch.manual_seed(0)
     model, x = Net().double(), double(1, 1, 12, 14)
     return model, rewrite(model, Patchwise(size=5, train=True, progress=False), inputs=x), x
