@@ -36,6 +36,7 @@ __all__ = [
     "measure",
     "plan",
     "pocketize",
+    "rebind",
     "replay",
     "rewrite",
     "save",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from pocketize.passes.fit.largest import largest_input
     from pocketize.passes.fit.search import fit
     from pocketize.plugin.base import Guarantee, Pass, PassRecord
+    from pocketize.rebind import rebind
     from pocketize.report import compare
 
 attach(
@@ -76,6 +78,7 @@ attach(
         "artifact": "load save",
         "memory": "measure",
         "optim": "step_in_backward",
+        "rebind": "rebind",
         "passes.fit.largest": "largest_input",
         "passes.fit.search": "fit",
     },

@@ -26,6 +26,7 @@ ENGINE = (
     "lazy",
     "_torch",
     "optim",
+    "rebind",
     "ops",
     "graph",
     "plugin",
