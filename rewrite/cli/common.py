@@ -32,11 +32,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pocketize.artifact.files import atomic_write
 from pocketize.errors import ArtifactError, PocketizeError
 from pocketize.untrusted import printable, read_json, read_toml
 
-# torch takes seconds to import, and the help and the version need none: functions import it
+# what the help and the version do not need is imported in functions; torch alone takes seconds
 if TYPE_CHECKING:
     from pocketize.artifact.models import ResolvedModel
     from pocketize.graph.inputs import Inputs
@@ -85,6 +84,8 @@ def write_out(text: str, path: str | None, *, force: bool = False) -> None:
     if path is None:
         show(text)
         return
+    from pocketize.artifact.files import atomic_write
+
     with atomic_write(path, overwrite=force) as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")
 

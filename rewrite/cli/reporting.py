@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["output_format", "render", "run_demo", "run_measure", "run_report"]
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from pocketize.artifact import load
 from pocketize.artifact.models import ResolvedModel, resolve
+from pocketize.artifact.statefile import has_recipe
 from pocketize.cli.commands import load_command
 from pocketize.cli.common import (
     CHECK_FAILED,
@@ -55,9 +57,8 @@ def run_measure(args: argparse.Namespace) -> int:
     resolved = resolve_model(args)
     inputs = inputs_of(args, resolved)
     model = _rewritten(args, resolved, passes, inputs) if passes else resolved.model
-    progress("measuring")
-    options = _options(args) | ({} if args.mode == "both" else {"modes": [args.mode]})
-    taken = take(model, inputs, **options)
+    modes = ["train", "infer"] if args.mode == "both" else [args.mode]
+    taken = take(model, inputs, **_options(args, modes))
     write_out(render(taken, layout), args.output, force=args.force)
     return DONE
 
@@ -92,20 +93,18 @@ def _compared(args: argparse.Namespace, passes: list[Pass]) -> Comparison:
     if old is None:
         before = resolve_model(args)
         if new is not None:
-            progress("measuring")
-            taken = take(before.model, args.input or _input_text(new), **_options(args, new))
+            taken = take(before.model, args.input or _input_text(new), **_options_of(args, new))
             return compare_measurements(taken, new, anyway=args.anyway)
         if args.thresholds and args.input is None:
             raise UsageError("--fail-over needs --input: the limit is on figures of this size")
         inputs = inputs_of(args, before)
         after = _rewritten(args, before, passes, inputs) if passes else _after(args, before)
-        progress("measuring both models")
-        return compare(before.model, after, inputs, anyway=args.anyway, **_options(args))
+        options = _options(args, ["train", "infer"], sides=2)
+        return compare(before.model, after, inputs, anyway=args.anyway, **options)
     if passes:
         raise UsageError(f"{args.model} holds figures and no model that --pass could rewrite")
     after = _after(args, None)
-    progress("measuring")
-    taken = take(after, args.input or _input_text(old), **_options(args, old))
+    taken = take(after, args.input or _input_text(old), **_options_of(args, old))
     return compare_measurements(old, taken, anyway=args.anyway)
 
 
@@ -128,22 +127,27 @@ def output_format(args: argparse.Namespace) -> str:
     return args.format or _FORMATS.get(Path(args.output or "").suffix.lower(), "text")
 
 
-def _options(args: argparse.Namespace, like: Measurement | None = None) -> dict[str, Any]:
-    """How to measure: as asked for, and otherwise as ``like`` was measured."""
-    options: dict[str, Any] = {
+def _options(args: argparse.Namespace, modes: list[str], sides: int = 1) -> dict[str, Any]:
+    numbers, total = itertools.count(1), sides * len(modes)
+    return {
+        "modes": modes,
+        "progress": lambda text: progress(f"figure {next(numbers)} of {total}: {text}"),
         "optimizer": None if args.optimizer == "none" else args.optimizer or "adam",
         "estimate": args.estimate,
         "time_steps": args.time_steps,
         "device": args.device,
         "step_in_backward": args.step_in_backward,
     }
-    if like is not None:
-        options["modes"] = [profile.mode for profile in like.profiles]
-        options["estimate"] |= like.profiles[0].estimated
-        if like.train is not None:
-            options["step_in_backward"] |= like.train.step_in_backward
-            if args.optimizer is None:
-                options["optimizer"] = like.train.optimizer
+
+
+def _options_of(args: argparse.Namespace, like: Measurement) -> dict[str, Any]:
+    """How to measure: as asked for, and otherwise as ``like`` was measured."""
+    options = _options(args, [profile.mode for profile in like.profiles])
+    options["estimate"] |= like.profiles[0].estimated
+    if like.train is not None:
+        options["step_in_backward"] |= like.train.step_in_backward
+        if args.optimizer is None:
+            options["optimizer"] = like.train.optimizer
     return options
 
 
@@ -175,7 +179,7 @@ def _rewritten(
 
 def _after(args: argparse.Namespace, before: ResolvedModel | None) -> nn.Module:
     kwargs = parse_kwargs(args.after_kwargs, "--after-kwargs")
-    if Path(args.after).suffix.lower() != ".safetensors":
+    if Path(args.after).suffix.lower() != ".safetensors" and not has_recipe(args.after):
         with reading():
             return resolve(
                 args.after,

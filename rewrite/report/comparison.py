@@ -140,6 +140,7 @@ def compare(
     device: str | torch.device | None = None,
     step_in_backward: bool = False,
     anyway: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Compare the memory, size and time of two networks.
 
@@ -161,6 +162,7 @@ def compare(
         step_in_backward: Update parameters in the backward pass, see
             :func:`pocketize.step_in_backward`.
         anyway: As of :func:`compare_measurements`.
+        progress: As of :func:`take`.
 
     Returns:
         The comparison; ``print()`` it.
@@ -184,6 +186,7 @@ def compare(
                 loss=loss,
                 device=device,
                 step_in_backward=step_in_backward,
+                progress=lambda text: progress(f"{side}, {text}"),
             )
         except MeasureError as error:
             raise MeasureError(f"compare, {side}, {error}") from error

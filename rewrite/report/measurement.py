@@ -180,6 +180,7 @@ def take(
     device: str | torch.device | None = None,
     step_in_backward: bool = False,
     name: str | None = None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Measurement:
     """Measure one network: each mode in a fresh process, so that they do not affect each other.
 
@@ -196,6 +197,7 @@ def take(
         step_in_backward: update parameters in the backward pass, see
             :func:`pocketize.step_in_backward`.
         name: what to call the network; by default the name of its class.
+        progress: called with what is measured next, once a mode.
 
     Raises:
         InputError: the inputs cannot be read, or none could be guessed.
@@ -208,6 +210,7 @@ def take(
     profiles: dict[str, MemoryProfile] = {}
     for mode in modes:
         training = mode == "train"
+        progress(f"{'a training step' if training else 'inference'} of {type(model).__name__}")
         try:
             profile = measure(
                 model,

@@ -181,3 +181,29 @@ def test_the_demo_fits_and_reports(
     assert "Measured on cpu: training peak " in out
     assert "5,470,850" in out
     assert out.endswith("pocketize apply zoo:pocketnet_unet3d --pass pocket -o small.safetensors\n")
+
+
+def test_long_work_says_how_far_it_is(run: Run) -> None:
+    saved = run("apply", "my_nets:Net", "--pass", "pocket", *INPUT, "-o", "small.pt")
+    assert saved.code == 0
+    code, out, err = run("report", "my_nets:Net", "small.pt", *INPUT, "--estimate", "-v")
+    assert code == 0
+    assert "parameters 698 -> 206" in out
+    assert err == (
+        "pocketize: building my_nets:Net\n"
+        "pocketize: figure 1 of 4: before, a training step of Net\n"
+        "pocketize: figure 2 of 4: before, inference of Net\n"
+        "pocketize: figure 3 of 4: after, a training step of Net\n"
+        "pocketize: figure 4 of 4: after, inference of Net\n"
+    )
+
+
+def test_a_file_that_does_not_fit_is_wrong_usage(run: Run) -> None:
+    saved = run("apply", "my_nets:small", "--pass", "pocket:width=2", *INPUT, "-o", "a.safetensors")
+    assert saved.code == 0
+    for command in (
+        ("report", "my_nets:Net", "a.safetensors", *INPUT, "--estimate"),
+        ("plan", "my_nets:Net", "--weights", "a.safetensors", "--pass", "pocket", *INPUT),
+    ):
+        code, _, err = run(*command)
+        assert (code, "the factory does not build the model that was saved" in err) == (2, True)
