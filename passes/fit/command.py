@@ -56,6 +56,11 @@ class FitCommand:
             action="store_true",
             help="find the largest N that fits; write --input with N, as 1x1xNxNxN",
         )
+        parser.add_argument(
+            "--resident",
+            action="store_true",
+            help="on the CPU, --memory is what the process may grow by, not live tensors",
+        )
         parser.add_argument("--no-proof", action="store_true", help="take no real step")
         parser.add_argument(
             "--format", choices=("text", "markdown", "html", "json"), default="text"
@@ -86,6 +91,7 @@ class FitCommand:
             "max_time": args.max_time,
             "device": args.device,
             "prove": not args.no_proof,
+            "resident": args.resident,
             "progress": progress,
         }
         try:

@@ -73,7 +73,8 @@ class Fit:
         points: all ways that were tried, the largest peak first.
         budget: bytes that were allowed.
         usable: bytes of the budget that tensors may take; less than the budget on a GPU, where
-            the driver's context, workspaces and the allocator's rounding need some.
+            the driver's context, workspaces and the allocator's rounding need some, and where the
+            budget is the process' memory.
         inputs: shapes and dtypes.
         mode: ``"train"`` or ``"infer"``.
         optimizer: of the training step.
@@ -194,8 +195,8 @@ class Fit:
         if self.usable < self.budget:
             texts.insert(
                 1,
-                f"{bytes_text(self.budget - self.usable)} of the budget are left to the driver, to "
-                "workspaces and to the allocator.",
+                f"{bytes_text(self.budget - self.usable)} of the budget are left to what no tensor "
+                "shows: the driver, workspaces and the allocator.",
             )
         if chosen.step_in_backward:
             texts.insert(

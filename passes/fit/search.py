@@ -27,7 +27,7 @@ from pocketize.memory.meter import measure_here
 from pocketize.memory.step import Request
 from pocketize.memory.work import Work
 from pocketize.passes.fit.cache import EstimateCache
-from pocketize.passes.fit.proof import prove_step
+from pocketize.passes.fit.proof import Proof, prove_step
 from pocketize.passes.fit.result import Fit, FitPoint
 from pocketize.passes.fit.time_model import TimeModel
 from pocketize.passes.fit.ways import UNTOUCHED, Way, try_ways
@@ -41,6 +41,8 @@ from pocketize.units import bytes_text, quantity
 #: Of a GPU's budget: what the driver's context takes, and the part of the rest that workspaces and
 #: the allocator's rounding may take.
 _CONTEXT, _MARGIN = 512 << 20, 0.08
+#: A process grows by so many times the live tensors of a step, where it cannot be measured.
+_RESIDENT = 1.3
 
 
 def fit(
@@ -54,6 +56,7 @@ def fit(
     max_time: float | None = None,
     device: str | torch.device | None = None,
     prove: bool = True,
+    resident: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Fit:
     """Rewrite a network so that a step fits a memory budget, exactly if that can be.
@@ -73,6 +76,10 @@ def fit(
         device: where the network will run; by default where it is. A device that this machine does
             not have can be named, for estimates; times are then those of this machine's CPU.
         prove: take a real step in a fresh process, if this machine has the device and the memory.
+            On CUDA its allocator may reserve no more than the budget leaves.
+        resident: on the CPU, the budget is what the process may grow by, instead of live tensors.
+            What is chosen is measured, and if it takes too much, a leaner way is; where no step can
+            be taken, tensors may take the budget divided by 1.3.
         progress: called with a text for whatever takes long.
 
     Returns:
@@ -101,8 +108,9 @@ def fit(
     allowed = list(Guarantee)[: order.index(allow) + 1]
     with suggest_sizes(model, request.inputs):
         search = FitSearch(request, budget, max_time, tell)
-    chosen, lean = search.solve(allowed)
-    proof = prove_step(lean, request, chosen) if prove else "Estimated only, as was asked for."
+    if resident and search.device.type != "cpu":
+        raise FitError("resident=True counts the process' memory on the CPU; leave it out on a GPU")
+    chosen, lean, proof = _solve_and_prove(search, allowed, prove=prove, resident=resident)
     return Fit(
         model=lean,
         chosen=chosen,
@@ -113,9 +121,32 @@ def fit(
         mode=mode,
         optimizer=request.optimizer,
         device=str(search.device),
-        proof=proof,
+        proof=proof.text,
         remarks=search.remarks(),
     )
+
+
+def _solve_and_prove(
+    search: FitSearch, allowed: Sequence[Guarantee], *, prove: bool, resident: bool
+) -> tuple[FitPoint, nn.Module, Proof]:
+    budget = search.budget
+    if resident and not prove:
+        search.restart(int(budget / _RESIDENT))
+    while True:
+        chosen, lean = search.solve(allowed)
+        if not prove:
+            return chosen, lean, Proof("Estimated only, as was asked for.")
+        search.progress("taking two steps")
+        proof = prove_step(lean, search.request, chosen, search.device, budget - _CONTEXT)
+        if not resident or (proof.resident is not None and proof.resident <= budget):
+            return chosen, lean, proof
+        if proof.resident is None:
+            limit = int(budget / _RESIDENT)
+        else:
+            limit = int(chosen.peak * budget / proof.resident)
+        if limit >= search.usable:
+            return chosen, lean, proof
+        search.restart(limit)
 
 
 class FitSearch:
@@ -124,6 +155,7 @@ class FitSearch:
     Attributes:
         request: the step of the untouched network.
         device: where the network will run.
+        budget: bytes that were allowed.
         usable: bytes that tensors may take.
         points: what was estimated, in the order in which it was tried.
         untouched: the first of them.
@@ -142,7 +174,7 @@ class FitSearch:
         model = request.model
         first = next(iter(model.parameters()), None)
         self.device = request.device or (first.device if first is not None else torch.device("cpu"))
-        self.usable = budget
+        self.budget = self.usable = budget
         if self.device.type == "cuda":
             self.usable = int((budget - _CONTEXT) * (1 - _MARGIN))
         here = self.device.type == "cpu" or torch.cuda.is_available()
@@ -191,9 +223,14 @@ class FitSearch:
         if key in self._again:
             raise FitError(f"{chosen.label}: its estimates differ; please report this network")
         self._again.add(key)
+        self.restart(self.usable)
+        return self.solve(allowed)
+
+    def restart(self, usable: int) -> None:
+        """Begin again with other bytes that tensors may take; estimates are kept."""
+        self.usable = usable
         self.points.clear()
         self.untouched = self._start()
-        return self.solve(allowed)
 
     def best(self, guarantee: Guarantee) -> FitPoint | None:
         """Return the fastest point of a guarantee that fits."""
@@ -300,7 +337,12 @@ class FitSearch:
     def _infeasible(self, allowed: Sequence[Guarantee]) -> str:
         """Say what was tried in vain and what would help."""
         limit = f" in {self.max_time:g} times the time" if self.max_time is not None else ""
-        parts = [f"nothing that is allowed fits into {bytes_text(self.usable)}{limit}."]
+        less = (
+            f" (what {bytes_text(self.budget)} leave to tensors)"
+            if self.usable < self.budget
+            else ""
+        )
+        parts = [f"nothing that is allowed fits into {bytes_text(self.usable)}{less}{limit}."]
         hopeless = self.fixed > self.usable
         if hopeless:
             parts.append(

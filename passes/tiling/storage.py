@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pocketize._torch import FakeTensor, without_dispatch_modes
 from pocketize.errors import InputError
-from pocketize.memory.tracker import do_not_count
+from pocketize.memory.tracker import waits_elsewhere
 from pocketize.passes.tiling.intervals import Box, cut
 from pocketize.units import bytes_text
 
@@ -127,11 +127,13 @@ class Storage:
         if isinstance(fake, FakeTensor) and self.place == "disk":  # an estimate has no files
             with without_dispatch_modes(), fake.fake_mode:
                 mapped = torch.empty(size, dtype=dtype)
-            do_not_count(mapped)
+            waits_elsewhere(mapped, host=False)
             return mapped, None
         if self.place == "host":
             pinned = self.device.type == "cuda" and not isinstance(fake, FakeTensor)
-            return torch.empty(size, dtype=dtype, pin_memory=pinned), None
+            row = torch.empty(size, dtype=dtype, pin_memory=pinned)
+            waits_elsewhere(row, host=True)
+            return row, None
         try:
             with tempfile.NamedTemporaryFile(
                 prefix="pocketize-", suffix=".map", dir=self.folder, delete=False

@@ -61,6 +61,7 @@ class Settings:
     matmul_precision: str
     deterministic: bool
     benchmark: bool
+    cuda_fractions: tuple[float, ...] = ()
 
     @classmethod
     def here(cls, request: Request) -> Settings:
@@ -73,6 +74,7 @@ class Settings:
             matmul_precision=torch.get_float32_matmul_precision(),
             deterministic=torch.are_deterministic_algorithms_enabled(),
             benchmark=torch.backends.cudnn.benchmark,
+            cuda_fractions=_cuda_fractions(),
         )
 
     def apply(self) -> None:
@@ -82,6 +84,15 @@ class Settings:
         torch.set_float32_matmul_precision(self.matmul_precision)
         torch.use_deterministic_algorithms(self.deterministic)
         torch.backends.cudnn.benchmark = self.benchmark
+        for device, fraction in enumerate(self.cuda_fractions):
+            torch.cuda.set_per_process_memory_fraction(fraction, device)
+
+
+def _cuda_fractions() -> tuple[float, ...]:
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return ()
+    devices = range(torch.cuda.device_count())
+    return tuple(torch.cuda.get_per_process_memory_fraction(device) for device in devices)
 
 
 def measure_isolated(request: Request) -> MemoryProfile | str:

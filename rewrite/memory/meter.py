@@ -236,7 +236,9 @@ def track(
         observe: for the default tracker.
     """
     paths = ModulePaths(stage.model)
-    tracker = tracker or LiveTracker(stage.device, paths.current, fake=stage.fake, observe=observe)
+    tracker = tracker or LiveTracker(
+        stage.device, paths.current, fake=stage.fake, like_cuda=stage.like_cuda, observe=observe
+    )
     step.clear()
     for path, module in stage.model.named_modules():
         tracker.assign("parameters", held_tensors(module), path)

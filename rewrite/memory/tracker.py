@@ -17,10 +17,10 @@ __all__ = [
     "LiveStorage",
     "LiveTracker",
     "Trace",
-    "do_not_count",
     "is_composite",
     "storage_bytes",
     "storages_of",
+    "waits_elsewhere",
 ]
 
 import dataclasses
@@ -113,6 +113,8 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         device: only tensors on devices of this type count.
         where: returns the path of the module that runs.
         fake: the tensors are fake, but for those that a model hides from ``state_dict``.
+        like_cuda: the tensors are fake ones on the CPU in place of a GPU, whose memory host memory
+            is not.
         every: look at every event for storages that were resized without an operator, not only
             where the peak depends on them.
         observe: called with every operator of the step after it has run: the function, its
@@ -128,6 +130,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         where: Callable[[], str] = str,
         *,
         fake: bool = False,
+        like_cuda: bool = False,
         every: bool = False,
         observe: Callable[[Any, Any, Any, Any], None] | None = None,
     ) -> None:
@@ -135,6 +138,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._every, self._observe = every, observe
         self._sole = counts_in_autograd()
         self._device = device.type
+        self._apart = _ON_DISK, *((_ON_HOST,) if like_cuda or device.type != "cpu" else ())
         self._fake = fake
         self._where = where
         self._phase = ""
@@ -225,13 +229,17 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _storages(self, tensor: Tensor) -> list[torch.UntypedStorage]:
         if tensor.device.type != self._device:
-            return []
+            return [s for s in storages_of(tensor) if tensor.is_cpu and self._is_elsewhere(s)]
         if self._fake and tensor.dim() == 0 and not isinstance(tensor, FakeTensor):
             return []  # a Python number on its way into an operator
         return storages_of(tensor)
 
+    def _is_elsewhere(self, storage: torch.UntypedStorage) -> bool:
+        key = storage_key(storage)
+        return storage.filename is not None or any(t.get(key) is storage for t in self._apart)
+
     def _see(self, storage: torch.UntypedStorage) -> None:
-        if storage.filename is not None or _NOT_COUNTED.get(storage_key(storage)) is storage:
+        if self._is_elsewhere(storage):
             self._see_elsewhere(storage)
             return
         key, nbytes = storage_key(storage), storage.nbytes()
@@ -298,14 +306,20 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._events.append((label, self._bytes))
 
 
-#: Fake storages of what is not in the device's memory, by their address.
-_NOT_COUNTED: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+_Storages = weakref.WeakValueDictionary[int, torch.UntypedStorage]
+#: Storages in host memory, and fake ones in place of mapped files, by their address.
+_ON_HOST, _ON_DISK = _Storages(), _Storages()
 
 
-def do_not_count(tensor: Tensor) -> None:
-    """Leave out a fake tensor that represents a mapped file, or host memory."""
+def waits_elsewhere(tensor: Tensor, *, host: bool) -> None:
+    """Count a tensor as ``elsewhere``, not as the device's.
+
+    Args:
+        tensor: in host memory, or a fake one that represents a mapped file.
+        host: in host memory, which is the device's own on the CPU.
+    """
     for storage in storages_of(tensor):
-        _NOT_COUNTED[storage_key(storage)] = storage
+        (_ON_HOST if host else _ON_DISK)[storage_key(storage)] = storage
 
 
 def storage_bytes(tensors: Iterable[Tensor], apart: Iterable[Tensor] = ()) -> dict[int, int]:

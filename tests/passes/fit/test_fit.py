@@ -11,12 +11,16 @@ import torch
 from torch import nn
 
 from pocketize import measure, rewrite
-from pocketize.errors import CaptureError, FitError, InputError
-from pocketize.passes.fit import proof
+from pocketize.engine.surgery import apply_edits
+from pocketize.errors import CaptureError, FitError, InputError, MeasureError
+from pocketize.memory.step import Request
+from pocketize.passes import Patchwise
+from pocketize.passes.fit import proof, search
 from pocketize.passes.fit.largest import largest_input
-from pocketize.passes.fit.result import Fit
+from pocketize.passes.fit.result import Fit, FitPoint
 from pocketize.passes.fit.search import fit
 from pocketize.plugin.base import Guarantee
+from pocketize.plugin.edits import Convert
 from pocketize.plugin.recipe import parse_recipe
 from tests.passes.fit.conftest import INPUT, UNet3d, seeded_net
 
@@ -71,6 +75,57 @@ def test_the_step_is_proved_here_where_another_process_cannot(
     found = fit(net, INPUT, memory="1GiB")
     assert "Measured in this process (nothing could be pickled)" in found.proof
     assert "+0.0 % against the estimate" in found.proof
+
+
+def test_a_resident_budget_is_what_the_process_grows_by(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def grown(model: nn.Module, request: object, point: FitPoint, *_: object) -> proof.Proof:
+        return proof.Proof("grew", int(1.4 * point.peak))
+
+    monkeypatch.setattr(search, "prove_step", grown)
+    budget = _peak(net)
+    found = fit(net, INPUT, memory=budget, resident=True)
+    assert 1.4 * found.chosen.peak <= budget
+    assert found.usable < budget
+    assert fit(net, INPUT, memory=budget).passes == ()
+    unproved = fit(net, INPUT, memory=budget, resident=True, prove=False)
+    assert 1.3 * unproved.chosen.peak <= budget
+    with pytest.raises(FitError, match="on the CPU"):
+        fit(net, INPUT, memory="8GiB", resident=True, device="cuda")
+
+
+def test_on_cuda_the_allocator_is_capped_while_the_step_is_taken(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, fractions = 16 << 30, [1.0]
+    cuda = {
+        "is_available": lambda: True,
+        "mem_get_info": lambda device: (whole, whole),
+        "get_per_process_memory_fraction": lambda device: fractions[-1],
+        "set_per_process_memory_fraction": lambda part, device: fractions.append(part),
+    }
+    for name, fake in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    (point,) = fit(net, INPUT, memory="1GiB", prove=False).points
+    request = Request(net, INPUT, device=torch.device("cuda"))
+
+    def crowded(request: Request) -> str:
+        assert fractions[-1] == 0.25
+        raise MeasureError("CUDA out of memory")
+
+    monkeypatch.setattr(proof, "measure_isolated", crowded)
+    said = proof.prove_step(net, request, point, torch.device("cuda"), 4 << 30)
+    assert said.text == "Estimated only: a step on this machine failed: CUDA out of memory"
+    assert fractions == [1.0, 0.25, 1.0]
+
+
+def test_results_on_the_host_are_counted_apart_from_those_on_a_gpu(net: nn.Module) -> None:
+    tiles = Patchwise(size=16, axis=2, train=True, keep="host", output="host")
+    apply_edits(net, [Convert("", tiles.name, tiles.conversion_options())])
+    profile = measure(net, INPUT, estimate=True, device="cuda")
+    assert profile.elsewhere > 0
+    assert sum(profile.categories.values()) == profile.peak < _peak(seeded_net())
 
 
 @pytest.mark.slow
