@@ -90,7 +90,7 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
         return {"error": str(error)}
     note = ""
     if not _is_within(getattr(sys.modules.get(module), "__file__", None), request["root"]):
-        note = f"{name} is installed and not in the repository: revisions differ by settings only"
+        note = f"{name} is not in this repository: only its settings can differ between revisions."
     return {"measurement": taken.to_json(), "note": note}
 
 

@@ -73,5 +73,5 @@ class DiffCommand:
         )
         write_out(render(found, layout), args.output, force=args.force)
         for model in found.models:
-            note(f"{model.name}: {model.status}")
+            note(f"{model.name}: {model.verdict}")
         return CHECK_FAILED if found.failed else DONE

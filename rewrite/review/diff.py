@@ -38,29 +38,31 @@ class ModelDiff:
         name: as configured.
         status: that of a :class:`~pocketize.report.Comparison`; or ``"added"``, ``"removed"``,
             ``"broken"`` if the second revision fails, ``"not compared"`` if the first does.
+        verdict: the same as a sentence, with figures or the error.
         before: figures of the first revision, where there are any.
         after: figures of the second.
         limits: those that were checked.
-        said: errors, and changes of the settings.
+        said: changes of the settings, and other remarks.
     """
 
     name: str
     status: str
+    verdict: str
     before: Measurement | None = None
     after: Measurement | None = None
     limits: tuple[str, ...] = ()
     said: tuple[str, ...] = ()
 
     def blocks(self, *, details: bool) -> Iterator[Block]:
-        """Yield what a report says of the network, folded if all is well."""
-        told: list[Block] = list(map(Paragraph, self.said))
+        """Yield what a report says of the network, folded if there is nothing to see."""
+        told: list[Block] = [Paragraph(self.verdict, strong=True), *map(Paragraph, self.said)]
         if details and self.before and self.after:
             checks = judge(self.before, self.after, self.limits)
-            told += layout(self.before, self.after, checks=checks)[1:]
+            told += layout(self.before, self.after, checks=checks)[2:]
         elif details and (alone := self.after or self.before):
             told += layout(alone)[1:]
         title = f"{self.name}: {self.status}"
-        if told and self.status in ("ok", "unchanged"):
+        if not self.said and self.status in ("ok", "unchanged"):
             yield Section(title, tuple(told))
         else:
             yield from (Heading(title), *told)
@@ -146,7 +148,9 @@ def diff(
         folder = _configured(repository.folder, roots[1])
         new = read_configuration(roots[1] / folder) or Configuration()
         if not new.models:
-            raise UsageError(f"no models are configured; add to pyproject.toml:\n\n{EXAMPLE}")
+            raise UsageError(
+                f"no models are configured here or above; add to pyproject.toml:\n\n{EXAMPLE}"
+            )
         for model in new.models:
             for limit in (*model.limits, *limits):
                 if estimate and Threshold.parse(limit).metric.endswith("time"):
@@ -181,7 +185,7 @@ def diff(
             notes = [complaint] if complaint else []
             notes += _changes(was, model)
             models.append(_judged(model.name, answers, (*model.limits, *limits), notes))
-        models += [ModelDiff(name, "removed") for name in earlier]
+        models += [ModelDiff(name, "removed", "Its settings were removed.") for name in earlier]
     return RevisionDiff(revisions[0].label, revisions[1].label, tuple(models))
 
 
@@ -204,7 +208,8 @@ def _run(python: str, scratch: Path, request: dict[str, Any]) -> dict[str, str]:
     answer.unlink(missing_ok=True)
     asked.write_text(json.dumps(request | {"answer": str(answer)}), encoding="utf-8")
     command = [python, "-m", "pocketize.review.child", str(asked)]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    # its own temporary files are in our folder, where they are removed also if it is killed
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(scratch)}
     try:
         done = run_child(command, cwd=scratch, env=environment)
     except OSError as error:
@@ -229,13 +234,13 @@ def _judged(
     )
     old, new = answers
     if after is None:
-        failure = new.get("error") or new["absent"]
-        return ModelDiff(name, "broken", before, said=(failure, *notes))
-    notes += filter(None, [new["note"]])
+        told = f"Broken: {new.get('error') or new['absent']}"
+        return ModelDiff(name, "broken", told, before, said=tuple(notes))
+    said = (*notes, *filter(None, [new["note"]]))
     if before is None and "absent" in old:
-        return ModelDiff(name, "added", after=after, said=tuple(notes))
+        return ModelDiff(name, "added", "It is new.", after=after, said=said)
     if before is None:
-        failure = f"No limit was checked, because the first revision fails: {old['error']}"
-        return ModelDiff(name, "not compared", after=after, said=(failure, *notes))
-    status = compare_measurements(before, after, anyway=True).with_limits(limits).status
-    return ModelDiff(name, status, before, after, limits, tuple(notes))
+        told = f"Not compared, as the first revision fails: {old['error']}"
+        return ModelDiff(name, "not compared", told, after=after, said=said)
+    compared = compare_measurements(before, after, anyway=True).with_limits(limits)
+    return ModelDiff(name, compared.status, compared.verdict, before, after, limits, said)

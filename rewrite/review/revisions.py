@@ -165,8 +165,8 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _leave(number: int, _: object) -> None:
-    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+def _leave(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def test_the_report_is_the_summary_and_the_exit_code_is_kept(
     assert installed == f"[install][{ROOT}][-r][my requirements.txt]"
     done = runner.run("diff", folder)
     assert done.returncode == 1, done.stderr
-    assert "net: over the limit" in done.stderr
+    assert "net: Over the limit: peak 2% allows" in done.stderr
     summary = (runner.temporary / "summary").read_text()
     assert summary.startswith("# pocketize diff: origin/main")
     assert "inference-peak 5% allows" in summary

@@ -53,7 +53,7 @@ def _worktrees(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_quick")
-def test_each_model_gets_its_verdict(repository: Path) -> None:
+def test_each_model_gets_its_verdict(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = _diff(repository, "before", "main")
     assert {model.name: model.status for model in found.models} == {
         "same": "ok",
@@ -63,16 +63,19 @@ def test_each_model_gets_its_verdict(repository: Path) -> None:
         "broken": "broken",
         "gone": "removed",
     }
-    said = {model.name: " ".join(model.said) for model in found.models}
-    assert said["same"] == said["wide"] == said["new"] == said["gone"] == ""
-    assert "No module named 'missing'" in said["mended"]
-    assert "KeyError: 'no such setting'" in said["broken"]
-    assert "(watched_nets/broken.py:7: raise KeyError" in said["broken"]
+    verdicts = {model.name: model.verdict for model in found.models}
+    assert "No module named 'missing'" in verdicts["mended"]
+    assert "KeyError: 'no such setting'" in verdicts["broken"]
+    assert "(watched_nets/broken.py:7: raise KeyError" in verdicts["broken"]
+    assert not any(model.said for model in found.models)
     assert found.failed
     assert _worktrees(repository) == []
     for drawn in (found.to_markdown(), found.to_html(), found.to_json(), str(found)):
         assert "peak 2%" in drawn
         assert "/tmp" not in drawn
+    assert "<details>" in found.to_markdown()
+    monkeypatch.setattr(module, "_LONGEST", 1000)
+    assert "What the peaks consist of" not in found.to_markdown()
 
 
 @pytest.mark.slow
@@ -106,7 +109,7 @@ def test_an_installed_copy_never_stands_for_a_revision(
     monkeypatch.setattr(sys, "meta_path", [InstalledFirst(), *sys.meta_path])
     (found,) = _diff(tmp_path, "new", "new").models
     assert found.status == "broken"
-    assert "was imported from" in found.said[0]
+    assert "was imported from" in found.verdict
 
 
 @pytest.mark.slow
