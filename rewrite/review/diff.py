@@ -55,12 +55,14 @@ class ModelDiff:
 
     def blocks(self, *, details: bool) -> Iterator[Block]:
         """Yield what a report says of the network, folded if there is nothing to see."""
-        told: list[Block] = [Paragraph(self.verdict, strong=True), *map(Paragraph, self.said)]
-        if details and self.before and self.after:
+        tone = "bad" if self.status == "broken" else ""
+        blocks: list[Block] = [Paragraph(self.verdict, strong=True, tone=tone)]
+        if self.before and self.after:
             checks = judge(self.before, self.after, self.limits)
-            told += layout(self.before, self.after, checks=checks)[2:]
-        elif details and (alone := self.after or self.before):
-            told += layout(alone)[1:]
+            blocks = layout(self.before, self.after, checks=checks)[1:]
+        elif alone := self.after or self.before:
+            blocks += layout(alone)[1:]
+        told = [blocks[0], *map(Paragraph, self.said), *(blocks[1:] if details else ())]
         title = f"{self.name}: {self.status}"
         if not self.said and self.status in ("ok", "unchanged"):
             yield Section(title, tuple(told))
@@ -153,8 +155,7 @@ def diff(
             )
         for model in new.models:
             for limit in (*model.limits, *limits):
-                if estimate and Threshold.parse(limit).metric.endswith("time"):
-                    raise UsageError(f"{limit!r} needs times, which an estimate lacks: --measure")
+                _check_limit(limit, model, estimate=estimate)
         old, complaint = new, ""
         try:
             old = read_configuration(roots[0] / folder) or new
@@ -193,6 +194,15 @@ def _configured(folder: Path, root: Path) -> Path:
     """Return the nearest folder, from the current one up, that has a configuration."""
     upwards = (folder, *folder.parents)
     return next((each for each in upwards if read_configuration(root / each)), folder)
+
+
+def _check_limit(limit: str, model: WatchedModel, *, estimate: bool) -> None:
+    metric = Threshold.parse(limit).metric
+    if estimate and metric.endswith("time"):
+        raise UsageError(f"the limit {limit!r} needs times, which estimates lack: add --measure")
+    mode = "infer" if metric.startswith("inference") else "train"
+    if metric not in ("parameters", "weights", "macs") and mode not in model.modes:
+        raise UsageError(f"the limit {limit!r} needs {mode!r} in the modes of {model.name!r}")
 
 
 def _changes(old: WatchedModel, new: WatchedModel) -> Iterator[str]:

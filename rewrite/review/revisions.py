@@ -48,14 +48,14 @@ class Repository:
         self.folder = folder.resolve().relative_to(self.root)
 
     def git(self, *words: str) -> str:
-        """Run git, without the user's hooks, and return what it prints.
+        """Run git, without the user's hooks and locks, and return what it prints.
 
         Raises:
             UsageError: it fails, with its own error.
         """
         try:
             done = subprocess.run(
-                ("git", "-c", f"core.hooksPath={os.devnull}", *words),
+                ("git", "--no-optional-locks", "-c", f"core.hooksPath={os.devnull}", *words),
                 cwd=self.root,
                 env={name: value for name, value in os.environ.items() if name not in _HOOKS},
                 capture_output=True,

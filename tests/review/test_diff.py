@@ -204,7 +204,7 @@ def test_nothing_is_left_after_a_killed_child_and_an_interrupt(
     ("words", "message"),
     [
         (["nowhere"], "there is no revision 'nowhere'"),
-        (["before", "after", "--fail-over", "time 5%"], "--measure"),
+        (["--format", "json", "before", "after", "--fail-over", "time 5%"], "add --measure"),
         (["before", "--python", "/nowhere/python"], "cannot run /nowhere/python"),
         (["before", "--fail-over", "peek 5%"], "Did you mean 'peak'?"),
     ],
