@@ -14,7 +14,7 @@ from pocketize.plugin.base import Guarantee, Pass
 from pocketize.plugin.recipe import dump_recipe
 from pocketize.report import render
 from pocketize.report.blocks import Block, Heading, Paragraph, Table
-from pocketize.report.page import html
+from pocketize.report.page import fragment, html
 from pocketize.units import bytes_text, ratio_text, seconds_text
 
 
@@ -127,6 +127,13 @@ class Fit:
     def __str__(self) -> str:
         """Return what was chosen and the table of all ways."""
         return render.text(self._blocks()).rstrip("\n")
+
+    def __repr__(self) -> str:
+        chosen = f"{self.chosen.label}, {bytes_text(self.chosen.peak)}"
+        return f"<Fit of {type(self.model).__name__}: {chosen}, one of {len(self.points)} ways>"
+
+    def _repr_html_(self) -> str:
+        return fragment(self._blocks()[1:])
 
     def to_markdown(self) -> str:
         """Return the same as Markdown."""

@@ -59,6 +59,10 @@ class ChannelGroup:
     step: int
     frozen: str | None
 
+    def __repr__(self) -> str:
+        frozen = f", frozen: {self.frozen}" if self.frozen is not None else ""
+        return f"<ChannelGroup {self.name}: {self.channels} channels{frozen}>"
+
     @property
     def units(self) -> int:
         """Number of units."""
@@ -106,6 +110,11 @@ class ChannelGroups:
     counts: tuple[LayerChannels, ...]
     expected: dict[fx.Node, dict[str, Indices]]
     fresh_from: int
+
+    def __repr__(self) -> str:
+        frozen = sum(group.frozen is not None for group in self.groups)
+        name, count = type(self.model).__name__, len(self.groups)
+        return f"<ChannelGroups of {name}: {count} groups, {frozen} of them frozen>"
 
     def resize(self, selection: Mapping[ChannelGroup, NDArray[np.int64]]) -> tuple[Edit, ...]:
         """Return the edits that keep just these units of some groups.

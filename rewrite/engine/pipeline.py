@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import torch
@@ -67,27 +68,32 @@ class PassPlan(Proposal):
             notes=self.notes,
         )
 
-    def _render(self, style: str) -> str:
-        github = style == "github"
-        cell = markdown if github else one_line
+    def __str__(self) -> str:
+        counts = f"{len(self.changes)} changed, {len(self.refused)} left alone"
+        return f"{self.rewrite} ({self.guarantee}): {counts}"
 
+    def _tables(self, style: str, cell: Callable[[str], str]) -> Iterator[str]:
         def table(headers: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
             # names and reasons are text, even if they look like numbers
             cells = [[cell(text) for text in row] for row in rows]
             return tabulate(cells, headers=headers, tablefmt=style, disable_numparse=True)
 
+        if self.changes:
+            rows = [(c.path or "(model)", c.what, c.why) for c in self.changes]
+            yield table(("layer", "change", "why"), rows)
+        if self.refused:
+            left = [(r.path or "(model)", r.why) for r in self.refused]
+            yield table(("left alone", "why"), left)
+
+    def _render(self, style: str) -> str:
+        github = style == "github"
+        cell = markdown if github else one_line
         heading = cell(f"{self.rewrite} ({self.guarantee})")
         notes = [markdown(n, paragraph=True) if github else printable(n) for n in self.notes]
         parts = [f"### {heading}" if github else heading, *notes]
-        if self.changes:
-            rows = [(c.path or "(model)", c.what, c.why) for c in self.changes]
-            parts.append(table(("layer", "change", "why"), rows))
-        else:
+        if not self.changes:
             parts.append("nothing to change")
-        if self.refused:
-            left = [(r.path or "(model)", r.why) for r in self.refused]
-            parts.append(table(("left alone", "why"), left))
-        return "\n\n".join(parts)
+        return "\n\n".join((*parts, *self._tables(style, cell)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +116,17 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n\n".join(p._render("simple") for p in self.passes)
+
+    def __repr__(self) -> str:
+        return f"<Plan for {type(self.model).__name__}: {'; '.join(map(str, self.passes))}>"
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            f"<details><summary>{escape(printable(str(each)))}</summary>"
+            f"{''.join(f'<p>{escape(printable(note))}</p>' for note in each.notes)}"
+            f"{''.join(each._tables('html', one_line))}</details>"
+            for each in self.passes
+        )
 
     def to_markdown(self) -> str:
         """Return the plan as Markdown."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["measure", "measure_here", "measure_on", "track"]
 
 import dataclasses
+import math
 import statistics
 import time
 import warnings
@@ -41,6 +42,7 @@ def measure(
     time_steps: int = 0,
     isolate: bool = False,
     step_in_backward: bool = False,
+    allocations: bool = False,
 ) -> MemoryProfile:
     """Measure the memory of a training step or of a forward pass.
 
@@ -73,6 +75,8 @@ def measure(
         step_in_backward: the backward pass updates each parameter as soon as its gradient is
             complete, as with :func:`pocketize.step_in_backward`. Of no meaning for
             ``mode="infer"``.
+        allocations: keep in the profile when each tensor's memory began and ended, for
+            :meth:`MemoryProfile.to_memory_viz`.
 
     A :class:`~pocketize.errors.PocketizeWarning` says that ``torch.compile`` was applied to the
     model: tensors can be counted only while it runs without the compiler.
@@ -92,6 +96,7 @@ def measure(
         device=None if device is None else _device(device),
         time_steps=time_steps,
         step_in_backward=step_in_backward,
+        allocations=allocations,
     )
     check_methods(model)
     if any(map(is_compiled, model.modules())):
@@ -218,6 +223,20 @@ def measure_on(
         step_in_backward=request.step_in_backward and step.optimizer is not None,
         flops=work.flops,
         elsewhere=trace.elsewhere,
+        allocations=_allocations(trace) if request.allocations else (),
+    )
+
+
+def _allocations(trace: Trace) -> tuple[tuple[int, int, int, str, str], ...]:
+    return tuple(
+        (
+            storage.nbytes,
+            storage.born,
+            -1 if storage.died == math.inf else int(storage.died),
+            storage.category,
+            f"{storage.phase} {storage.module}".strip(),
+        )
+        for storage in trace.storages
     )
 
 

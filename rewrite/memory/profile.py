@@ -6,8 +6,11 @@ __all__ = ["MemoryProfile", "thin_out", "top_modules"]
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import os
+import pickle
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from tabulate import tabulate
@@ -68,6 +71,8 @@ class MemoryProfile:
         flops: floating-point operations of convolutions and matrix products in the step, backward
             pass and recomputation included.
         elsewhere: most bytes at once that waited in host memory or in files; not in ``peak``.
+        allocations: every tensor's memory, if that was asked for: bytes, the moments at which it
+            began and ended (-1: it was alive at the end), category, and phase and module.
     """
 
     mode: str
@@ -93,6 +98,7 @@ class MemoryProfile:
     step_in_backward: bool = False
     flops: int = 0
     elsewhere: int = 0
+    allocations: tuple[tuple[int, int, int, str, str], ...] = ()
 
     @property
     def moment(self) -> tuple[str, str]:
@@ -118,37 +124,82 @@ class MemoryProfile:
         except ValueError as error:
             raise MeasureError(str(error)) from None
 
+    def to_memory_viz(self, path: str | os.PathLike[str]) -> None:
+        """Write a snapshot that PyTorch's memory viewer opens, pytorch.org/memory_viz.
+
+        It has the form that ``torch.cuda.memory._dump_snapshot`` writes. Each allocation is a live
+        tensor's memory, with its category, phase and module in place of a stack; addresses are
+        invented, and there are no segments, as no allocator was watched.
+
+        Raises:
+            MeasureError: the profile has no allocations.
+        """
+        if not self.allocations:
+            raise MeasureError("the profile has no allocations; measure(..., allocations=True)")
+        moments = []
+        address = 0
+        for size, born, died, category, label in self.allocations:
+            entry = {
+                "addr": address,
+                "size": size,
+                "stream": 0,
+                "frames": [{"filename": category, "line": 0, "name": label}],
+            }
+            address += size
+            # of what is at one moment, releases come first
+            moments.append((born, 1, entry | {"action": "alloc", "category": category}))
+            if died >= 0:
+                moments.append((died, 0, entry | {"action": "free_requested"}))
+                moments.append((died, 0, entry | {"action": "free_completed"}))
+        moments.sort(key=lambda moment: moment[:2])
+        snapshot = {"segments": [], "device_traces": [[entry for _, _, entry in moments]]}
+        with open(path, "wb") as file:
+            pickle.dump(snapshot, file, protocol=4)
+
+    def __repr__(self) -> str:
+        peak = f"{bytes_text(self.peak)} {'estimated' if self.estimated else 'measured'}"
+        return f"<MemoryProfile {self.mode} {self.input} on {self.device}: peak {peak}>"
+
     def __str__(self) -> str:
         """Return the peak by category and the largest modules as a table."""
+        first, *tables = self._tables("simple")
+        return "\n\n".join((first, *tables, "\n".join(self._lines())))
+
+    def _repr_html_(self) -> str:
+        first, *tables = self._tables("html")
+        lines = "<br>".join(map(escape, self._lines()))
+        return f"<p>{escape(first)}</p>{''.join(tables)}<p>{lines}</p>"
+
+    def _tables(self, style: str) -> Iterator[str]:
         step = "inference" if self.mode == "infer" else f"training step, {self.optimizer or 'no'}"
         step += "" if self.mode == "infer" else " optimizer"
         step += " in the backward pass" if self.step_in_backward else ""
         how = "estimated" if self.estimated else "measured"
-        lines = [f"{step}, {self.input} on {self.device} ({how}, torch {self.torch})", ""]
+        yield f"{step}, {self.input} on {self.device} ({how}, torch {self.torch})"
         rows = [[n.replace("_", " "), *self._share(held)] for n, held in self.categories.items()]
         rows.append(["peak", *self._share(self.peak)])
-        lines.append(_table(["at the peak", "memory", "share"], rows))
+        yield _table(["at the peak", "memory", "share"], rows, style)
         largest = [
             [path or "(model)", *self._share(n)] for path, n in top_modules(self, _MODULES_SHOWN)
         ]
-        lines += ["", _table(["largest modules", "memory", "share"], largest), ""]
-        lines.append(
+        yield _table(["largest modules", "memory", "share"], largest, style)
+
+    def _lines(self) -> Iterator[str]:
+        yield (
             f"parameters {count_text(self.parameters)} ({bytes_text(self.weight_bytes)} with "
             f"buffers), {count_text(self.macs)} MACs"
         )
         if self.not_counted:
-            lines.append(f"not counted in the MACs: {', '.join(self.not_counted)}")
+            yield f"not counted in the MACs: {', '.join(self.not_counted)}"
         if self.reserved is not None:
-            lines.append(f"reserved by the allocator {bytes_text(self.reserved)}")
+            yield f"reserved by the allocator {bytes_text(self.reserved)}"
         if self.rss is not None:
-            lines.append(f"process memory (RSS) {bytes_text(self.rss)}")
+            yield f"process memory (RSS) {bytes_text(self.rss)}"
         if self.step_seconds is not None:
             median, spread = self.step_seconds
-            spread_text = seconds_text(spread)
-            lines.append(f"step time {seconds_text(median)} (quartiles {spread_text} apart)")
+            yield f"step time {seconds_text(median)} (quartiles {seconds_text(spread)} apart)"
         if self.why_not_isolated is not None:
-            lines.append(f"not isolated: {self.why_not_isolated}")
-        return "\n".join(lines)
+            yield f"not isolated: {self.why_not_isolated}"
 
     def _share(self, count: int) -> list[str]:
         percent = 100 * count / self.peak if self.peak else 0.0
@@ -172,11 +223,11 @@ def thin_out(
     )
 
 
-def _table(headers: list[str], rows: list[list[str]]) -> str:
+def _table(headers: list[str], rows: list[list[str]], style: str) -> str:
     return tabulate(
         rows,
         headers,
-        tablefmt="simple",
+        tablefmt=style,
         disable_numparse=True,
         colalign=("left", "right", "right"),
     )

@@ -58,6 +58,7 @@ class Request:
     device: torch.device | None = None
     time_steps: int = 0
     step_in_backward: bool = False
+    allocations: bool = False
 
     def __post_init__(self) -> None:
         check_module(self.model)

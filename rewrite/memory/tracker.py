@@ -102,6 +102,13 @@ class LiveStorage:
     kept: bool = False
     died: float = math.inf
 
+    @property
+    def category(self) -> str:
+        """One of :data:`CATEGORIES`, once the step is over."""
+        if self.role is not None:
+            return self.role
+        return "activations" if self.phase == "forward" and self.kept else "temporaries"
+
 
 class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dispatch mode that follows the storages of one device.
@@ -195,7 +202,7 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         modules: dict[str, int] = {}
         for record in self._records:
             if record.born <= self._peak_at < record.died:
-                categories[_category(record)] += record.nbytes
+                categories[record.category] += record.nbytes
                 modules[record.module] = modules.get(record.module, 0) + record.nbytes
         self._elsewhere.clear()
         found = (self.peak, categories, modules, self._events, self._records)
@@ -342,12 +349,6 @@ def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
         return [tensor.untyped_storage()]
     except (NotImplementedError, RuntimeError):  # a wrapper that owns no memory itself
         return []
-
-
-def _category(record: LiveStorage) -> str:
-    if record.role is not None:
-        return record.role
-    return "activations" if record.phase == "forward" and record.kept else "temporaries"
 
 
 @functools.cache

@@ -19,8 +19,9 @@ from pocketize.report.differences import common_modes, status, unlike
 from pocketize.report.gate import LimitCheck, Threshold, judge
 from pocketize.report.layout import layout, remarks, verdict
 from pocketize.report.measurement import Measurement, Mode, check_modes, dump, load, take
-from pocketize.report.page import html
+from pocketize.report.page import fragment, html
 from pocketize.report.render import markdown, text
+from pocketize.untrusted import printable
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,13 @@ class Comparison:
         check_modes(made.after)
         return _with_common_modes(made).with_limits(made.limits)
 
-    def _repr_markdown_(self) -> str:
-        return self.to_markdown()
+    def __repr__(self) -> str:
+        return printable(
+            f"<Comparison of {self.before.model} and {self.after.model}: {self.verdict}>"
+        )
+
+    def _repr_html_(self) -> str:
+        return fragment(self._blocks()[1:])
 
 
 def compare(

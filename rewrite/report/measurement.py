@@ -35,10 +35,10 @@ from pocketize.graph.capture import settle_inputs
 from pocketize.memory import MemoryProfile, measure
 from pocketize.plugin.base import PassRecord
 from pocketize.report.layers import LayerSummary, layers_of
-from pocketize.report.layout import layout
-from pocketize.report.page import html
+from pocketize.report.layout import layout, verdict
+from pocketize.report.page import fragment, html
 from pocketize.report.render import markdown, text
-from pocketize.untrusted import read_as, read_json, scrub
+from pocketize.untrusted import printable, read_as, read_json, scrub
 from pocketize.version import VERSION
 
 _T = TypeVar("_T")
@@ -151,6 +151,12 @@ class Measurement:
     def to_html(self) -> str:
         """Draw the figures as one self-contained HTML page."""
         return html(layout(self))
+
+    def __repr__(self) -> str:
+        return printable(f"<Measurement of {self.model}: {verdict((self,))}>")
+
+    def _repr_html_(self) -> str:
+        return fragment(layout(self)[1:])
 
     def to_json(self) -> str:
         """Write the figures as JSON: sorted keys, memory as integers in bytes."""

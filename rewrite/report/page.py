@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["html"]
+__all__ = ["fragment", "html"]
 
 import itertools
 from collections import Counter
@@ -93,6 +93,18 @@ def html(blocks: list[Block]) -> str:
         f"<title>{_escape(title)}</title>\n<style>\n{_STYLE}\n</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def fragment(blocks: list[Block]) -> str:
+    """Draw blocks for a notebook, which has styles of its own: no picture, and parts are folded."""
+    drawn = []
+    for block in blocks:
+        if isinstance(block, Section):
+            inside = fragment(list(block.blocks))
+            drawn.append(f"<details><summary>{_escape(block.title)}</summary>{inside}</details>")
+        elif not isinstance(block, Bars | Timeline):
+            drawn.append(_block(block).replace('class="figure"', 'style="text-align: right"'))
+    return "\n".join(drawn)
 
 
 def _block(block: Block) -> str:

@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from pocketize import analyse
 from pocketize.engine.pipeline import history, plan, pocketize, replay, rewrite
 from pocketize.errors import (
     ArtifactError,
@@ -50,6 +52,19 @@ def test_several_passes_are_applied_in_the_order_given() -> None:
     assert small.widths() == [2, 3, 1, 2]
     assert [record.name for record in history(small)] == ["halve", "pocket", "halve"]
     assert list(before.differences(Snapshot(model))) == []
+
+
+def test_a_plan_and_an_analysis_show_themselves_in_short() -> None:
+    planned = plan(Net(), "pocket:width=3", inputs=INPUT)
+    (told,) = planned.passes
+    counts = f"{len(told.changes)} changed, {len(told.refused)} left alone"
+    assert repr(planned) == f"<Plan for Net: pocket:width=3 (APPROXIMATE): {counts}>"
+    drawn = planned._repr_html_()
+    assert drawn.startswith(f"<details><summary>pocket:width=3 (APPROXIMATE): {counts}</summary>")
+    assert drawn.count("<table>") == 2
+    groups = analyse(Net(), INPUT)
+    assert re.fullmatch(r"<ChannelGroups of Net: \d+ groups, \d+ of them frozen>", repr(groups))
+    assert all(len(repr(group)) < 200 for group in groups.groups)
 
 
 def test_a_plan_of_several_passes_tells_what_each_will_find() -> None:

@@ -78,3 +78,14 @@ def test_the_timelines_of_both_sides_have_one_scale_and_mark_the_peak() -> None:
     assert 'title="backward decoder.3.conv: 1.46 GiB"' in page
     tops = [float(top) for top in re.findall(r"top:([\d.]+)%", page)]
     assert tops == [0.0, pytest.approx(20.71)]  # 1497 MiB of 1888
+
+
+def test_what_a_notebook_shows_is_short_and_has_no_styles_of_its_own() -> None:
+    for drawn in (MEASURED._repr_html_(), BEFORE._repr_html_()):
+        assert "<style" not in drawn
+        assert "<svg" not in drawn
+        assert drawn.index("training peak") < drawn.index("<details>")
+        assert drawn.count("<details>") == drawn.count("</details>") >= 3
+    assert repr(MEASURED).startswith("<Comparison of UNet and UNet: Better. Measured on cpu: ")
+    assert len(repr(MEASURED)) < 400
+    assert repr(BEFORE).startswith("<Measurement of UNet: Measured on cpu: training peak 1.84 GiB")

@@ -49,6 +49,8 @@ def answers() -> dict[float, Fit]:
 
 def test_a_network_that_fits_is_left_as_it_is(net: nn.Module) -> None:
     found = fit(net, INPUT, memory="1GiB", prove=False)
+    assert repr(found).startswith("<Fit of ")
+    assert "<table>" in found._repr_html_()
     assert found.passes == ()
     assert found.model is not net
     assert len(found.points) == 1
