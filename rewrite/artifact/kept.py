@@ -63,5 +63,6 @@ def _shapes(model: nn.Module) -> dict[str, Any]:
 
 def _program(model: nn.Module, inputs: Inputs) -> list[str]:
     """Describe every operator of an exported program, with its arguments and results."""
-    nodes = export(clone(model), inputs).graph.nodes
-    return [f"{node.format_node()} {node.meta.get('val')}" for node in nodes]
+    graph = export(clone(model), inputs).graph
+    graph.eliminate_dead_code()  # torch 2.6 leaves some of its checkpoints
+    return [f"{node.format_node()} {node.meta.get('val')}" for node in graph.nodes]

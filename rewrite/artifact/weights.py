@@ -175,6 +175,8 @@ def _find_state(
             )
         if found:
             content = content[found[0]]
+            if not likely:
+                _log.warning("%s: what it holds as %r was taken for the weights", path, found[0])
     if not isinstance(content, dict) or not (nested or _is_state(content)):
         kind = type(content).__name__
         keys = f" with {', '.join(map(repr, list(content)[:5]))}" if kind == "dict" else ""
