@@ -71,7 +71,11 @@ def _load(path: str | os.PathLike[str], trust: bool) -> Any:
             unknown = []
         if trust or not unknown:
             raise
-        with torch.serialization.safe_globals([(_StandIn, name) for name in unknown]):
+        # named, for errors that say what a file holds
+        stand_ins: list[Any] = [
+            (type(name.rpartition(".")[2], (_StandIn,), {}), name) for name in unknown
+        ]
+        with torch.serialization.safe_globals(stand_ins):
             content = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(content, _StandIn):  # a whole module, say
             raise error

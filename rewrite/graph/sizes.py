@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pocketize.errors import CaptureError, InputError, MeasureError
 from pocketize.graph.capture import Tracer
-from pocketize.graph.inputs import Inputs, as_inputs, to_model
+from pocketize.graph.inputs import Inputs, as_inputs, guess_inputs, to_model
 
 #: A network that halves its volume n times wants sizes that are multiples of 2 ** n.
 _STEPS = (2, 4, 8, 16, 32, 64)
@@ -59,21 +59,35 @@ def _nearest(model: nn.Module, inputs: Any) -> list[str]:
             return False
         return True
 
-    def rounded(step: int, rounding: Callable[[float], int]) -> Inputs:
+    def rounded(step: int, channels: int | None, rounding: Callable[[float], int]) -> Inputs:
         def resize(tensor: Tensor) -> Tensor:
-            sizes = [max(1, rounding(size / step)) * step for size in tensor.shape[2:]]
-            return torch.empty(
-                (*tensor.shape[:2], *sizes), dtype=tensor.dtype, device=tensor.device
-            )
+            shape = list(tensor.shape)
+            shape[2:] = [max(1, rounding(size / step)) * step for size in shape[2:]]
+            if channels is not None:
+                shape[1] = channels
+            return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
 
         with tracer.mode:
             return given.map(resize)
 
     if runs(given):
         return []
-    for step in _STEPS:
-        both = (rounded(step, math.floor), rounded(step, math.ceil))
+    for step, channels in [*((step, None) for step in _STEPS), *_other_channels(model, given)]:
+        both = (rounded(step, channels, math.floor), rounded(step, channels, math.ceil))
         near = {each.describe(): each for each in both}
         if found := [text for text, each in near.items() if runs(each)]:
             return found
     return []
+
+
+def _other_channels(model: nn.Module, given: Inputs) -> list[tuple[int, int]]:
+    """Return steps of sizes with the channels that the first layer takes, if it takes others."""
+    try:
+        first = next(guess_inputs(model)).tensors()[0]
+    except InputError:
+        return []
+    (*_, tensor) = given.tensors()
+    alike = len(given.tensors()) == 1 and tensor.ndim == first.ndim > 1
+    if not alike or tensor.shape[1] == first.shape[1]:
+        return []
+    return [(step, first.shape[1]) for step in (1, *_STEPS)]

@@ -31,13 +31,15 @@ def test_the_nearest_sizes_that_suit_are_named() -> None:
         analyse(UNet(), (1, 1, 10, 16))
     with pytest.raises(InputError, match=both):
         compare(UNet(), UNet(), "1x1x10x16", estimate=True)
+    with pytest.raises(InputError, match=r"It runs on 1x1x8x16 float32$"):
+        plan(UNet(), "pocket", inputs="1x3x8x16")
     with pytest.raises(InputError, match="It runs on 1x1x1024x4096 float32"):
         measure(UNet(), "1x1x1026x4096", estimate=True)
 
 
 def test_an_error_of_another_cause_stays_what_it_is() -> None:
-    for inputs in ("1x1x8x8", "1x2x8x8", "nothing", None):
+    for inputs in ("1x1x8x8", "1x8x8", "nothing", None):
         with pytest.raises(CaptureError, match=r"^elsewhere$"), suggest_sizes(UNet(), inputs):
             raise CaptureError("elsewhere")
     with pytest.raises(CaptureError, match="did not run"):
-        plan(UNet(), "pocket", inputs=torch.zeros(1, 2, 8, 8))
+        plan(UNet(), "pocket", inputs=torch.zeros(1, 2, 8, 8, 8))
