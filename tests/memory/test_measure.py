@@ -82,7 +82,7 @@ class TestNothingOfTheCallersChanges:
         assert not module_globals._global_forward_pre_hooks
 
     def test_hooks_are_removed_after_an_error(self) -> None:
-        with pytest.raises(MeasureError):
+        with pytest.raises(InputError, match="It runs on 2x1x8x8 float32"):
             measure(small(), "2x2x8x8")
         assert not module_globals._global_forward_hooks
 
@@ -370,9 +370,9 @@ class TestErrors:
 
     def test_the_model_fails(self) -> None:
         with pytest.raises(MeasureError) as caught:
-            measure(small(), "2x3x8x8")
+            measure(small(), "2x3x8x8x8")
         assert "Sequential did not get through" in str(caught.value)
-        assert "2x3x8x8 float32" in str(caught.value)
+        assert "2x3x8x8x8 float32" in str(caught.value)
         assert isinstance(caught.value.__cause__, RuntimeError)
 
     def test_too_large_for_this_machine(self) -> None:
