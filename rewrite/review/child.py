@@ -116,7 +116,9 @@ def _foreign(request: dict[str, Any]) -> str:
         if file is None or _is_within(file, root):
             continue
         # a namespace package of the repository may have the name of an installed package
-        ours = own.get(top, False) or (top in own and not getattr(sys.modules[top], "__file__", 0))
+        ours = own.get(top, False) or (
+            top in own and not getattr(sys.modules.get(top), "__file__", 0)
+        )
         if ours or (_is_within(file, request["tree"]) and not _is_within(file, sys.prefix)):
             return (
                 f"{name!r} was imported from {os.path.dirname(file)}, not from this revision: it "
@@ -129,7 +131,8 @@ _real = functools.cache(os.path.realpath)  # thousands of modules are in hundred
 
 
 def _is_within(file: str | None, folder: str) -> bool:
-    return file is not None and f"{_real(os.path.dirname(file))}/".startswith(f"{_real(folder)}/")
+    inside, outside = _real(os.path.dirname(file or "")) + os.sep, _real(folder) + os.sep
+    return file is not None and inside.startswith(outside)
 
 
 def _place(error: Exception, root: str) -> str:

@@ -86,7 +86,7 @@ def read_configuration(folder: Path) -> Configuration | None:
         except (OSError, ValueError) as error:
             raise UsageError(f"{name} cannot be read: {error}") from error
         if name == "pyproject.toml":
-            name, content = f"{name}, tool.pocketize", content.get("tool", {}).get("pocketize", {})
+            name, content = f"{name}, tool.pocketize", content.get("tool", {}).get("pocketize")
         if content:
             found[name] = content
     if len(found) > 1:
@@ -102,7 +102,7 @@ def read_configuration(folder: Path) -> Configuration | None:
 
 
 def _read(content: dict[str, Any], where: str) -> Configuration:
-    tables = content.get("models", [])
+    tables = content.get("models", []) if isinstance(content, dict) else None
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise ValueError("write [[models]], in double brackets, once for each model")
     for number, table in enumerate([content, *tables]):

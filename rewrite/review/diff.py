@@ -70,11 +70,11 @@ class ModelDiff:
             yield from (Heading(title), *told)
 
     def figures(self, metric: str) -> str:
-        """Write a figure of both sides."""
-        sides = (self.before, self.after)
-        values = [None if side is None else METRICS[metric].read(side) for side in sides]
-        shown = ["-" if value is None else METRICS[metric].write(value) for value in values]
-        return shown[0] if shown[0] == shown[1] else " -> ".join(shown)
+        """Write a figure of the sides that have it; once if it is the same."""
+        sides = [side for side in (self.before, self.after) if side is not None]
+        values = [METRICS[metric].read(side) for side in sides]
+        shown = [METRICS[metric].write(value) for value in values if value is not None]
+        return " -> ".join(dict.fromkeys(shown)) or "-"
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,11 @@ def diff(
             old = read_configuration(roots[0] / folder) or new
         except UsageError as error:
             complaint = f"Settings of {revisions[0].label} that are wrong were not used: {error}"
+        # the first revision may not have the folder yet
+        folders = [root / folder if (root / folder).is_dir() else root for root in roots]
         paths = [
-            [str(root / folder / entry) for entry in configuration.path]
-            for root, configuration in zip(roots, (old, new), strict=True)
+            [str(place / entry) for entry in configuration.path]
+            for place, configuration in zip(folders, (old, new), strict=True)
         ]
         request = {
             "own": top_levels([*paths[0], *paths[1]]),
@@ -180,7 +182,7 @@ def diff(
             answers = []
             for side, asked in enumerate((like, model)):
                 progress(f"{model.name} ({number} of {len(new.models)}): {revisions[side].label}")
-                where = {"root": str(roots[side]), "folder": str(roots[side] / folder)}
+                where = {"root": str(roots[side]), "folder": str(folders[side])}
                 everything = request | dataclasses.asdict(asked) | where | {"path": paths[side]}
                 answers.append(_run(python, scratch, everything))
             notes = [complaint] if complaint else []
