@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketize.cli.common import UsageError
+from pocketize.errors import ReportError
 from pocketize.memory.isolate import run_child
 from pocketize.report import METRICS, Measurement, Threshold, compare_measurements
 from pocketize.report.blocks import Block, Code, Heading, Paragraph, Section, Table
@@ -240,10 +241,13 @@ def _run(python: str, scratch: Path, request: dict[str, Any]) -> dict[str, str]:
 def _judged(
     name: str, answers: list[dict[str, str]], limits: tuple[str, ...], notes: list[str]
 ) -> ModelDiff:
-    before, after = (
-        Measurement.from_json(answer["measurement"]) if "measurement" in answer else None
-        for answer in answers
-    )
+    try:
+        before, after = (
+            Measurement.from_json(answer["measurement"]) if "measurement" in answer else None
+            for answer in answers
+        )
+    except ReportError as error:
+        raise UsageError(f"--python has another version of pocketize than this: {error}") from error
     old, new = answers
     if after is None:
         told = f"Broken: {new.get('error') or new['absent']}"
