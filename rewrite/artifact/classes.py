@@ -48,7 +48,7 @@ def resolve_classes(
 
     try:
         hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
-    except (NameError, TypeError, AttributeError):  # names that are imported for a checker only
+    except Exception:  # evaluates a user's annotations, whose names may be there for checkers only
         hints = {}
     return {key: resolved(value, _asks(hints.get(key))) for key, value in kwargs.items()}
 

@@ -38,7 +38,8 @@ from pocketize.artifact.pt2 import module_of, read_exported
 from pocketize.artifact.statefile import has_recipe
 from pocketize.errors import ArtifactError, ModelError, nearest
 from pocketize.graph.inputs import Inputs
-from pocketize.plugin.registry import is_installed
+from pocketize.plugin.registry import GROUP as PASSES
+from pocketize.plugin.registry import discover, is_installed
 
 _MODULES = (*PICKLES, ".pkl", ".pickle")
 _FORMS = "package.module:factory, zoo:NAME, or FILE.pt2 (with --trust-pickle)"
@@ -110,8 +111,10 @@ def _from_import(
     name: str, kwargs: Mapping[str, Any], classes_from: Sequence[str]
 ) -> ResolvedModel:
     module_name, colon, path = name.partition(":")
-    if not colon or not path or not all(p.isidentifier() for p in module_name.split(".")):
-        raise ModelError(f"cannot tell what {name!r} is; expected {_FORMS}")
+    words = [*module_name.split("."), *path.split(".")]
+    if not colon or not all(word.isidentifier() for word in words):
+        hint = f". It is a pass: --pass {name}" if module_name in discover(PASSES) else ""
+        raise ModelError(f"cannot tell what {name!r} is; expected {_FORMS}{hint}")
     try:
         with _current_folder(module_name):
             module = importlib.import_module(module_name)

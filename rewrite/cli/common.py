@@ -10,13 +10,13 @@ __all__ = [
     "CheckFailed",
     "UsageError",
     "add_model",
+    "as_usage",
     "check_output",
     "inputs_of",
     "note",
     "parse_kwargs",
     "passes_of",
     "progress",
-    "reading",
     "resolve_model",
     "seed",
     "show",
@@ -201,7 +201,7 @@ def resolve_model(args: argparse.Namespace) -> ResolvedModel:
 
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    with reading():
+    with as_usage():
         return resolve(
             args.model,
             kwargs=parse_kwargs(args.kwargs),
@@ -213,8 +213,8 @@ def resolve_model(args: argparse.Namespace) -> ResolvedModel:
 
 
 @contextlib.contextmanager
-def reading() -> Iterator[None]:
-    """A file that cannot be read, or does not fit the model, is wrong usage."""
+def as_usage() -> Iterator[None]:
+    """Turn the error of a file that cannot be read, or does not fit, into one of usage."""
     try:
         yield
     except ArtifactError as error:

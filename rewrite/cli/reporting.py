@@ -20,13 +20,13 @@ from pocketize.cli.common import (
     CHECK_FAILED,
     DONE,
     UsageError,
+    as_usage,
     check_output,
     inputs_of,
     note,
     parse_kwargs,
     passes_of,
     progress,
-    reading,
     resolve_model,
     show,
     write_out,
@@ -180,7 +180,7 @@ def _rewritten(
 def _after(args: argparse.Namespace, before: ResolvedModel | None) -> nn.Module:
     kwargs = parse_kwargs(args.after_kwargs, "--after-kwargs")
     if Path(args.after).suffix.lower() != ".safetensors" and not has_recipe(args.after):
-        with reading():
+        with as_usage():
             return resolve(
                 args.after,
                 kwargs=kwargs,
@@ -192,7 +192,7 @@ def _after(args: argparse.Namespace, before: ResolvedModel | None) -> nn.Module:
             f"{args.after} was saved from a rewritten model and needs the factory of the original "
             f"as BEFORE; {args.model} is none"
         )
-    with reading():
+    with as_usage():
         return load(args.after, before.factory, folder=args.folder)
 
 

@@ -95,6 +95,10 @@ def test_words_and_options_may_come_in_any_order(run: Run) -> None:
         ),
         (("plan", "my_nets:Net", "pocket"), "pocket; passes are given as --pass pocket"),
         (
+            ("report", "my_nets:Net", "pocket:width=8", "--input", "1x1x8x8"),
+            "--pass pocket:width=8",
+        ),
+        (
             ("report", "my_nets:Net", "--pass", "pocket", "--fail-over", "peak 2%"),
             "--fail-over needs --input",
         ),
