@@ -62,7 +62,7 @@ figure { margin: 1.6rem 0; } figcaption { margin: .3rem 0; font-size: .9rem; }
 .strip span { white-space: nowrap; font-size: .75rem; padding: 0 .2rem; min-height: 1.2rem;
   border: 1px solid var(--line); border-width: 0 1px 1px 0; }
 @media (max-width: 36rem) { body { font-size: 14px; margin: 1rem auto; padding: 0 .7rem; }
-  table { font-size: 13px; } th, td { padding-right: .5rem; }
+  table { font-size: 13px; } th, td { padding-right: .4rem; }
   th:last-child, td:last-child { padding-right: 0; }
   .bar { display: block; } .bar > span { display: block; } .bar .narrow { font-size: 0; } }
 """.strip()
@@ -232,7 +232,7 @@ def _parts(events: Sequence[Event]) -> list[tuple[str, int]]:
 
 
 def _escape(text: str) -> str:
-    return escape(printable(text))
+    return escape(printable(text)).replace("-&gt;", "→")
 
 
 def _plain(category: str) -> str:

@@ -97,6 +97,16 @@ def test_changed_layers_and_passes_are_told_a_line_each() -> None:
     assert "No layer changed, and no pass." in str(Comparison(BEFORE, BEFORE))
 
 
+def test_what_a_reviewer_sees_at_once_fits_a_screen() -> None:
+    many = tuple(LayerSummary(f"layer{i}", "Linear", {"in": "1", "out": "2"}) for i in range(100))
+    comparison = Comparison(BEFORE, dataclasses.replace(AFTER, layers=many))
+    drawn = comparison.with_limits(["peak 2% 16MiB", "parameters 0%"]).to_markdown()
+    shown = re.sub(r"<details>.*?</details>", "folded", drawn, flags=re.DOTALL)
+    assert len(shown.splitlines()) <= 45
+    assert shown.count("folded") == 4
+    assert "and 93 more, all of them in the JSON" in shown
+
+
 def test_parts_of_peaks_at_different_moments_get_no_ratio() -> None:
     assert "is in the backward pass of decoder.3.conv, before and after." in str(COMPARISON)
     assert AFTER.train is not None
