@@ -20,6 +20,7 @@ def net() -> nn.Module:
     return nn.Sequential(*layers, *more, nn.Conv2d(16, 2, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("passes", "state", "program"),
     [

@@ -183,6 +183,7 @@ def test_the_demo_fits_and_reports(
     assert out.endswith("pocketize apply zoo:pocketnet_unet3d --pass pocket -o small.safetensors\n")
 
 
+@pytest.mark.slow
 def test_long_work_says_how_far_it_is(run: Run) -> None:
     saved = run("apply", "my_nets:Net", "--pass", "pocket", *INPUT, "-o", "small.pt")
     assert saved.code == 0

@@ -213,6 +213,7 @@ def test_a_state_that_a_class_does_not_tell_cannot_be_written_as_one(run: Run) -
     assert "write a .safetensors file" in err
 
 
+@pytest.mark.slow
 def test_a_format_that_would_drop_a_pass_is_refused(run: Run, folder: Path) -> None:
     command = ("apply", *POCKET, "--pass", "recompute:min_bytes=1", "-o")
     for output, kind in (("a.pt", "a state_dict"), ("a.pt2", "an exported program")):
