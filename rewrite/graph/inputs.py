@@ -18,6 +18,7 @@ __all__ = [
     "to_model",
 ]
 
+import contextlib
 import inspect
 import math
 import os
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketize._torch import pytree
-from pocketize.errors import InputError
+from pocketize.errors import InputError, nearest
 
 _SHAPE = re.compile(r"(?:(\w+)\s*=\s*)?(\d+(?:x\d+)*)(?::([a-z]+\d*))?")
 _GUESSED_SIZES = (32, 64, 96, 128, 224, 256)
@@ -250,9 +251,21 @@ def _from_text(text: str, model: nn.Module | None) -> Inputs:
     named = {name: tensor for name, tensor in parts if name is not None}
     if len(args) + len(named) < len(parts):
         raise InputError(f"{text!r} names an input twice")
-    if named and not args:
-        return _from_mapping(named, model)
-    return Inputs(args, named)
+    if args or not named:
+        return Inputs(args, named)
+    made = _from_mapping(named, model)
+    if made.args and model is not None:  # as one dict, which a name that the model has denies
+        takes: list[str] = []
+        with contextlib.suppress(TypeError, ValueError):  # a forward written in C
+            takes = list(inspect.signature(model.forward).parameters)
+        if any(name in takes for name in named):
+            wrong = next((name for name in named if name not in takes), None)
+            hint = nearest(wrong, takes) if wrong is not None else ""
+            raise InputError(
+                f"{text!r} does not fit forward of {type(model).__name__}, which takes "
+                f"{', '.join(takes)}.{hint}"
+            )
+    return made
 
 
 def _parse_shape(text: str, whole: str) -> tuple[str | None, Tensor]:

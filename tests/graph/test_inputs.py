@@ -115,6 +115,10 @@ def test_inputs_of_a_text_may_have_names() -> None:
     assert (len(made.args), list(made.kwargs)) == (1, ["mask"])
     (batch,) = as_inputs("image=1x1x8x8,label=1x3", nn.Identity()).args  # forward takes one dict
     assert list(batch) == ["image", "label"]
+    with pytest.raises(InputError, match=r"which takes image, mask\. Did you mean 'mask'\?"):
+        as_inputs("image=1x1x8x8,msk=1x1x8x8", Segment())
+    with pytest.raises(InputError, match="forward of Segment, which takes image, mask"):
+        as_inputs("image=1x1x8x8", Segment())
     with pytest.raises(InputError, match="names an input twice"):
         as_inputs("mask=1x1,mask=1x1", Segment())
 
