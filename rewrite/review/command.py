@@ -73,5 +73,6 @@ class DiffCommand:
         )
         write_out(render(found, layout), args.output, force=args.force)
         for model in found.models:
-            note(f"{model.name}: {model.verdict}")
-        return CHECK_FAILED if found.failed else DONE
+            if model.failed or args.output is not None:
+                note(f"{model.name}: {model.verdict}")
+        return CHECK_FAILED if any(model.failed for model in found.models) else DONE

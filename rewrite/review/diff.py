@@ -54,6 +54,11 @@ class ModelDiff:
     limits: tuple[str, ...] = ()
     said: tuple[str, ...] = ()
 
+    @property
+    def failed(self) -> bool:
+        """Whether a limit is exceeded, or the network is broken in the second revision."""
+        return self.status in ("over the limit", "broken")
+
     def blocks(self, *, details: bool) -> Iterator[Block]:
         """Yield what a report says of the network, folded if there is nothing to see."""
         tone = "bad" if self.status == "broken" else ""
@@ -85,11 +90,6 @@ class RevisionDiff:
     base: str
     head: str
     models: tuple[ModelDiff, ...]
-
-    @property
-    def failed(self) -> bool:
-        """Whether a limit is exceeded, or a network of the second revision is broken."""
-        return any(model.status in ("over the limit", "broken") for model in self.models)
 
     def __str__(self) -> str:
         return text(list(self._blocks())).rstrip("\n")

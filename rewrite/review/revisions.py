@@ -144,7 +144,8 @@ class Repository:
         shutil.rmtree(scratch, ignore_errors=True)
         for path in self._worktrees():
             if path.parent == scratch:
-                self.git("worktree", "remove", "--force", "--force", str(path))
+                with contextlib.suppress(UsageError):  # what stays, `git worktree prune` removes
+                    self.git("worktree", "remove", "--force", "--force", str(path))
 
 
 _SHALLOW = " in this repository; a CI may have fetched one commit only (fetch-depth: 0 fetches all)"
