@@ -42,7 +42,7 @@ ENGINE = (
 )
 #: What a pass's room may import of the other rooms of ``passes/``, besides ``shared``.
 BETWEEN = {
-    "fit": {"recompute"},
+    "fit": {"planning", "recompute"},
     "planning": {"complexity", "widths"},
 }
 #: What each folder may import besides the standard library and itself.

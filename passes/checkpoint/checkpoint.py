@@ -80,7 +80,7 @@ class Checkpoint(Pass):
     target: str | None = None
     only: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
-    optimizer: Literal["adam", "sgd"] | None = "adam"
+    optimizer: Literal["adam", "adamw", "sgd"] | None = "adam"
 
     def validate(self) -> None:
         """Refuse targets that are no size and no share."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pocketize.errors import PocketizeError
+from pocketize.passes.planning.planner import plan_widths
 from pocketize.plugin.base import Guarantee, Pass
 from pocketize.plugin.registry import get_pass
 
@@ -154,12 +155,28 @@ def _try_amp(search: FitSearch) -> None:
 
 
 def _try_narrower(search: FitSearch) -> None:
+    """Try the widest network that fits, then narrow ones that recompute."""
+    request = search.request
+    try:
+        widest = plan_widths(
+            request.model,
+            inputs=request.inputs,
+            max_peak=search.usable,
+            mode=request.mode,  # type: ignore[arg-type]
+            optimizer=request.optimizer,  # type: ignore[arg-type]
+            progress=search.progress,
+        )
+    except PocketizeError as error:
+        search.refused["narrower"] = str(error)
+    else:
+        share = f"{100 * widest.multipliers[0]:.0f} % of all widths"
+        search.try_way(Way(share, (_pass("width", **widest.width_options(), weights="reset"),)))
     narrower = [("pocket", _pass("pocket", weights="reset"))]
     narrower += [
         (f"{part} of all widths", _pass("width", scale=part, weights="reset"))
         for part in (0.75, 0.5, 0.25)
     ]
-    for label, given in narrower:
+    for label, given in narrower if search.best(Guarantee.RETRAIN) is None else ():
         search.try_way(Way(label, (given,)))
         if search.request.train and search.best(Guarantee.RETRAIN) is None:
             lean = _pass("recompute", keep="level")

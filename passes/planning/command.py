@@ -70,7 +70,7 @@ class Widths:
         budget.add_argument(
             "--mode", choices=("train", "infer"), default="train", help="the step of --max-peak"
         )
-        budget.add_argument("--optimizer", choices=("adam", "sgd", "none"), default="adam")
+        budget.add_argument("--optimizer", choices=("adam", "adamw", "sgd", "none"), default="adam")
         self._add_knowledge(parser)
         self._add_widths(parser)
         parser.add_argument("--format", choices=("text", "markdown", "json"), default="text")

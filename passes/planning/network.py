@@ -129,7 +129,7 @@ class Network:
         inputs: Any,
         keep: Sequence[str],
         mode: Literal["train", "infer"],
-        optimizer: Literal["adam", "sgd"] | None,
+        optimizer: Literal["adam", "adamw", "sgd"] | None,
         progress: Callable[[str], None] | None,
     ) -> None:
         self.model = model

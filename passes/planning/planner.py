@@ -59,7 +59,7 @@ def plan_widths(
     max_parameters: float | str | None = None,
     max_peak: float | str | None = None,
     mode: Literal["train", "infer"] = "train",
-    optimizer: Literal["adam", "sgd"] | None = "adam",
+    optimizer: Literal["adam", "adamw", "sgd"] | None = "adam",
     max_drop: float | None = None,
     min_accuracy: float | None = None,
     accuracy: float = 1.0,

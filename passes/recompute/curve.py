@@ -52,7 +52,7 @@ def curve(
     model: nn.Module,
     inputs: Any = None,
     *,
-    optimizer: Literal["adam", "sgd"] | None = "adam",
+    optimizer: Literal["adam", "adamw", "sgd"] | None = "adam",
     min_bytes: int = 65536,
 ) -> list[Choice]:
     """Return the Pareto front of what a training step may keep, found on one recorded step.

@@ -77,7 +77,7 @@ class Recompute(Pass):
 
     keep: Literal["conv", "block", "level"] | tuple[str, ...] = "conv"
     budget: str | None = None
-    optimizer: Literal["adam", "sgd"] | None = "adam"
+    optimizer: Literal["adam", "adamw", "sgd"] | None = "adam"
     min_bytes: int = 65536
 
     def validate(self) -> None:

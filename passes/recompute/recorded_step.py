@@ -44,7 +44,7 @@ def record_step(
     rebuilt: frozenset[str],
     frees: Mapping[str, tuple[int, ...]],
     min_bytes: int,
-    optimizer: Literal["adam", "sgd"] | None = "adam",
+    optimizer: Literal["adam", "adamw", "sgd"] | None = "adam",
 ) -> StepReplay:
     """Record a training step of a model, with the mean square of its outputs as the loss.
 
@@ -56,7 +56,7 @@ def record_step(
         rebuilt: the uses of weights whose results can be rebuilt.
         frees: see :class:`~.recompute_graph.RecomputeGraph`.
         min_bytes: likewise.
-        optimizer: ``"adam"``, ``"sgd"`` or ``None``.
+        optimizer: ``"adam"``, ``"adamw"``, ``"sgd"`` or ``None``.
 
     Raises:
         MeasureError: the model does not get through the step on fake tensors.

@@ -165,6 +165,15 @@ def test_a_weaker_guarantee_is_taken_only_where_a_stronger_one_does_not_fit(net:
     assert found.chosen.guarantee is Guarantee.EXACT
 
 
+@pytest.mark.slow
+def test_where_nothing_exact_fits_widths_become_as_narrow_as_they_must(net: nn.Module) -> None:
+    budget = int(0.7 * _peak(net))
+    found = fit(net, INPUT, memory=budget, allow="retrain", max_time=0.3, prove=False)
+    assert found.chosen.guarantee is Guarantee.RETRAIN
+    assert [p.name for p in found.passes] == ["width"]
+    assert 0.5 * budget < found.chosen.peak <= budget
+
+
 def test_ways_that_take_too_long_are_refused(net: nn.Module) -> None:
     with pytest.raises(FitError, match=r"in 0\.01 times the time"):
         fit(net, INPUT, memory=int(0.75 * _peak(net)), max_time=0.01, prove=False)
