@@ -19,7 +19,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ _NETS = {
     "nnunet_plain_conv": "1x1x32x32x32",
     "nnunet_residual_encoder": "2x2x128x128",
     "zoo:pocketnet_unet3d": "1x1x32x32x32",
-    "zoo:memory_fcn3d": "1x4x32x32x32",
+    "zoo:memory_fcn3d": "1x1x32x32x32",
     "zoo:patchwise_unet3d": "1x4x32x32x32",
 }
 
@@ -92,8 +92,8 @@ def _network(name: str) -> nn.Module:
     return next(net for net in foreign_nets() if net.name == name).build()
 
 
-def _work(task: dict[str, Any]) -> dict[str, Any]:
-    """Fit one network to all budgets."""
+def _work(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Fit one network to all budgets; give what is done after each of them."""
     from pocketize import fit, measure
     from pocketize.errors import FitError
 
@@ -124,7 +124,7 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
                 "difference": _difference(gradients, _gradients(found.model, inputs)),
             }
         rows.append(row)
-    return {"untouched": untouched, "inputs": inputs, "rows": rows, "torch": torch.__version__}
+        yield {"untouched": untouched, "inputs": inputs, "rows": rows}
 
 
 def _seconds(model: nn.Module, inputs: str) -> float:
@@ -166,8 +166,7 @@ def _render(records: dict[str, Any]) -> str:
     for name, record in records.items():
         if "failed" in record:
             lines.append((name, "", "", f"failed: {record['failed'][:80]}", *[""] * 7))
-            continue
-        for row in record["rows"]:
+        for row in record.get("rows", ()):
             first = (f"{name}, {record['inputs']}", f"{record['untouched'] / _MIB:.0f}")
             if "refused" in row:
                 budget, search = f"{row['budget']:.2f}", f"{row['search']:.0f}"
@@ -198,6 +197,7 @@ def _render(records: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
-        print(MARK + json.dumps(_work(json.loads(sys.argv[1]))))
+        for answer in _work(json.loads(sys.argv[1])):
+            print(MARK + json.dumps(answer), flush=True)
     else:
         main()

@@ -64,16 +64,24 @@ def ask(
             timeout=timeout,
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {timeout:.0f} s"}
-    for line in reversed(done.stdout.splitlines()):
-        if line.startswith(MARK):
-            answer: dict[str, Any] = json.loads(line.removeprefix(MARK))
-            return answer | {"torch": torch.__version__, "machine": platform.machine()}
+    except subprocess.TimeoutExpired as error:
+        printed = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else ""
+        return (_answer(printed) or {}) | {"failed": f"not done after {timeout:.0f} s"}
+    if (answer := _answer(done.stdout)) is not None:
+        return answer
     if done.returncode in (-9, 137):
         return {"failed": "killed, for want of memory most likely"}
     last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
     return {"failed": f"status {done.returncode}: {' '.join(last.split())[:200]}"}
+
+
+def _answer(printed: str) -> dict[str, Any] | None:
+    """Return the last answer, which may have parts that are still missing."""
+    for line in reversed(printed.splitlines()):
+        if line.startswith(MARK):
+            answer: dict[str, Any] = json.loads(line.removeprefix(MARK))
+            return answer | {"torch": torch.__version__, "machine": platform.machine()}
+    return None
 
 
 def trim() -> None:
