@@ -281,7 +281,7 @@ def test_no_file_of_the_current_folder_stands_for_an_installed_package(
     assert not list(tmp_path.glob("*.ran"))
     if "report" in command:
         assert done.returncode == 0, done.stderr
-        for said in "Measured on cpu", "each figure in a fresh one", "training step's time":
+        for said in "Measured on cpu", "each figure in a fresh one", "time of a training step":
             assert said in done.stdout
 
 
