@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["METRICS", "LimitCheck", "Metric", "Threshold", "judge"]
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -132,6 +133,8 @@ class Threshold:
                 f"threshold {text!r}: no allowance given. For example: {metric} 2% allows "
                 f"it to grow by 2 percent, {metric} 0% not at all."
             )
+        if not all(math.isfinite(value) for value in (percent or 0, amount or 0)):
+            raise ReportError(f"threshold {text!r:.100}: the allowance is too large a number")
         return cls(metric, percent, amount)
 
     def limit(self, before: float) -> float:

@@ -36,10 +36,8 @@ class LayerSummary:
         parts = []
         if "in" in settings and "out" in settings:
             parts.append(f"{settings.pop('in')} -> {settings.pop('out')}")
-        parts += [
-            value if name in ("", "kernel_size") else f"{name} {value}"
-            for name, value in settings.items()
-        ]
+        parts += [settings.pop(name) for name in ("", "kernel_size") if name in settings]
+        parts += [f"{name} {value}" for name, value in sorted(settings.items())]
         return f"{self.kind} {', '.join(parts)}".strip()
 
 
@@ -83,5 +81,8 @@ def _settings(module: nn.Module) -> dict[str, str]:
 
 
 def _defaults(kind: type[nn.Module]) -> dict[str, str]:
-    parameters = inspect.signature(kind).parameters
+    try:
+        parameters = inspect.signature(kind).parameters
+    except (TypeError, ValueError):  # written in C
+        return {}
     return {name: str(p.default) for name, p in parameters.items() if p.default is not p.empty}

@@ -104,7 +104,7 @@ class Measurement:
         layers: modules that hold parameters or have settings, in the order of ``named_modules``.
         passes: what was applied to the network, in order.
         loss: what a training step differentiates.
-        exported: the forward is the flat graph of an exported program, which calls no module.
+        exported: the forward is one flat graph that calls no module, as in an exported program.
         environment: where the figures were taken.
     """
 
@@ -258,7 +258,10 @@ def take(
 
 
 def _is_exported(model: nn.Module) -> bool:
-    return isinstance(model, fx.GraphModule) and hasattr(model, "range_constraints")
+    if not isinstance(model, fx.GraphModule):
+        return False
+    calls = (node.target for node in model.graph.nodes if node.op == "call_module")
+    return all(target == "_guards_fn" for target in calls)
 
 
 def _machine() -> str:

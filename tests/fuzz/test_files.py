@@ -25,7 +25,7 @@ from pocketize.passes import Patchwise
 from pocketize.passes.complexity.reading import read_image
 from pocketize.passes.planning.runner import PointCache, Trained, TrainedKey
 from pocketize.plugin.recipe import load_recipe
-from pocketize.report import Comparison, compare
+from pocketize.report import Comparison, Measurement, compare
 from tests.fuzz.mutations import changed_bytes, changed_json, seeded
 
 
@@ -151,15 +151,18 @@ def test_recipes(alone: Path) -> None:
 
 
 @pytest.mark.slow
-def test_reports() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Comparison, Measurement])
+def test_reports(kind: type[Comparison] | type[Measurement]) -> None:
     model = net()
-    text = compare(model, model, "1x1x8x8", estimate=True).to_json()
-    for changed in changed_json(json.loads(text), seeded("report"), 400):
+    comparison = compare(model, model, "1x1x8x8", estimate=True).with_limits("peak 2% 1MiB")
+    text = (comparison if kind is Comparison else comparison.before).to_json()
+    for changed in changed_json(json.loads(text), seeded("report"), 150):
         try:
-            report = Comparison.from_json(changed)
+            report = kind.from_json(changed)
         except ReportError:
             continue
-        for drawn in (str(report), report.to_markdown(), report.to_html()):
+        for drawn in (str(report), repr(report), report.to_markdown(), report.to_html()):
             assert "\x1b" not in drawn
 
 

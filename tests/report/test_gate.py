@@ -34,6 +34,7 @@ def test_a_threshold_writes_the_text_that_it_is_read_from(text: str) -> None:
         ("peak 2% 3%", "two percentages"),
         ("peak 2MiB 3MiB", "got '3MiB'"),
         ("peak 2", "got '2'"),
+        (f"peak {'9' * 400}%", "too large a number"),
         ("peak 20ms", "(B, KiB, MiB, GiB, TiB, kB, MB, GB, TB) after 'peak', got '20ms'"),
     ],
 )
