@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pocketize._torch import fake_tensor_logger
 from pocketize.errors import MeasureError, nearest
 from pocketize.graph.capture import find_tensors
 from pocketize.graph.clone import kept_random_states, quiet_hooks
@@ -215,6 +216,9 @@ def fixed_surroundings() -> Iterator[None]:
     if collecting:  # otherwise an outer context has just done it, and it is slow
         gc.collect()
         gc.disable()
+    # torch logs shapes that do not fit with tracebacks; the error that is raised tells them
+    fake_logger = fake_tensor_logger()
+    disabled, fake_logger.disabled = fake_logger.disabled, True
     try:
         with (
             kept_random_states(),
@@ -225,6 +229,7 @@ def fixed_surroundings() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        fake_logger.disabled = disabled
         if collecting:
             gc.enable()
 
