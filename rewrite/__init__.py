@@ -26,6 +26,7 @@ __all__ = [
     "TracedGraph",
     "__version__",
     "analyse",
+    "calibrate",
     "capture",
     "channel_rule",
     "compare",
@@ -50,6 +51,7 @@ from pocketize.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from pocketize.artifact import load, save
+    from pocketize.calibration import calibrate
     from pocketize.channels.analysis import Analysis, analyse
     from pocketize.channels.groups import ChannelGroup, ChannelGroups
     from pocketize.channels.rules import channel_rule
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
 attach(
     __name__,
     {
+        "calibration": "calibrate",
         "channels.analysis": "Analysis analyse",
         "graph.capture": "TracedGraph capture",
         "channels.groups": "ChannelGroup ChannelGroups",

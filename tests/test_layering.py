@@ -34,6 +34,7 @@ ENGINE = (
     "initial",
     "memory",
     "engine",
+    "calibration",
     "report",
     "artifact",
     "cli",

@@ -1,0 +1,6 @@
+"""Solve the layers of a smaller network, so that it computes what the large one did."""
+
+from pocketize.calibration.calibrate import calibrate
+from pocketize.calibration.result import CalibratedLayer, Calibration
+
+__all__ = ["CalibratedLayer", "Calibration", "calibrate"]

@@ -1,0 +1,71 @@
+"""What calibration did: the network, and how far each layer is from the one before the cut."""
+
+from __future__ import annotations
+
+__all__ = ["CalibratedLayer", "Calibration"]
+
+from dataclasses import dataclass
+
+from tabulate import tabulate
+from torch import nn
+
+
+@dataclass(frozen=True)
+class CalibratedLayer:
+    """One layer.
+
+    Attributes:
+        path: of the module, the same in both networks.
+        before: relative error of its outputs on the calibration images, as the network was when
+            the layer's turn came: the norm of the difference to the large network's outputs, of
+            the channels that are left, over the norm of these.
+        after: the same once it was solved; ``None`` if it was not.
+        why_not: the reason why it was not; empty if it was.
+    """
+
+    path: str
+    before: float | None
+    after: float | None
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibrated network.
+
+    ``print(calibration)`` shows the layers.
+
+    Attributes:
+        model: a copy of the rewritten network with new weights and statistics.
+        layers: in the order in which the forward calls them.
+        images: how many were used.
+        before: relative error of the network's outputs on the images, before.
+        after: the same, after.
+    """
+
+    model: nn.Module
+    layers: tuple[CalibratedLayer, ...]
+    images: int
+    before: float
+    after: float
+
+    @property
+    def summary(self) -> str:
+        """One line for a report."""
+        word = "image" if self.images == 1 else "images"
+        return (
+            f"calibrated on {self.images} {word}: outputs differ by {self.after:.1%} "
+            f"(was {self.before:.1%})"
+        )
+
+    def __str__(self) -> str:
+        rows = [
+            (layer.path, _share(layer.before), _share(layer.after), layer.why_not)
+            for layer in self.layers
+        ]
+        head = ("layer", "outputs differ by", "solved", "why not")
+        return f"{self.summary}\n\n{tabulate(rows, head, disable_numparse=True)}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"

@@ -1,0 +1,160 @@
+"""Calibration brings a rewritten network's outputs near to the large one's, and says how near."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from pocketize import load, rewrite, save
+from pocketize.calibration import calibrate
+from pocketize.errors import InputError, OptionError, RewriteError
+from pocketize.passes import Bottleneck, Patchwise, Width
+
+HALF = Width(0.5)
+
+
+class Net(nn.Module):
+    """A U-Net of two levels: strided, transposed, depthwise, with every kind of norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.group = nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(4, 8)
+        self.down, self.norm = nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16)
+        self.deep, self.instance = nn.Conv2d(16, 16, 1), nn.InstanceNorm2d(16, affine=True)
+        self.up, self.last = nn.ConvTranspose2d(16, 8, 2, stride=2), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.group(self.first(x)), 0.1)
+        y = F.leaky_relu(self.norm(self.down(x)), 0.1)
+        y = F.leaky_relu(self.instance(self.deep(y)), 0.1)
+        return self.last(torch.cat((self.up(y), x), 1))
+
+
+def images(count: int = 3) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 1, 16, 20, generator=draw).cumsum(-1) for _ in range(count)]
+
+
+def trained() -> nn.Module:
+    torch.manual_seed(0)
+    net = Net().train()
+    for x in images():
+        net(x)  # running statistics
+    return net.eval()
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_one_channel_of_many_that_are_alike_is_enough() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 1), nn.Conv2d(8, 3, 3))
+    small = rewrite(net, HALF, inputs=images()[0])
+    found = calibrate(net, small, images())
+    assert found.before > 0.1
+    assert found.after < 1e-3
+    again = calibrate(net, small, images(), memory=1000)  # one channel at a time
+    assert again.after < 1e-3
+    assert found.summary.startswith("calibrated on 3 images: outputs differ by 0.1% (was ")
+
+
+def test_every_layer_is_solved_and_neither_network_changes() -> None:
+    net = trained()
+    small = rewrite(net, HALF, inputs=images()[0]).train()
+    before, after = state(net), state(small)
+    told: list[str] = []
+    found = calibrate(net, small, iter(images()), progress=told.append)
+    assert found.after < 0.8 * found.before
+    assert {layer.path for layer in found.layers} == {name for name, _ in net.named_children()}
+    for layer in found.layers:
+        assert layer.before is not None
+        assert layer.after is not None
+        assert layer.after <= layer.before * 1.01
+    assert told[0] == "first (layer 1 of 8)"
+    assert "first" in str(found)
+    for model, was in ((net, before), (small, after)):
+        assert all(torch.equal(was[name], tensor) for name, tensor in model.state_dict().items())
+    assert small.training
+    assert found.model.training
+    assert not net.training
+    assert all(not module._forward_hooks for module in net.modules())
+    again = calibrate(net, small, images())
+    for name, tensor in found.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+
+
+def test_statistics_of_batch_norms_are_those_of_the_images() -> None:
+    net = trained()
+    small = rewrite(net, HALF, inputs=images()[0])
+    made: Any = calibrate(net, small, images()).model
+    seen: list[Tensor] = []
+    made.down.register_forward_hook(lambda *given: seen.append(given[2]))
+    for x in images():
+        made(x)
+    values = torch.cat([y.movedim(1, -1).flatten(0, -2) for y in seen])
+    assert torch.allclose(made.norm.running_mean, values.mean(0), atol=1e-4)
+    assert torch.allclose(made.norm.running_var, values.var(0), rtol=1e-4)
+
+
+def test_a_saved_network_is_calibrated_by_what_it_remembers(tmp_path: Path) -> None:
+    net = trained()
+    small = rewrite(net, HALF, inputs=images()[0])
+    save(small, tmp_path / "small.safetensors")
+    found = calibrate(net, load(tmp_path / "small.safetensors", trained), images())
+    assert found.after == pytest.approx(calibrate(net, small, images()).after)
+
+
+class Odd(nn.Module):
+    """A layer that is called twice, one with a shared weight, one with a computed weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 1)
+        self.computed = weight_norm(nn.Conv2d(8, 8, 1))
+        self.one, self.other = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.other.weight = self.one.weight
+        self.last = nn.Conv2d(8, 8, 5, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(self.first(x)))
+        return self.last(self.other(self.one(self.computed(x))))
+
+
+def test_what_cannot_be_solved_is_listed_with_the_reason() -> None:
+    net = Odd()
+    small = rewrite(net, HALF, Bottleneck(activations="any", min_channels=1), inputs=images()[0])
+    found = {each.path: each.why_not for each in calibrate(net, small, images()).layers}
+    assert found["first"] == ""
+    assert found["twice"] == "it is called 2 times"
+    assert found["computed"] == "its weight is computed"
+    assert found["one"] == found["other"] == "its weight is shared with another module"
+    swapped = [why for path, why in found.items() if path.startswith("last.")]
+    assert set(swapped) == {"another module stands there than before"}
+
+
+def test_wrong_arguments() -> None:
+    net, x = trained(), images()
+    small = rewrite(net, HALF, inputs=x[0])
+    rows: list[tuple[Any, dict[str, Any], Any, str]] = [
+        ((net, small, []), {}, InputError, "at least one image"),
+        ((net, small, ["much"]), {}, InputError, "much"),
+        ((net, small, x), {"samples": 0}, OptionError, "must be positive"),
+        ((net, small, x), {"ridge": 0}, OptionError, "must be positive"),
+        ((net, small, x), {"memory": "much"}, OptionError, "1GiB"),
+        ((net, copy.deepcopy(net), x), {}, RewriteError, "has no rewrites beyond those of Net"),
+        ((small, net, x), {}, RewriteError, r"what rewrite\(\) made of the first"),
+    ]
+    for arguments, options, error, text in rows:
+        with pytest.raises(error, match=text):
+            calibrate(*arguments, **options)
+    tiled = rewrite(small, Patchwise(size=8, progress=False), inputs=x[0])
+    with pytest.raises(RewriteError, match="calibrate before"):
+        calibrate(net, tiled, x)
