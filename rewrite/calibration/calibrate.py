@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pocketize.calibration.result import CalibratedLayer, Calibration
+from pocketize.calibration.result import CalibratedLayer, CalibratedNetwork
 from pocketize.calibration.windows import CONVS, LAYERS, TRANSPOSED, matrix_of, rows, set_matrix
 from pocketize.engine.history import history
 from pocketize.errors import InputError, OptionError, RewriteError
@@ -55,7 +55,7 @@ def calibrate(
     memory: int | str = "1GiB",
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
-) -> Calibration:
+) -> CalibratedNetwork:
     """Solve the layers of a rewritten network on a few images without labels.
 
     Args:
@@ -99,17 +99,17 @@ def calibrate(
         reasons = {path: _why_not(before, made, path, calls, replaced) for path in calls}
         solvable = {path: kept.get(path) for path, why_not in reasons.items() if not why_not}
         started = _difference(before, made, given)
-        task = _Task(made, given, max(1, samples // len(given)), ridge, limit, seed)
-        task.take_targets(before, solvable)
+        solver = _LayerSolver(made, given, max(1, samples // len(given)), ridge, limit, seed)
+        solver.take_targets(before, solvable)
         found = []
         for number, (path, why_not) in enumerate(reasons.items(), start=1):
             if not why_not:
                 progress(f"{path} (layer {number} of {len(calls)})")
-                found.append(task.solve(path))
+                found.append(solver.solve(path))
             elif why_not != "norm without weights":
                 found.append(CalibratedLayer(path, None, None, why_not))
         ended = _difference(before, made, given)
-    return Calibration(made, tuple(found), len(given), started, ended)
+    return CalibratedNetwork(made, tuple(found), len(given), started, ended)
 
 
 def _edits(before: nn.Module, after: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
@@ -182,7 +182,7 @@ def _why_not(
 
 
 @dataclass
-class _Task:
+class _LayerSolver:
     """The small network, the images, and what each layer is to give at the places drawn."""
 
     model: nn.Module

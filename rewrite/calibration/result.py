@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CalibratedLayer", "Calibration"]
+__all__ = ["CalibratedLayer", "CalibratedNetwork"]
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class CalibratedLayer:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibratedNetwork:
     """A calibrated network.
 
     ``print(calibration)`` shows the layers.

@@ -11,7 +11,6 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -34,7 +33,7 @@ def rows(layer: nn.Module, x: Tensor, places: Tensor, channels: slice, group: in
     """
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1])[places][:, channels]
-    conv = cast(_ConvNd, layer)
+    conv = cast(nn.Conv2d, layer)
     size = conv.in_channels // conv.groups
     x = x[:, group * size : (group + 1) * size][:, channels]
     flat, index = (
@@ -43,7 +42,7 @@ def rows(layer: nn.Module, x: Tensor, places: Tensor, channels: slice, group: in
     return flat[:, index].movedim(0, 1).flatten(1)
 
 
-def _plain(conv: _ConvNd, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+def _plain(conv: nn.Conv2d, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """Return the padded input as ``(C, positions)``, and ``(S, kernel)`` indices into it."""
     spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     if conv.padding == "same":
@@ -68,7 +67,7 @@ def _plain(conv: _ConvNd, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     return x.movedim(1, 0).flatten(1), index
 
 
-def _transposed(conv: _ConvNd, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+def _transposed(conv: nn.Conv2d, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """The same of a transposed convolution; where nothing is read, the index is that of a zero."""
     sizes = [
         (length - 1) * s - 2 * int(p) + d * (k - 1) + int(more) + 1
@@ -78,7 +77,7 @@ def _transposed(conv: _ConvNd, x: Tensor, places: Tensor) -> tuple[Tensor, Tenso
             conv.padding,
             conv.dilation,
             conv.kernel_size,
-            cast(_ConvTransposeNd, conv).output_padding,
+            cast(nn.ConvTranspose2d, conv).output_padding,
             strict=True,
         )
     ]
@@ -99,7 +98,7 @@ def _unravelled(places: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
     return torch.unravel_index(places, shape)
 
 
-def _offsets(conv: _ConvNd) -> Iterable[Tensor]:
+def _offsets(conv: nn.Conv2d) -> Iterable[Tensor]:
     """For each axis, where each element of the kernel lies on it: ``(kernel,)``."""
     grid = torch.tensor(list(product(*map(range, conv.kernel_size))), device=conv.weight.device)
     return grid.unbind(1)

@@ -66,6 +66,7 @@ def test_one_channel_of_many_that_are_alike_is_enough() -> None:
     assert found.summary.startswith("calibrated on 3 images: outputs differ by 0.1% (was ")
 
 
+@pytest.mark.slow
 def test_every_layer_is_solved_and_neither_network_changes() -> None:
     net = trained()
     small = rewrite(net, HALF, inputs=images()[0]).train()
@@ -91,6 +92,7 @@ def test_every_layer_is_solved_and_neither_network_changes() -> None:
         assert torch.equal(tensor, again.model.state_dict()[name])
 
 
+@pytest.mark.slow
 def test_statistics_of_batch_norms_are_those_of_the_images() -> None:
     net = trained()
     small = rewrite(net, HALF, inputs=images()[0])
@@ -104,6 +106,7 @@ def test_statistics_of_batch_norms_are_those_of_the_images() -> None:
     assert torch.allclose(made.norm.running_var, values.var(0), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_saved_network_is_calibrated_by_what_it_remembers(tmp_path: Path) -> None:
     net = trained()
     small = rewrite(net, HALF, inputs=images()[0])
@@ -128,6 +131,7 @@ class Odd(nn.Module):
         return self.last(self.other(self.one(self.computed(x))))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_solved_is_listed_with_the_reason() -> None:
     net = Odd()
     small = rewrite(net, HALF, Bottleneck(activations="any", min_channels=1), inputs=images()[0])
@@ -140,6 +144,7 @@ def test_what_cannot_be_solved_is_listed_with_the_reason() -> None:
     assert set(swapped) == {"another module stands there than before"}
 
 
+@pytest.mark.slow
 def test_wrong_arguments() -> None:
     net, x = trained(), images()
     small = rewrite(net, HALF, inputs=x[0])
