@@ -320,6 +320,7 @@ def test_awkward_nets_agree_with_the_estimate_and_the_profiler(name: str, mode: 
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_dynunet_and_basic_unet_at_full_width_agree_with_the_profiler() -> None:
     nets = [
         (DynUNet(3, 1, 3, [3] * 5, [1, 2, 2, 2, 2], [2] * 4), "1x1x32x32x32"),
