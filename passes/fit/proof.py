@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from pocketize.errors import PocketizeError
+from pocketize.errors import MeasureError, PocketizeError
 from pocketize.memory.counters import available_memory
 from pocketize.memory.isolate import measure_isolated
 from pocketize.memory.meter import measure_here
@@ -57,6 +57,8 @@ def prove_step(
     try:
         with _capped(device, cap):
             measured = measure_isolated(request)
+            if isinstance(measured, MeasureError):
+                raise measured
             if isinstance(measured, str):
                 where = f"in this process ({measured})"
                 measured = measure_here(request)

@@ -95,14 +95,15 @@ def _cuda_fractions() -> tuple[float, ...]:
     return tuple(torch.cuda.get_per_process_memory_fraction(device) for device in devices)
 
 
-def measure_isolated(request: Request) -> MemoryProfile | str:
+def measure_isolated(request: Request) -> MemoryProfile | str | MeasureError:
     """Measure in a fresh process.
 
     Returns:
-        The profile, or the reason why the request cannot be sent to another process.
+        The profile, or the reason why the request cannot be sent to another process, or how that
+        process died. What killed it must not run in this process.
 
     Raises:
-        MeasureError: the process died, or the model did not get through the step.
+        MeasureError: the model did not get through the step.
         PocketizeError: as :func:`pocketize.memory.measure`.
     """
     obstacle = _obstacle(request)
@@ -125,7 +126,7 @@ def measure_isolated(request: Request) -> MemoryProfile | str:
         try:
             reply = json.loads(answer.read_text())
         except (OSError, ValueError):
-            raise MeasureError(_death(request, done)) from None
+            return MeasureError(_death(request, done))
     return _read(reply)
 
 

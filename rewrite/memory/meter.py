@@ -109,12 +109,15 @@ def measure(
             stacklevel=2,
         )
     why_not = None
-    with suggest_sizes(model, inputs):
-        if isolate and not estimate:
+    if isolate and not estimate:
+        with suggest_sizes(model, inputs):
             outcome = measure_isolated(request)
-            if isinstance(outcome, MemoryProfile):
-                return dataclasses.replace(outcome, isolated=True)
-            why_not = outcome
+        if isinstance(outcome, MemoryProfile):
+            return dataclasses.replace(outcome, isolated=True)
+        if isinstance(outcome, MeasureError):
+            raise outcome
+        why_not = outcome
+    with suggest_sizes(model, inputs):
         return dataclasses.replace(measure_here(request), why_not_isolated=why_not)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pocketize.errors import MeasureError, ReportError
+from pocketize.errors import InputError, MeasureError, ReportError
 from pocketize.graph.capture import settle_inputs
 from pocketize.report.blocks import Block
 from pocketize.report.differences import common_modes, status, unlike
@@ -194,8 +194,8 @@ def compare(
                 step_in_backward=step_in_backward,
                 progress=lambda text: progress(f"{side}, {text}"),
             )
-        except MeasureError as error:
-            raise MeasureError(f"compare, {side}, {error}") from error
+        except (InputError, MeasureError) as error:
+            raise type(error)(f"compare, {side}, {error}") from error
 
     sides = taken(before, "before"), taken(after, "after")
     return compare_measurements(*sides, anyway=anyway)

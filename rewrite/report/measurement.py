@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pocketize.engine.pipeline import history
-from pocketize.errors import MeasureError, ReportError
+from pocketize.errors import InputError, MeasureError, ReportError
 from pocketize.graph.capture import settle_inputs
 from pocketize.memory import MemoryProfile, measure
 from pocketize.plugin.base import PassRecord
@@ -230,8 +230,8 @@ def take(
                 isolate=not estimate,
                 step_in_backward=step_in_backward and training,
             )
-        except MeasureError as error:
-            raise MeasureError(f"{mode}: {error}") from error
+        except (InputError, MeasureError) as error:
+            raise type(error)(f"{mode}: {error}") from error
         why, times = profile.why_not_isolated, profile.step_seconds
         profiles[mode] = dataclasses.replace(
             profile,

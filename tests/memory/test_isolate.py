@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketize.errors import MeasureError
+from pocketize.errors import InputError, MeasureError
 from pocketize.memory import measure
 from pocketize.memory.isolate import Settings
 from pocketize.memory.step import Request
@@ -130,7 +130,7 @@ def test_an_estimate_needs_no_process() -> None:
 
 @pytest.mark.slow
 def test_errors_of_the_model_come_back() -> None:
-    with pytest.raises(MeasureError, match="give a batch of 2, or a larger input"):
+    with pytest.raises(InputError, match="give a batch of 2, or a larger input"):
         measure(small(), "1x1x1x1", isolate=True)
 
 
