@@ -196,7 +196,7 @@ def _thesis(device: str, small: bool) -> _Rows:
 
 def _fit(device: str, small: bool) -> _Rows:
     volume = "1x1x32x32x32" if small else "1x1x256x256x160"
-    for cap in ("60MiB", "80MiB") if small else ("8GiB", "16GiB", "24GiB"):
+    for cap in ("80MiB", "110MiB") if small else ("8GiB", "16GiB", "24GiB"):
 
         def ask(cap: str = cap) -> Row:
             found = fit(NETS["plainconv"].build().to(device), volume, memory=cap, device=device)
