@@ -61,14 +61,14 @@ def _pairs(whole: bool) -> Iterator[tuple[Net, str]]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Only the pairs that will run are made.
 
-    To the fast tests belong the core of the sample, sliced, and a sixteenth of all other pairs.
+    To the fast tests belong the core of the sample, sliced, and one in 32 of all other pairs.
     """
     if metafunc.function is not test_contract:
         return
     pairs = []
     for net, label in _pairs(is_whole(metafunc.config)):
         fast = label == "pocket-slice" and net.name in CORE
-        fast |= "slow" not in net.tags and _number(net.name, label) % 16 == 0
+        fast |= "slow" not in net.tags and _number(net.name, label) % 32 == 0
         # In one process: what is found out about the net serves all its rows.
         marks = [pytest.mark.xdist_group(f"{net.name}, {'fast' if fast else 'slow'}")]
         if not fast:

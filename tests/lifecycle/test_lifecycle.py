@@ -107,7 +107,7 @@ def _difference(expected: list[Tensor] | None, found: list[Tensor]) -> str:
 
 
 def _cells(columns: Iterable[str]) -> list[Any]:
-    """Every situation with every column; one in six, of all of them, belongs to the fast tests.
+    """Every situation with every column; one in twelve, of all of them, belongs to the fast tests.
 
     Of several passes together, every second one runs with --whole only. Those of a column run in
     one process, which rewrites the network once for all.
@@ -115,7 +115,7 @@ def _cells(columns: Iterable[str]) -> list[Any]:
     cells = []
     for place, column in enumerate(columns):
         for number, name in enumerate(SITUATIONS):
-            fast = (number + place) % 6 == 0
+            fast = (number + place) % 12 == 0
             marks = [pytest.mark.xdist_group(f"{column}, {'fast' if fast else 'slow'}")]
             if not fast:
                 marks.append(pytest.mark.slow)

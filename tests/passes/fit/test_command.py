@@ -16,6 +16,7 @@ pytestmark = pytest.mark.xdist_group("fit")
 MODEL = "tests.passes.fit.conftest:UNet3d"
 
 
+@pytest.mark.slow
 def test_model_recipe_and_report_are_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,7 @@ def test_a_network_that_fits_is_left_as_it_is(net: nn.Module) -> None:
     assert found.chosen.time == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", BUDGETS)
 def test_training_fits_exactly(net: nn.Module, answers: dict[float, Fit], part: float) -> None:
     budget, found = int(part * _peak(net)), answers[part]
@@ -79,6 +80,7 @@ def test_the_step_is_proved_here_where_another_process_cannot(
     assert "+0.0 % against the estimate" in found.proof
 
 
+@pytest.mark.slow
 def test_a_resident_budget_is_what_the_process_grows_by(
     net: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +124,7 @@ def test_on_cuda_the_allocator_is_capped_while_the_step_is_taken(
     assert fractions == [1.0, 0.25, 1.0]
 
 
+@pytest.mark.slow
 def test_results_on_the_host_are_counted_apart_from_those_on_a_gpu(net: nn.Module) -> None:
     tiles = Patchwise(size=16, axis=2, train=True, keep="host", output="host")
     apply_edits(net, [Convert("", tiles.name, tiles.conversion_options())])
@@ -137,6 +140,7 @@ def test_the_step_is_proved_in_a_fresh_process(net: nn.Module) -> None:
     assert "+0.0 % against the estimate" in found.proof
 
 
+@pytest.mark.slow
 def test_inference_fits_by_tiles(net: nn.Module) -> None:
     budget = int(0.9 * _peak(net, "infer"))
     found = fit(net, INPUT, memory=budget, mode="infer", prove=False)
@@ -178,6 +182,7 @@ def test_where_nothing_else_fits_widths_become_as_narrow_as_they_must(
     assert 0.5 * budget < found.chosen.peak <= budget
 
 
+@pytest.mark.slow
 def test_ways_that_take_too_long_are_refused(net: nn.Module) -> None:
     with pytest.raises(FitError, match=r"in 0\.01 times the time"):
         fit(net, INPUT, memory=int(0.75 * _peak(net)), max_time=0.01, prove=False)

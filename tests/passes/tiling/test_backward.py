@@ -79,6 +79,7 @@ def _agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert (found[name] - gradient).abs().max() < 1e-9 * size, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_other_peoples_networks_have_the_whole_volumes_gradients(name: str) -> None:
     net = NETS[name]

@@ -59,6 +59,7 @@ def agree(found: list[Tensor], expected: list[Tensor]) -> None:
 NETS = {net.name: net for net in foreign_nets() if "slow" not in net.tags}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_other_peoples_networks_give_the_whole_volumes_answer(name: str) -> None:
     net = NETS[name]

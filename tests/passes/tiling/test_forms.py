@@ -260,6 +260,7 @@ SEEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEEN)
 def test_every_local_operator_of_other_peoples_networks(name: str) -> None:
     net = SEEN[name]
