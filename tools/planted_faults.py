@@ -8,8 +8,8 @@
 A fault is an exact text of one file and what stands there instead; a text that is not found exactly
 once is an error, so that the list cannot rot in silence. A fault is first tried against the tests
 of the room (the folder of tests that mirrors the file's folder), the fast ones first, then against
-the fast tests of the whole suite, then against all tests, each until one fails. Rooms whose tests fail without a
-fault are named, and nothing is concluded from them.
+the fast tests of the whole suite, then against all tests, each until one fails. Rooms whose tests
+fail without a fault are named, and nothing is concluded from them.
 
 Not a part of CI: a suite is run for every fault.
 """
