@@ -197,7 +197,7 @@ FAULTS = [
     Fault(
         "mapped files count as memory",
         _TRACKER,
-        "if storage.filename is not None or _NOT_COUNTED.get(storage_key(storage)) is storage:",
+        "if self._is_elsewhere(storage):",
         "if False:",
         "tests/memory",
     ),
