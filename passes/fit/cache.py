@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import torch
 from pocketize.graph.capture import capture
 from pocketize.memory.step import Request
 from pocketize.untrusted import read_json
-from pocketize.version import VERSION
 
 
 def cache_folder() -> Path:
@@ -49,7 +49,7 @@ class EstimateCache:
 
     Two networks have the same estimates if they run the same operators on tensors of the same
     shapes, with parameters, buffers, modules and versions that are the same. Only then do they
-    share a file.
+    share a file. It is forgotten when a source file of pocketize changes.
 
     Attributes:
         known: by the way to run, and ``"curve"``.
@@ -62,7 +62,7 @@ class EstimateCache:
     def __init__(self, request: Request, also: str) -> None:
         model = request.model
         parts: list[Any] = [
-            VERSION,
+            _code(),
             torch.__version__,
             also,
             request.mode,
@@ -87,6 +87,14 @@ class EstimateCache:
     def save(self) -> None:
         """Write the file."""
         write_json_file(self.file, self.known)
+
+
+def _code() -> list[tuple[str, int, int]]:
+    """Return names, sizes and times of our source files: a checkout keeps its version for long."""
+    packages = (sys.modules["pocketize"], sys.modules["pocketize.passes"])
+    folders = [folder for package in packages for folder in package.__path__]
+    files = {file for folder in folders for file in Path(folder).rglob("*.py")}
+    return sorted((file.name, (it := file.stat()).st_size, it.st_mtime_ns) for file in files)
 
 
 def _described(value: Any) -> str:

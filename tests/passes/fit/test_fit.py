@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+import pocketize
 from pocketize import measure, rewrite
 from pocketize.engine.surgery import apply_edits
 from pocketize.errors import CaptureError, FitError, InputError, MeasureError
+from pocketize.graph.inputs import as_inputs
 from pocketize.memory.step import Request
 from pocketize.passes import Patchwise
 from pocketize.passes.fit import proof, search, ways
+from pocketize.passes.fit.cache import EstimateCache
 from pocketize.passes.fit.largest import largest_input
 from pocketize.passes.fit.result import Fit, FitPoint
 from pocketize.passes.fit.search import fit
@@ -252,6 +255,18 @@ def test_the_cache_folder_may_be_missing_or_broken(
     blocked.write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     assert fit(net, INPUT, memory="1GiB", prove=False).passes == ()
+
+
+def test_estimates_are_forgotten_when_our_source_changes(
+    net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pocketize.__path__", [*pocketize.__path__, str(tmp_path)])
+    (tmp_path / "more.py").write_text("")
+    request = Request(net, as_inputs(INPUT, net))
+    file = EstimateCache(request, "").file
+    assert EstimateCache(request, "").file == file
+    (tmp_path / "more.py").write_text("changed")
+    assert EstimateCache(request, "").file != file
 
 
 @pytest.mark.slow
