@@ -162,6 +162,7 @@ def test_estimates_have_neither_times_nor_errors(
     assert "error" not in text
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_the_script_answers_from_processes_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

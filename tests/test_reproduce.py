@@ -110,6 +110,7 @@ def test_dice_of_a_perfect_an_empty_and_a_missing_structure() -> None:
     assert dice_scores(lambda _: nothing, [case, case]).tolist() == [[0.0, 100.0]] * 2
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_hippocampus_compares_every_way_and_goes_on_where_it_was(
     scans: Path, tmp_path: Path

@@ -104,6 +104,7 @@ def test_the_predicted_peak_is_the_estimate() -> None:
     check_peaks(net.build(), net.inputs(), 1, 0, within=1e-3)
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_the_predicted_peak_is_the_estimate_of_large_networks() -> None:
     check_peaks(plainconv(), torch.zeros(1, 1, 16, 16, 16), 3, 0, within=0)
