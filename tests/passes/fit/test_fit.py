@@ -105,6 +105,8 @@ def test_a_resident_budget_is_what_the_process_grows_by(
 def test_on_cuda_the_allocator_is_capped_while_the_step_is_taken(
     net: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (point,) = fit(net, INPUT, memory="1GiB", prove=False).points
+    request = Request(net, INPUT, device=torch.device("cuda"))
     whole, fractions = 16 << 30, [1.0]
     cuda = {
         "is_available": lambda: True,
@@ -114,8 +116,6 @@ def test_on_cuda_the_allocator_is_capped_while_the_step_is_taken(
     }
     for name, fake in cuda.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    (point,) = fit(net, INPUT, memory="1GiB", prove=False).points
-    request = Request(net, INPUT, device=torch.device("cuda"))
 
     def crowded(request: Request) -> str:
         assert fractions[-1] == 0.25
