@@ -29,7 +29,7 @@ from pocketize.calibration.windows import CONVS, LAYERS, TRANSPOSED, matrix_of, 
 from pocketize.engine.history import history
 from pocketize.errors import InputError, OptionError, RewriteError
 from pocketize.graph.inputs import Inputs, as_inputs, find_tensors, to_model
-from pocketize.units import quantity
+from pocketize.plugin.options import read_size
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 NORMS = (
@@ -81,9 +81,9 @@ def calibrate(
     """
     if samples < 1 or not 0 < ridge < math.inf:
         raise OptionError(f"samples and ridge must be positive, got {samples} and {ridge}")
-    limit = quantity(memory, "bytes") if isinstance(memory, str) else memory
-    if limit is None or limit <= 0:
-        raise OptionError(f"memory must be a size such as '1GiB', got {memory!r}")
+    limit = memory if isinstance(memory, int) else read_size(memory, "calibrate: memory", "1GiB")
+    if limit < 1:
+        raise OptionError(f"memory must be positive, got {memory}")
     given = [to_model(as_inputs(each, before), before) for each in images]
     if not given:
         raise InputError("calibrate needs at least one image")
@@ -189,7 +189,7 @@ class _LayerSolver:
     images: list[Inputs]
     samples: int
     ridge: float
-    memory: float
+    memory: int
     seed: int
     targets: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 

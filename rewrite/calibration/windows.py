@@ -47,19 +47,17 @@ def _plain(conv: nn.Conv2d, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     if conv.padding == "same":
         pads = [(span // 2, span - span // 2) for span in spans]
+    elif conv.padding == "valid":
+        pads = [(0, 0)] * len(spans)
     else:
-        pads = (
-            [(0, 0)] * len(spans)
-            if conv.padding == "valid"
-            else [(int(p), int(p)) for p in conv.padding]
-        )
+        pads = [(int(p), int(p)) for p in conv.padding]
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     x = F.pad(x, [side for pair in reversed(pads) for side in pair], mode=mode)
     sizes = [
         (length - span - 1) // s + 1
         for length, span, s in zip(x.shape[2:], spans, conv.stride, strict=True)
     ]
-    batch, *at = _unravelled(places, (x.shape[0], *sizes))
+    batch, *at = torch.unravel_index(places, (x.shape[0], *sizes))
     index = batch[:, None]
     for axis, kernel in enumerate(_offsets(conv)):
         along = at[axis][:, None] * conv.stride[axis] + kernel * conv.dilation[axis]
@@ -81,7 +79,7 @@ def _transposed(conv: nn.Conv2d, x: Tensor, places: Tensor) -> tuple[Tensor, Ten
             strict=True,
         )
     ]
-    batch, *at = _unravelled(places, (x.shape[0], *sizes))
+    batch, *at = torch.unravel_index(places, (x.shape[0], *sizes))
     index, inside = batch[:, None], torch.ones(1, dtype=torch.bool, device=x.device)
     for axis, kernel in enumerate(_offsets(conv)):
         along = at[axis][:, None] + int(conv.padding[axis]) - kernel * conv.dilation[axis]
@@ -92,10 +90,6 @@ def _transposed(conv: nn.Conv2d, x: Tensor, places: Tensor) -> tuple[Tensor, Ten
     flat = x.movedim(1, 0).flatten(1)
     index = torch.where(inside, index, flat.shape[1])
     return F.pad(flat, (0, 1)), index
-
-
-def _unravelled(places: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-    return torch.unravel_index(places, shape)
 
 
 def _offsets(conv: nn.Conv2d) -> Iterable[Tensor]:

@@ -154,6 +154,7 @@ def test_wrong_arguments() -> None:
         ((net, small, x), {"samples": 0}, OptionError, "must be positive"),
         ((net, small, x), {"ridge": 0}, OptionError, "must be positive"),
         ((net, small, x), {"memory": "much"}, OptionError, "1GiB"),
+        ((net, small, x), {"memory": 0}, OptionError, "must be positive"),
         ((net, copy.deepcopy(net), x), {}, RewriteError, "has no rewrites beyond those of Net"),
         ((small, net, x), {}, RewriteError, r"what rewrite\(\) made of the first"),
     ]
