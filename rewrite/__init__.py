@@ -26,6 +26,7 @@ __all__ = [
     "TracedGraph",
     "__version__",
     "analyse",
+    "apply_recipe",
     "calibrate",
     "capture",
     "channel_rule",
@@ -38,6 +39,7 @@ __all__ = [
     "plan",
     "pocketize",
     "rebind",
+    "recipe",
     "replay",
     "rewrite",
     "save",
@@ -51,6 +53,7 @@ from pocketize.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from pocketize.artifact import load, save
+    from pocketize.artifact.carried import apply_recipe, recipe
     from pocketize.calibration import calibrate
     from pocketize.channels.analysis import Analysis, analyse
     from pocketize.channels.groups import ChannelGroup, ChannelGroups
@@ -79,6 +82,7 @@ attach(
         "channels.rules": "channel_rule",
         "report": "compare",
         "artifact": "load save",
+        "artifact.carried": "apply_recipe recipe",
         "memory": "measure",
         "optim": "step_in_backward",
         "rebind": "rebind",

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["FORMAT", "Recipe", "SavedState", "in_folder", "read_recipe", "write_recipe"]
+__all__ = [
+    "FORMAT",
+    "Recipe",
+    "SavedState",
+    "in_folder",
+    "parse_data",
+    "read_recipe",
+    "records_of",
+    "structure",
+    "ties_of",
+    "write_recipe",
+]
 
 import dataclasses
 import json
@@ -38,15 +49,20 @@ class SavedState:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a file's metadata hold; ``model`` is for error messages only."""
+    """What a file's metadata hold, or a recipe without a file.
+
+    ``model`` is for error messages only. A recipe without a file has ``shapes``, and neither
+    ``state`` nor ``constants``.
+    """
 
     format: int
     pocketize: str
     model: str
     records: tuple[Any, ...]
     ties: dict[str, str]
-    state: SavedState
-    constants: dict[str, Any]
+    state: SavedState = SavedState({}, (), (), {})
+    constants: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 def write_recipe(model: nn.Module, state: Mapping[str, Any], ties: Mapping[str, str]) -> str:
@@ -61,16 +77,59 @@ def write_recipe(model: nn.Module, state: Mapping[str, Any], ties: Mapping[str, 
         ArtifactError: its class adds to its ``state_dict`` what could not be given back.
     """
     data = {
+        **structure(model, ties),
+        "state": describe_state(model, state),
+        "constants": constants_of(model, state),
+    }
+    return json.dumps(data, sort_keys=True, allow_nan=False)
+
+
+def structure(model: nn.Module, ties: Mapping[str, str]) -> dict[str, Any]:
+    """Return the part of a recipe that says how the structure of a model is made again."""
+    return {
         "format": FORMAT,
         "pocketize": VERSION,
         "torch": str(torch.__version__),
         "model": type(model).__qualname__,  # for error messages only
         "records": [in_folder(record, None).to_json() for record in history(model)],
-        "ties": ties,
-        "state": describe_state(model, state),
-        "constants": constants_of(model, state),
+        "ties": dict(ties),
     }
-    return json.dumps(data, sort_keys=True, allow_nan=False)
+
+
+def ties_of(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return the further names of each tensor in a state, with its first name."""
+    names: dict[int, str] = {}
+    return {
+        key: names[id(value)]
+        for key, value in state.items()
+        if names.setdefault(id(value), key) != key
+    }
+
+
+def records_of(
+    recipe: Recipe, where: str, folder: str | os.PathLike[str] | None
+) -> list[PassRecord]:
+    """Return the records of a recipe, with the caller's folder.
+
+    Args:
+        recipe: the recipe.
+        where: what errors call it.
+        folder: where its passes have their files.
+
+    Raises:
+        ArtifactError: a record is damaged, or a pass needs a folder.
+    """
+    try:
+        place = None if folder is None else os.fspath(folder)
+        records = [in_folder(PassRecord.from_json(record), place) for record in recipe.records]
+    except ArtifactError as error:
+        raise ArtifactError(f"{where} is damaged: {error}") from error
+    if folder is None and any(record.options.get("resume") is True for record in records):
+        raise ArtifactError(
+            f"{where} keeps what it has computed in a folder, and a file does not decide which: "
+            "name one, load(path, factory, folder='...') or --folder"
+        )
+    return records
 
 
 def in_folder(record: PassRecord, folder: str | None) -> PassRecord:
@@ -100,17 +159,31 @@ def read_recipe(path: str | os.PathLike[str], header: Header) -> Recipe:
             "model.load_state_dict(safetensors.torch.load_file(path))"
         )
     try:
-        data = read_json(text)
+        return parse_data(read_json(text), os.fspath(path))
+    except ValueError as error:
+        raise ArtifactError(f"the recipe in {path} is damaged: {error}") from error
+
+
+def parse_data(data: Any, source: str) -> Recipe:
+    """Read a recipe's JSON.
+
+    Args:
+        data: of the JSON.
+        source: what errors call it.
+
+    Raises:
+        ArtifactError: a newer version wrote it.
+        ValueError: it is no recipe.
+    """
+    try:
         version = data["format"]
         if isinstance(version, int) and version > FORMAT:
             raise ArtifactError(
-                f"{path} was written by pocketize {data.get('pocketize')} in format {version}; "
+                f"{source} was written by pocketize {data.get('pocketize')} in format {version}; "
                 f"this is pocketize {VERSION}, which reads formats up to {FORMAT}. "
                 "Install a newer pocketize"
             )
         names = {field.name for field in dataclasses.fields(Recipe)}
-        given = {key: value for key, value in data.items() if key in names}
-        # older files have no constants
-        return read_as(Recipe, {"constants": {}, **given}, "recipe")
-    except (ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"the recipe in {path} is damaged: {error}") from error
+        return read_as(Recipe, {key: data[key] for key in data if key in names}, "recipe")
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(str(error)) from error

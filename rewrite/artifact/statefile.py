@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pocketize.artifact.files import open_for_torch
 from pocketize.artifact.pickles import read_pickle
-from pocketize.artifact.recipe import write_recipe
+from pocketize.artifact.recipe import ties_of, write_recipe
 from pocketize.artifact.safefile import Header
 from pocketize.artifact.states import full_state
 from pocketize.errors import ArtifactError
@@ -78,12 +78,6 @@ def write_state(model: nn.Module, path: Path) -> None:
         ) from error
     full = full_state(model)
     if type(state) is OrderedDict and state.keys() == full.keys():
-        names: dict[int, str] = {}
-        ties = {
-            key: names[id(value)]
-            for key, value in full.items()
-            if names.setdefault(id(value), key) != key
-        }
-        vars(state)[_RECIPE] = write_recipe(model, full, ties)
+        vars(state)[_RECIPE] = write_recipe(model, full, ties_of(full))
     with open_for_torch(path) as file:
         torch.save(state, cast("IO[bytes]", file))

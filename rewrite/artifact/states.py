@@ -274,16 +274,18 @@ def _is_channels_last(value: Tensor) -> bool:
 
 
 def describe_mismatch(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    source: str = "the file",
 ) -> str:
-    """Say how the shapes in a file differ from those of a model; ``""`` where they agree."""
+    """Say how the shapes in a source differ from those of a model; ``""`` where they agree."""
     lines = []
     if missing := [key for key in expected if key not in found]:
-        lines.append(f"  not in the file: {_few(missing)}")
+        lines.append(f"  not in {source}: {_few(missing)}")
     if foreign := sorted(found.keys() - expected.keys()):
         lines.append(f"  not in the model: {_few(foreign)}")
     other = [
-        f"{key} ({shape_text(found[key])} in the file, {shape_text(shape)} in the model)"
+        f"{key} ({shape_text(found[key])} in {source}, {shape_text(shape)} in the model)"
         for key, shape in expected.items()
         if key in found and found[key] != shape
     ]

@@ -12,7 +12,7 @@ comes from the caller, as a factory that builds the model as it was before it wa
 
 from __future__ import annotations
 
-__all__ = ["FORMAT", "load", "save"]
+__all__ = ["FORMAT", "load", "save", "tie"]
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pocketize.artifact.files import atomic_write
-from pocketize.artifact.recipe import FORMAT, SavedState, in_folder, read_recipe, write_recipe
+from pocketize.artifact.recipe import FORMAT, SavedState, read_recipe, records_of, write_recipe
 from pocketize.artifact.safefile import SafeFile, open_safe
 from pocketize.artifact.skeleton import build
 from pocketize.artifact.statefile import StateFile, is_state_file
@@ -43,7 +43,6 @@ from pocketize.artifact.states import (
 from pocketize.engine.pipeline import history, replay
 from pocketize.errors import ArtifactError, PocketizeError
 from pocketize.graph.methods import check_module
-from pocketize.plugin.base import PassRecord
 from pocketize.version import VERSION
 
 _log = logging.getLogger(__name__)
@@ -123,17 +122,7 @@ def _load(
     folder: str | os.PathLike[str] | None,
 ) -> nn.Module:
     recipe, shapes = read_recipe(path, file.header), dict(file.header.shapes)
-    try:
-        place = None if folder is None else os.fspath(folder)
-        records = [in_folder(PassRecord.from_json(record), place) for record in recipe.records]
-    except ArtifactError as error:
-        raise ArtifactError(f"the recipe in {path} is damaged: {error}") from error
-    resumes = any(record.options.get("resume") is True for record in records)
-    if resumes and folder is None:
-        raise ArtifactError(
-            f"{path} keeps what it has computed in a folder, and a file does not decide which: "
-            "name one, load(path, factory, folder='...') or --folder"
-        )
+    records = records_of(recipe, f"the recipe in {path}", folder)
     model, hollow = build(factory)
     if lazy := [name for name, value in model.named_parameters() if is_lazy(value)]:
         raise ArtifactError(
@@ -185,7 +174,7 @@ def _load(
     tensors |= {alias: tensors[key] for alias, key in ties.items() if key in tensors}
     try:
         values = _fill(model, state, tensors, hollow=hollow)
-        _tie(model, ties)
+        tie(model, ties)
         let_classes_load(model, values, recipe.constants, origin)
         apply_state(model, dataclasses.asdict(recipe.state))
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -299,7 +288,7 @@ def _like(old: Tensor, tensor: Tensor) -> Tensor:
     return parameter
 
 
-def _tie(model: nn.Module, ties: Mapping[str, str]) -> None:
+def tie(model: nn.Module, ties: Mapping[str, str]) -> None:
     """Tie what was tied in the saved model and is not tied by the factory."""
     for alias, key in ties.items():
         with contextlib.suppress(AttributeError):  # a key that a state_dict hook made up

@@ -206,7 +206,8 @@ def pocketize(
 
 def rewrite(
     model: nn.Module,
-    *passes: Pass | str,
+    *args: Pass | str,
+    passes: Sequence[Pass | str] = (),
     inputs: Any = None,
     init: Callable[[nn.Module], object] | None = None,
     seed: int | None = None,
@@ -217,7 +218,8 @@ def rewrite(
 
     Args:
         model: any module; unchanged unless ``inplace``.
-        passes: passes, or texts such as ``"pocket"`` or ``"pocket:width=16"``.
+        args: passes, or texts such as ``"pocket"`` or ``"pocket:width=16"``.
+        passes: the same as a keyword, for configuration files, which cannot say ``*args``.
         inputs: example inputs; ``None`` guesses from the first convolution.
         init: for passes with ``weights="reset"``, as in :func:`pocketize`: called with the network,
             or with each new module, in the end.
@@ -229,11 +231,12 @@ def rewrite(
         The rewritten model.
 
     Raises:
-        OptionError: ``init`` is given, and no pass has ``weights="reset"``.
+        OptionError: ``init`` is given, and no pass has ``weights="reset"``; or passes are given
+            both ways.
         OrderError: the passes exclude each other or need another order.
         RewriteError: a rewrite failed, or changed nothing under ``strict``; ``model`` is unchanged.
     """
-    planned = plan(model, *passes, inputs=inputs, init=init, seed=seed)
+    planned = plan(model, *args, passes=passes, inputs=inputs, init=init, seed=seed)
     for p in planned.passes:
         if not p.edits:
             text = f"{p.name} changed nothing in {type(model).__name__}"
@@ -248,7 +251,8 @@ def rewrite(
 
 def plan(
     model: nn.Module,
-    *passes: Pass | str,
+    *args: Pass | str,
+    passes: Sequence[Pass | str] = (),
     inputs: Any = None,
     init: Callable[[nn.Module], object] | None = None,
     seed: int | None = None,
@@ -257,25 +261,19 @@ def plan(
 
     Args:
         model: any module; unchanged.
-        passes: passes, or texts such as ``"pocket:width=16"``.
+        args: passes, or texts such as ``"pocket:width=16"``.
+        passes: the same as a keyword, as in :func:`rewrite`.
         inputs: example inputs; ``None`` guesses.
         init: initialisation for :meth:`Plan.apply`, as in :func:`rewrite`.
         seed: seed for :meth:`Plan.apply`.
 
     Raises:
-        OptionError: ``init`` is given, and no pass has ``weights="reset"``.
+        OptionError: ``init`` is given, and no pass has ``weights="reset"``; or passes are given
+            both ways.
         OrderError: the passes exclude each other or need another order.
         RewriteError: no pass was given, or a rewrite would fail.
     """
-    made = [parse_pass(p) if isinstance(p, str) else p for p in passes]
-    for given in made:
-        if not isinstance(given, Pass):
-            raise RewriteError(
-                f"expected passes or their names, got {given!r}; "
-                "e.g. rewrite(model, 'pocket') or rewrite(model, Pocket(width=16))"
-            )
-    if not made:
-        raise RewriteError("no pass was given; e.g. rewrite(model, 'pocket')")
+    made = _given(args, passes)
     if init is not None and not any(p.options().get("weights") == "reset" for p in made):
         raise OptionError(
             "init= initialises weights that a pass draws anew; give a pass weights='reset'"
@@ -300,6 +298,29 @@ def plan(
             with _own_randomness(current, seed) as generator:
                 apply_edits(current, proposal.edits, generator=generator, init=init)
     return Plan(model, tuple(plans), seed, init)
+
+
+def _given(args: Sequence[Pass | str], passes: Sequence[Pass | str]) -> list[Pass]:
+    """Return the passes that were given, positionally or as a list.
+
+    Raises:
+        OptionError: both ways at once, or not as a list.
+        RewriteError: something is no pass, or there is none.
+    """
+    if isinstance(passes, str | Pass):
+        raise OptionError(f"passes= takes a list of passes, got {passes!r}")
+    if args and passes:
+        raise OptionError("give the passes one after the other or as passes=[...], not both ways")
+    made = [parse_pass(p) if isinstance(p, str) else p for p in (*args, *passes)]
+    for given in made:
+        if not isinstance(given, Pass):
+            raise RewriteError(
+                f"expected passes or their names, got {given!r}; "
+                "e.g. rewrite(model, 'pocket') or rewrite(model, Pocket(width=16))"
+            )
+    if not made:
+        raise RewriteError("no pass was given; e.g. rewrite(model, 'pocket')")
+    return made
 
 
 def _check_order(passes: Sequence[Pass]) -> None:
