@@ -24,6 +24,7 @@ ENGINE = (
     "units",
     "version",
     "lazy",
+    "reading",
     "_torch",
     "optim",
     "rebind",
@@ -33,8 +34,8 @@ ENGINE = (
     "channels",
     "initial",
     "memory",
-    "engine",
     "calibration",
+    "engine",
     "report",
     "artifact",
     "cli",
@@ -57,6 +58,7 @@ ALLOWED = {
 OPTIONAL = {"PIL", "cv2", "matplotlib", "monai", "nibabel", "pyrtools", "scipy", "skimage"}
 #: What some packages may import in addition.
 ALSO_ALLOWED = {
+    "rewrite": OPTIONAL,
     "passes/complexity": {"tabulate", "tqdm", *OPTIONAL},
     "passes/fit": {"matplotlib"},
     "passes/planning": {"tabulate", "tqdm", *OPTIONAL},

@@ -20,10 +20,10 @@ from pocketize.passes.complexity.planes import (
     Plane,
     Range,
     check_count,
-    needed_for,
     planes_of,
     resize,
 )
+from pocketize.reading import needed_for
 
 _LEVELS, _ORIENTATIONS = 3, 4
 _REDUCE = np.array([0.05, 0.25, 0.4, 0.25, 0.05])

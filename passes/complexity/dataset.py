@@ -22,7 +22,6 @@ from pocketize.errors import InputError, OptionError
 from pocketize.passes.complexity.foreground import foreground_density, jb, jb_weight
 from pocketize.passes.complexity.measures import QUALITY, over_size
 from pocketize.passes.complexity.planes import Plane, Range, check_count, check_image, scale_names
-from pocketize.passes.complexity.reading import Picture, list_images, pair_masks, read_image
 from pocketize.passes.complexity.registry import (
     MEASURES,
     Measure,
@@ -30,6 +29,7 @@ from pocketize.passes.complexity.registry import (
     check_options,
     get_measure,
 )
+from pocketize.reading import Picture, list_images, pair_masks, read_image
 
 Where: TypeAlias = str | os.PathLike[str]
 Images: TypeAlias = Where | npt.NDArray[Any] | Sequence[Where | npt.NDArray[Any]]

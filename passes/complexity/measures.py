@@ -28,12 +28,12 @@ from pocketize.passes.complexity.planes import (
     Range,
     check_count,
     grey,
-    needed_for,
     planes_of,
     resize,
     subsample,
     to_8_bit,
 )
+from pocketize.reading import needed_for
 
 QUALITY = 25
 """The paper's quality of the JPEG."""

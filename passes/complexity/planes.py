@@ -24,7 +24,6 @@ __all__ = [
     "check_count",
     "degrade",
     "grey",
-    "needed_for",
     "planes_of",
     "resize",
     "scale_names",
@@ -32,7 +31,6 @@ __all__ = [
     "to_8_bit",
 ]
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any, TypeAlias
@@ -207,23 +205,3 @@ def check_count(option: str, value: int, least: int = 1) -> None:
 def scale_names(scales: int) -> list[str]:
     """Return ``["1", "1/2", "1/4", ...]``."""
     return ["1", *(f"1/{2**scale}" for scale in range(1, scales))]
-
-
-@contextlib.contextmanager
-def needed_for(purpose: str, package: str) -> Iterator[None]:
-    """Import an optional package inside, or fail with what to install.
-
-    Args:
-        purpose: what it is needed for, as the subject of a sentence in the plural.
-        package: its name on PyPI.
-
-    Raises:
-        OptionError: the import inside failed.
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise OptionError(
-            f"{purpose} need {package}, which cannot be imported ({error}): "
-            "pip install 'pocketize[complexity]'"
-        ) from error

@@ -13,36 +13,24 @@ __all__ = ["calibrate"]
 
 import contextlib
 import copy
-import functools
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, cast
-from zlib import crc32
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pocketize.calibration.result import CalibratedLayer, CalibratedNetwork
-from pocketize.calibration.windows import CONVS, LAYERS, TRANSPOSED, matrix_of, rows, set_matrix
-from pocketize.engine.history import history
+from pocketize.calibration.solver import NORMS, LayerSolver
+from pocketize.calibration.windows import LAYERS, TRANSPOSED
 from pocketize.errors import InputError, OptionError, RewriteError
-from pocketize.graph.inputs import Inputs, as_inputs, find_tensors, to_model
+from pocketize.graph.inputs import Inputs, as_inputs, find_tensors, first_parameter, to_model
+from pocketize.plugin.history import history, record_history
 from pocketize.plugin.options import read_size
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-NORMS = (
-    *BATCH_NORMS,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    nn.GroupNorm,
-    nn.LayerNorm,
-)
-
-#: Relative error of rounding: a layer that computes what it did is left as it is.
-_ALIKE = 1e-6
+_NO_WEIGHTS = "norm without weights"
 
 
 def calibrate(
@@ -66,8 +54,10 @@ def calibrate(
         samples: output positions, over all images, of which a layer is solved.
         ridge: pull towards the weights as they are, as a share of the mean diagonal of the normal
             matrix.
-        memory: for the normal matrix of a layer; a larger one is solved in blocks of input
-            channels, twice over.
+        memory: for normal equations, and what they are made of: half of it for the normal matrices
+            of a layer, a quarter for its inputs at the positions, a quarter for outputs that the
+            large network gave. A layer that needs more is solved in blocks of input channels, twice
+            over. What the networks themselves need comes on top.
         seed: which positions are drawn.
         progress: called with what is done next.
 
@@ -77,7 +67,8 @@ def calibrate(
     Raises:
         InputError: there are no images, or they do not suit the networks.
         OptionError: an option is out of range.
-        RewriteError: ``after`` was not made of ``before``, or was not rewritten at all.
+        RewriteError: ``after`` was not made of ``before``, was not rewritten at all, or does not
+            run layer by layer in one dtype.
     """
     if samples < 1 or not 0 < ridge < math.inf:
         raise OptionError(f"samples and ridge must be positive, got {samples} and {ridge}")
@@ -89,27 +80,28 @@ def calibrate(
         raise InputError("calibrate needs at least one image")
     made = copy.deepcopy(after)
     kept, replaced = _edits(before, after)
-    with _evaluated(before), _evaluated(made), torch.no_grad():
+    kind = given[0].tensors()[0].device.type
+    quiet = torch.autocast(kind, enabled=False)
+    with _evaluated(before), _evaluated(made), torch.no_grad(), quiet:
         calls = _calls(made, given[0])
-        if not calls:
-            raise RewriteError(
-                f"calibrate: the forward of {type(made).__name__} calls no layers, like that "
-                "of an exported program or by tiles; calibrate before those"
-            )
         reasons = {path: _why_not(before, made, path, calls, replaced) for path in calls}
         solvable = {path: kept.get(path) for path, why_not in reasons.items() if not why_not}
         started = _difference(before, made, given)
-        solver = _LayerSolver(made, given, max(1, samples // len(given)), ridge, limit, seed)
-        solver.take_targets(before, solvable)
+        each = max(1, samples // len(given))
+        solver = LayerSolver(before, made, given, solvable, each, ridge, limit, seed)
         found = []
         for number, (path, why_not) in enumerate(reasons.items(), start=1):
             if not why_not:
                 progress(f"{path} (layer {number} of {len(calls)})")
                 found.append(solver.solve(path))
-            elif why_not != "norm without weights":
+            elif why_not != _NO_WEIGHTS:
                 found.append(CalibratedLayer(path, None, None, why_not))
         ended = _difference(before, made, given)
-    return CalibratedNetwork(made, tuple(found), len(given), started, ended)
+    result = CalibratedNetwork(made, tuple(found), len(given), started, ended)
+    *first, last = history(made)
+    noted = dataclasses.replace(last, notes=(*last.notes, *result.notes))
+    record_history(made, (*first, noted))
+    return result
 
 
 def _edits(before: nn.Module, after: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
@@ -137,20 +129,50 @@ def _edits(before: nn.Module, after: nn.Module) -> tuple[dict[str, Tensor], set[
 
 
 def _calls(model: nn.Module, inputs: Inputs) -> dict[str, int]:
-    """Return how often each layer and norm is called, in the order of the first call."""
+    """Return how often each layer and norm is called, in the order of the first call.
+
+    Raises:
+        InputError: the model does not take the inputs.
+        RewriteError: no layer is called, or one that computes in another dtype than its weight's.
+    """
     calls: dict[str, int] = {}
     names = {id(module): path for path, module in model.named_modules()}
+    dtypes: dict[str, str] = {}
+    advice = "calibrate the network before that, and rewrite what calibrate() returns"
 
-    def count(module: nn.Module, *_: Any) -> None:
+    def count(module: nn.Module, _: Any, output: Any) -> None:
         path = names.get(id(module))  # None in a copy, as of a forward by tiles
-        if path is not None:
-            calls[path] = calls.get(path, 0) + 1
+        if path is None:
+            return
+        calls[path] = calls.get(path, 0) + 1
+        like = first_parameter(module)
+        if like is not None and isinstance(output, Tensor) and output.dtype is not like.dtype:
+            dtypes[path] = f"{output.dtype} of weights in {like.dtype}".replace("torch.", "")
 
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, (*LAYERS, *NORMS)):
                 stack.callback(module.register_forward_hook(count).remove)
-        inputs.call(model)
+        try:
+            inputs.call(model)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"calibrate: {type(model).__name__} does not run on {inputs.describe()}: {error}"
+            ) from error
+    converted = [r.name for r in history(model) if any(e["edit"] == "convert" for e in r.edits)]
+    passes = f" (passes: {', '.join(converted)})" if converted else ""
+    if not calls:
+        raise RewriteError(
+            f"calibrate: the forward of {type(model).__name__} calls no layers, like that of an "
+            f"exported program or by tiles{passes}; {advice}"
+        )
+    for path, what in dtypes.items():
+        raise RewriteError(
+            f"calibrate: {path} makes {what}, as under autocast{passes}, and layers are solved one "
+            f"by one in one dtype; {advice}"
+        )
     return calls
 
 
@@ -172,169 +194,13 @@ def _why_not(
         return f"it is called {calls[path]} times"
     weight = getattr(layer, "weight", None)
     if weight is None or (isinstance(layer, NORMS) and weight.dim() != 1):
-        return "norm without weights"  # or with one for each position
+        return _NO_WEIGHTS  # or with one for each position
     users = [m for m in after.modules() if any(p is weight for p in m._parameters.values())]
     if len(users) > 1:
         return "its weight is shared with another module"
     if isinstance(layer, TRANSPOSED) and layer.groups > 1:
         return "transposed convolutions with groups are not solved"
     return ""
-
-
-@dataclass
-class _LayerSolver:
-    """The small network, the images, and what each layer is to give at the places drawn."""
-
-    model: nn.Module
-    images: list[Inputs]
-    samples: int
-    ridge: float
-    memory: int
-    seed: int
-    targets: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-
-    def take_targets(self, before: nn.Module, kept: dict[str, Tensor | None]) -> None:
-        """Run the large network once for each image."""
-        for index, inputs in enumerate(self.images):
-            with contextlib.ExitStack() as stack:
-                for path, left in kept.items():
-                    take = functools.partial(self._take, path, index, left)
-                    hook = before.get_submodule(path).register_forward_hook(take)
-                    stack.callback(hook.remove)
-                inputs.call(before)
-
-    def _take(
-        self, path: str, index: int, left: Tensor | None, layer: nn.Module, _: Any, output: Tensor
-    ) -> None:
-        whole = _at(layer, output, self._places(path, index, layer, output))
-        self.targets[path, index] = whole if left is None else whole[:, left.to(whole.device)]
-
-    def solve(self, path: str) -> CalibratedLayer:
-        """Solve one layer; all before it are solved."""
-        layer = self.model.get_submodule(path)
-        first = self._error(path)
-        if first < _ALIKE:
-            return CalibratedLayer(path, first, first)
-        (self._solve_norm if isinstance(layer, NORMS) else self._solve_linear)(path, layer)
-        return CalibratedLayer(path, first, self._error(path))
-
-    def _solve_linear(self, path: str, layer: nn.Module) -> None:
-        bias = cast("Tensor | None", layer.bias)
-        groups = layer.groups if isinstance(layer, CONVS) else 1
-        inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-        channels = cast(int, inputs) // groups
-        taps = matrix_of(layer, 0, slice(None)).shape[0] // channels
-        # the normal matrix and its factors, in float64
-        most = max(1, int(math.sqrt(self.memory / 16)) // taps)
-        blocks = [slice(at, at + most) for at in range(0, channels, most)]
-        for block in blocks * (1 if len(blocks) == 1 else 2):
-            sums: dict[int, tuple[Tensor, Tensor]] = {}
-            for x, wanted, places in self._visits(path):
-                missing = (wanted - _at(layer, layer(x), places)).double().chunk(groups, 1)
-                for group, y in enumerate(missing):
-                    a = rows(layer, x, places, block, group).double()
-                    if bias is not None:
-                        a = torch.cat([a, a.new_ones(len(a), 1)], 1)
-                    normal, right = a.T @ a, a.T @ y
-                    if group in sums:
-                        normal, right = normal + sums[group][0], right + sums[group][1]
-                    sums[group] = normal, right
-            for group, (normal, right) in sums.items():
-                step = _solved(normal, right, self.ridge)
-                if bias is not None:
-                    bias.view(groups, -1)[group] += step[-1].to(bias)
-                    step = step[:-1]
-                new = matrix_of(layer, group, block).double() + step
-                set_matrix(layer, group, block, new)
-
-    def _solve_norm(self, path: str, layer: nn.Module) -> None:
-        """Estimate running statistics anew, and fit weight and bias channel by channel."""
-        if isinstance(layer, BATCH_NORMS) and layer.running_mean is not None:
-            self._estimate_statistics(path, layer)
-        weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
-        old = weight.clone()
-        weight.fill_(1)
-        if bias is not None:
-            bias.zero_()
-        count, sums = 0, torch.zeros(4, len(weight), dtype=torch.float64, device=weight.device)
-        for x, wanted, places in self._visits(path):
-            a, y = _at(layer, layer(x), places).double(), wanted.double()
-            count += len(a)
-            sums += torch.stack([a.sum(0), y.sum(0), (a * a).sum(0), (a * y).sum(0)])
-        a, y, aa, ay = sums / count
-        if bias is None:
-            a, y = torch.zeros_like(a), torch.zeros_like(y)
-        pull = self.ridge * aa.mean()
-        new = (ay - a * y + pull * old) / (aa - a * a + pull)
-        weight.copy_(new)
-        if bias is not None:
-            bias.copy_(y - a * new)
-
-    def _estimate_statistics(self, path: str, layer: Any) -> None:
-        count = 0
-        sums = layer.running_mean.new_zeros(2, len(layer.running_mean), dtype=torch.float64)
-        for index in range(len(self.images)):
-            x = self._input(path, index).double().movedim(1, -1).flatten(0, -2)
-            count += len(x)
-            sums += torch.stack([x.sum(0), (x * x).sum(0)])
-        mean, square = sums / count
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_((square - mean * mean) * (count / max(count - 1, 1)))
-
-    def _error(self, path: str) -> float:
-        layer, off, size = self.model.get_submodule(path), 0.0, 0.0
-        for x, wanted, places in self._visits(path):
-            off += float((wanted - _at(layer, layer(x), places)).double().square().sum())
-            size += float(wanted.double().square().sum())
-        return math.sqrt(off / size) if size else 0.0
-
-    def _visits(self, path: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each image: the layer's input, the outputs that are wanted, and where they are."""
-        layer = self.model.get_submodule(path)
-        for index in range(len(self.images)):
-            x = self._input(path, index)
-            yield x, self.targets[path, index], self._places(path, index, layer, layer(x))
-
-    def _places(self, path: str, index: int, layer: nn.Module, output: Tensor) -> Tensor:
-        total = output.numel() // output.shape[_axis(layer)]
-        draw = torch.Generator().manual_seed(crc32(f"{self.seed} {path} {index}".encode()))
-        return torch.randperm(total, generator=draw)[: self.samples].to(output.device)
-
-    def _input(self, path: str, index: int) -> Tensor:
-        """Run the small network as far as the layer."""
-        found: list[Tensor] = []
-
-        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found.append(args[0])
-            raise _Seen
-
-        hook = self.model.get_submodule(path).register_forward_pre_hook(see)
-        try:
-            with contextlib.suppress(_Seen):
-                self.images[index].call(self.model)
-        finally:
-            hook.remove()
-        return found[0]
-
-
-class _Seen(Exception):
-    """Ends a forward where it is enough."""
-
-
-def _axis(layer: nn.Module) -> int:
-    """The axis of a layer's output that counts its channels."""
-    return -1 if isinstance(layer, (nn.Linear, nn.LayerNorm)) else 1
-
-
-def _at(layer: nn.Module, output: Tensor, places: Tensor) -> Tensor:
-    """Return the outputs at some places: ``(S, channels)``."""
-    return output.movedim(_axis(layer), -1).flatten(0, -2)[places]
-
-
-def _solved(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
-    pull = ridge * normal.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    normal.diagonal().add_(pull)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(normal))
 
 
 def _difference(before: nn.Module, after: nn.Module, images: list[Inputs]) -> float:

@@ -58,6 +58,13 @@ class CalibratedNetwork:
             f"(was {self.before:.1%})"
         )
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences that stay with the network: the summary, and which layers are as they were."""
+        left = [f"{each.path} ({each.why_not})" for each in self.layers if each.why_not]
+        told = f"not calibrated: {', '.join(left)}"
+        return (self.summary, told) if left else (self.summary,)
+
     def __str__(self) -> str:
         rows = [
             (layer.path, _share(layer.before), _share(layer.after), layer.why_not)

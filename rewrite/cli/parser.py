@@ -140,6 +140,22 @@ def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
     apply.add_argument(
         "--strict", action="store_true", help="fail (exit code 1) where a pass changes nothing"
     )
+    apply.add_argument(
+        "--calibrate",
+        metavar="DIR",
+        help="solve the layers of the result on images of this folder, so that it computes what "
+        "MODEL does: NIfTI, .npy, PNG, JPEG, TIFF; one crop of each, of the size of the input",
+    )
+    apply.add_argument(
+        "--crops", type=int, default=8, metavar="N", help="of how many of its images (default 8)"
+    )
+    apply.add_argument(
+        "--scale",
+        choices=("standard", "unit", "none"),
+        default="standard",
+        help="values of the images: standard is mean 0 and variance 1 of each (default), unit is 0 "
+        "to 1, none is as they are; as in the training of MODEL",
+    )
     _add_measure(
         command("measure", "reporting", "measure one model; its JSON is a baseline for `report`")
     )

@@ -15,6 +15,7 @@ from pocketize.artifact.kept import lost_steps
 from pocketize.artifact.models import ResolvedModel
 from pocketize.artifact.pt2 import write_exported
 from pocketize.artifact.statefile import write_state
+from pocketize.calibration import calibrate
 from pocketize.cli.common import (
     DONE,
     CheckFailed,
@@ -27,7 +28,8 @@ from pocketize.cli.common import (
     resolve_model,
     show,
 )
-from pocketize.engine.pipeline import Plan, plan
+from pocketize.cli.crops import crops_of
+from pocketize.engine.pipeline import Plan, check_calibration, plan
 from pocketize.graph.inputs import Inputs
 from pocketize.units import count_text, ratio_text
 
@@ -54,13 +56,23 @@ def run_apply(args: argparse.Namespace) -> int:
     inputs = inputs_of(args, resolved)
     planned = plan(resolved.model, *passes, inputs=inputs, seed=args.seed)
     _check_effect(planned, resolved, strict=args.strict)
+    images = None
+    if args.calibrate is not None:
+        check_calibration(planned)
+        images = crops_of(args.calibrate, inputs, args.crops, args.scale, args.seed or 0)
     if suffix != ".safetensors":
         _check_format(planned, inputs if suffix == ".pt2" else None, args.output)
     progress("rewriting")
     before = _parameters(resolved.model)
     model = planned.apply()
+    calibrated = ""
+    if images is not None and any(each.edits for each in planned.passes):
+        found = calibrate(resolved.model, model, images, seed=args.seed or 0, progress=progress)
+        model, calibrated = found.model, str(found)
     progress(f"writing {args.output}")
     _write(model, inputs, Path(args.output), suffix, force=args.force)
+    if calibrated:
+        show(f"{calibrated}\n")
     after = _parameters(model)
     for each in planned.passes:
         counts = f"{len(each.changes)} changed, {len(each.refused)} left alone"

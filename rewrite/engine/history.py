@@ -1,32 +1,22 @@
-"""The rewrites that a model records, and how to repeat them."""
+"""How to repeat the rewrites that a model records."""
 
 from __future__ import annotations
 
-__all__ = ["dry_run", "history", "record_history", "replay"]
+__all__ = ["dry_run", "replay"]
 
 from collections.abc import Callable, Sequence
 
-from torch import fx, nn
+from torch import nn
 
 from pocketize._torch import FakeTensorMode
 from pocketize.engine.surgery import apply_edits
 from pocketize.errors import ArtifactError, OptionError, RegistryError
 from pocketize.graph.clone import fake_clone
 from pocketize.plugin.edits import Convert, Edit, Redraw, edit_from_json
+from pocketize.plugin.history import history, record_history
 from pocketize.plugin.options import to_jsonable
 from pocketize.plugin.records import PassRecord
 from pocketize.plugin.registry import get_pass
-
-_HISTORY = "_pocketize_history"
-
-
-def history(model: nn.Module) -> tuple[PassRecord, ...]:
-    """Return the rewrites of a model, oldest first; empty for one that was never rewritten."""
-    held = vars(model)
-    if isinstance(model, fx.GraphModule):
-        held = {**model.meta, **held}
-    records: tuple[PassRecord, ...] = held.get(_HISTORY, ())
-    return records
 
 
 def replay(
@@ -98,13 +88,6 @@ def _check_record(record: PassRecord, converted: Sequence[Convert]) -> None:
                 f"the record of the pass {record.name!r} contradicts itself: its options say "
                 f"{follows}, its edit says {stated}"
             )
-
-
-def record_history(model: nn.Module, records: tuple[PassRecord, ...]) -> None:
-    """Store with a model what :func:`history` returns."""
-    vars(model)[_HISTORY] = records  # whatever __setattr__ of the class does
-    if isinstance(model, fx.GraphModule):  # whose copies keep nothing else
-        model.meta[_HISTORY] = records
 
 
 def dry_run(model: nn.Module, steps: Sequence[Sequence[Edit]]) -> nn.Module:

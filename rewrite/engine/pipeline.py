@@ -8,7 +8,16 @@ is applied, to a copy of the caller's model.
 
 from __future__ import annotations
 
-__all__ = ["PassPlan", "Plan", "history", "plan", "pocketize", "replay", "rewrite"]
+__all__ = [
+    "PassPlan",
+    "Plan",
+    "check_calibration",
+    "history",
+    "plan",
+    "pocketize",
+    "replay",
+    "rewrite",
+]
 
 import sys
 import warnings
@@ -22,7 +31,8 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from pocketize.engine.history import dry_run, history, record_history, replay
+from pocketize.calibration.calibrate import calibrate
+from pocketize.engine.history import dry_run, replay
 from pocketize.engine.planner import settle_proposal
 from pocketize.engine.surgery import apply_edits
 from pocketize.errors import NoEffectWarning, OptionError, OrderError, RewriteError
@@ -30,6 +40,7 @@ from pocketize.graph.capture import settle_inputs
 from pocketize.graph.clone import clone
 from pocketize.graph.sizes import suggest_sizes
 from pocketize.plugin.base import Guarantee, Pass, PassRecord, Proposal
+from pocketize.plugin.history import history, record_history
 from pocketize.plugin.registry import get_pass, parse_pass
 from pocketize.untrusted import markdown, one_line, printable
 from pocketize.version import VERSION
@@ -213,6 +224,7 @@ def rewrite(
     seed: int | None = None,
     inplace: bool = False,
     strict: bool = False,
+    calibration: Iterable[Any] | None = None,
 ) -> nn.Module:
     """Apply passes to a model, one after the other.
 
@@ -226,17 +238,22 @@ def rewrite(
         seed: seed of whatever is drawn at random.
         inplace: change ``model`` itself, once everything has succeeded.
         strict: raise where a pass changes nothing, instead of warning.
+        calibration: a few images without labels; the layers of the rewritten model are solved on
+            them, see :func:`~pocketize.calibrate`, so that it computes what ``model`` does.
 
     Returns:
         The rewritten model.
 
     Raises:
-        OptionError: ``init`` is given, and no pass has ``weights="reset"``; or passes are given
-            both ways.
+        InputError: there are no images to calibrate on, or they do not suit the model.
+        OptionError: ``init`` is given, and no pass has ``weights="reset"``; ``calibration`` is
+            given, and a pass has, or ``inplace``; or passes are given both ways.
         OrderError: the passes exclude each other or need another order.
         RewriteError: a rewrite failed, or changed nothing under ``strict``; ``model`` is unchanged.
     """
     planned = plan(model, *args, passes=passes, inputs=inputs, init=init, seed=seed)
+    if calibration is not None:
+        check_calibration(planned, inplace=inplace)
     for p in planned.passes:
         if not p.edits:
             text = f"{p.name} changed nothing in {type(model).__name__}"
@@ -246,7 +263,29 @@ def rewrite(
             if strict:
                 raise RewriteError(text)
             warnings.warn(text, NoEffectWarning, stacklevel=_outside())
-    return planned.apply(inplace=inplace)
+    made = planned.apply(inplace=inplace)
+    if calibration is None or not any(p.edits for p in planned.passes):
+        return made
+    return calibrate(model, made, calibration, seed=seed or 0).model
+
+
+def check_calibration(planned: Plan, *, inplace: bool = False) -> None:
+    """Check that what a plan makes can be calibrated.
+
+    Raises:
+        OptionError: weights are drawn anew, or the model is changed itself.
+    """
+    if inplace:
+        raise OptionError(
+            "calibration= compares with the model as it was, which inplace=True changes; leave one "
+            "of them out"
+        )
+    for each in planned.passes:
+        if each.rewrite.options().get("weights") == "reset":
+            raise OptionError(
+                f"{each.name}: weights='reset' draws weights anew, and calibration= keeps what the "
+                "trained ones compute; leave one of them out"
+            )
 
 
 def plan(

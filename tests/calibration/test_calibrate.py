@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from pocketize import load, rewrite, save
+from pocketize import history, load, rewrite, save
 from pocketize.calibration import calibrate
 from pocketize.errors import InputError, OptionError, RewriteError
-from pocketize.passes import Bottleneck, Patchwise, Width
+from pocketize.passes import Amp, Bottleneck, Patchwise, Width
 
 HALF = Width(0.5)
 
@@ -162,5 +162,57 @@ def test_wrong_arguments() -> None:
         with pytest.raises(error, match=text):
             calibrate(*arguments, **options)
     tiled = rewrite(small, Patchwise(size=8, progress=False), inputs=x[0])
-    with pytest.raises(RewriteError, match="calibrate before"):
+    with pytest.raises(RewriteError, match=r"by tiles \(passes: patchwise\)"):
         calibrate(net, tiled, x)
+    low = rewrite(small, Amp(dtype="bf16"), inputs=x[0])
+    with pytest.raises(RewriteError, match=r"first makes bfloat16 .* \(passes: amp\)"):
+        calibrate(net, low, x)
+
+
+@pytest.mark.slow
+def test_a_rewrite_calibrates_what_it_made() -> None:
+    net, x = trained(), images()
+    small = rewrite(net, HALF, inputs=x[0], calibration=x, seed=3)
+    found = calibrate(net, rewrite(net, HALF, inputs=x[0]), x, seed=3)
+    for name, tensor in found.model.state_dict().items():
+        assert torch.equal(tensor, small.state_dict()[name])
+    assert history(small)[-1].notes[-1] == found.summary
+    with torch.autocast("cpu", torch.bfloat16):  # layers are solved in the weights' dtype
+        again = calibrate(net, rewrite(net, HALF, inputs=x[0]), x, seed=3)
+    assert again.after == found.after
+    for options, text in (
+        ({"inplace": True}, "which inplace=True changes"),
+        ({"calibration": []}, "at least one image"),
+        ({"calibration": [torch.zeros(1, 2, 8, 8)]}, "Net does not run on 1x2x8x8"),
+    ):
+        with pytest.raises((OptionError, InputError), match=text):
+            rewrite(net, HALF, inputs=x[0], **{"calibration": x, **options})
+    with pytest.raises(OptionError, match="weights='reset' draws weights anew"):
+        rewrite(net, Width(0.5, weights="reset"), inputs=x[0], calibration=x)
+
+
+@pytest.mark.slow
+def test_what_is_said_of_the_layers_is_so() -> None:
+    net, x = trained(), images(1)
+    cut = rewrite(net, HALF, inputs=x[0])
+    found = calibrate(net, cut, x, samples=10**6)
+    last = found.layers[-1]
+    with torch.no_grad():
+        outputs, wanted = found.model.eval()(x[0]), net(x[0])
+    error = float((outputs - wanted).norm() / wanted.norm())
+    assert last.path == "last"
+    assert last.after == pytest.approx(error, rel=1e-3)
+    assert found.after == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_small_memory_gives_the_same_in_more_runs() -> None:
+    net, x = trained(), images()
+    small = rewrite(net, HALF, inputs=x[0])
+    calls: list[int] = []
+    net.last.register_forward_hook(lambda *_: calls.append(1))
+    whole = calibrate(net, small, x)
+    once = len(calls)
+    parts = calibrate(net, small, x, memory="24KiB")
+    assert len(calls) - once > once
+    assert parts.after == pytest.approx(whole.after, rel=0.05)

@@ -22,9 +22,9 @@ from pocketize.artifact import load_weights
 from pocketize.engine.pipeline import history
 from pocketize.errors import ArtifactError, InputError, PlanningError, RecipeError, ReportError
 from pocketize.passes import Patchwise
-from pocketize.passes.complexity.reading import read_image
 from pocketize.passes.planning.runner import PointCache, Trained, TrainedKey
 from pocketize.plugin.recipe import load_recipe
+from pocketize.reading import read_image
 from pocketize.report import Comparison, Measurement, compare
 from tests.fuzz.mutations import changed_bytes, changed_json, seeded
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image as PillowImage
 
 from pocketize.errors import InputError
-from pocketize.passes.complexity.reading import list_images, pair_masks, read_image
+from pocketize.reading import list_images, pair_masks, read_image
 
 from .conftest import Image
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["MOST_BYTES", "SUFFIXES", "Picture", "list_images", "pair_masks", "read_image"]
+__all__ = [
+    "MOST_BYTES",
+    "SUFFIXES",
+    "Picture",
+    "list_images",
+    "needed_for",
+    "pair_masks",
+    "read_image",
+]
 
+import contextlib
 import math
 import os
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketize.errors import InputError, OptionError, nearest
-from pocketize.passes.complexity.planes import needed_for
 
 MOST_BYTES = 8 << 30
 """A file that says it has more, once it is decoded, is not decoded: a few KiB may say anything."""
@@ -133,7 +142,7 @@ def _check_size(shape: Any, itemsize: int, *, file_bytes: int | None = None) -> 
     if nbytes > MOST_BYTES:
         raise ValueError(
             f"its header says {nbytes / 2**30:,.1f} GiB of pixels, more than {MOST_BYTES >> 30} "
-            "GiB (pocketize.passes.complexity.reading.MOST_BYTES sets the limit)"
+            "GiB (pocketize.reading.MOST_BYTES sets the limit)"
         )
     if file_bytes is not None and nbytes > file_bytes:
         raise ValueError(f"its header says {nbytes:,} bytes, and the file has {file_bytes:,}")
@@ -289,3 +298,23 @@ def _there(folder: Path, matching: list[Path]) -> str:
     told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
     what = "files that match" if matching else "files there, which do not match"
     return f"({what}: {told}; read are: {_known()})"
+
+
+@contextlib.contextmanager
+def needed_for(purpose: str, package: str) -> Iterator[None]:
+    """Import an optional package inside, or fail with what to install.
+
+    Args:
+        purpose: what it is needed for, as the subject of a sentence in the plural.
+        package: its name on PyPI.
+
+    Raises:
+        OptionError: the import inside failed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise OptionError(
+            f"{purpose} need {package}, which cannot be imported ({error}): "
+            "pip install 'pocketize[complexity]'"
+        ) from error

@@ -1,0 +1,307 @@
+"""Solve the layers of the small network, one after the other, on what it feeds them."""
+
+from __future__ import annotations
+
+__all__ = ["NORMS", "LayerSolver", "LinearProblem", "channel_axis", "outputs_at"]
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+from pocketize.calibration.result import CalibratedLayer
+from pocketize.calibration.windows import CONVS, matrix_of, rows, set_matrix
+from pocketize.graph.inputs import Inputs
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (
+    *BATCH_NORMS,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.GroupNorm,
+    nn.LayerNorm,
+)
+
+#: Relative error of rounding: a layer that computes what it did is left as it is.
+_ALIKE = 1e-6
+#: Bytes of an element of the rows while they are added: gathered, arranged, in float64, with ones.
+_ROW = 24
+
+
+@dataclass
+class LinearProblem:
+    """The normal equations of one group of a layer: ``normal @ step = right``.
+
+    Attributes:
+        normal: ``(inputs, inputs)`` in float64, summed over positions; a bias is the last input.
+        right: ``(inputs, outputs)``, of what the layer lacks as it is.
+        size: sum of squares of what it lacks.
+    """
+
+    normal: Tensor
+    right: Tensor
+    size: float = 0.0
+
+    def add(self, a: Tensor, y: Tensor) -> None:
+        """Add positions: ``(S, inputs)`` and ``(S, outputs)``."""
+        self.normal.addmm_(a.T, a)
+        self.right.addmm_(a.T, y)
+        self.size += float(y.square().sum())
+
+    def solved(self, ridge: float) -> Tensor:
+        """Return the step, held back by a share of the mean diagonal of the normal matrix."""
+        diagonal = self.normal.diagonal()
+        pull = float(ridge * diagonal.mean().clamp(min=torch.finfo(torch.float64).tiny))
+        diagonal.add_(pull)
+        step = torch.cholesky_solve(self.right, torch.linalg.cholesky(self.normal))
+        diagonal.sub_(pull)
+        return step
+
+    def left(self, step: Tensor) -> float:
+        """Return the sum of squares of what is still lacking after a step."""
+        return self.size - float((step * (2 * self.right - self.normal @ step)).sum())
+
+
+@dataclass
+class LayerSolver:
+    """The small network, the images, and what each layer is to give at the places drawn.
+
+    Attributes:
+        before: the large network, in evaluation mode.
+        model: the small one, which changes.
+        images: what both take.
+        kept: for each layer to be solved, which outputs of the large one it has; None for all.
+        samples: positions of a layer in each image.
+        ridge: see :func:`~pocketize.calibrate`.
+        memory: bytes for normal equations, rows and targets.
+        seed: of the places.
+    """
+
+    before: nn.Module
+    model: nn.Module
+    images: list[Inputs]
+    kept: Mapping[str, Tensor | None]
+    samples: int
+    ridge: float
+    memory: int
+    seed: int
+    targets: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def solve(self, path: str) -> CalibratedLayer:
+        """Solve one layer; all before it are solved."""
+        self._take_targets(path)
+        layer = self.model.get_submodule(path)
+        solve = self._solve_norm if isinstance(layer, NORMS) else self._solve_linear
+        before, after = solve(path, layer)
+        for index in range(len(self.images)):
+            del self.targets[path, index]
+        return CalibratedLayer(path, before, after)
+
+    def _take_targets(self, path: str) -> None:
+        """Run the large network once for each image, for this layer and those after it."""
+        if (path, 0) in self.targets:
+            return
+        wanted: dict[str, Tensor | None] = {}
+        room = self.memory / 4
+        paths = list(self.kept)
+        for each in paths[paths.index(path) :]:
+            room -= 4 * self.samples * len(self.images) * self._channels(each)
+            if wanted and room < 0:
+                break
+            wanted[each] = self.kept[each]
+        for index, inputs in enumerate(self.images):
+            with contextlib.ExitStack() as stack:
+                for each, left in wanted.items():
+                    take = functools.partial(self._take, each, index, left)
+                    hook = self.before.get_submodule(each).register_forward_hook(take)
+                    stack.callback(hook.remove)
+                inputs.call(self.before)
+
+    def _channels(self, path: str) -> int:
+        layer: Any = self.model.get_submodule(path)
+        return len(layer.weight) if isinstance(layer, NORMS) else _ends(layer)[1]
+
+    def _take(
+        self, path: str, index: int, left: Tensor | None, layer: nn.Module, _: Any, output: Tensor
+    ) -> None:
+        whole = outputs_at(layer, output, self._places(path, index, layer, output))
+        self.targets[path, index] = whole if left is None else whole[:, left.to(whole.device)]
+
+    def _solve_linear(self, path: str, layer: nn.Module) -> tuple[float, float]:
+        bias = cast("Tensor | None", layer.bias)
+        groups = layer.groups if isinstance(layer, CONVS) else 1
+        channels = _ends(layer)[0] // groups
+        taps = matrix_of(layer, 0, slice(None)).shape[0] // channels
+        # half of the memory: a normal matrix for each group, and the factor of one
+        most = max(1, int(math.sqrt(self.memory / 16 / (groups + 1))) // taps)
+        blocks = [slice(at, at + most) for at in range(0, channels, most)]
+        before = None
+        for block in blocks * (1 if len(blocks) == 1 else 2):
+            problems, size = self._equations(path, layer, block)
+            start = math.sqrt(sum(each.size for each in problems) / size) if size else 0.0
+            before = start if before is None else before
+            if before < _ALIKE:
+                return before, before
+            left = 0.0
+            for group, problem in enumerate(problems):
+                step = problem.solved(self.ridge)
+                old = matrix_of(layer, group, block).double()
+                set_matrix(layer, group, block, old + step[: len(old)])
+                # what the layer's dtype makes of it
+                step[: len(old)] = matrix_of(layer, group, block).double() - old
+                if bias is not None:
+                    own = bias.view(groups, -1)[group]
+                    was = own.double()
+                    own += step[-1].to(bias)
+                    step[-1] = own.double() - was
+                left += problem.left(step)
+        assert before is not None
+        return before, math.sqrt(max(left, 0.0) / size)
+
+    def _equations(
+        self, path: str, layer: nn.Module, block: slice
+    ) -> tuple[list[LinearProblem], float]:
+        """Return the equations of each group, and the sum of squares of what is wanted."""
+        problems: list[LinearProblem] = []
+        size = 0.0
+        groups = layer.groups if isinstance(layer, CONVS) else 1
+        inputs, outputs = matrix_of(layer, 0, block).shape
+        inputs += layer.bias is not None
+        step = max(1, int(self.memory / 4 / _ROW / inputs))
+        for x, output, wanted, places in self._visits(path):
+            if not problems:
+                zeros = functools.partial(wanted.new_zeros, dtype=torch.float64)
+                problems = [
+                    LinearProblem(zeros(inputs, inputs), zeros(inputs, outputs))
+                    for _ in range(groups)
+                ]
+            size += float(wanted.double().square().sum())
+            missing = wanted.double() - outputs_at(layer, output, places).double()
+            for at in range(0, len(places), step):
+                for group, y in enumerate(missing[at : at + step].chunk(groups, 1)):
+                    a = rows(layer, x, places[at : at + step], block, group).double()
+                    if layer.bias is not None:
+                        a = torch.cat([a, a.new_ones(len(a), 1)], 1)
+                    problems[group].add(a, y)
+        return problems, size
+
+    def _solve_norm(self, path: str, layer: nn.Module) -> tuple[float, float]:
+        """Estimate running statistics anew, and fit weight and bias channel by channel."""
+        weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
+        old = weight.double()
+        start = torch.stack([old, torch.zeros_like(old) if bias is None else bias.double()])
+        batch = isinstance(layer, BATCH_NORMS) and layer.running_mean is not None
+        sums = self._moments(path, layer, statistics=batch)
+        before = _norm_error(sums, start)
+        if before < _ALIKE:
+            return before, before
+        if batch:
+            sums = self._moments(path, layer)
+        count, a, y, aa, ay, _ = sums
+        a, y, aa, ay = a / count, y / count, aa / count, ay / count
+        if bias is None:
+            a, y = torch.zeros_like(a), torch.zeros_like(y)
+        pull = self.ridge * aa.mean()
+        new = (ay - a * y + pull * old) / (aa - a * a + pull)
+        weight.copy_(new)
+        if bias is not None:
+            bias.copy_(y - a * new)
+        return before, _norm_error(sums, torch.stack([new, y - a * new]))
+
+    def _moments(self, path: str, layer: Any, *, statistics: bool = False) -> Tensor:
+        """Return sums for each channel: of ones, a, y, a a, a y and y y.
+
+        Here a is what the norm gives with weight 1 and bias 0, and y what is wanted. With
+        ``statistics``, estimate running means and variances on the way, of whole images.
+        """
+        plain = layer.weight.clone(), None if layer.bias is None else layer.bias.clone()
+        sums: Any = 0
+        moments: Any = 0
+        try:
+            layer.weight.fill_(1)
+            if layer.bias is not None:
+                layer.bias.zero_()
+            for x, output, wanted, places in self._visits(path):
+                a, y = outputs_at(layer, output, places).double(), wanted.double()
+                one = torch.ones_like(a)
+                sums = sums + torch.stack([p.sum(0) for p in (one, a, y, a * a, a * y, y * y)])
+                if statistics:
+                    x = x.double().movedim(1, -1).flatten(0, -2)
+                    moments = moments + torch.stack(
+                        [torch.full_like(x[0], len(x)), x.sum(0), (x * x).sum(0)]
+                    )
+        finally:
+            layer.weight.copy_(plain[0])
+            if layer.bias is not None:
+                layer.bias.copy_(plain[1])
+        if statistics:
+            count, mean, square = moments[0], moments[1] / moments[0], moments[2] / moments[0]
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_((square - mean * mean) * count / (count - 1).clamp(min=1))
+        whole: Tensor = sums
+        return whole
+
+    def _visits(self, path: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """For each image: the layer's input, output, what is wanted of it at places, and these."""
+        layer = self.model.get_submodule(path)
+        for index in range(len(self.images)):
+            x = self._input(path, index)
+            output = layer(x)
+            places = self._places(path, index, layer, output)
+            yield x, output, self.targets[path, index], places
+
+    def _places(self, path: str, index: int, layer: nn.Module, output: Tensor) -> Tensor:
+        total = output.numel() // output.shape[channel_axis(layer)]
+        draw = torch.Generator().manual_seed(crc32(f"{self.seed} {path} {index}".encode()))
+        return torch.randperm(total, generator=draw)[: self.samples].to(output.device)
+
+    def _input(self, path: str, index: int) -> Tensor:
+        """Run the small network as far as the layer."""
+        found: list[Tensor] = []
+
+        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found.append(args[0])
+            raise _Seen
+
+        hook = self.model.get_submodule(path).register_forward_pre_hook(see)
+        try:
+            with contextlib.suppress(_Seen):
+                self.images[index].call(self.model)
+        finally:
+            hook.remove()
+        return found[0]
+
+
+class _Seen(Exception):
+    """Ends a forward where it is enough."""
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """Return the axis of a layer's output that counts its channels."""
+    return -1 if isinstance(layer, (nn.Linear, nn.LayerNorm)) else 1
+
+
+def outputs_at(layer: nn.Module, output: Tensor, places: Tensor) -> Tensor:
+    """Return the outputs at some places: ``(S, channels)``."""
+    return output.movedim(channel_axis(layer), -1).flatten(0, -2)[places]
+
+
+def _ends(layer: Any) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
+
+
+def _norm_error(sums: Tensor, given: Tensor) -> float:
+    """Return the relative error of a norm with a weight and a bias: ``(2, channels)``."""
+    (count, a, y, aa, ay, yy), (w, b) = sums, given
+    off = yy - 2 * (w * ay + b * y) + w * w * aa + 2 * w * b * a + b * b * count
+    size = float(yy.sum())
+    return math.sqrt(max(float(off.sum()), 0.0) / size) if size else 0.0
