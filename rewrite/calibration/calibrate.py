@@ -9,7 +9,7 @@ the reconstruction of He et al. (Channel Pruning for Accelerating Very Deep Neur
 
 from __future__ import annotations
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "check_passes"]
 
 import contextlib
 import copy
@@ -27,6 +27,7 @@ from pocketize.calibration.solver import NORMS, LayerSolver
 from pocketize.calibration.windows import LAYERS, TRANSPOSED
 from pocketize.errors import InputError, OptionError, RewriteError
 from pocketize.graph.inputs import Inputs, as_inputs, find_tensors, first_parameter, to_model
+from pocketize.plugin.base import Pass
 from pocketize.plugin.history import history, record_history
 from pocketize.plugin.options import read_size
 
@@ -102,6 +103,25 @@ def calibrate(
     noted = dataclasses.replace(last, notes=(*last.notes, *result.notes))
     record_history(made, (*first, noted))
     return result
+
+
+def check_passes(passes: Iterable[Pass], *, inplace: bool = False) -> None:
+    """Check that what passes make can be calibrated.
+
+    Raises:
+        OptionError: weights are drawn anew, or the model is changed itself.
+    """
+    if inplace:
+        raise OptionError(
+            "calibration= compares with the model as it was, which inplace=True changes; leave one "
+            "of them out"
+        )
+    for each in passes:
+        if each.options().get("weights") == "reset":
+            raise OptionError(
+                f"{each.name}: weights='reset' draws weights anew, and calibration= keeps what the "
+                "trained ones compute; leave one of them out"
+            )
 
 
 def _edits(before: nn.Module, after: nn.Module) -> tuple[dict[str, Tensor], set[str]]:

@@ -15,7 +15,7 @@ from pocketize.artifact.kept import lost_steps
 from pocketize.artifact.models import ResolvedModel
 from pocketize.artifact.pt2 import write_exported
 from pocketize.artifact.statefile import write_state
-from pocketize.calibration import calibrate
+from pocketize.calibration.calibrate import calibrate, check_passes
 from pocketize.cli.common import (
     DONE,
     CheckFailed,
@@ -29,7 +29,7 @@ from pocketize.cli.common import (
     show,
 )
 from pocketize.cli.crops import crops_of
-from pocketize.engine.pipeline import Plan, check_calibration, plan
+from pocketize.engine.pipeline import Plan, plan
 from pocketize.graph.inputs import Inputs
 from pocketize.units import count_text, ratio_text
 
@@ -58,7 +58,7 @@ def run_apply(args: argparse.Namespace) -> int:
     _check_effect(planned, resolved, strict=args.strict)
     images = None
     if args.calibrate is not None:
-        check_calibration(planned)
+        check_passes(passes)
         images = crops_of(args.calibrate, inputs, args.crops, args.scale, args.seed or 0)
     if suffix != ".safetensors":
         _check_format(planned, inputs if suffix == ".pt2" else None, args.output)

@@ -11,7 +11,6 @@ from __future__ import annotations
 __all__ = [
     "PassPlan",
     "Plan",
-    "check_calibration",
     "history",
     "plan",
     "pocketize",
@@ -31,7 +30,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from pocketize.calibration.calibrate import calibrate
+from pocketize.calibration.calibrate import calibrate, check_passes
 from pocketize.engine.history import dry_run, replay
 from pocketize.engine.planner import settle_proposal
 from pocketize.engine.surgery import apply_edits
@@ -253,7 +252,7 @@ def rewrite(
     """
     planned = plan(model, *args, passes=passes, inputs=inputs, init=init, seed=seed)
     if calibration is not None:
-        check_calibration(planned, inplace=inplace)
+        check_passes([p.rewrite for p in planned.passes], inplace=inplace)
     for p in planned.passes:
         if not p.edits:
             text = f"{p.name} changed nothing in {type(model).__name__}"
@@ -267,25 +266,6 @@ def rewrite(
     if calibration is None or not any(p.edits for p in planned.passes):
         return made
     return calibrate(model, made, calibration, seed=seed or 0).model
-
-
-def check_calibration(planned: Plan, *, inplace: bool = False) -> None:
-    """Check that what a plan makes can be calibrated.
-
-    Raises:
-        OptionError: weights are drawn anew, or the model is changed itself.
-    """
-    if inplace:
-        raise OptionError(
-            "calibration= compares with the model as it was, which inplace=True changes; leave one "
-            "of them out"
-        )
-    for each in planned.passes:
-        if each.rewrite.options().get("weights") == "reset":
-            raise OptionError(
-                f"{each.name}: weights='reset' draws weights anew, and calibration= keeps what the "
-                "trained ones compute; leave one of them out"
-            )
 
 
 def plan(
