@@ -24,6 +24,7 @@
     └── ReportError                a comparison's JSON, or a threshold on it, that cannot be read
 
     PocketizeWarning (UserWarning)
+    ├── UnreadWarning              what no recorded forward reads may read what is resized
     ├── NoEffectWarning            a pass changed nothing at all
     └── CropWarning                what was looked for reaches the border of a crop
 """
@@ -51,6 +52,7 @@ __all__ = [
     "RegistryError",
     "ReportError",
     "RewriteError",
+    "UnreadWarning",
     "VerifyError",
     "brief",
     "nearest",
@@ -150,6 +152,10 @@ class ReportError(PocketizeError):
 
 class PocketizeWarning(_Printable, UserWarning):
     """Base class of the warnings that pocketize gives."""
+
+
+class UnreadWarning(PocketizeWarning):
+    """Parameters that no recorded forward reads may read channels that are resized."""
 
 
 class NoEffectWarning(PocketizeWarning):

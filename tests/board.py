@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from pocketize.channels.analysis import Analysis
 from pocketize.channels.labels import FROZEN, Value, axes_of
 from pocketize.graph.capture import TracedGraph, Tracer
-from pocketize.graph.inputs import as_inputs
+from pocketize.graph.inputs import Inputs, as_inputs
 
 __all__ = ["Board"]
 
@@ -50,7 +50,7 @@ class Board(Analysis):
     def _freeze_output(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         """Nothing: this is what a board is for."""
 
-    def _second_size(self, tracer: Tracer) -> list[TracedGraph]:
+    def _second_size(self, tracer: Tracer, inputs: Inputs) -> list[TracedGraph]:
         return []  # nothing here has a spatial size
 
     def outputs(self) -> list[Value]:

@@ -79,7 +79,7 @@ class ExtendInputs(Pass):
         Raises:
             RewriteError: the input is read by something that cannot be extended.
         """
-        graphs = [target.traced(train) for train in (False, True)]
+        graphs = target.traces()
         try:
             edits = extend_inputs(target.model, graphs, self.channels, argument=self.argument)
         except RewriteError as error:

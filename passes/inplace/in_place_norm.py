@@ -91,9 +91,7 @@ class InPlaceNorm(Pass):
                 "no package"
             )
         kept = matching(target.model, self.keep, "in-place-norm: keep")
-        sites = find_sites(
-            target.model, target.traced(), target.traced(train=True), self._exchange()
-        )
+        sites = find_sites(target.model, target.traces(), self._exchange())
         modules = dict(target.model.named_modules())
         for path, site in sites.items():
             if path in kept:

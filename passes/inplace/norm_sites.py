@@ -6,7 +6,7 @@ __all__ = ["NormSite", "NormSites", "find_sites"]
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -61,31 +61,33 @@ NormSites: TypeAlias = "dict[str, NormSite | str]"
 
 
 def find_sites(
-    model: nn.Module, evaluated: TracedGraph, trained: TracedGraph, exchange: Activation | None
+    model: nn.Module, traces: Sequence[TracedGraph], exchange: Activation | None
 ) -> NormSites:
     """Find every norm layer that a forward calls, in the order in which they run.
 
     Args:
         model: the model that was recorded.
-        evaluated: the trace in evaluation mode.
-        trained: the trace in training mode.
+        traces: in evaluation mode, in training mode, and of variants.
         exchange: what ReLUs after a norm are to become; None to leave them.
     """
-    sites, others = (_Reader(model, t, exchange).sites() for t in (trained, evaluated))
-    for path, site in sites.items():
-        other = others.get(path, "it runs in training mode only")
-        if isinstance(site, str):
-            continue
-        if isinstance(other, str):
-            sites[path] = other
-        elif (site.activation, site.reader) != (other.activation, other.reader):
-            sites[path] = "other code follows it in training than in evaluation"
-    for path in others:
-        sites.setdefault(path, "it runs in evaluation mode only")
+    evaluated, trained, *variants = traces
+    sites = _Reader(model, trained, exchange).sites()
+    for traced in (evaluated, *variants):
+        others = _Reader(model, traced, exchange).sites()
+        for path, site in sites.items():
+            other = others.get(path, f"it does not run in {traced.mode}")
+            if isinstance(site, str):
+                continue
+            if isinstance(other, str):
+                sites[path] = other
+            elif (site.activation, site.reader) != (other.activation, other.reader):
+                sites[path] = f"other code follows it in {traced.mode} than in {trained.mode}"
+        for path in others:
+            sites.setdefault(path, f"it does not run in {trained.mode}")
     # A ReLU that is called in other places as well is not exchanged.
     exchanging = [s for s in sites.values() if isinstance(s, NormSite) and s.exchange]
     users = Counter(site.reader for site in exchanging)
-    calls = [Counter(n.meta["module"] for n in t.operators()) for t in (evaluated, trained)]
+    calls = [Counter(n.meta["module"] for n in t.operators()) for t in traces]
     for site in exchanging:
         if any(count[site.reader] != users[site.reader] for count in calls):
             sites[site.norm] = (

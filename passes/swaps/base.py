@@ -178,7 +178,7 @@ class Swap(Pass):
         inside = Intermediates(model, target.traced()) if self.inner_norm else None
         swapped: list[Swapped] = []
         refused: list[Refusal] = []
-        for site in find_sites(model, target.traced(), target.traced(train=True)):
+        for site in find_sites(model, target.traces()):
             why: Swapped | str = site.refused
             if not why and site.path in kept:
                 why = f"kept by keep={kept[site.path]!r}"

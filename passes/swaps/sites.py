@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["ConvSite", "SwapCost", "find_sites", "swap_cost"]
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,19 +45,18 @@ class ConvSite:
     refused: str = ""
 
 
-def find_sites(model: nn.Module, evaluated: TracedGraph, trained: TracedGraph) -> list[ConvSite]:
+def find_sites(model: nn.Module, traces: Sequence[TracedGraph]) -> list[ConvSite]:
     """Find every convolution that has a kernel.
 
     Args:
         model: the model that was recorded.
-        evaluated: the trace in evaluation mode.
-        trained: the trace in training mode.
+        traces: in evaluation mode, in training mode, and of variants.
 
     Returns:
         Sites in the order of registration. Convolutions with a kernel of one voxel are none, and of
         blocks from an earlier swap only the block itself is one.
     """
-    uses = _ConvUses(model, evaluated, trained)
+    uses = _ConvUses(model, traces)
     sites: list[ConvSite] = []
     blocks: set[int] = set()
     for path, module in model.named_modules():
@@ -77,13 +76,14 @@ def find_sites(model: nn.Module, evaluated: TracedGraph, trained: TracedGraph) -
 
 
 class _ConvUses:
-    """Who calls and who reads convolutions, in both traces of a model."""
+    """Who calls and who reads convolutions, in all traces of a model."""
 
-    def __init__(self, model: nn.Module, evaluated: TracedGraph, trained: TracedGraph) -> None:
+    def __init__(self, model: nn.Module, traces: Sequence[TracedGraph]) -> None:
         self.model = model
+        evaluated, trained, *_ = traces
         self.evaluated, self.trained = _convolutions(evaluated), _convolutions(trained)
         self.readers: dict[str, list[fx.Node]] = defaultdict(list)
-        for traced in (evaluated, trained):
+        for traced in traces:
             for node in traced.graph.find_nodes(op="get_attr"):
                 if node.meta.get("tensor"):
                     self.readers[node.meta["tensor"]] += node.users

@@ -1,7 +1,8 @@
 """Find the channel groups of a model: what changes together, what cannot, and why.
 
-The model is traced in evaluation and training mode and at a second size; the labels of all
-traces share their indices, so that a constraint seen in any of them holds.
+The model is traced in evaluation and training mode and at a second size, and so is each variant of
+it that the caller names. The labels of all traces share their indices, so that a constraint seen in
+any of them holds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ __all__ = ["Analysis", "analyse"]
 import logging
 import operator
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,31 +28,42 @@ from pocketize.errors import CaptureError
 from pocketize.graph.capture import TracedGraph, Tracer, settle_inputs
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.sizes import suggest_sizes
+from pocketize.graph.variants import read_variants
 from pocketize.ops import bind, is_convolution
 
 logger = logging.getLogger(__name__)
 
 
-def analyse(model: nn.Module, inputs: Any = None) -> ChannelGroups:
+def analyse(
+    model: nn.Module, inputs: Any = None, *, variants: Sequence[Mapping[str, Any]] = ()
+) -> ChannelGroups:
     """Find the channel groups of a model.
+
+    Args:
+        model: any module; unchanged.
+        inputs: example inputs; ``None`` guesses.
+        variants: settings of its attributes, as in ``rewrite``.
 
     Raises:
         CaptureError: the model does not run.
         InputError: the inputs cannot be read or guessed.
+        OptionError: a variant names an attribute that is not there.
     """
     settled = settle_inputs(model, inputs)
+    others = read_variants(model, settled, variants)
     with suggest_sizes(model, settled):
-        return Analysis(model, settled).solve()
+        return Analysis(model, settled, others).solve()
 
 
 class Analysis:
     """Records a model once; finds its groups as often as checks ask for."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, variants: Sequence[Inputs] = ()) -> None:
         self.model, self.inputs = model, inputs
         tracer = Tracer(model)
-        self.traces = tuple(tracer.trace(inputs, train=train) for train in (False, True))
-        self._larger = self._second_size(tracer)
+        calls = (inputs, *variants)
+        self.traces = tuple(tracer.trace(c, train=train) for c in calls for train in (False, True))
+        self._larger = [traced for c in calls for traced in self._second_size(tracer, c)]
         self._propagate_all(frozenset())
 
     def solve(
@@ -194,7 +206,7 @@ class Analysis:
                 call.freeze(value, f"has a channel rule that failed ({error!r})")
             return unlabelled(node.meta["val"])
 
-    def _second_size(self, tracer: Tracer) -> list[TracedGraph]:
+    def _second_size(self, tracer: Tracer, inputs: Inputs) -> list[TracedGraph]:
         """Record at another size and batch: at 1x1 bottlenecks constraints hide."""
         if any(traced.real for traced in self.traces):
             return []
@@ -206,7 +218,7 @@ class Analysis:
             return torch.zeros((), dtype=t.dtype, device=t.device).expand(shape)
 
         try:
-            return [tracer.trace(self.inputs.map(enlarge), train=False)]
+            return [tracer.trace(inputs.map(enlarge), train=False)]
         except CaptureError:  # sizes fixed by the model; the first size has to do
             return []
 

@@ -86,7 +86,8 @@ class ChannelGroups:
     Attributes:
         model: the model, unchanged.
         inputs: what it was traced with.
-        traces: evaluation mode first, then training mode; both at the same size.
+        traces: evaluation mode first, then training mode, at the same size; then both of each
+            variant.
         groups: all groups, free and frozen, in the order in which they run.
         unreached: parameters that the forward never reads; they are left alone.
         axes: the indices of every tensor axis that has some.

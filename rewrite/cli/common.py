@@ -235,13 +235,18 @@ def inputs_of(args: argparse.Namespace, resolved: ResolvedModel) -> Inputs:
 def passes_of(args: argparse.Namespace) -> list[Pass]:
     """Return the passes of ``--recipe`` and then those of ``--pass``, in order.
 
+    The variants of the recipe become ``args.variants``.
+
     Raises:
         UsageError: neither was given.
     """
-    from pocketize.plugin.recipe import load_recipe
+    from pocketize.plugin.recipe import load_variants
     from pocketize.plugin.registry import parse_pass
 
-    passes = load_recipe(args.recipe) if args.recipe is not None else []
+    passes: list[Pass] = []
+    args.variants = ()
+    if args.recipe is not None:
+        passes, args.variants = load_variants(args.recipe)
     passes += [parse_pass(spec) for spec in args.passes]
     if not passes:
         raise UsageError("say what to do: --pass pocket, for instance; see `pocketize passes`")

@@ -170,7 +170,9 @@ def _rewritten(
     args: argparse.Namespace, before: ResolvedModel, passes: list[Pass], inputs: Inputs
 ) -> nn.Module:
     progress("planning and rewriting")
-    planned = plan(before.model, *passes, inputs=inputs, seed=args.seed)
+    planned = plan(
+        before.model, passes=passes, inputs=inputs, variants=args.variants, seed=args.seed
+    )
     for each in planned.passes:
         if not each.edits:
             note(f"warning: {each.rewrite} changes nothing in {before.label}")

@@ -41,7 +41,10 @@ def run_plan(args: argparse.Namespace) -> int:
     passes = passes_of(args)
     resolved = resolve_model(args)
     progress("planning")
-    planned = plan(resolved.model, *passes, inputs=inputs_of(args, resolved), seed=args.seed)
+    inputs = inputs_of(args, resolved)
+    planned = plan(
+        resolved.model, passes=passes, inputs=inputs, variants=args.variants, seed=args.seed
+    )
     show(planned.to_markdown() if args.format == "markdown" else str(planned))
     return DONE
 
@@ -54,7 +57,9 @@ def run_apply(args: argparse.Namespace) -> int:
     resolved = resolve_model(args)
     progress("planning")
     inputs = inputs_of(args, resolved)
-    planned = plan(resolved.model, *passes, inputs=inputs, seed=args.seed)
+    planned = plan(
+        resolved.model, passes=passes, inputs=inputs, variants=args.variants, seed=args.seed
+    )
     _check_effect(planned, resolved, strict=args.strict)
     images = None
     if args.calibrate is not None:

@@ -24,6 +24,7 @@ from pocketize.errors import brief
 from pocketize.graph.capture import quiet_tracing, structure_of
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
+from pocketize.graph.settings import settings_text
 from pocketize.plugin.edits import Convert, Edit
 
 
@@ -39,9 +40,9 @@ class _Outcome:
 class DryRun:
     """Tries edits on fake copies of one model."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.model, self.inputs = model, inputs
-        self._originals: dict[bool, _Outcome | Exception] = {}
+    def __init__(self, model: nn.Module, inputs: Inputs, variants: Sequence[Inputs] = ()) -> None:
+        self.model, self.calls = model, (inputs, *variants)
+        self._originals: dict[tuple[int, bool], _Outcome | Exception] = {}
 
     def error(self, edits: Sequence[Edit]) -> str:
         """Return what differs once the edits are applied; ``""`` if nothing does.
@@ -49,20 +50,22 @@ class DryRun:
         A model that itself does not run on fake tensors (a branch depends on values, a backward
         that torch does not support) is not compared in that mode.
         """
-        for train in (False, True):
-            mode = "training" if train else "evaluation"
-            before = self._originals.get(train)
-            if before is None:
-                before = self._originals[train] = self._run((), train)
-            if isinstance(before, Exception):
-                continue
-            after = self._run(edits, train)
-            if isinstance(after, Exception):
-                return f"in {mode} mode it raises {brief(after)}"
-            if after.outputs != before.outputs:
-                return f"in {mode} mode the outputs have other shapes, dtypes or nesting"
-            if names := _other_gradients(before, after, edits):
-                return f"in {mode} mode these parameters get other gradients: {names[:3]}"
+        for index, call in enumerate(self.calls):
+            for train in (False, True):
+                mode = f"{'training' if train else 'evaluation'} mode"
+                mode += f" with {settings_text(call.settings)}" if call.settings else ""
+                before = self._originals.get((index, train))
+                if before is None:
+                    before = self._originals[index, train] = self._run((), call, train)
+                if isinstance(before, Exception):
+                    continue
+                after = self._run(edits, call, train)
+                if isinstance(after, Exception):
+                    return f"in {mode} it raises {brief(after)}"
+                if after.outputs != before.outputs:
+                    return f"in {mode} the outputs have other shapes, dtypes or nesting"
+                if names := _other_gradients(before, after, edits):
+                    return f"in {mode} these parameters get other gradients: {names[:3]}"
         return ""
 
     def errors(self, edits: Sequence[Convert]) -> dict[str, str]:
@@ -83,14 +86,14 @@ class DryRun:
             found |= {edit.module: f"together with others, {failure}" for edit in rest}
         return found
 
-    def _run(self, edits: Sequence[Edit], train: bool) -> _Outcome | Exception:
+    def _run(self, edits: Sequence[Edit], call: Inputs, train: bool) -> _Outcome | Exception:
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.inference_mode(False):
             copy = edited_copy(self.model, edits, fakes)
             set_mode(copy, train)
             try:
                 with fakes, quiet_tracing(copy), torch.enable_grad():
-                    return _step(copy, self.inputs.map(fakes.from_tensor), train)
+                    return _step(copy, call.map(fakes.from_tensor), train)
             except Exception as error:  # a user's forward or backward may raise anything
                 return error
 
@@ -113,9 +116,10 @@ def _other_gradients(before: _Outcome, after: _Outcome, edits: Sequence[Edit]) -
 
 
 def _step(model: nn.Module, inputs: Inputs, train: bool) -> _Outcome:
-    output = inputs.map(lambda t: t.detach().clone()).call(model)
-    if train:
-        run_backward(output)
+    with inputs.variant(model):  # also while a part runs again in the backward
+        output = inputs.map(lambda t: t.detach().clone()).call(model)
+        if train:
+            run_backward(output)
     parameters = dict(model.named_parameters())
     gradients = {n: tuple(p.grad.shape) for n, p in parameters.items() if p.grad is not None}
     wanted = {n: p.requires_grad for n, p in parameters.items()}

@@ -20,7 +20,7 @@ __all__ = [
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
@@ -34,10 +34,17 @@ from pocketize.calibration.calibrate import calibrate, check_passes
 from pocketize.engine.history import dry_run, replay
 from pocketize.engine.planner import settle_proposal
 from pocketize.engine.surgery import apply_edits
-from pocketize.errors import NoEffectWarning, OptionError, OrderError, RewriteError
+from pocketize.errors import (
+    NoEffectWarning,
+    OptionError,
+    OrderError,
+    RewriteError,
+    UnreadWarning,
+)
 from pocketize.graph.capture import settle_inputs
 from pocketize.graph.clone import clone
 from pocketize.graph.sizes import suggest_sizes
+from pocketize.graph.variants import read_variants
 from pocketize.plugin.base import Guarantee, Pass, PassRecord, Proposal
 from pocketize.plugin.history import history, record_history
 from pocketize.plugin.registry import get_pass, parse_pass
@@ -51,9 +58,11 @@ class PassPlan(Proposal):
 
     Attributes:
         rewrite: the pass.
+        variants: the settings of attributes that the model was recorded with, besides its own.
     """
 
     rewrite: Pass = field(kw_only=True)
+    variants: tuple[Mapping[str, Any], ...] = field(default=(), kw_only=True)
 
     @property
     def name(self) -> str:
@@ -65,6 +74,11 @@ class PassPlan(Proposal):
         """What the pass keeps."""
         return self.rewrite.guarantee
 
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """Notes and warnings."""
+        return self.notes + self.warnings
+
     def record(self) -> PassRecord:
         """Return the record that :func:`history` will return."""
         return PassRecord(
@@ -75,7 +89,8 @@ class PassPlan(Proposal):
             edits=tuple(edit.to_json() for edit in self.edits),
             changes=self.changes,
             refused=self.refused,
-            notes=self.notes,
+            notes=self.sentences,
+            variants=tuple(dict(settings) for settings in self.variants),
         )
 
     def __str__(self) -> str:
@@ -99,7 +114,7 @@ class PassPlan(Proposal):
         github = style == "github"
         cell = markdown if github else one_line
         heading = cell(f"{self.rewrite} ({self.guarantee})")
-        notes = [markdown(n, paragraph=True) if github else printable(n) for n in self.notes]
+        notes = [markdown(n, paragraph=True) if github else printable(n) for n in self.sentences]
         parts = [f"### {heading}" if github else heading, *notes]
         if not self.changes:
             parts.append("nothing to change")
@@ -133,7 +148,7 @@ class Plan:
     def _repr_html_(self) -> str:
         return "".join(
             f"<details><summary>{escape(printable(str(each)))}</summary>"
-            f"{''.join(f'<p>{escape(printable(note))}</p>' for note in each.notes)}"
+            f"{''.join(f'<p>{escape(printable(note))}</p>' for note in each.sentences)}"
             f"{''.join(each._tables('html', one_line))}</details>"
             for each in self.passes
         )
@@ -172,6 +187,7 @@ def pocketize(
     width: int | None = None,
     *,
     inputs: Any = None,
+    variants: Sequence[Mapping[str, Any]] = (),
     keep: Sequence[str] = (),
     weights: str = "slice",
     init: Callable[[nn.Module], object] | None = None,
@@ -186,6 +202,7 @@ def pocketize(
             finest resolution, which the plan names.
         inputs: example inputs: a tensor, tuple, dict, or a text such as ``"1x1x96x96x96"``;
             ``None`` guesses from the first convolution.
+        variants: as in :func:`rewrite`.
         keep: path patterns (``fnmatch``) of modules that keep their channels.
         weights: ``"slice"`` keeps the strongest channels of a trained net, ``"reset"`` draws all
             weights anew as if the net had been built at this width.
@@ -211,7 +228,9 @@ def pocketize(
     pocket = get_pass("pocket").from_options(
         {"width": width, "keep": list(keep), "weights": weights}
     )
-    return rewrite(model, pocket, inputs=inputs, init=init, seed=seed, inplace=inplace)
+    return rewrite(
+        model, pocket, inputs=inputs, variants=variants, init=init, seed=seed, inplace=inplace
+    )
 
 
 def rewrite(
@@ -219,6 +238,7 @@ def rewrite(
     *args: Pass | str,
     passes: Sequence[Pass | str] = (),
     inputs: Any = None,
+    variants: Sequence[Mapping[str, Any]] = (),
     init: Callable[[nn.Module], object] | None = None,
     seed: int | None = None,
     inplace: bool = False,
@@ -232,6 +252,10 @@ def rewrite(
         args: passes, or texts such as ``"pocket"`` or ``"pocket:width=16"``.
         passes: the same as a keyword, for configuration files, which cannot say ``*args``.
         inputs: example inputs; ``None`` guesses from the first convolution.
+        variants: other settings of the model's attributes that the result is to work in too, such
+            as ``[{"decoder.deep_supervision": True}, {"decoder.deep_supervision": False}]``. The
+            model is recorded as it is and in each of these; what any of them couples moves
+            together. Attributes of ``model`` are not touched.
         init: for passes with ``weights="reset"``, as in :func:`pocketize`: called with the network,
             or with each new module, in the end.
         seed: seed of whatever is drawn at random.
@@ -246,11 +270,14 @@ def rewrite(
     Raises:
         InputError: there are no images to calibrate on, or they do not suit the model.
         OptionError: ``init`` is given, and no pass has ``weights="reset"``; ``calibration`` is
-            given, and a pass has, or ``inplace``; or passes are given both ways.
+            given, and a pass has, or ``inplace``; passes are given both ways; or a variant names an
+            attribute that is not there.
         OrderError: the passes exclude each other or need another order.
         RewriteError: a rewrite failed, or changed nothing under ``strict``; ``model`` is unchanged.
     """
-    planned = plan(model, *args, passes=passes, inputs=inputs, init=init, seed=seed)
+    planned = plan(
+        model, *args, passes=passes, inputs=inputs, variants=variants, init=init, seed=seed
+    )
     if calibration is not None:
         check_passes([p.rewrite for p in planned.passes], inplace=inplace)
     for p in planned.passes:
@@ -273,6 +300,7 @@ def plan(
     *args: Pass | str,
     passes: Sequence[Pass | str] = (),
     inputs: Any = None,
+    variants: Sequence[Mapping[str, Any]] = (),
     init: Callable[[nn.Module], object] | None = None,
     seed: int | None = None,
 ) -> Plan:
@@ -283,12 +311,13 @@ def plan(
         args: passes, or texts such as ``"pocket:width=16"``.
         passes: the same as a keyword, as in :func:`rewrite`.
         inputs: example inputs; ``None`` guesses.
+        variants: other settings of the model's attributes, as in :func:`rewrite`.
         init: initialisation for :meth:`Plan.apply`, as in :func:`rewrite`.
         seed: seed for :meth:`Plan.apply`.
 
     Raises:
         OptionError: ``init`` is given, and no pass has ``weights="reset"``; or passes are given
-            both ways.
+            both ways; or a variant names an attribute that is not there.
         OrderError: the passes exclude each other or need another order.
         RewriteError: no pass was given, or a rewrite would fail.
     """
@@ -299,6 +328,7 @@ def plan(
         )
     _check_order(made)
     settled = settle_inputs(model, inputs)
+    calls = read_variants(model, settled, variants)
     plans: list[PassPlan] = []
     current = model
     queue = list(made)
@@ -306,9 +336,12 @@ def plan(
     while queue:
         given = queue.pop(0)
         with suggest_sizes(model, settled), _own_randomness(current, seed) as generator:
-            proposal = settle_proposal(current, given, settled, generator)
+            proposal = settle_proposal(current, given, settled, generator, calls)
         if proposal.edits or not repeated:
-            plans.append(PassPlan(**vars(proposal), rewrite=given))
+            told = tuple(call.settings for call in calls)
+            plans.append(PassPlan(**vars(proposal), rewrite=given, variants=told))
+            for text in proposal.warnings:
+                warnings.warn(f"{given.name}: {text}", UnreadWarning, stacklevel=_outside())
         repeated = bool(proposal.again and proposal.edits)
         if repeated:
             queue.insert(0, proposal.again if isinstance(proposal.again, Pass) else given)

@@ -14,11 +14,12 @@ from torch import fx, nn
 
 from pocketize.channels.analysis import Analysis
 from pocketize.channels.groups import ChannelGroup, ChannelGroups
+from pocketize.channels.unread import unread_warning
 from pocketize.engine.dry_run import DryRun
 from pocketize.engine.repairs import Derived, candidates, derived
 from pocketize.engine.verify import Mismatch, backward_failure, check_edits, split_channel
 from pocketize.errors import VerifyError
-from pocketize.graph.capture import capture
+from pocketize.graph.capture import TracedGraph, Tracer, capture
 from pocketize.graph.inputs import Inputs
 from pocketize.plugin.base import Change, Pass, Proposal, Target
 from pocketize.plugin.edits import Convert, Edit, Redraw, Resize, SetArgument, SetAttribute
@@ -31,14 +32,18 @@ _NAMED = 5
 
 
 def settle_proposal(
-    model: nn.Module, given: Pass, inputs: Inputs, generator: torch.Generator | None
+    model: nn.Module,
+    given: Pass,
+    inputs: Inputs,
+    generator: torch.Generator | None,
+    variants: Sequence[Inputs] = (),
 ) -> Proposal:
     """Return a pass's proposal that has been checked.
 
     Raises:
         VerifyError: no variant of the proposal does what it predicts.
     """
-    return _with_all_rows(_Planner(model, given, inputs, generator).solve())
+    return _with_all_rows(_Planner(model, given, inputs, generator, variants).solve())
 
 
 def _with_all_rows(proposal: Proposal) -> Proposal:
@@ -61,9 +66,15 @@ class _Planner:
     """One pass on one model; the graphs are traced once."""
 
     def __init__(
-        self, model: nn.Module, given: Pass, inputs: Inputs, generator: torch.Generator | None
+        self,
+        model: nn.Module,
+        given: Pass,
+        inputs: Inputs,
+        generator: torch.Generator | None,
+        variants: Sequence[Inputs],
     ) -> None:
         self.model, self.given, self.inputs, self.generator = model, given, inputs, generator
+        self.variants = tuple(variants)
         self.analysis: Analysis | None = None
         self.frozen: dict[int, str] = {}
         self.trailing: frozenset[str] = frozenset()
@@ -104,7 +115,7 @@ class _Planner:
 
     def _dry_run(self, proposal: Proposal) -> Proposal:
         """Check a proposal that converts modules by running it."""
-        error = DryRun(self.model, self.inputs).error(proposal.edits)
+        error = DryRun(self.model, self.inputs, self.variants).error(proposal.edits)
         if error:
             raise VerifyError(
                 f"{self.given.name}: the converted model does not run as the original does: "
@@ -119,11 +130,18 @@ class _Planner:
             generator=self.generator,
             record=lambda train: capture(self.model, self.inputs, train=train),
             analyse=self._channels,
+            record_variants=self._record_variants,
         )
+
+    def _record_variants(self) -> tuple[TracedGraph, ...]:
+        if self.analysis is not None:
+            return self.analysis.traces[2:]
+        tracer = Tracer(self.model)
+        return tuple(tracer.trace(v, train=t) for v in self.variants for t in (False, True))
 
     def _channels(self) -> ChannelGroups:
         if self.analysis is None:
-            self.analysis = Analysis(self.model, self.inputs)
+            self.analysis = Analysis(self.model, self.inputs, self.variants)
         if self.settled is None:
             self.settled = self.analysis.solve(self.frozen, self.trailing)
         return self.settled
@@ -197,7 +215,13 @@ class _Planner:
             Change(edit.path, edit.what, whys[isinstance(edit, SetArgument)])
             for edit in self.repairs
         )
-        proposal = replace(proposal, edits=self._edits(proposal), changes=proposal.changes + rows)
+        unread = unread_warning(self._channels(), proposal.edits)
+        proposal = replace(
+            proposal,
+            edits=self._edits(proposal),
+            changes=proposal.changes + rows,
+            warnings=proposal.warnings + ((unread,) if unread else ()),
+        )
         return self._scaled(proposal) if Redraw() in proposal.edits else proposal
 
     def _scaled(self, proposal: Proposal) -> Proposal:

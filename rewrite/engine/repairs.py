@@ -230,15 +230,17 @@ def _sizes_seen(channels: ChannelGroups, edits: Sequence[Edit]) -> dict[str, dic
     """Return for each module the sizes that change in what its own forward computes."""
     stays = channels.survivors_of(edits)
     seen: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
-    values = channels.values[0]
-    for node in channels.traces[0].operators():
-        here = seen[str(node.meta["module"])]
-        for value in (values[n] for n in (node, *node.all_input_nodes)):
-            if not isinstance(value, Value):
-                continue
-            for before, after in zip(value.shape, predicted_shape(value, stays), strict=True):
-                if before != after and before >= _LEAST:
-                    here[before].add(after)
+    for traced, values in zip(channels.traces, channels.values, strict=True):
+        if traced.train:
+            continue  # it shows the sizes that evaluation does
+        for node in traced.operators():
+            here = seen[str(node.meta["module"])]
+            for value in (values[n] for n in (node, *node.all_input_nodes)):
+                if not isinstance(value, Value):
+                    continue
+                for before, after in zip(value.shape, predicted_shape(value, stays), strict=True):
+                    if before != after and before >= _LEAST:
+                        here[before].add(after)
     return seen
 
 

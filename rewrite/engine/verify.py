@@ -342,21 +342,25 @@ def backward_failure(
     Returns:
         What it raised; ``None`` if it ran, or if that of the original does not run either.
     """
-    traced = channels.traces[-1]
-    if traced.real:
-        return None  # a whole step on real tensors may take too much memory
-    with torch.inference_mode(False):  # in the caller's there would be nothing to go back through
-        failure = _backward(model, traced, edits)
-        if failure is None or _backward(model, traced, ()) is not None:
-            return None
-    return failure
+    for traced in channels.traces:
+        if traced.real or not traced.train:
+            continue  # a whole step on real tensors may take too much memory
+        with torch.inference_mode(
+            False
+        ):  # in the caller's there would be nothing to go back through
+            failure = _backward(model, traced, edits)
+            if failure is not None and _backward(model, traced, ()) is None:
+                return failure
+    return None
 
 
 def _backward(model: nn.Module, traced: TracedGraph, edits: Sequence[Edit]) -> Exception | None:
     copy = _edited(model, traced, edits)
     set_mode(copy, True)
     try:
-        with _mode_of(traced), quiet_tracing(copy), torch.enable_grad():
+        # the variant's attributes hold in the backward too, in which a part may run again
+        variant = traced.inputs.variant(copy)
+        with _mode_of(traced), quiet_tracing(copy), torch.enable_grad(), variant:
             # a copy is no inference tensor, a view of one is
             run_backward(traced.inputs.map(lambda t: t.detach().clone()).call(copy))
     except Exception as error:  # a user's forward or backward may raise anything

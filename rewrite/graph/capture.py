@@ -67,6 +67,7 @@ from pocketize.graph.inputs import (
     to_model,
 )
 from pocketize.graph.methods import check_methods, check_module, set_mode
+from pocketize.graph.settings import settings_text
 
 #: What traces draw random numbers from; a seed that nobody else would set.
 _SEED = 0x706F636B6574
@@ -92,6 +93,13 @@ class TracedGraph:
     train: bool
     structure: Any
     real: bool = False
+
+    @property
+    def mode(self) -> str:
+        """``"training mode"`` or ``"evaluation mode"``, with the settings of the variant."""
+        settings = self.inputs.settings
+        variant = f" with {settings_text(settings)}" if settings else ""
+        return f"{'training' if self.train else 'evaluation'} mode{variant}"
 
     def operators(self) -> list[fx.Node]:
         """Return the operator nodes in the order in which they ran."""

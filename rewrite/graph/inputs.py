@@ -24,7 +24,8 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 
 from pocketize._torch import pytree
 from pocketize.errors import InputError, nearest
+from pocketize.graph.settings import settings_on, settings_text
 
 _SHAPE = re.compile(r"(?:(\w+)\s*=\s*)?(\d+(?:x\d+)*)(?::([a-z]+\d*))?")
 _GUESSED_SIZES = (32, 64, 96, 128, 224, 256)
@@ -46,19 +48,27 @@ class Inputs:
     Attributes:
         args: positional arguments; tensors, or containers of tensors and of anything else.
         kwargs: keyword arguments, likewise.
+        settings: attributes of the model's modules that have other values during the call, by
+            ``"path.attribute"``: the call is that of a variant of the model.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def call(self, model: Callable[..., Any]) -> Any:
         """Return ``model(*args, **kwargs)``."""
-        return model(*self.args, **self.kwargs)
+        with self.variant(model):
+            return model(*self.args, **self.kwargs)
+
+    def variant(self, model: Any) -> AbstractContextManager[None]:
+        """Give the model's attributes the values of ``settings``; put them back in any case."""
+        return settings_on(model, self.settings) if self.settings else contextlib.nullcontext()
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Inputs:
         """Return the inputs with ``fn`` applied to every tensor, containers kept."""
         args, kwargs = pytree.tree_map_only(Tensor, fn, (self.args, self.kwargs))
-        return Inputs(args, kwargs)
+        return replace(self, args=args, kwargs=kwargs)
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor, in the order of the arguments."""
@@ -70,10 +80,11 @@ class Inputs:
         named = [("", tensor) for tensor in Inputs(self.args).tensors()]
         for name, value in self.kwargs.items():
             named += [(f"{name}=", tensor) for tensor in Inputs((value,)).tensors()]
-        return ", ".join(
+        text = ", ".join(
             f"{name}{'x'.join(map(str, t.shape)) or 'scalar'} {str(t.dtype).removeprefix('torch.')}"
             for name, t in named
         )
+        return f"{text} with {settings_text(self.settings)}" if self.settings else text
 
 
 def find_tensors(value: Any) -> list[Tensor]:

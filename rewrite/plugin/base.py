@@ -98,6 +98,7 @@ class Proposal:
         again: run the pass again on its own result, which may allow more: a grouped convolution
             with one channel left in each group can lose whole groups. If the options of the pass
             refer to the model before, this is the pass to run instead.
+        warnings: sentences that are given as warnings too.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -105,6 +106,7 @@ class Proposal:
     refused: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
     again: bool | Pass = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,7 @@ class Target:
         generator: the only source of random numbers a pass may use; None means torch's default.
         record: records the graph; the engine provides it, passes call :meth:`traced`.
         analyse: finds the channel groups; the engine provides it, passes call :meth:`channels`.
+        record_variants: records both modes of each variant; passes call :meth:`traces`.
     """
 
     model: nn.Module
@@ -127,12 +130,18 @@ class Target:
     generator: torch.Generator | None = None
     record: Callable[[bool], TracedGraph] = field(repr=False)
     analyse: Callable[[], ChannelGroups] = field(repr=False)
+    record_variants: Callable[[], tuple[TracedGraph, ...]] = field(default=tuple, repr=False)
     _known: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def traced(self, train: bool = False) -> TracedGraph:
         """The model's graph, recorded in training mode or, by default, in evaluation mode."""
         traced: TracedGraph = self._once(("graph", train), lambda: self.record(train))
         return traced
+
+    def traces(self) -> tuple[TracedGraph, ...]:
+        """All graphs: evaluation mode, training mode, then both of each variant of the model."""
+        variants: tuple[TracedGraph, ...] = self._once("variants", self.record_variants)
+        return (self.traced(), self.traced(train=True), *variants)
 
     def channels(self) -> ChannelGroups:
         """The model's channel groups: what can be resized, and with what."""

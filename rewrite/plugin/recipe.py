@@ -9,23 +9,31 @@
 
 Passes are applied from top to bottom. Keys are the options of the pass; an unknown key is an error.
 TOML has no null: ``width = "none"`` is None where the option is not text.
+
+Before the first table, ``variants`` may list settings of the model's attributes, as in
+:func:`pocketize.rewrite`::
+
+    variants = [{ "decoder.deep_supervision" = true }, { "decoder.deep_supervision" = false }]
 """
 
 from __future__ import annotations
 
-__all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
+__all__ = ["Variants", "dump_recipe", "load_recipe", "load_variants", "parse_recipe"]
 
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pocketize.errors import OptionError, RecipeError, RegistryError, nearest
 from pocketize.plugin.base import Pass
 from pocketize.plugin.registry import get_pass
 from pocketize.untrusted import read_toml
+
+Variants: TypeAlias = "tuple[dict[str, Any], ...]"
+"""Settings of a model's attributes, one mapping for each variant."""
 
 
 def load_recipe(path: str | os.PathLike[str]) -> list[Pass]:
@@ -33,30 +41,53 @@ def load_recipe(path: str | os.PathLike[str]) -> list[Pass]:
 
     Raises:
         RecipeError: the file cannot be read, is not TOML, or is no recipe; the message says where.
+            Or it has variants, which would be lost.
     """
+    return parse_recipe(_read(path), source=str(path))
+
+
+def load_variants(path: str | os.PathLike[str]) -> tuple[list[Pass], Variants]:
+    """Read the passes of a recipe file and its variants, for ``rewrite``.
+
+    Raises:
+        RecipeError: the file cannot be read, is not TOML, or is no recipe; the message says where.
+    """
+    return _parse(_read(path), str(path))
+
+
+def _read(path: str | os.PathLike[str]) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not a recipe: it is not text in UTF-8") from error
-    return parse_recipe(text, source=str(path))
 
 
 def parse_recipe(text: str, source: str = "recipe") -> list[Pass]:
     """Read the passes of a recipe's text; ``source`` is what errors call it.
 
     Raises:
-        RecipeError: the text is not TOML, or is not a recipe.
+        RecipeError: the text is not TOML, or is not a recipe; or it has variants.
     """
+    passes, variants = _parse(text, source)
+    if variants:
+        raise RecipeError(
+            f"{source} has variants, and only its passes were asked for: use "
+            "pocketize.plugin.recipe.load_variants, and rewrite(model, passes=..., variants=...)"
+        )
+    return passes
+
+
+def _parse(text: str, source: str) -> tuple[list[Pass], Variants]:
     try:
         content = read_toml(text)
     except ValueError as error:  # a number may have too many digits, which is no TOMLDecodeError
         raise RecipeError(f"{source} is not TOML: {error}") from error
     for key in content:
-        if key != "pass":
+        if key not in ("pass", "variants"):
             raise RecipeError(
-                f"{source}: unknown key {key!r}.{nearest(key, ['pass'])} "
+                f"{source}: unknown key {key!r}.{nearest(key, ['pass', 'variants'])} "
                 "A recipe is a list of [[pass]] tables"
             )
     tables = content.get("pass", [])
@@ -64,7 +95,22 @@ def parse_recipe(text: str, source: str = "recipe") -> list[Pass]:
         raise RecipeError(f"{source}: write [[pass]], in double brackets, once for each pass")
     if not tables:
         raise RecipeError(f"{source} has no [[pass]]: there is nothing to do")
-    return [_read_pass(table, f"{source}, pass {n}") for n, table in enumerate(tables, start=1)]
+    variants = content.get("variants", [])
+    if not isinstance(variants, list) or not all(isinstance(v, dict) and v for v in variants):
+        raise RecipeError(
+            f'{source}: write variants as a list, [{{ "decoder.deep_supervision" = true }}, ...]'
+        )
+    passes = [_read_pass(table, f"{source}, pass {n}") for n, table in enumerate(tables, start=1)]
+    return passes, tuple(dict(_flat(settings)) for settings in variants)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield settings by their whole paths: TOML reads ``a.b = 1`` as tables within each other."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", None if value == "none" else value
 
 
 def _read_pass(table: dict[str, Any], where: str) -> Pass:
@@ -79,13 +125,17 @@ def _read_pass(table: dict[str, Any], where: str) -> Pass:
         raise RecipeError(f"{where}: {error}") from error
 
 
-def dump_recipe(passes: Iterable[Pass]) -> str:
+def dump_recipe(passes: Iterable[Pass], variants: Iterable[Mapping[str, Any]] = ()) -> str:
     """Write passes as a recipe that :func:`load_recipe` reads back as equal passes.
+
+    Variants, if there are any, are for :func:`load_variants`.
 
     Raises:
         RecipeError: an option has a value that TOML cannot hold.
     """
-    return "\n".join(_table(each) for each in passes)
+    listed = [_toml(settings) for settings in variants]
+    head = [f"variants = [{', '.join(listed)}]\n"] if listed else []
+    return "\n".join(head + [_table(each) for each in passes])
 
 
 def _table(each: Pass) -> str:

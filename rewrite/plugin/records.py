@@ -54,6 +54,7 @@ class PassRecord:
         changes: the rows of the plan that were carried out.
         refused: the rows of the plan that were not, with reasons.
         notes: the plan's sentences about the whole.
+        variants: the settings of attributes that the model was recorded with, besides its own.
     """
 
     name: str
@@ -64,6 +65,7 @@ class PassRecord:
     changes: tuple[Change, ...] = ()
     refused: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
+    variants: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         """Hold options and edits as JSON gives them back: a record equals itself read again."""
@@ -73,6 +75,8 @@ class PassRecord:
     def to_json(self) -> dict[str, Any]:
         """The record as a mapping that :mod:`json` can write."""
         data: dict[str, Any] = to_jsonable(dataclasses.asdict(self))
+        if not self.variants:
+            del data["variants"]
         return data
 
     @classmethod
@@ -82,8 +86,8 @@ class PassRecord:
         Raises:
             ArtifactError: the mapping is none of ours.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(data, dict) or data.keys() != set(names):
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "variants"]
+        if not isinstance(data, dict) or data.keys() - {"variants"} != set(names):
             raise ArtifactError(
                 f"a record of a pass needs exactly the keys {', '.join(names)}; got {data!r:.200}"
             )
