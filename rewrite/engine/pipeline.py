@@ -32,22 +32,17 @@ from torch import nn
 
 from pocketize.calibration.calibrate import calibrate, check_passes
 from pocketize.engine.history import dry_run, replay
+from pocketize.engine.order import check_order, passes_given
 from pocketize.engine.planner import settle_proposal
 from pocketize.engine.surgery import apply_edits
-from pocketize.errors import (
-    NoEffectWarning,
-    OptionError,
-    OrderError,
-    RewriteError,
-    UnreadWarning,
-)
+from pocketize.errors import NoEffectWarning, OptionError, RewriteError, UnreadWarning
 from pocketize.graph.capture import settle_inputs
 from pocketize.graph.clone import clone
 from pocketize.graph.sizes import suggest_sizes
 from pocketize.graph.variants import read_variants
 from pocketize.plugin.base import Guarantee, Pass, PassRecord, Proposal
 from pocketize.plugin.history import history, record_history
-from pocketize.plugin.registry import get_pass, parse_pass
+from pocketize.plugin.registry import get_pass
 from pocketize.untrusted import markdown, one_line, printable
 from pocketize.version import VERSION
 
@@ -321,12 +316,12 @@ def plan(
         OrderError: the passes exclude each other or need another order.
         RewriteError: no pass was given, or a rewrite would fail.
     """
-    made = _given(args, passes)
+    made = passes_given(args, passes)
     if init is not None and not any(p.options().get("weights") == "reset" for p in made):
         raise OptionError(
             "init= initialises weights that a pass draws anew; give a pass weights='reset'"
         )
-    _check_order(made)
+    check_order(made)
     settled = settle_inputs(model, inputs)
     calls = read_variants(model, settled, variants)
     plans: list[PassPlan] = []
@@ -350,56 +345,6 @@ def plan(
             with _own_randomness(current, seed) as generator:
                 apply_edits(current, proposal.edits, generator=generator, init=init)
     return Plan(model, tuple(plans), seed, init)
-
-
-def _given(args: Sequence[Pass | str], passes: Sequence[Pass | str]) -> list[Pass]:
-    """Return the passes that were given, positionally or as a list.
-
-    Raises:
-        OptionError: both ways at once, or not as a list.
-        RewriteError: something is no pass, or there is none.
-    """
-    if isinstance(passes, str | Pass):
-        raise OptionError(f"passes= takes a list of passes, got {passes!r}")
-    if args and passes:
-        raise OptionError("give the passes one after the other or as passes=[...], not both ways")
-    made = [parse_pass(p) if isinstance(p, str) else p for p in (*args, *passes)]
-    for given in made:
-        if not isinstance(given, Pass):
-            raise RewriteError(
-                f"expected passes or their names, got {given!r}; "
-                "e.g. rewrite(model, 'pocket') or rewrite(model, Pocket(width=16))"
-            )
-    if not made:
-        raise RewriteError("no pass was given; e.g. rewrite(model, 'pocket')")
-    return made
-
-
-def _check_order(passes: Sequence[Pass]) -> None:
-    names = [p.name for p in passes]
-    for index, given in enumerate(passes):
-        for other in given.conflicts:
-            if other in names[:index] + names[index + 1 :]:
-                raise OrderError(f"{given.name} cannot be applied together with {other}")
-        late = [name for name in given.after if name in names[index + 1 :]]
-        if late:
-            right = _right_order(passes)
-            advice = f"give them as {', '.join(right)}" if right else "no order suits all of them"
-            raise OrderError(f"{given.name} must come after {', '.join(late)}; {advice}")
-
-
-def _right_order(passes: Sequence[Pass]) -> list[str]:
-    """Return the names in the order that changes least and suits all; empty if there is none."""
-    right: list[str] = []
-    left = list(passes)
-    while left:
-        names = [p.name for p in left]
-        free = next((p for p in left if not any(n in names for n in p.after if n != p.name)), None)
-        if free is None:
-            return []
-        left.remove(free)
-        right.append(free.name)
-    return right
 
 
 def _generator(model: nn.Module, seed: int | None) -> torch.Generator | None:
