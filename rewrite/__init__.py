@@ -42,6 +42,7 @@ __all__ = [
     "recipe",
     "replay",
     "rewrite",
+    "run_volume",
     "save",
     "step_in_backward",
 ]
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from pocketize.optim import step_in_backward
     from pocketize.passes.fit.largest import largest_input
     from pocketize.passes.fit.search import fit
+    from pocketize.passes.tiling.volumes import run_volume
     from pocketize.plugin.base import Guarantee, Pass, PassRecord
     from pocketize.rebind import rebind
     from pocketize.report import compare
@@ -88,5 +90,6 @@ attach(
         "rebind": "rebind",
         "passes.fit.largest": "largest_input",
         "passes.fit.search": "fit",
+        "passes.tiling.volumes": "run_volume",
     },
 )

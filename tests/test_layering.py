@@ -54,15 +54,15 @@ ALLOWED = {
     "passes": {"torch", "numpy"},
     "zoo": {"torch"},
 }
-#: The extra ``complexity``: imported within functions, so that importing ours works without it.
-OPTIONAL = {"PIL", "cv2", "matplotlib", "monai", "nibabel", "pyrtools", "scipy", "skimage"}
+#: Extras: imported within functions, so that importing ours works without them.
+OPTIONAL = {"PIL", "cv2", "matplotlib", "monai", "nibabel", "pyrtools", "scipy", "skimage", "zarr"}
 #: What some packages may import in addition.
 ALSO_ALLOWED = {
     "rewrite": OPTIONAL,
     "passes/complexity": {"tabulate", "tqdm", *OPTIONAL},
     "passes/fit": {"matplotlib"},
     "passes/planning": {"tabulate", "tqdm", *OPTIONAL},
-    "passes/tiling": {"tqdm"},
+    "passes/tiling": {"nibabel", "tqdm", "zarr"},
 }
 
 

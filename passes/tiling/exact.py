@@ -10,6 +10,7 @@ __all__ = [
 ]
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -79,9 +80,16 @@ class Prepared:
 
 
 def prepare(
-    model: nn.Module, inputs: Inputs, tiling: Tiling, *, training: bool = False
+    model: nn.Module,
+    inputs: Inputs,
+    tiling: Tiling,
+    *,
+    training: bool = False,
+    peak: Callable[[ForwardTrace, Program, Tiling], int] = estimated_peak,
 ) -> Prepared:
     """Trace a model, in evaluation mode unless ``training``, and plan how tiles compute it.
+
+    Tiles for a ``max_peak`` are chosen by ``peak``, in bytes.
 
     Raises:
         TilingError: it cannot be computed by tiles.
@@ -102,10 +110,10 @@ def prepare(
     if tiling.size is None:
 
         def peak_of(tile: tuple[int, ...]) -> int:
-            return estimated_peak(trace, build_program(graph, tile), tiling)
+            return peak(trace, build_program(graph, tile), tiling)
 
-        tile, peak = largest_tile(graph.volume, tiling.peak_limit, peak_of, "a forward")
-        return Prepared(trace, build_program(graph, tile), peak)
+        tile, reached = largest_tile(graph.volume, tiling.peak_limit, peak_of, "a forward")
+        return Prepared(trace, build_program(graph, tile), reached)
     program = build_program(graph, tiling.tile(graph.volume), sampled=tiling.sampled)
     if not any(isinstance(step, TileLoop) for step in program.steps):
         rows = graph.obstacles.items()

@@ -22,7 +22,8 @@ class Execution:
     Args:
         program: the steps.
         tensors: parameters and buffers by name.
-        inputs: the input tensors by placeholder, on any device; not kept once nothing reads them.
+        inputs: the input tensors by placeholder, on any device, or buffers that read them; not kept
+            once nothing reads them.
         storage: of results between tile loops.
         outputs: storage of the outputs; the same by default.
         retain: free nothing, for the backward pass.
@@ -36,7 +37,7 @@ class Execution:
         program: Program,
         *,
         tensors: Mapping[str, Tensor],
-        inputs: Mapping[fx.Node, Tensor],
+        inputs: Mapping[fx.Node, Tensor | Buffer],
         storage: Storage,
         outputs: Storage | None = None,
         retain: bool = False,
@@ -51,8 +52,10 @@ class Execution:
         self.norms: dict[fx.Node, Tensor] = {}
         device = storage.device
         for node, tensor in inputs.items():
-            is_map = self.graph.is_map(node)
-            self.stored[node] = Buffer(tensor, device) if is_map else tensor.to(device)
+            if isinstance(tensor, Tensor):
+                is_map = self.graph.is_map(node)
+                tensor = Buffer(tensor, device) if is_map else tensor.to(device)
+            self.stored[node] = tensor
         self._local: dict[fx.Node, Buffer] = {}
         self._measures: dict[fx.Node, tuple[Any, ...]] = {}
         self._done = self._total = 0
@@ -226,7 +229,7 @@ class Execution:
         if self._is_finished(node):
             assert self.finish is not None
             part = self.finish(part)
-        buffer.view(box).copy_(part)
+        buffer.write(box, part)
 
     def _tell(self) -> None:
         """Report one more tile."""

@@ -15,7 +15,7 @@ __all__ = [
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,10 +29,15 @@ from pocketize.memory import measure
 from pocketize.memory.tracker import LiveTracker
 from pocketize.passes.shared.forwards import wrapping
 from pocketize.passes.tiling.execution import Execution
-from pocketize.passes.tiling.forward import PatchForward, Tiling, output_reduction
+from pocketize.passes.tiling.forward import (
+    OutputReduction,
+    PatchForward,
+    Tiling,
+    output_reduction,
+)
 from pocketize.passes.tiling.intervals import Box, box_of
 from pocketize.passes.tiling.program import FullSizeOp, Program, TileLoop, needed_boxes
-from pocketize.passes.tiling.storage import Storage
+from pocketize.passes.tiling.storage import Buffer, Storage
 from pocketize.passes.tiling.tiled_graph import TiledGraph
 from pocketize.passes.tiling.tracing import ForwardTrace
 from pocketize.units import bytes_text
@@ -179,20 +184,29 @@ def largest_tile(
     return found
 
 
-def estimated_peak(trace: ForwardTrace, program: Program, tiling: Tiling) -> int:
+def estimated_peak(
+    trace: ForwardTrace,
+    program: Program,
+    tiling: Tiling,
+    *,
+    inputs: Mapping[fx.Node, Tensor | Buffer] | None = None,
+    outputs: Storage | None = None,
+    finish: OutputReduction | None = None,
+) -> int:
     """Return the peak of the live tensors of a forward by tiles, in bytes, without running it.
 
-    Weights and inputs on the device are in it; what convolutions allocate inside is not.
+    Weights and inputs on the device are in it; what convolutions allocate inside is not. Inputs and
+    outputs are elsewhere if buffers and a storage are given, and ``finish`` then precedes storing.
     """
-    with _counting(trace) as counter:
+    with _counting(trace, inputs is None) as counter:
         device = _device_of(trace)
         execution = Execution(
             program,
             tensors=trace.tensors,
-            inputs=trace.placeholders(trace.traced.inputs),
+            inputs=inputs or trace.placeholders(trace.traced.inputs),
             storage=Storage(tiling.keep, device, dtype=tiling.stored_dtype),
-            outputs=Storage(tiling.output, device),
-            finish=output_reduction(tiling.reduce),
+            outputs=outputs or Storage(tiling.output, device),
+            finish=finish or output_reduction(tiling.reduce),
         )
         with counter:
             execution.run()
@@ -225,14 +239,14 @@ def _run_whole(graph: fx.Graph, trace: ForwardTrace, inputs: dict[fx.Node, Tenso
 
 
 @contextlib.contextmanager
-def _counting(trace: ForwardTrace) -> Iterator[LiveTracker]:
+def _counting(trace: ForwardTrace, with_inputs: bool = True) -> Iterator[LiveTracker]:
     """Yield a counter of live bytes, not yet entered, that has seen the weights and the inputs."""
     inputs = trace.traced.inputs.tensors()
     mode = next((t.fake_mode for t in inputs if isinstance(t, FakeTensor)), None)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     with without_dispatch_modes(), torch.no_grad(), mode:
         counter = LiveTracker(_device_of(trace), fake=True)
-        counter.assign("inputs", [*trace.tensors.values(), *inputs])
+        counter.assign("inputs", [*trace.tensors.values(), *(inputs if with_inputs else ())])
         counter.enter("forward")
         yield counter
 

@@ -7,7 +7,7 @@ statistics of norms reduced over all tiles before they are applied.
 
 from __future__ import annotations
 
-__all__ = ["Patchwise", "slab_backward"]
+__all__ = ["Patchwise", "slab_backward", "tiling_of"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -155,7 +155,7 @@ class Patchwise(Tiling, Pass):
 
     def propose(self, target: Target) -> Proposal:
         """Replace the model's forward by one that runs by tiles."""
-        tiling = _tiling(self.conversion_options())
+        tiling = tiling_of(self)
         reason = _refusal(target.model)
         if reason:
             return Proposal(refused=(Refusal("", reason),))
@@ -226,6 +226,11 @@ def _refusal(model: nn.Module) -> str:
     if already is not None:
         return f"it already runs patch-wise, in mode {already.tiling.mode!r}"
     return obstacle(model)
+
+
+def tiling_of(patchwise: Patchwise) -> Tiling:
+    """Return the options of a pass alone."""
+    return _tiling(patchwise.conversion_options())
 
 
 def _tiling(options: Mapping[str, Any]) -> Tiling:

@@ -304,10 +304,10 @@ class ShardedExecution(Execution):
         super()._tile_loop(step)
         for node in step.targets:
             buffer = self.finished[node] if node in self.finished else self.stored[node]
-            if node in self.program.outputs:
-                self._publish(node, buffer, step)
-            else:
+            if node not in self.program.outputs:
                 self._exchange(node, buffer)
+            elif not buffer.shared:
+                self._publish(node, buffer, step)
 
     def _publish(self, node: fx.Node, buffer: Buffer, step: TileLoop) -> None:
         """Give every process the whole of an output, tile by tile."""

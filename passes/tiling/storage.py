@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Buffer", "Storage", "is_channels_last", "mapped_file"]
+__all__ = ["Buffer", "Storage", "is_channels_last", "mapped_file", "reserve"]
 
 import contextlib
 import errno
@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ class Buffer:
         origin: where in the map the memory begins; None for the map's own origin.
     """
 
+    #: Several processes write their boxes of a map to the same place.
+    shared: ClassVar[bool] = False
+
     def __init__(
         self,
         tensor: Tensor,
@@ -53,6 +57,10 @@ class Buffer:
     def read(self, box: Box) -> Tensor:
         """Return a box on the device; a view where it is there already."""
         return self.view(box).to(self.device, self.dtype)
+
+    def write(self, box: Box, part: Tensor) -> None:
+        """Overwrite a box."""
+        self.view(box).copy_(part)
 
     def close(self) -> None:
         """Free the memory."""
@@ -161,7 +169,7 @@ def mapped_file(path: Path, size: int, dtype: torch.dtype) -> Tensor:
     nbytes = size * dtype.itemsize
     try:
         with path.open("ab") as file:
-            _reserve(file.fileno(), nbytes)
+            reserve(file.fileno(), nbytes)
     except OSError as error:
         path.unlink(missing_ok=True)
         raise InputError(
@@ -172,7 +180,12 @@ def mapped_file(path: Path, size: int, dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
 
 
-def _reserve(file: int, nbytes: int) -> None:
+def reserve(file: int, nbytes: int) -> None:
+    """Extend a file, by its number, to a size, where the system can say that there is room.
+
+    Raises:
+        OSError: there is none.
+    """
     if not hasattr(os, "posix_fallocate"):
         return
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["atomic_write", "open_for_torch", "reading"]
+__all__ = ["atomic_folder", "atomic_write", "open_for_torch", "reading"]
 
 import contextlib
 import hashlib
@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,7 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
     """
     target = Path(os.path.realpath(path))
     _check(target, path, overwrite)
-    # a digest of the target's name, as a longer name might be too long
-    ours = f".pocketize-{_digest(target.name)}-{_digest(platform.node())}"
-    _remove_left(target.parent, ours)
-    temporary = target.with_name(f"{ours}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(target)
     try:
         # opened here and not by tempfile, so that the file gets the rights that the umask says
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -64,6 +62,55 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield the path of a new folder next to ``path``, and rename it to ``path`` at the end.
+
+    As :func:`atomic_write`, but the data is not flushed to the disk.
+
+    Raises:
+        ArtifactError: there is something at ``path`` and ``overwrite`` is false, or it cannot be
+            written.
+    """
+    target = Path(os.path.realpath(path))
+    _check(target, path, overwrite, folder=True)
+    temporary, before = _temporary(target), _temporary(target)
+    try:
+        temporary.mkdir()
+        yield temporary
+        if os.path.exists(target) and not overwrite:
+            raise _exists(path)
+        if os.path.exists(target):
+            target.rename(before)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if before.exists():
+                before.rename(target)
+            raise
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        _remove(temporary)
+        _remove(before)
+
+
+def _temporary(target: Path) -> Path:
+    """Return a name next to a file, and remove what killed processes left under such names."""
+    # a digest of the target's name, as a longer name might be too long
+    ours = f".pocketize-{_digest(target.name)}-{_digest(platform.node())}"
+    _remove_left(target.parent, ours)
+    return target.with_name(f"{ours}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _place(temporary: Path, target: Path, *, overwrite: bool) -> None:
@@ -88,7 +135,7 @@ def _remove_left(folder: Path, ours: str) -> None:
         for name in os.listdir(folder):
             found = re.fullmatch(rf"{re.escape(ours)}-(\d+)-[0-9a-f]+\.tmp", name)
             if found and not _is_alive(int(found[1])):
-                (folder / name).unlink(missing_ok=True)
+                _remove(folder / name)
 
 
 def _is_alive(process: int) -> bool:
@@ -139,9 +186,11 @@ def open_for_torch(path: str | os.PathLike[str]) -> Iterator[io.FileIO]:
             raise file.error
 
 
-def _check(target: Path, path: str | os.PathLike[str], overwrite: bool) -> None:
+def _check(
+    target: Path, path: str | os.PathLike[str], overwrite: bool, *, folder: bool = False
+) -> None:
     # not the methods of paths, which raise where a name is too long
-    if os.path.isdir(target):
+    if os.path.isdir(target) and not folder:
         raise ArtifactError(f"cannot write {path}: it is a folder")
     if os.path.exists(target) and not overwrite:
         raise _exists(path)

@@ -13,7 +13,7 @@ the caller trusts them.
 
 from __future__ import annotations
 
-__all__ = ["ResolvedModel", "resolve"]
+__all__ = ["ResolvedModel", "import_named", "resolve"]
 
 import contextlib
 import functools
@@ -107,9 +107,12 @@ def resolve(
     return found if weights is None else _with_weights(found, weights, trust, folder)
 
 
-def _from_import(
-    name: str, kwargs: Mapping[str, Any], classes_from: Sequence[str]
-) -> ResolvedModel:
+def import_named(name: str) -> Any:
+    """Return what ``package.module:name`` names; the current folder is searched last.
+
+    Raises:
+        ModelError: there is no such name.
+    """
     module_name, colon, path = name.partition(":")
     words = [*module_name.split("."), *path.split(".")]
     if not colon or not all(word.isidentifier() for word in words):
@@ -135,11 +138,18 @@ def _from_import(
             there = [name for name, value in vars(owner).items() if callable(value)]
             raise ModelError(f"{module_name} has no {path!r}.{nearest(part, there)}")
         owner = getattr(owner, part)
+    return owner
+
+
+def _from_import(
+    name: str, kwargs: Mapping[str, Any], classes_from: Sequence[str]
+) -> ResolvedModel:
+    owner = import_named(name)
     if isinstance(owner, nn.Module):
         raise ModelError(f"{name} is a model that exists already; name what builds it")
     if not callable(owner):
         raise ModelError(f"{name} is a {type(owner).__name__}, not a function or class")
-    with _current_folder(module_name):  # for what it imports only now
+    with _current_folder(name.partition(":")[0]):  # for what it imports only now
         factory = functools.partial(owner, **resolve_classes(owner, kwargs, classes_from))
         model = _built(name, factory)
     return ResolvedModel(model, "factory", name, factory)

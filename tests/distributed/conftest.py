@@ -12,9 +12,9 @@ from tests.distributed.group import run
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the results of all work lie."""
-    from tests.distributed import test_ddp, test_fsdp, test_patchwise, test_sync_norms
+    from tests.distributed import test_ddp, test_fsdp, test_patchwise, test_sync_norms, test_volumes
 
     made = tmp_path_factory.mktemp("processes")
-    parts = test_ddp, test_fsdp, test_patchwise, test_sync_norms
+    parts = test_ddp, test_fsdp, test_patchwise, test_sync_norms, test_volumes
     run({name: piece for part in parts for name, piece in part.WORK.items()}, made)
     return made
