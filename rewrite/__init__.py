@@ -36,6 +36,7 @@ __all__ = [
     "largest_input",
     "load",
     "measure",
+    "plain",
     "plan",
     "pocketize",
     "rebind",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from pocketize.channels.groups import ChannelGroup, ChannelGroups
     from pocketize.channels.rules import channel_rule
     from pocketize.engine.pipeline import Plan, history, plan, pocketize, replay, rewrite
+    from pocketize.engine.plain import plain
     from pocketize.errors import PocketizeError
     from pocketize.graph.capture import TracedGraph, capture
     from pocketize.memory import measure
@@ -80,6 +82,7 @@ attach(
         "channels.groups": "ChannelGroup ChannelGroups",
         "plugin.base": "Guarantee Pass PassRecord",
         "engine.pipeline": "Plan history plan pocketize replay rewrite",
+        "engine.plain": "plain",
         "errors": "PocketizeError",
         "channels.rules": "channel_rule",
         "report": "compare",

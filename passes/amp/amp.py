@@ -23,10 +23,10 @@ from pocketize.errors import OptionError, RewriteError
 from pocketize.graph.inputs import first_parameter
 from pocketize.ops import NORMS, Kind, bind, operator_of
 from pocketize.passes.shared import REBUILDING
-from pocketize.passes.shared.forwards import Forward, obstacle, wrapping
+from pocketize.passes.shared.forwards import Forward, obstacle, unwrapping, wrapping
 from pocketize.passes.shared.nests import map_tensors
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
-from pocketize.plugin.conversions import conversion
+from pocketize.plugin.conversions import conversion, reversal
 from pocketize.plugin.edits import Convert
 
 _LOW = (torch.bfloat16, torch.float16)
@@ -312,3 +312,7 @@ def grad_scaler(model: nn.Module, **options: Any) -> torch.amp.GradScaler:
         forward.dtype is torch.float16 and forward.device in (None, device) for forward in found
     )
     return torch.amp.GradScaler(device, enabled=needed, **options)
+
+
+reversal("amp", unwrapping(AutocastForward))
+reversal("amp-norm", unwrapping(Float32Statistics))

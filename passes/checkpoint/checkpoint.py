@@ -34,6 +34,7 @@ from pocketize.passes.shared.forwards import (
     hooked,
     is_foreign,
     obstacle,
+    unwrapping,
     without_backward,
     wrapping,
 )
@@ -41,7 +42,7 @@ from pocketize.passes.shared.patterns import matched
 from pocketize.passes.shared.regions import Region, Survey, survey
 from pocketize.passes.shared.second_run import Run
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
-from pocketize.plugin.conversions import conversion
+from pocketize.plugin.conversions import conversion, reversal
 from pocketize.plugin.edits import Convert
 from pocketize.plugin.options import read_target
 from pocketize.units import bytes_text, large_text
@@ -373,3 +374,6 @@ class CheckpointedForward(Forward):
                 stacklevel=2,
             )
         return True
+
+
+reversal("checkpoint", unwrapping(CheckpointedForward))

@@ -37,10 +37,10 @@ from pocketize.passes.inplace.modules import (
 )
 from pocketize.passes.inplace.norm_sites import NormSite, find_sites
 from pocketize.passes.shared import REBUILDING
-from pocketize.passes.shared.forwards import obstacle, wrapping
+from pocketize.passes.shared.forwards import obstacle, unwrapping, wrapping
 from pocketize.passes.shared.patterns import matching
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
-from pocketize.plugin.conversions import conversion
+from pocketize.plugin.conversions import conversion, reversal
 from pocketize.plugin.edits import Convert, Edit
 from pocketize.units import bytes_text
 
@@ -321,3 +321,29 @@ def _activation(options: Mapping[str, Any]) -> Activation:
             f"got {dict(options)}"
         )
     return Activation(kind, float(slope))
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+
+
+def _revert_norm(module: nn.Module) -> None:
+    if isinstance(module, NormInPlace):
+        held = vars(module)
+        for name in ("absorbed", "backend", "invertibility", "slopes_of"):
+            del held[name]
+        _become(module, module.converted_from)
+
+
+def _revert_activation(module: nn.Module) -> None:
+    if isinstance(module, ActivationInPlace):
+        exchanged = vars(module).pop("replaced")
+        leaky = exchanged is not None  # the network has been trained without the ReLU
+        _become(module, nn.LeakyReLU if leaky else module.converted_from)
+        if leaky:
+            vars(module)["negative_slope"] = exchanged.slope
+
+
+reversal(NORM, _revert_norm)
+reversal(ACTIVATION, _revert_activation)
+reversal(CALL, unwrapping(IdentityForward))

@@ -27,10 +27,16 @@ from pocketize.graph.capture import find_tensors
 from pocketize.graph.inputs import first_parameter
 from pocketize.memory.in_place import is_dense
 from pocketize.passes.shared import REBUILDING
-from pocketize.passes.shared.forwards import Forward, obstacle, without_backward, wrapping
+from pocketize.passes.shared.forwards import (
+    Forward,
+    obstacle,
+    unwrapping,
+    without_backward,
+    wrapping,
+)
 from pocketize.passes.shared.regions import survey
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
-from pocketize.plugin.conversions import conversion
+from pocketize.plugin.conversions import conversion, reversal
 from pocketize.plugin.edits import Convert
 from pocketize.plugin.options import read_size
 from pocketize.units import bytes_text
@@ -320,3 +326,6 @@ def _write(tensor: Tensor, file: Any) -> None:
     """Write a dense tensor in the order of memory, as bytes: NumPy has no bfloat16."""
     linear = tensor.as_strided((tensor.numel(),), (1,)).cpu().view(torch.uint8)
     linear.numpy().tofile(file)
+
+
+reversal("offload", unwrapping(OffloadedForward))

@@ -21,10 +21,11 @@ from pocketize.passes.shared.forwards import (
     Forward,
     note_compiled,
     obstacle,
+    unwrapping,
     without_backward,
     wrapping,
 )
-from pocketize.plugin.conversions import conversion
+from pocketize.plugin.conversions import conversion, reversal
 
 _running = threading.local()
 
@@ -127,3 +128,6 @@ def _refuse_sharded(model: nn.Module) -> None:
             "freed them. Use the pass 'checkpoint' with FSDP, or recompute with "
             "DistributedDataParallel"
         )
+
+
+reversal("recompute", unwrapping(RecomputingForward))

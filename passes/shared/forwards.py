@@ -21,13 +21,14 @@ __all__ = [
     "note_compiled",
     "obstacle",
     "refuse_exchanged",
+    "unwrapping",
     "without_backward",
     "wrapping",
 ]
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType
 from typing import Any, ClassVar, TypeVar
 
@@ -143,6 +144,25 @@ def wrapping(module: nn.Module, kind: type[F]) -> F | None:
         if isinstance(forward, kind):
             return forward
     return None
+
+
+def unwrapping(kind: type[Forward]) -> Callable[[nn.Module], None]:
+    """Return what takes the objects of a kind away from where they replace a module's forward."""
+
+    def unwrap(module: nn.Module) -> None:
+        held = vars(module)
+        above: Any = None
+        for forward in list(_layers(module)):
+            if not isinstance(forward, kind):
+                above = forward
+            elif above is not None:
+                above.inner = forward.inner
+            elif forward.inner is not None:
+                held["forward"] = forward.inner
+            else:
+                del held["forward"]
+
+    return unwrap
 
 
 def lowering(model: nn.Module) -> list[str]:

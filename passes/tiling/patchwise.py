@@ -25,7 +25,7 @@ from pocketize.errors import (
 )
 from pocketize.graph.clone import clone_modules
 from pocketize.passes.shared import REBUILDING
-from pocketize.passes.shared.forwards import obstacle, wrapping
+from pocketize.passes.shared.forwards import obstacle, unwrapping, wrapping
 from pocketize.passes.tiling.exact import ExactForward, check_training, prepare
 from pocketize.passes.tiling.figures import measured_peak
 from pocketize.passes.tiling.forward import PatchForward, SampledTiling, Tiling, volume_of
@@ -41,7 +41,7 @@ from pocketize.passes.tiling.slabs import PartForward, SlabForward, slab_backwar
 from pocketize.passes.tiling.tiled_graph import TilingError
 from pocketize.passes.tiling.windows import WindowForward
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
-from pocketize.plugin.conversions import conversion
+from pocketize.plugin.conversions import conversion, reversal
 from pocketize.plugin.edits import Convert
 from pocketize.plugin.options import to_jsonable
 
@@ -248,3 +248,6 @@ def _convert(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> 
         raise RewriteError(f"patchwise: {reason}")
     _FORWARDS[mode](module, _tiling(options)).install()
     return module
+
+
+reversal("patchwise", unwrapping(PatchForward))

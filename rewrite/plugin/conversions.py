@@ -11,12 +11,13 @@ of the pass that proposes it::
 A conversion returns the module for the path: the same object, changed (another class, hooks), or a
 new one, which must take over what the old one had: parameters under their names, hooks, the
 training flag. It also runs on fake tensors (in a dry run, or before weights are loaded), so it
-reads no values. What it puts into a model must survive ``copy.deepcopy`` and pickling.
+reads no values. What it puts into a model must survive ``copy.deepcopy`` and pickling. If it only
+changes how a module runs, :func:`reversal` registers how that is taken back, for ``plain``.
 """
 
 from __future__ import annotations
 
-__all__ = ["Conversion", "conversion", "convert", "find_conversion"]
+__all__ = ["Conversion", "conversion", "convert", "find_conversion", "reversal", "reversals"]
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -52,6 +53,25 @@ def conversion(name: str) -> Callable[[Conversion], Conversion]:
         return function
 
     return register
+
+
+_REVERSALS: dict[str, Callable[[nn.Module], None]] = {}
+
+
+def reversal(name: str, function: Callable[[nn.Module], None]) -> None:
+    """Register how a conversion is taken back that changes how a module runs, not what it is.
+
+    Args:
+        name: of the conversion.
+        function: called with every module of a model, to change it in place; those that were not
+            converted it leaves alone.
+    """
+    _REVERSALS[name] = function
+
+
+def reversals() -> Mapping[str, Callable[[nn.Module], None]]:
+    """Return what :func:`reversal` registered."""
+    return _REVERSALS
 
 
 def find_conversion(name: str) -> Conversion:
