@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pocketize.calibration.paused import PausedForwards
 from pocketize.calibration.result import CalibratedLayer, CalibratedNetwork
 from pocketize.calibration.solver import NORMS, LayerSolver
 from pocketize.calibration.windows import LAYERS, TRANSPOSED
@@ -58,7 +59,7 @@ def calibrate(
         memory: for normal equations, and what they are made of: half of it for the normal matrices
             of a layer, a quarter for its inputs at the positions, a quarter for outputs that the
             large network gave. A layer that needs more is solved in blocks of input channels, twice
-            over. What the networks themselves need comes on top.
+            over. On top comes what the networks need: the activations of all images at once.
         seed: which positions are drawn.
         progress: called with what is done next.
 
@@ -91,12 +92,13 @@ def calibrate(
         each = max(1, samples // len(given))
         solver = LayerSolver(before, made, given, solvable, each, ridge, limit, seed)
         found = []
-        for number, (path, why_not) in enumerate(reasons.items(), start=1):
-            if not why_not:
-                progress(f"{path} (layer {number} of {len(calls)})")
-                found.append(solver.solve(path))
-            elif why_not != _NO_WEIGHTS:
-                found.append(CalibratedLayer(path, None, None, why_not))
+        with PausedForwards(made, given, solvable) as forwards:
+            for number, (path, why_not) in enumerate(reasons.items(), start=1):
+                if not why_not:
+                    progress(f"{path} (layer {number} of {len(calls)})")
+                    found.append(solver.solve(path, forwards.inputs_of(path)))
+                elif why_not != _NO_WEIGHTS:
+                    found.append(CalibratedLayer(path, None, None, why_not))
         ended = _difference(before, made, given)
     result = CalibratedNetwork(made, tuple(found), len(given), started, ended)
     *first, last = history(made)

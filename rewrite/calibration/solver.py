@@ -93,10 +93,17 @@ class LayerSolver:
     memory: int
     seed: int
     targets: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    inputs: list[Tensor] = field(default_factory=list)
 
-    def solve(self, path: str) -> CalibratedLayer:
-        """Solve one layer; all before it are solved."""
+    def solve(self, path: str, inputs: list[Tensor]) -> CalibratedLayer:
+        """Solve one layer.
+
+        Args:
+            path: of the layer.
+            inputs: what the small network feeds it, for each image, all before it being solved.
+        """
         self._take_targets(path)
+        self.inputs = inputs
         layer = self.model.get_submodule(path)
         solve = self._solve_norm if isinstance(layer, NORMS) else self._solve_linear
         before, after = solve(path, layer)
@@ -252,7 +259,7 @@ class LayerSolver:
         """For each image: the layer's input, output, what is wanted of it at places, and these."""
         layer = self.model.get_submodule(path)
         for index in range(len(self.images)):
-            x = self._input(path, index)
+            x = self.inputs[index]
             output = layer(x)
             places = self._places(path, index, layer, output)
             yield x, output, self.targets[path, index], places
@@ -261,26 +268,6 @@ class LayerSolver:
         total = output.numel() // output.shape[channel_axis(layer)]
         draw = torch.Generator().manual_seed(crc32(f"{self.seed} {path} {index}".encode()))
         return torch.randperm(total, generator=draw)[: self.samples].to(output.device)
-
-    def _input(self, path: str, index: int) -> Tensor:
-        """Run the small network as far as the layer."""
-        found: list[Tensor] = []
-
-        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found.append(args[0])
-            raise _Seen
-
-        hook = self.model.get_submodule(path).register_forward_pre_hook(see)
-        try:
-            with contextlib.suppress(_Seen):
-                self.images[index].call(self.model)
-        finally:
-            hook.remove()
-        return found[0]
-
-
-class _Seen(Exception):
-    """Ends a forward where it is enough."""
 
 
 def channel_axis(layer: nn.Module) -> int:
