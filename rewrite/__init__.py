@@ -16,6 +16,7 @@ from __future__ import annotations
 
 __all__ = [
     "Analysis",
+    "Calibration",
     "ChannelGroup",
     "ChannelGroups",
     "Guarantee",
@@ -56,7 +57,7 @@ from pocketize.version import VERSION as __version__
 if TYPE_CHECKING:
     from pocketize.artifact import load, save
     from pocketize.artifact.carried import apply_recipe, recipe
-    from pocketize.calibration import calibrate
+    from pocketize.calibration import Calibration, calibrate
     from pocketize.channels.analysis import Analysis, analyse
     from pocketize.channels.groups import ChannelGroup, ChannelGroups
     from pocketize.channels.rules import channel_rule
@@ -76,7 +77,7 @@ if TYPE_CHECKING:
 attach(
     __name__,
     {
-        "calibration": "calibrate",
+        "calibration": "Calibration calibrate",
         "channels.analysis": "Analysis analyse",
         "graph.capture": "TracedGraph capture",
         "channels.groups": "ChannelGroup ChannelGroups",

@@ -15,22 +15,22 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pocketize.calibration.options import Calibration, call_with, evaluated
 from pocketize.calibration.paused import PausedForwards
 from pocketize.calibration.result import CalibratedLayer, CalibratedNetwork
 from pocketize.calibration.solver import NORMS, LayerSolver
 from pocketize.calibration.windows import LAYERS, TRANSPOSED
 from pocketize.errors import InputError, OptionError, RewriteError
-from pocketize.graph.inputs import Inputs, as_inputs, find_tensors, first_parameter, to_model
+from pocketize.graph.inputs import Inputs, find_tensors, first_parameter
 from pocketize.plugin.base import Pass
 from pocketize.plugin.history import history, record_history
-from pocketize.plugin.options import read_size
 
 _NO_WEIGHTS = "norm without weights"
 
@@ -72,25 +72,19 @@ def calibrate(
         RewriteError: ``after`` was not made of ``before``, was not rewritten at all, or does not
             run layer by layer in one dtype.
     """
-    if samples < 1 or not 0 < ridge < math.inf:
-        raise OptionError(f"samples and ridge must be positive, got {samples} and {ridge}")
-    limit = memory if isinstance(memory, int) else read_size(memory, "calibrate: memory", "1GiB")
-    if limit < 1:
-        raise OptionError(f"memory must be positive, got {memory}")
-    given = [to_model(as_inputs(each, before), before) for each in images]
-    if not given:
-        raise InputError("calibrate needs at least one image")
+    options = Calibration(images, samples=samples, ridge=ridge, memory=memory, seed=seed)
+    given = options.inputs_of(before)
     made = copy.deepcopy(after)
     kept, replaced = _edits(before, after)
-    kind = given[0].tensors()[0].device.type
-    quiet = torch.autocast(kind, enabled=False)
-    with _evaluated(before), _evaluated(made), torch.no_grad(), quiet:
+    with evaluated(before, given), evaluated(made, given):
         calls = _calls(made, given[0])
         reasons = {path: _why_not(before, made, path, calls, replaced) for path in calls}
         solvable = {path: kept.get(path) for path, why_not in reasons.items() if not why_not}
         started = _difference(before, made, given)
+        if not math.isfinite(started):
+            raise InputError("calibrate: outputs on the images are not all finite numbers")
         each = max(1, samples // len(given))
-        solver = LayerSolver(before, made, given, solvable, each, ridge, limit, seed)
+        solver = LayerSolver(before, made, given, solvable, each, ridge, options.bytes, seed)
         found = []
         with PausedForwards(made, given, solvable) as forwards:
             for number, (path, why_not) in enumerate(reasons.items(), start=1):
@@ -162,11 +156,11 @@ def _calls(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     dtypes: dict[str, str] = {}
     advice = "calibrate the network before that, and rewrite what calibrate() returns"
 
-    def count(module: nn.Module, _: Any, output: Any) -> None:
+    def count(module: nn.Module, args: Any, output: Any) -> None:
         path = names.get(id(module))  # None in a copy, as of a forward by tiles
         if path is None:
             return
-        calls[path] = calls.get(path, 0) + 1
+        calls[path] = calls.get(path, 0) + 1 if args else 0
         like = first_parameter(module)
         if like is not None and isinstance(output, Tensor) and output.dtype is not like.dtype:
             dtypes[path] = f"{output.dtype} of weights in {like.dtype}".replace("torch.", "")
@@ -175,14 +169,7 @@ def _calls(model: nn.Module, inputs: Inputs) -> dict[str, int]:
         for module in model.modules():
             if isinstance(module, (*LAYERS, *NORMS)):
                 stack.callback(module.register_forward_hook(count).remove)
-        try:
-            inputs.call(model)
-        except torch.OutOfMemoryError:
-            raise
-        except (TypeError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"calibrate: {type(model).__name__} does not run on {inputs.describe()}: {error}"
-            ) from error
+        call_with(model, inputs)
     converted = [r.name for r in history(model) if any(e["edit"] == "convert" for e in r.edits)]
     passes = f" (passes: {', '.join(converted)})" if converted else ""
     if not calls:
@@ -214,6 +201,8 @@ def _why_not(
         return f"{type(layer).__name__} is not one of torch's layers"
     if calls[path] > 1:
         return f"it is called {calls[path]} times"
+    if not calls[path]:
+        return "it is called with keyword arguments"
     weight = getattr(layer, "weight", None)
     if weight is None or (isinstance(layer, NORMS) and weight.dim() != 1):
         return _NO_WEIGHTS  # or with one for each position
@@ -236,14 +225,3 @@ def _difference(before: nn.Module, after: nn.Module, images: list[Inputs]) -> fl
                 off += float((old - new).double().square().sum())
                 size += float(old.double().square().sum())
     return math.sqrt(off / size) if size else 0.0
-
-
-@contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

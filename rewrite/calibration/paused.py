@@ -51,7 +51,7 @@ class PausedForwards:
         Raises:
             RewriteError: one of them calls another layer first.
         """
-        found = []
+        found: list[Tensor] = []
         for number, run in enumerate(self._runs):
             run.go_on(self._model)
             if run.at != path:
@@ -74,7 +74,8 @@ class _Run:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         self.thread: threading.Thread | None = None
-        self.at, self.input = "", None
+        self.at = ""
+        self.input: Tensor | None = None
         self.error: BaseException | None = None
         self.abandoned = False
         self._turn, self._stopped = threading.Semaphore(0), threading.Semaphore(0)

@@ -15,7 +15,8 @@ from pocketize.artifact.kept import lost_steps
 from pocketize.artifact.models import ResolvedModel
 from pocketize.artifact.pt2 import write_exported
 from pocketize.artifact.statefile import write_state
-from pocketize.calibration.calibrate import calibrate, check_passes
+from pocketize.calibration.calibrate import check_passes
+from pocketize.calibration.options import Calibration
 from pocketize.cli.common import (
     DONE,
     CheckFailed,
@@ -29,6 +30,7 @@ from pocketize.cli.common import (
     show,
 )
 from pocketize.cli.crops import crops_of
+from pocketize.engine.calibrated import apply_calibrated
 from pocketize.engine.pipeline import Plan, plan
 from pocketize.graph.inputs import Inputs
 from pocketize.units import count_text, ratio_text
@@ -69,11 +71,14 @@ def run_apply(args: argparse.Namespace) -> int:
         _check_format(planned, inputs if suffix == ".pt2" else None, args.output)
     progress("rewriting")
     before = _parameters(resolved.model)
-    model = planned.apply()
     calibrated = ""
     if images is not None and any(each.edits for each in planned.passes):
-        found = calibrate(resolved.model, model, images, seed=args.seed or 0, progress=progress)
+        found = apply_calibrated(
+            planned, inputs, Calibration(images, seed=args.seed or 0), progress
+        )
         model, calibrated = found.model, str(found)
+    else:
+        model = planned.apply()
     progress(f"writing {args.output}")
     _write(model, inputs, Path(args.output), suffix, force=args.force)
     if calibrated:

@@ -30,7 +30,9 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from pocketize.calibration.calibrate import calibrate, check_passes
+from pocketize.calibration.calibrate import check_passes
+from pocketize.calibration.options import Calibration
+from pocketize.engine.calibrated import apply_calibrated
 from pocketize.engine.history import dry_run, replay
 from pocketize.engine.order import check_order, passes_given
 from pocketize.engine.planner import settle_proposal
@@ -238,7 +240,7 @@ def rewrite(
     seed: int | None = None,
     inplace: bool = False,
     strict: bool = False,
-    calibration: Iterable[Any] | None = None,
+    calibration: Calibration | Iterable[Any] | None = None,
 ) -> nn.Module:
     """Apply passes to a model, one after the other.
 
@@ -256,8 +258,9 @@ def rewrite(
         seed: seed of whatever is drawn at random.
         inplace: change ``model`` itself, once everything has succeeded.
         strict: raise where a pass changes nothing, instead of warning.
-        calibration: a few images without labels; the layers of the rewritten model are solved on
-            them, see :func:`~pocketize.calibrate`, so that it computes what ``model`` does.
+        calibration: a few images without labels: channels that stay are chosen on them, and layers
+            solved, see :func:`~pocketize.calibrate`, so that the rewritten model computes what
+            ``model`` does; or :class:`~pocketize.Calibration`, with options.
 
     Returns:
         The rewritten model.
@@ -284,10 +287,11 @@ def rewrite(
             if strict:
                 raise RewriteError(text)
             warnings.warn(text, NoEffectWarning, stacklevel=_outside())
-    made = planned.apply(inplace=inplace)
     if calibration is None or not any(p.edits for p in planned.passes):
-        return made
-    return calibrate(model, made, calibration, seed=seed or 0).model
+        return planned.apply(inplace=inplace)
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration, seed=seed or 0)
+    return apply_calibrated(planned, settle_inputs(model, inputs), calibration).model
 
 
 def plan(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from pocketize import history, load, rewrite, save
+from pocketize import Calibration, history, load, rewrite, save
 from pocketize.calibration import calibrate
 from pocketize.errors import InputError, OptionError, RewriteError
 from pocketize.passes import Amp, Bottleneck, Patchwise, Width
@@ -172,7 +172,8 @@ def test_wrong_arguments() -> None:
 @pytest.mark.slow
 def test_a_rewrite_calibrates_what_it_made() -> None:
     net, x = trained(), images()
-    small = rewrite(net, HALF, inputs=x[0], calibration=x, seed=3)
+    given = Calibration(x, channels="norm", seed=3)
+    small = rewrite(net, HALF, inputs=x[0], calibration=given)
     found = calibrate(net, rewrite(net, HALF, inputs=x[0]), x, seed=3)
     for name, tensor in found.model.state_dict().items():
         assert torch.equal(tensor, small.state_dict()[name])

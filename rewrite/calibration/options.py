@@ -1,0 +1,105 @@
+"""What to calibrate on, and how."""
+
+from __future__ import annotations
+
+__all__ = ["Calibration", "call_with", "evaluated"]
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pocketize.errors import InputError, OptionError
+from pocketize.graph.inputs import Inputs, as_inputs, to_model
+from pocketize.plugin.options import read_size
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images, and options, for ``rewrite(..., calibration=Calibration(images))``.
+
+    Attributes:
+        images: what the network takes, see :func:`~pocketize.calibrate`.
+        channels: ``"reconstruction"`` keeps, of the channels that a pass would drop by their
+            weights, those from which the layers after them can be reproduced best on the images;
+            ``"norm"`` keeps what the pass says.
+        samples: output positions, over all images, of which a layer is solved.
+        ridge: pull towards the weights as they are, as a share of the mean diagonal of the normal
+            matrix.
+        memory: bytes, or a text such as ``"1GiB"``.
+        seed: which positions are drawn.
+
+    Raises:
+        OptionError: an option is out of range.
+    """
+
+    images: Iterable[Any]
+    _: KW_ONLY
+    channels: Literal["reconstruction", "norm"] = "reconstruction"
+    samples: int = 32_000
+    ridge: float = 1e-3
+    memory: int | str = "1GiB"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.channels not in ("reconstruction", "norm"):
+            raise OptionError(f"channels must be 'reconstruction' or 'norm', got {self.channels!r}")
+        if self.samples < 1 or not 0 < self.ridge < math.inf:
+            raise OptionError(
+                f"samples and ridge must be positive, got {self.samples} and {self.ridge}"
+            )
+        if self.bytes < 1:
+            raise OptionError(f"memory must be positive, got {self.memory}")
+
+    @property
+    def bytes(self) -> int:
+        """The memory as a number."""
+        if isinstance(self.memory, int):
+            return self.memory
+        return read_size(self.memory, "calibrate: memory", "1GiB")
+
+    def inputs_of(self, model: nn.Module) -> list[Inputs]:
+        """Return the images as a model takes them, where it is.
+
+        Raises:
+            InputError: there are none, or they hold no tensors.
+        """
+        given = [to_model(as_inputs(each, model), model) for each in self.images]
+        if not given:
+            raise InputError("calibrate needs at least one image")
+        return given
+
+
+@contextlib.contextmanager
+def evaluated(model: nn.Module, inputs: Sequence[Inputs]) -> Iterator[None]:
+    """Run a model in evaluation mode, without gradients, and in the dtype of its weights."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        kind = inputs[0].tensors()[0].device.type
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def call_with(model: nn.Module, inputs: Inputs) -> Any:
+    """Run a model.
+
+    Raises:
+        InputError: it does not take the inputs.
+    """
+    try:
+        return inputs.call(model)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"calibrate: {type(model).__name__} does not run on {inputs.describe()}: {error}"
+        ) from error

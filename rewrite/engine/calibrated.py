@@ -1,0 +1,65 @@
+"""Apply a plan to a trained network, and calibrate what it makes."""
+
+from __future__ import annotations
+
+__all__ = ["apply_calibrated"]
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pocketize.calibration.calibrate import calibrate, check_passes
+from pocketize.calibration.choice import choose_channels
+from pocketize.calibration.options import Calibration, call_with, evaluated
+from pocketize.calibration.result import CalibratedNetwork
+from pocketize.engine.surgery import apply_edits
+from pocketize.graph.clone import clone
+from pocketize.graph.inputs import Inputs
+
+if TYPE_CHECKING:
+    from pocketize.engine.pipeline import Plan
+
+
+def apply_calibrated(
+    planned: Plan,
+    inputs: Inputs,
+    calibration: Calibration,
+    progress: Callable[[str], None] = lambda text: None,
+) -> CalibratedNetwork:
+    """Choose the channels that stay on images, apply a plan, and solve the layers.
+
+    Args:
+        planned: a plan with edits; the model is not changed.
+        inputs: what it was planned with.
+        calibration: images and options.
+        progress: called with what is done next.
+
+    Raises:
+        InputError: there are no images, or they do not suit the model.
+        OptionError: a pass draws weights anew.
+        RewriteError: the model does not run layer by layer.
+    """
+    check_passes(each.rewrite for each in planned.passes)
+    model = planned.model
+    images = calibration.inputs_of(model)
+    options: dict[str, Any] = {
+        "samples": calibration.samples,
+        "memory": calibration.bytes,
+        "seed": calibration.seed,
+    }
+    if calibration.channels == "reconstruction":
+        progress("choosing channels")
+        with evaluated(model, images):
+            call_with(model, images[0])
+        each = {**options, "samples": max(1, calibration.samples // len(images))}
+        passes, current = [], model
+        for number, one in enumerate(planned.passes):
+            with evaluated(current, images):
+                edits = choose_channels(current, one.edits, inputs, images, **each)
+            passes.append(dataclasses.replace(one, edits=edits))
+            if number + 1 < len(planned.passes):
+                current = clone(current)
+                apply_edits(current, edits)
+        planned = dataclasses.replace(planned, passes=tuple(passes))
+    after = planned.apply()
+    return calibrate(model, after, images, ridge=calibration.ridge, progress=progress, **options)
