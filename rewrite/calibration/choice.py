@@ -70,7 +70,7 @@ def choose_channels(
                 if not stays.all():
                     kept[group] = np.flatnonzero(stays)
                 break
-    choice = _Choice(model, images, samples, memory, seed)
+    choice = _ChannelChoice(model, images, samples, memory, seed)
     selection = choice.choose({group: len(units) for group, units in kept.items()})
     made = channels.resize({**kept, **selection})
     new = {(each.tensor, each.axis): each for each in made if isinstance(each, Resize)}
@@ -115,7 +115,7 @@ class _Moments:
 
 
 @dataclass
-class _Reader:
+class _ReadingLayer:
     """A linear layer that reads a group.
 
     Attributes:
@@ -128,7 +128,7 @@ class _Reader:
 
 
 @dataclass
-class _Choice:
+class _ChannelChoice:
     model: nn.Module
     images: Sequence[Inputs]
     samples: int
@@ -155,9 +155,9 @@ class _Choice:
                 self._drop(group, seen, found[group])
         return found
 
-    def _readers(self, group: ChannelGroup) -> list[_Reader]:
+    def _readers(self, group: ChannelGroup) -> list[_ReadingLayer]:
         """Return the layers that read a group, as many as there is room for."""
-        found: list[_Reader] = []
+        found: list[_ReadingLayer] = []
         room = self.memory / 2
         for member in group.members:
             path, _, name = member.tensor.rpartition(".")
@@ -167,7 +167,7 @@ class _Choice:
             if plain and name == "weight" and member.axis == axis and self._taps(layer):
                 room -= self._size(path)
                 if not found or room >= 0:
-                    found.append(_Reader(path, torch.from_numpy(member.positions)))
+                    found.append(_ReadingLayer(path, torch.from_numpy(member.positions)))
         return found
 
     def _size(self, path: str) -> int:
@@ -185,7 +185,7 @@ class _Choice:
         most = int(math.sqrt(self.memory / 64)) // _inputs_of(layer)
         return sorted(int(tap) for tap in order[:most])
 
-    def _collect(self, groups: Sequence[list[_Reader]]) -> None:
+    def _collect(self, groups: Sequence[list[_ReadingLayer]]) -> None:
         """Run the network for what the first group needs, and more groups if there is room."""
         if all(reader.path in {*self.moments, *self.unseen} for reader in groups[0]):
             return
@@ -229,7 +229,7 @@ class _Choice:
                 self.moments[path] = _Moments(aa, ay, a0, y0, yy)
             self.moments[path].add(a, y)
 
-    def _problem(self, reader: _Reader) -> tuple[Tensor, Tensor, Tensor]:
+    def _problem(self, reader: _ReadingLayer) -> tuple[Tensor, Tensor, Tensor]:
         """Return inverse normal matrix, solution, and each unit's places: ``(units, t)``."""
         moments = self.moments[reader.path]
         size, outputs = moments.ay.shape
@@ -242,13 +242,15 @@ class _Choice:
         places = where[self._inputs(reader, size)].to(inverse.device)
         return inverse, inverse @ right, places
 
-    def _inputs(self, reader: _Reader, size: int) -> Tensor:
+    def _inputs(self, reader: _ReadingLayer, size: int) -> Tensor:
         """Return which inputs of the moments belong to each unit: ``(units, t)``."""
         layer: Any = self.model.get_submodule(reader.path)
         taps = size // _inputs_of(layer)
         return (reader.positions[:, :, None] * taps + torch.arange(taps)).flatten(1)
 
-    def _drop(self, group: ChannelGroup, readers: list[_Reader], units: NDArray[np.int64]) -> None:
+    def _drop(
+        self, group: ChannelGroup, readers: list[_ReadingLayer], units: NDArray[np.int64]
+    ) -> None:
         off = np.setdiff1d(np.arange(group.units), units)
         for reader in readers:
             gone = self._inputs(reader, len(self.moments[reader.path].a))[torch.from_numpy(off)]

@@ -30,7 +30,7 @@ class PausedForwards:
 
     def __init__(self, model: nn.Module, images: Sequence[Inputs], paths: Collection[str]) -> None:
         self._model, self._paths = model, paths
-        self._runs = [_Run(inputs) for inputs in images]
+        self._runs = [_PausedForward(inputs) for inputs in images]
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> PausedForwards:
@@ -70,7 +70,7 @@ class PausedForwards:
             run.stop(path, args[0])
 
 
-class _Run:
+class _PausedForward:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         self.thread: threading.Thread | None = None

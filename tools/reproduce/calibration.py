@@ -32,7 +32,7 @@ from tabulate import tabulate
 from torch import nn
 from volumes import CLASSES, dice_scores, read_volumes, train_volumes
 
-from pocketize import Pass, calibrate, rewrite
+from pocketize import Calibration, Pass, history, rewrite
 from pocketize.passes import Bottleneck, CompactBlock, Pocket, Separable, Width
 
 SIZE = (48, 64, 48)
@@ -51,7 +51,10 @@ CUTS: dict[str, Pass] = {
     "Separable()": Separable(activations="any"),
     "CompactBlock()": CompactBlock(activations="any"),
 }
-WAYS = ("sliced", "calibrated")
+SLICED, CALIBRATED, CHOSEN = "sliced", "calibrated", "calibrated, channels chosen on images"
+WAYS = (SLICED, CALIBRATED, CHOSEN)
+#: Passes that drop channels; the others have none to choose.
+RESIZING = ("width", "pocket")
 
 
 def network(seed: int) -> nn.Module:
@@ -121,12 +124,13 @@ class Study:
 
     def made(self, seed: int, cut: str, way: str) -> nn.Module:
         net = self.trained(seed)
-        small = rewrite(net, CUTS[cut], inputs=self.images[0])
-        if way == "sliced":
-            return small
-        found = calibrate(net, small, self.images)
-        self.find(f"{seed}, {cut}, {way}, differs", lambda: [found.before, found.after])
-        return found.model
+        channels: Any = "reconstruction" if way == CHOSEN else "norm"
+        given = None if way == SLICED else Calibration(self.images, channels=channels)
+        small = rewrite(net, CUTS[cut], inputs=self.images[0], calibration=given)
+        if given is not None:
+            notes = history(small)[-1].notes
+            self.find(f"{seed}, {cut}, {way}, notes", lambda: list(notes[-2:]))
+        return small
 
     def dice(self, model: nn.Module) -> float:
         return float(dice_scores(model.eval(), self.testing).mean())
@@ -147,19 +151,21 @@ class Study:
         found: float | None = self.find(f"{seed}, {cut}, {way}, {MORE} steps", look)
         return found
 
+    def whole(self, seed: int) -> float | None:
+        found: float | None = self.find(f"{seed}, untouched", lambda: self.dice(self.trained(seed)))
+        return found
+
     def table(self) -> str:
         """Look at everything, and return means over seeds and each seed."""
-        whole = [
-            self.find(f"{s}, whole", lambda s=s: self.dice(self.trained(s))) for s in self.seeds
-        ]
+        whole = [self.whole(seed) for seed in self.seeds]
         count = sum(p.numel() for p in network(0).parameters())
         lines = [["untouched", f"{count:,}", _told(whole)]]
         for look in (self.at_once, self.trained_on):
             for seed in self.seeds:
-                for cut in CUTS:
-                    for way in WAYS:
+                for cut, each in CUTS.items():
+                    for way in WAYS if each.name in RESIZING else WAYS[:2]:
                         look(seed, cut, way)
-        for cut in CUTS:
+        for cut, each in CUTS.items():
             small = rewrite(network(0), CUTS[cut], inputs=self.images[0])
             line = [f"`{cut}`", f"{sum(p.numel() for p in small.parameters()):,}"]
             for look in (self.at_once, self.trained_on):
