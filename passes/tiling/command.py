@@ -68,6 +68,12 @@ class RunCommand:
             help="a function of yours for each part, after the three above; see run_volume",
         )
         parser.add_argument(
+            "--pad-to",
+            metavar="N",
+            default="1",
+            help="zeros follow at the end of each axis up to a multiple of N, or of NxNxN",
+        )
+        parser.add_argument(
             "--axes",
             metavar="ORDER",
             help="the file's spatial axes in the network's order, such as 2,1,0 (default: as in "
@@ -86,6 +92,11 @@ class RunCommand:
             "--resume",
             action="store_true",
             help="continue where this command was interrupted, if it was started with --resume",
+        )
+        parser.add_argument(
+            "--allow-whole",
+            action="store_true",
+            help="run operators that need the whole volume at once",
         )
         parser.add_argument("--device", help="where to compute, such as cuda")
         parser.add_argument(
@@ -106,6 +117,7 @@ class RunCommand:
         elif os.path.exists(args.output) and not args.force:
             raise UsageError(f"{args.output} exists already; choose another or add --force")
         sizes, axes = _numbers("--size", args.size, "x"), _numbers("--axes", args.axes, ",")
+        multiples = _numbers("--pad-to", args.pad_to, "x")
         prepare = _prepare(args)
         resolved = resolve_model(args)
         if args.weights is None and resolved.kind in ("factory", "zoo"):
@@ -120,10 +132,12 @@ class RunCommand:
             model = resolved.model.eval()
             model = model if device is None else model.to(device)
             settings: dict[str, Any] = {
-                "size": sizes[0] if sizes is not None and len(sizes) == 1 else sizes,
+                "size": _one_or_many(sizes),
+                "pad_to": _one_or_many(multiples),
                 "max_peak": args.max_peak,
                 "reduce": "argmax" if args.argmax else "softmax" if args.softmax else None,
                 "keep": args.keep,
+                "allow_whole": args.allow_whole,
             }
             self._run(args, model, settings, prepare, axes, folder, rank)
         return DONE
@@ -193,6 +207,10 @@ def _numbers(option: str, text: str | None, between: str) -> tuple[int, ...] | N
     if not re.fullmatch(rf"\d+({between}\d+)*", text):
         raise UsageError(f"{option} {text!r}: expected whole numbers joined by {between!r}")
     return tuple(map(int, text.split(between)))
+
+
+def _one_or_many(numbers: tuple[int, ...] | None) -> int | tuple[int, ...] | None:
+    return numbers[0] if numbers is not None and len(numbers) == 1 else numbers
 
 
 def _prepare(args: argparse.Namespace) -> Callable[[Tensor], Tensor] | None:

@@ -36,19 +36,11 @@ from pocketize.passes.tiling.resume import (
     storage_for,
 )
 from pocketize.passes.tiling.side_effects import mark_lost
-from pocketize.passes.tiling.sources import (
-    FakeStorage,
-    FakeVolume,
-    SharedSink,
-    Sink,
-    SinkStorage,
-    SourceBuffer,
-    VolumeSource,
-    boxes,
-)
+from pocketize.passes.tiling.sinks import FakeStorage, SharedSink, Sink, SinkStorage
+from pocketize.passes.tiling.sources import FakeVolume, SourceBuffer, VolumeSource, boxes
 from pocketize.passes.tiling.storage import Storage
 from pocketize.passes.tiling.tiled_graph import TilingError
-from pocketize.passes.tiling.tracing import ForwardTrace, tensors_by_name
+from pocketize.passes.tiling.tracing import ForwardTrace, tensors_by_name, trace_forward
 from pocketize.units import bytes_text
 
 Reduce = Literal["argmax", "softmax"]
@@ -127,7 +119,7 @@ class VolumeJob:
         except CaptureError as error:
             raise InputError(
                 f"run_volume: the network does not run on an input of {times(volume.shape)} "
-                f"{str(volume.dtype).removeprefix('torch.')}: {error}"
+                f"{str(volume.dtype).removeprefix('torch.')}: {error}{self._fitting()}"
             ) from error
         self.trace, self.program = prepared.trace, prepared.program
         self.node = _output_of(self.trace)
@@ -141,6 +133,13 @@ class VolumeJob:
         counts = self.loop.counts if self.loop is not None else counts
         #: sizes of the boxes that are written
         self.block = tuple(-(-size // count) for size, count in zip(spatial, counts, strict=True))
+        if volume.shape[2:] != volume.sizes:
+            if spatial != volume.shape[2:]:
+                raise InputError(
+                    f"run_volume: the network returns {times(spatial)} voxels for "
+                    f"{times(volume.shape[2:])}, and padding cannot be cut off; leave out pad_to"
+                )
+            spatial = volume.sizes
         #: of the result, and its dtype unless the sink has another
         self.shape = spatial if reduce == "argmax" else (int(value.shape[1]), *spatial)
         self.dtype = _result_dtype(reduce, value)
@@ -163,6 +162,20 @@ class VolumeJob:
             outputs=FakeStorage("host", volume.device) if _is_alone(node) else None,
             finish=_finish(self.reduce, node.meta["val"]),
         )
+
+    def _fitting(self) -> str:
+        """Say to which multiple the volume can be padded so that it runs through the network."""
+        volume = self.volume
+        for multiple in (2, 4, 8, 16, 32, 64, 128):
+            sizes = [-(-size // multiple) * multiple for size in volume.sizes]
+            with without_dispatch_modes(), FakeTensorMode():
+                x = torch.empty(
+                    [*volume.shape[:2], *sizes], dtype=volume.dtype, device=volume.device
+                )
+            with contextlib.suppress(CaptureError, TilingError):
+                trace_forward(self.forward.module, Inputs((x,)))
+                return f". It runs with pad_to={multiple}, which adds zeros at the end of each axis"
+        return ""
 
     def _check_whole(self, allowed: bool) -> None:
         """Refuse operators that need as much as the volume at once, or warn of them."""

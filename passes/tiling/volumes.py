@@ -32,6 +32,7 @@ def run_volume(
     max_peak: str | None = None,
     axis: int = -1,
     prepare: Prepare | None = None,
+    pad_to: int | Sequence[int] = 1,
     reduce: Reduce | None = None,
     keep: Literal["device", "host", "disk"] | None = None,
     keep_dtype: Literal["bfloat16", "float16"] | None = None,
@@ -67,6 +68,8 @@ def run_volume(
             network) on the device; returns a tensor of the same shape. Parts are of any size and
             place, so each voxel must be computed from that voxel alone (a window, given means);
             this is checked on the first parts.
+        pad_to: zeros follow at the end of each axis, after ``prepare``, up to a multiple of this
+            number or numbers, and the result is cut to the source's sizes.
         reduce: "argmax" writes labels, uint8 up to 256 classes, else uint16; "softmax" writes
             probabilities, float16 if ``out`` has no dtype. None writes what the network returns.
         keep: where results wait between tile loops: on the "device" (the default), on the "host",
@@ -104,7 +107,7 @@ def run_volume(
         progress=progress,
     )
     with torch.no_grad():
-        job = _job(model, source, tiling, reduce, allow_whole, prepare)
+        job = _job(model, source, tiling, reduce, allow_whole, prepare, pad_to)
         peers = job.group()
         sink = job.sink(out, peers, on_block)
         job.run(sink, peers)
@@ -118,6 +121,7 @@ def estimate_volume(
     size: int | Sequence[int] | None = None,
     max_peak: str | None = None,
     axis: int = -1,
+    pad_to: int | Sequence[int] = 1,
     reduce: Reduce | None = None,
     keep: Literal["device", "host", "disk"] = "device",
     keep_dtype: Literal["bfloat16", "float16"] | None = None,
@@ -132,7 +136,7 @@ def estimate_volume(
     )
     like = np.broadcast_to(np.zeros((), np.float32), tuple(shape))
     with torch.no_grad():
-        return _job(model, like, tiling, reduce, allow_whole).estimate()
+        return _job(model, like, tiling, reduce, allow_whole, None, pad_to).estimate()
 
 
 def _tiling(*, size: Any, keep: Any, **options: Any) -> Tiling:
@@ -146,10 +150,13 @@ def _job(
     tiling: Tiling,
     reduce: Reduce | None,
     allow_whole: bool,
-    prepare: Prepare | None = None,
+    prepare: Prepare | None,
+    pad_to: int | Sequence[int],
 ) -> VolumeJob:
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    volume = VolumeSource(source, _spatial_rank(model, tiling), *_where_it_works(model), prepare)
+    device, dtype = _where_it_works(model)
+    rank = _spatial_rank(model, tiling)
+    volume = VolumeSource(source, rank, device, dtype, prepare, pad_to)
     return VolumeJob(model, volume, tiling, reduce, allow_whole=allow_whole)
 
 

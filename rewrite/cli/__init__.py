@@ -99,6 +99,8 @@ _SPOKEN = {
     "pass estimate=True": "add --estimate",
     "estimate=True": "--estimate",
     "use estimate=False": "leave out --estimate",
+    "pad_to=": "--pad-to ",
+    "say allow_whole=True": "add --allow-whole",
     "pass inputs=(...)": "give --input",
     "pass inputs=...": "give --input",
 }

@@ -80,6 +80,9 @@ def volumes() -> dict[str, Any]:
     out = _zarr(f"{folder}/logits.zarr", (3, *SHAPE), (2, 5, 5, 5), "f8")
     run_volume(build(), _volume(), out, size=5, **options)
     made["logits"] = torch.from_numpy(out[:])
+    padded = _zarr(f"{folder}/padded.zarr", SHAPE, (5, 5, 5), "u1")
+    run_volume(build(), _volume(), padded, size=(2, 9, 9), pad_to=16, reduce="argmax", **options)
+    made["padded"] = torch.from_numpy(padded[:])
     torch.manual_seed(0)
     net = Flipped().double().eval()  # its output is read again, and written by one process
     out = _zarr(f"{folder}/again.zarr", (3, *SHAPE), (2, 5, 5, 5), "f8")
@@ -122,8 +125,9 @@ def command() -> dict[str, Any]:
 WORK = {"volumes": volumes, "volume-command": command}
 
 
-def _expected(net: Any = None) -> Tensor:
+def _expected(net: Any = None, *pads: int) -> Tensor:
     x = torch.from_numpy(_volume())[None, None].double() / 500
+    x = torch.nn.functional.pad(x, pads)
     with torch.no_grad():
         made: Tensor = (net or build())(x)[0]
     return made
@@ -139,10 +143,12 @@ def test_processes_write_one_array(folder: Path) -> None:
         assert min(written) > 0
     torch.manual_seed(0)
     again = _expected(Flipped().double().eval())
+    padded = _expected(None, 0, 10, 0, 3, 0, 4).argmax(0)[:12, :13, :22]
     for each in results:
         assert torch.allclose(each["logits"], _expected(), atol=1e-10)
         assert torch.allclose(each["again"], again, atol=1e-8)
         assert torch.equal(each["mapped"], labels)
+        assert torch.equal(each["padded"], padded)
 
 
 def test_what_processes_cannot_write_together_is_refused(folder: Path) -> None:

@@ -19,7 +19,8 @@ from pocketize import rewrite, run_volume
 from pocketize.errors import ExecutionError, InputError, OptionError, PocketizeWarning
 from pocketize.memory.tracker import LiveTracker
 from pocketize.passes import Patchwise
-from pocketize.passes.tiling.sources import SharedSink, Sink, VolumeSource
+from pocketize.passes.tiling.sinks import SharedSink, Sink
+from pocketize.passes.tiling.sources import VolumeSource
 from pocketize.passes.tiling.volumes import estimate_volume
 from tests.passes.tiling.nets import DeepSupervision, unet
 
@@ -232,6 +233,43 @@ def test_tiles_are_found_for_a_peak() -> None:
     assert np.abs(made - whole(net, values).numpy()).max() < 1e-5
     with pytest.raises(OptionError, match="no tile keeps the live tensors"):
         run_volume(net, values, max_peak="10KiB", keep="disk")
+
+
+class NeedsEven(nn.Module):
+    """A U-Net whose sizes must be multiples of 4, as most are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(1, 4, 3, padding=1)
+        self.down = nn.Conv3d(4, 4, 3, stride=4, padding=1)
+        self.up = nn.ConvTranspose3d(4, 4, 4, stride=4)
+        self.norm = nn.InstanceNorm3d(4)
+        self.head = nn.Conv3d(8, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        made: Tensor = self.head(torch.cat([self.norm(x), self.up(self.down(x))], 1))
+        return made
+
+
+def test_a_volume_is_padded_to_sizes_that_run(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, values = NeedsEven().double().eval(), volume(*SHAPE)
+    with pytest.raises(InputError, match="runs with pad_to=4, which adds zeros at the end"):
+        run_volume(net, values, size=4)
+    x = nn.functional.pad(window(torch.from_numpy(values).double()), (0, 0, 0, 3, 0, 3))
+    expected = whole(net, x, lambda x: x)[:, :13, :17, :20]
+    for more in ({}, {"resume": True, "folder": str(tmp_path)}):
+        made = run_volume(net, values, size=(1, 99, 6), pad_to=4, prepare=window, **more)
+        assert made.shape == expected.shape
+        assert np.abs(made - expected.numpy()).max() < 1e-10
+    labels = run_volume(net, values, size=5, pad_to=(4, 4, 8), prepare=window, reduce="argmax")
+    assert labels.shape == SHAPE
+    assert estimate_volume(net, SHAPE, size=5, pad_to=4).result == 3 * 13 * 17 * 20 * 8
+    with pytest.raises(InputError, match="one for each of 3 axes"):
+        run_volume(net, values, size=5, pad_to=(4, 4))
+    with pytest.raises(InputError, match="padding cannot be cut off"):
+        run_volume(Strided().eval(), volume(2, *SHAPE), size=5, pad_to=4)
 
 
 # -- prepare ---------------------------------------------------------------------------------------
