@@ -106,6 +106,8 @@ class RunCommand:
 
     def run(self, args: argparse.Namespace) -> int:
         """Run the model, in several processes where torchrun started them."""
+        import torch
+
         from pocketize.passes.tiling.volume_files import FORMATS, suffix_of
 
         if args.input is not None:
@@ -129,6 +131,7 @@ class RunCommand:
         with _processes(args) as rank:
             if rank is not None and device == "cuda":
                 device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+                torch.cuda.set_device(device)
             model = resolved.model.eval()
             model = model if device is None else model.to(device)
             settings: dict[str, Any] = {

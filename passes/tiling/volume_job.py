@@ -22,7 +22,7 @@ from pocketize.graph.inputs import Inputs
 from pocketize.passes.tiling.exact import ExactForward
 from pocketize.passes.tiling.exact import prepare as plan_tiles
 from pocketize.passes.tiling.execution import Execution
-from pocketize.passes.tiling.figures import estimated_peak, kept_bytes, overhead
+from pocketize.passes.tiling.figures import estimated_peak, kept_bytes, overhead, whole_peak
 from pocketize.passes.tiling.forward import OutputReduction, ProgressBar, Tiling
 from pocketize.passes.tiling.intervals import cut
 from pocketize.passes.tiling.plan_text import times
@@ -59,6 +59,7 @@ class VolumeEstimate:
         loops: tile loops over the volume.
         peak: bytes of live tensors on the device at the peak, weights among them. Workspaces inside
             convolutions are not, nor what waits elsewhere.
+        whole: the same where the volume runs whole.
         waiting: bytes that wait between tile loops, at most; on the device small maps, the rest
             where ``keep`` says.
         result: bytes that are written.
@@ -69,6 +70,7 @@ class VolumeEstimate:
     tiles: int
     loops: int
     peak: int
+    whole: int
     waiting: int
     result: int
     overhead: float
@@ -77,7 +79,8 @@ class VolumeEstimate:
         return (
             f"{self.tiles} tiles of {times(self.tile)} in {self.loops} loops; "
             f"{self.overhead:.2f} times the voxels of the network are computed\n"
-            f"live tensors on the device: {bytes_text(self.peak)}\n"
+            f"live tensors on the device: {bytes_text(self.peak)}, of the volume as a whole "
+            f"{bytes_text(self.whole)}\n"
             f"waiting between loops: {bytes_text(self.waiting)}\n"
             f"result: {bytes_text(self.result)}"
         )
@@ -208,6 +211,7 @@ class VolumeJob:
             tiles=math.prod(-(-a // b) for a, b in zip(sizes, program.tile, strict=True)),
             loops=sum(isinstance(step, TileLoop) for step in program.steps),
             peak=self._peak(self.trace, program, self.tiling),
+            whole=whole_peak(self.trace),
             waiting=kept_bytes(program, self.tiling.stored_dtype),
             result=math.prod(self.shape) * np.dtype(self.dtype).itemsize,
             overhead=overhead(program),
@@ -227,6 +231,7 @@ class VolumeJob:
             # with a group the sink refuses an array of this process
             out = self._array() if group is None else np.broadcast_to(self.dtype(0), self.shape)
         options: dict[str, Any] = {"channels": self.reduce != "argmax", "on_block": on_block}
+        self._check_apart(out)
         if group is None:
             return Sink(out, self.shape, self.dtype, **options)
         layout = ShardLayout(self.program, group.size)
@@ -236,6 +241,22 @@ class VolumeJob:
         return SharedSink(
             out, self.shape, self.dtype, group=group, axis=layout.axis, slab=slab, **options
         )
+
+    def _check_apart(self, out: Any) -> None:
+        """Refuse to write where later tiles read."""
+        out = out.numpy() if isinstance(out, Tensor) else out
+        for part in self.volume.parts:
+            arrays = isinstance(part, np.ndarray) and isinstance(out, np.ndarray)
+            # of memory maps, and of zarr arrays
+            files = [
+                getattr(x, "filename", None) or getattr(x, "store_path", None) for x in (part, out)
+            ]
+            same = files[0] is not None and str(files[0]) == str(files[1])
+            if part is out or same or (arrays and np.may_share_memory(part, out)):
+                raise InputError(
+                    "run_volume: out is where the source is, so that tiles would read results of "
+                    "others; name another"
+                )
 
     def _array(self) -> Any:
         """Return an array in memory, or in a file that vanishes with it."""
@@ -249,7 +270,10 @@ class VolumeJob:
         """Compute the result, and write it."""
         with self._state() as state, contextlib.closing(ProgressBar(self.tiling.progress)) as bar:
             direct = self.alone and state is None
-            made = self._execution(sink if direct else None, group, state, bar).run()
+            execution = self._execution(sink if direct else None, group, state, bar)
+            # the trace has autocast's casts in it
+            with torch.autocast(self.volume.device.type, enabled=False):
+                made = execution.run()
             if not direct and (group is None or group.rank == 0):
                 self._copy(made[self.node], sink)
             del made

@@ -67,7 +67,7 @@ def run_volume(
         prepare: applied to each part that is read, (1, C, *box) float32 (float64 for a float64
             network) on the device; returns a tensor of the same shape. Parts are of any size and
             place, so each voxel must be computed from that voxel alone (a window, given means);
-            this is checked on the first parts.
+            this is checked on a corner of each part.
         pad_to: zeros follow at the end of each axis, after ``prepare``, up to a multiple of this
             number or numbers, and the result is cut to the source's sizes.
         reduce: "argmax" writes labels, uint8 up to 256 classes, else uint16; "softmax" writes

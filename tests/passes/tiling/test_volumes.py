@@ -440,6 +440,43 @@ def test_channels_are_told_by_the_number_of_axes() -> None:
     assert torch.equal(part[0, 1], torch.from_numpy(volume(4, 5, seed=1)[1:3]).float())
 
 
+def test_a_sink_where_the_source_is_is_refused(tmp_path: Path) -> None:
+    net, values = unet(3), volume(*SHAPE)
+    np.save(tmp_path / "x.npy", values)
+    again = [np.load(tmp_path / "x.npy", mmap_mode="r+") for _ in range(2)]
+    store = str(tmp_path / "x.zarr")
+    zarr.open_array(store=store, mode="w", shape=SHAPE, chunks=(4, 4, 4), dtype="i2")
+    arrays = [zarr.open_array(store=store, mode="r+") for _ in range(2)]
+    both = np.zeros((2, *SHAPE), np.int16)
+    pairs = [
+        (values, values),
+        (values, values[:]),
+        again,
+        arrays,
+        (torch.from_numpy(values), values),
+    ]
+    for source, out in pairs:
+        with pytest.raises(InputError, match="out is where the source is"):
+            run_volume(net, source, out, size=5, reduce="argmax")
+    run_volume(net, both[0], both[1], size=5, reduce="argmax")
+
+
+def test_autocast_and_compile_are_as_without_tiles() -> None:
+    net, values = unet(3), volume(*SHAPE)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = whole(net, values)
+        made = run_volume(net, values, size=5, prepare=window)
+    assert expected.dtype == torch.bfloat16
+    assert made.dtype == np.float32
+    scale = float(expected.abs().max())
+    assert np.abs(made - expected.float().numpy()).max() < 0.02 * scale
+    exact = whole(net, values).numpy()
+    assert np.abs(made - exact).max() > 1e-4 * scale  # it was rounded
+    with torch.inference_mode():
+        made = run_volume(torch.compile(net, backend="eager"), values, size=5, prepare=window)
+    assert np.abs(made - exact).max() < 1e-5 * scale
+
+
 def test_a_sink_without_slices_is_refused() -> None:
     with pytest.raises(InputError, match="slice assignment"):
         Sink(object(), SHAPE, np.uint8, channels=False)
