@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pocketize.calibration.chains import ConvChain, find_chain
 from pocketize.calibration.options import Calibration, call_with, evaluated
 from pocketize.calibration.paused import PausedForwards
 from pocketize.calibration.result import CalibratedLayer, CalibratedNetwork
-from pocketize.calibration.solver import NORMS, LayerSolver
-from pocketize.calibration.windows import LAYERS, TRANSPOSED
+from pocketize.calibration.solver import NORMS, LayerSolver, WantedOutputs
+from pocketize.calibration.windows import CONVS, LAYERS, TRANSPOSED
 from pocketize.errors import InputError, OptionError, RewriteError
 from pocketize.graph.inputs import Inputs, find_tensors, first_parameter
 from pocketize.plugin.base import Pass
@@ -78,23 +79,23 @@ def calibrate(
     kept, replaced = _edits(before, after)
     with evaluated(before, given), evaluated(made, given):
         calls = _calls(made, given[0])
-        reasons = {path: _why_not(before, made, path, calls, replaced) for path in calls}
-        solvable = {path: kept.get(path) for path, why_not in reasons.items() if not why_not}
+        found = _wanted(before, made, calls, kept, replaced, options.bytes)
+        wanted = {path: what for path, what in found.items() if isinstance(what, WantedOutputs)}
         started = _difference(before, made, given)
         if not math.isfinite(started):
             raise InputError("calibrate: outputs on the images are not all finite numbers")
         each = max(1, samples // len(given))
-        solver = LayerSolver(before, made, given, solvable, each, ridge, options.bytes, seed)
-        found = []
-        with PausedForwards(made, given, solvable) as forwards:
-            for number, (path, why_not) in enumerate(reasons.items(), start=1):
-                if not why_not:
-                    progress(f"{path} (layer {number} of {len(calls)})")
-                    found.append(solver.solve(path, forwards.inputs_of(path)))
-                elif why_not != _NO_WEIGHTS:
-                    found.append(CalibratedLayer(path, None, None, why_not))
+        solver = LayerSolver(before, made, given, wanted, each, ridge, options.bytes, seed)
+        layers = []
+        with PausedForwards(made, given, wanted) as forwards:
+            for number, (path, what) in enumerate(found.items(), start=1):
+                if isinstance(what, WantedOutputs):
+                    progress(f"{path} (layer {number} of {len(found)})")
+                    layers.append(solver.solve(path, forwards.inputs_of(path)))
+                elif what != _NO_WEIGHTS:
+                    layers.append(CalibratedLayer(path, None, None, what))
         ended = _difference(before, made, given)
-    result = CalibratedNetwork(made, tuple(found), len(given), started, ended)
+    result = CalibratedNetwork(made, tuple(layers), len(given), started, ended)
     *first, last = history(made)
     noted = dataclasses.replace(last, notes=(*last.notes, *result.notes))
     record_history(made, (*first, noted))
@@ -185,23 +186,75 @@ def _calls(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     return calls
 
 
-def _why_not(
-    before: nn.Module, after: nn.Module, path: str, calls: dict[str, int], replaced: set[str]
-) -> str:
-    layer = after.get_submodule(path)
-    if any(path == each or path.startswith(f"{each}.") for each in replaced):
+def _wanted(
+    before: nn.Module,
+    after: nn.Module,
+    calls: dict[str, int],
+    kept: dict[str, Tensor],
+    replaced: set[str],
+    memory: int,
+) -> dict[str, WantedOutputs | str]:
+    """Return what each layer is to give, or why it is left, in the order of the forward."""
+    found: dict[str, WantedOutputs | str] = {}
+    for path in calls:
+        within = (p for p in sorted(replaced) if path == p or path.startswith(f"{p}."))
+        block = next(within, None)
+        if block is None:
+            why_not = _why_not(before, after, path, calls)
+            found[path] = why_not or WantedOutputs(path, kept.get(path))
+        elif block not in found:
+            chain = _chain(before, after, block, calls)
+            if isinstance(chain, str):
+                found[path] = chain
+                continue
+            left = kept.get(block)
+            if (after_it := kept.get(f"{block}.{chain.last}")) is not None:
+                left = after_it if left is None else left[after_it]
+            if 32 * chain.inputs**2 <= memory:
+                found[block] = WantedOutputs(block, left, chain)
+            elif path == f"{block}.{chain.last}":
+                found[path] = WantedOutputs(block, left)
+            else:
+                found[path] = "the equations of its block need more memory than allowed"
+    return found
+
+
+def _chain(
+    before: nn.Module, after: nn.Module, path: str, calls: dict[str, int]
+) -> ConvChain | str:
+    """Return the chain of convolutions that replaced one, or why there is none."""
+    chain = find_chain(after.get_submodule(path))
+    try:
+        old: Any = before.get_submodule(path)
+    except AttributeError:
+        return "it was not there before"
+    if chain is None or type(old) not in CONVS or old.groups > 1:
         return "another module stands there than before"
+    paths = [f"{path}.{name}" for name, _ in chain.layers]
+    why_not = (_not_solvable(after, each, calls) for each in paths)
+    return next((why for why in why_not if why), chain)
+
+
+def _why_not(before: nn.Module, after: nn.Module, path: str, calls: dict[str, int]) -> str:
+    layer = after.get_submodule(path)
     try:
         old = before.get_submodule(path)
     except AttributeError:
         return "it was not there before"
+    if type(old) is not type(layer) or type(layer) not in (*LAYERS, *NORMS):
+        plain = "its weight is computed" if parametrize.is_parametrized(layer) else ""
+        return plain or f"{type(layer).__name__} is not one of torch's layers"
+    return _not_solvable(after, path, calls)
+
+
+def _not_solvable(after: nn.Module, path: str, calls: dict[str, int]) -> str:
+    """Say why a layer of a class that can be solved cannot be, by how it is used."""
+    layer = after.get_submodule(path)
     if parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
         return "its weight is computed"
-    if type(old) is not type(layer) or type(layer) not in (*LAYERS, *NORMS):
-        return f"{type(layer).__name__} is not one of torch's layers"
-    if calls[path] > 1:
+    if calls.get(path, 0) > 1:
         return f"it is called {calls[path]} times"
-    if not calls[path]:
+    if not calls.get(path):
         return "it is called with keyword arguments"
     weight = getattr(layer, "weight", None)
     if weight is None or (isinstance(layer, NORMS) and weight.dim() != 1):

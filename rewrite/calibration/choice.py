@@ -43,17 +43,21 @@ def choose_channels(
     inputs: Inputs,
     images: Sequence[Inputs],
     *,
+    variants: Sequence[Mapping[str, Any]] = (),
     samples: int,
     memory: int,
     seed: int,
-) -> tuple[Edit, ...]:
+) -> tuple[Edit, ...] | None:
     """Return edits that resize as these do, and keep the channels that are chosen on images.
+
+    None if the edits resize something else than whole groups.
 
     Args:
         model: the network that the edits are for, in evaluation mode.
         edits: of a pass. Groups of channels that no linear layer reads keep what they say.
         inputs: what the pass was planned with.
         images: what the network takes.
+        variants: settings of attributes that the pass was planned with.
         samples: positions of a layer in each image.
         memory: bytes for normal equations.
         seed: which positions are drawn.
@@ -61,7 +65,7 @@ def choose_channels(
     sizes = {(each.tensor, each.axis): each for each in edits if isinstance(each, Resize)}
     if not sizes:
         return tuple(edits)
-    channels = analyse(model, inputs)
+    channels = analyse(model, inputs, variants=variants)
     kept: dict[ChannelGroup, NDArray[np.int64]] = {}
     for group in channels.groups:
         for member in group.members:
@@ -76,7 +80,7 @@ def choose_channels(
     new = {(each.tensor, each.axis): each for each in made if isinstance(each, Resize)}
     same = new.keys() == sizes.keys()
     if not same or any(len(new[at].keep) != len(each.keep) for at, each in sizes.items()):
-        return tuple(edits)  # the pass resizes more than whole groups
+        return None
     return tuple(
         replace(each, keep=new[each.tensor, each.axis].keep) if isinstance(each, Resize) else each
         for each in edits

@@ -21,12 +21,15 @@ class CalibratedLayer:
             the channels that are left, over the norm of these.
         after: the same once it was solved; ``None`` if it was not.
         why_not: the reason why it was not; empty if it was.
+        weights: relative change of its weights; where a block replaced a convolution, relative
+            difference of the map that the block is to the convolution's weights.
     """
 
     path: str
     before: float | None
     after: float | None
     why_not: str = ""
+    weights: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,16 @@ class CalibratedNetwork:
 
     def __str__(self) -> str:
         rows = [
-            (layer.path, _share(layer.before), _share(layer.after), layer.why_not)
+            (
+                layer.path,
+                _share(layer.before),
+                _share(layer.after),
+                _share(layer.weights),
+                layer.why_not,
+            )
             for layer in self.layers
         ]
-        head = ("layer", "outputs differ by", "solved", "why not")
+        head = ("layer", "outputs differ by", "solved", "weights differ by", "why not")
         return f"{self.summary}\n\n{tabulate(rows, head, disable_numparse=True)}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["NORMS", "LayerSolver", "LinearProblem", "channel_axis", "outputs_at"]
+__all__ = ["NORMS", "LayerSolver", "LinearProblem", "WantedOutputs", "channel_axis", "outputs_at"]
 
 import contextlib
 import functools
@@ -15,6 +15,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from pocketize.calibration.chains import ConvChain, fit_chain
 from pocketize.calibration.result import CalibratedLayer
 from pocketize.calibration.windows import CONVS, matrix_of, rows, set_matrix
 from pocketize.graph.inputs import Inputs
@@ -69,6 +70,21 @@ class LinearProblem:
         return self.size - float((step * (2 * self.right - self.normal @ step)).sum())
 
 
+@dataclass(frozen=True)
+class WantedOutputs:
+    """What a layer is to give: outputs of a layer of the large network.
+
+    Attributes:
+        source: path of that layer.
+        kept: which of its outputs; None for all.
+        chain: the layer, if it is a chain of convolutions.
+    """
+
+    source: str
+    kept: Tensor | None = None
+    chain: ConvChain | None = None
+
+
 @dataclass
 class LayerSolver:
     """The small network, the images, and what each layer is to give at the places drawn.
@@ -77,7 +93,7 @@ class LayerSolver:
         before: the large network, in evaluation mode.
         model: the small one, which changes.
         images: what both take.
-        kept: for each layer to be solved, which outputs of the large one it has; None for all.
+        wanted: what each layer that is solved is to give.
         samples: positions of a layer in each image.
         ridge: see :func:`~pocketize.calibrate`.
         memory: bytes for normal equations, rows and targets.
@@ -87,7 +103,7 @@ class LayerSolver:
     before: nn.Module
     model: nn.Module
     images: list[Inputs]
-    kept: Mapping[str, Tensor | None]
+    wanted: Mapping[str, WantedOutputs]
     samples: int
     ridge: float
     memory: int
@@ -105,34 +121,49 @@ class LayerSolver:
         self._take_targets(path)
         self.inputs = inputs
         layer = self.model.get_submodule(path)
-        solve = self._solve_norm if isinstance(layer, NORMS) else self._solve_linear
-        before, after = solve(path, layer)
+        chain = self.wanted[path].chain
+        moved = None
+        if chain is not None:
+            before, after = self._solve_chain(path, chain)
+            source: Any = self.before.get_submodule(self.wanted[path].source)
+            old = source.weight.detach().double()
+            if old.shape == chain.window.weight.shape:
+                new = chain.composed(chain.weights()).T.reshape(old.shape)
+                moved = float((new - old).norm() / old.norm().clamp(min=1e-300))
+        elif isinstance(layer, NORMS):
+            before, after = self._solve_norm(path, layer)
+        else:
+            weight = cast(Tensor, layer.weight)
+            old = weight.detach().double()
+            before, after = self._solve_linear(path, layer)
+            moved = float((weight - old).norm() / old.norm().clamp(min=1e-300))
         for index in range(len(self.images)):
             del self.targets[path, index]
-        return CalibratedLayer(path, before, after)
+        return CalibratedLayer(path, before, after, weights=moved)
 
     def _take_targets(self, path: str) -> None:
         """Run the large network once for each image, for this layer and those after it."""
         if (path, 0) in self.targets:
             return
-        wanted: dict[str, Tensor | None] = {}
+        taken: dict[str, WantedOutputs] = {}
         room = self.memory / 4
-        paths = list(self.kept)
+        paths = list(self.wanted)
         for each in paths[paths.index(path) :]:
             room -= 4 * self.samples * len(self.images) * self._channels(each)
-            if wanted and room < 0:
+            if taken and room < 0:
                 break
-            wanted[each] = self.kept[each]
+            taken[each] = self.wanted[each]
         for index, inputs in enumerate(self.images):
             with contextlib.ExitStack() as stack:
-                for each, left in wanted.items():
-                    take = functools.partial(self._take, each, index, left)
-                    hook = self.before.get_submodule(each).register_forward_hook(take)
+                for each, what in taken.items():
+                    take = functools.partial(self._take, each, index, what.kept)
+                    hook = self.before.get_submodule(what.source).register_forward_hook(take)
                     stack.callback(hook.remove)
                 inputs.call(self.before)
 
     def _channels(self, path: str) -> int:
-        layer: Any = self.model.get_submodule(path)
+        chain = self.wanted[path].chain
+        layer: Any = self.model.get_submodule(path) if chain is None else chain.window
         return len(layer.weight) if isinstance(layer, NORMS) else _ends(layer)[1]
 
     def _take(
@@ -172,10 +203,39 @@ class LayerSolver:
         assert before is not None
         return before, math.sqrt(max(left, 0.0) / size)
 
+    def _solve_chain(self, path: str, chain: ConvChain) -> tuple[float, float]:
+        (problem,), size = self._equations(path, chain.window, slice(None), whole=True)
+        last: Any = chain.layers[-1][1]
+        normal, right, shift = problem.normal, problem.right, None
+        if last.bias is not None:  # the bias is what the means lack
+            means, count = normal[:-1, -1], normal[-1, -1]
+            shift = means / count, right[-1] / count
+            normal = normal[:-1, :-1] - torch.outer(means, shift[0])
+            right = right[:-1] - torch.outer(means, shift[1])
+        before = self._chain_error(chain, problem, size)
+        if before < _ALIKE:
+            return before, before
+        found = fit_chain(chain, normal, right, self.ridge)
+        for (_, layer), weight in zip(chain.layers, found, strict=True):
+            layer.weight.copy_(weight.reshape(layer.weight.shape))
+        if shift is not None:
+            last.bias.copy_(shift[1] - shift[0] @ chain.composed(chain.weights()))
+        return before, self._chain_error(chain, problem, size)
+
+    def _chain_error(self, chain: ConvChain, problem: LinearProblem, size: float) -> float:
+        whole = chain.composed(chain.weights())
+        bias = chain.layers[-1][1].bias
+        if bias is not None:
+            whole = torch.cat([whole, bias.detach().double()[None]])
+        return math.sqrt(max(problem.left(whole), 0.0) / size) if size else 0.0
+
     def _equations(
-        self, path: str, layer: nn.Module, block: slice
+        self, path: str, layer: nn.Module, block: slice, *, whole: bool = False
     ) -> tuple[list[LinearProblem], float]:
-        """Return the equations of each group, and the sum of squares of what is wanted."""
+        """Return the equations of each group, and the sum of squares of what is wanted.
+
+        With ``whole`` they are of what is wanted, otherwise of what the layer lacks.
+        """
         problems: list[LinearProblem] = []
         size = 0.0
         groups = layer.groups if isinstance(layer, CONVS) else 1
@@ -190,7 +250,9 @@ class LayerSolver:
                     for _ in range(groups)
                 ]
             size += float(wanted.double().square().sum())
-            missing = wanted.double() - outputs_at(layer, output, places).double()
+            missing = wanted.double()
+            if not whole:
+                missing = missing - outputs_at(layer, output, places).double()
             for at in range(0, len(places), step):
                 for group, y in enumerate(missing[at : at + step].chunk(groups, 1)):
                     a = rows(layer, x, places[at : at + step], block, group).double()

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from pocketize.engine.pipeline import Plan
 
 
+_BY_NORM = "channels were chosen by their weights: the pass resizes parts of groups"
+
+
 def apply_calibrated(
     planned: Plan,
     inputs: Inputs,
@@ -55,11 +58,17 @@ def apply_calibrated(
         passes, current = [], model
         for number, one in enumerate(planned.passes):
             with evaluated(current, images):
-                edits = choose_channels(current, one.edits, inputs, images, **each)
-            passes.append(dataclasses.replace(one, edits=edits))
+                edits = choose_channels(
+                    current, one.edits, inputs, images, variants=one.variants, **each
+                )
+            if edits is None:
+                one = dataclasses.replace(one, notes=(*one.notes, _BY_NORM))
+            else:
+                one = dataclasses.replace(one, edits=edits)
+            passes.append(one)
             if number + 1 < len(planned.passes):
                 current = clone(current)
-                apply_edits(current, edits)
+                apply_edits(current, one.edits)
         planned = dataclasses.replace(planned, passes=tuple(passes))
     after = planned.apply()
     return calibrate(model, after, images, ridge=calibration.ridge, progress=progress, **options)

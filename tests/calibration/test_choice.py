@@ -89,12 +89,11 @@ def test_options_are_checked() -> None:
 
 
 class Odd(nn.Module):
-    """Layers that read what the first one makes with keywords, never, and by another way."""
+    """The layer that reads what the first one makes is called with keywords."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 2, 1)
-        self.never = nn.Conv2d(8, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(input=self.first(x).relu())
