@@ -18,7 +18,14 @@ Before the first table, ``variants`` may list settings of the model's attributes
 
 from __future__ import annotations
 
-__all__ = ["Variants", "dump_recipe", "load_recipe", "load_variants", "parse_recipe"]
+__all__ = [
+    "Variants",
+    "dump_recipe",
+    "load_recipe",
+    "load_variants",
+    "parse_recipe",
+    "parse_variants",
+]
 
 import json
 import os
@@ -52,7 +59,7 @@ def load_variants(path: str | os.PathLike[str]) -> tuple[list[Pass], Variants]:
     Raises:
         RecipeError: the file cannot be read, is not TOML, or is no recipe; the message says where.
     """
-    return _parse(_read(path), str(path))
+    return parse_variants(_read(path), str(path))
 
 
 def _read(path: str | os.PathLike[str]) -> str:
@@ -70,7 +77,7 @@ def parse_recipe(text: str, source: str = "recipe") -> list[Pass]:
     Raises:
         RecipeError: the text is not TOML, or is not a recipe; or it has variants.
     """
-    passes, variants = _parse(text, source)
+    passes, variants = parse_variants(text, source)
     if variants:
         raise RecipeError(
             f"{source} has variants, and only its passes were asked for: use "
@@ -79,7 +86,12 @@ def parse_recipe(text: str, source: str = "recipe") -> list[Pass]:
     return passes
 
 
-def _parse(text: str, source: str) -> tuple[list[Pass], Variants]:
+def parse_variants(text: str, source: str = "recipe") -> tuple[list[Pass], Variants]:
+    """Read the passes and the variants of a recipe's text; ``source`` is what errors call it.
+
+    Raises:
+        RecipeError: the text is not TOML, or is not a recipe.
+    """
     try:
         content = read_toml(text)
     except ValueError as error:  # a number may have too many digits, which is no TOMLDecodeError
