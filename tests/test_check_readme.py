@@ -114,3 +114,17 @@ def test_the_readme_leaves_out_nothing_but_installing_and_testing(checker: Modul
     commands = [line.split() for line in left_out.splitlines() if line.startswith("$ ")]
     assert {words[1] for words in commands} <= {"pip", "pocketize"}
     assert "pip install -e '.[test]' && pytest" in left_out
+
+
+def test_blocks_together_are_one_script_with_the_lines_of_the_page(checker: ModuleType) -> None:
+    page = "# A page\n\n```python\nx = 1\n```\n\nText.\n\n```python\nassert x == 1\n1 / 0\n```\n"
+    (script,) = checker.joined(checker.examples(page))
+    assert page.splitlines()[10] == script.body.splitlines()[10] == "1 / 0"
+    with pytest.raises(ZeroDivisionError):
+        exec(script.body, {})
+
+
+def test_every_page_with_an_example_is_run(checker: ModuleType) -> None:
+    pages = [page.relative_to(checker.ROOT).as_posix() for page in checker.all_pages()]
+    assert {"README.md", "docs/fit.md", "docs/results/image-complexity.md"} <= set(pages)
+    assert "docs/architecture.md" not in pages

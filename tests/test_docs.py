@@ -114,19 +114,6 @@ def test_every_page_is_in_the_index() -> None:
     assert missing <= {"README.md"}
 
 
-def test_ci_runs_every_page_with_an_example() -> None:
-    (command,) = re.findall(
-        r"check_readme\.py --jobs 2 (.*)", (ROOT / ".ci" / "run").read_text("utf-8")
-    )
-    runs = re.compile(r"(?<!-->\n)^```(?:python|bash|console)\n", flags=re.MULTILINE)
-    wanted = {
-        page.relative_to(ROOT).as_posix()
-        for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-        if runs.search(page.read_text(encoding="utf-8"))
-    }
-    assert set(command.split()) == wanted
-
-
 def test_tables_of_files_and_names_are_right() -> None:
     """Rows of the architecture page name what the file of the row defines."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")

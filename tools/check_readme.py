@@ -1,5 +1,6 @@
-"""Run the Python and shell examples of a Markdown page, in order, in a scratch folder.
+"""Run the Python and shell examples of Markdown pages, in order, in a scratch folder for each page.
 
+    python tools/check_readme.py              # the README and all of docs/
     python tools/check_readme.py README.md
 
 Blocks fenced as ``python`` are run with this interpreter, one process each but one folder for all,
@@ -9,6 +10,7 @@ output and not compared. A block is left out only behind a comment that says why
 
     <!-- not run: CI installs in its own way -->
 
+The Python blocks of a page in a folder ``tutorials`` are one script, as a notebook's cells are.
 Every block must end with exit code 0, and within the time limit. Pages do not depend on each other:
 ``--jobs 2`` runs two at a time, and what is told of a page stays together.
 """
@@ -25,6 +27,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
 LANGUAGES = ("python", "bash", "console")
 _FENCE = re.compile(
     r"(?:^<!-- not run: (?P<why>[^\n]+?) -->\n+)?"
@@ -65,6 +68,18 @@ def examples(page: str) -> list[Example]:
     ]
 
 
+def joined(found: list[Example]) -> list[Example]:
+    """Make one example of the Python blocks, whose lines are those of the page."""
+    scripts = [example for example in found if example.language == "python" and not example.why_not]
+    if not scripts:
+        return found
+    body = ""
+    for example in scripts:
+        body += "\n" * (example.line - body.count("\n")) + example.body
+    script = Example("python", scripts[0].line, body, None)
+    return [script, *(example for example in found if example not in scripts)]
+
+
 def run(example: Example, folder: str, limit: float) -> str | None:
     """Run an example; give what went wrong, or ``None``."""
     try:
@@ -86,22 +101,32 @@ def run(example: Example, folder: str, limit: float) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the examples of Markdown pages.")
-    parser.add_argument("pages", nargs="+", type=Path)
+    parser.add_argument("pages", nargs="*", type=Path, help="default: README.md and docs/")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for one example")
     parser.add_argument("--jobs", type=int, default=1, help="pages that run at the same time")
     arguments = parser.parse_args()
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        for wrong, told in pool.map(lambda page: check(page, arguments.limit), arguments.pages):
+        pages = arguments.pages or all_pages()
+        for wrong, told in pool.map(lambda page: check(page, arguments.limit), pages):
             failed += wrong
             sys.stdout.write(told)
             sys.stdout.flush()
     return 1 if failed else 0
 
 
+def all_pages() -> list[Path]:
+    """Return the README and the pages of ``docs/`` that have examples to run."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    has_examples = (any(not e.why_not for e in examples(page.read_text("utf-8"))) for page in pages)
+    return [page for page, runs in zip(pages, has_examples, strict=True) if runs]
+
+
 def check(page: Path, limit: float) -> tuple[int, str]:
     """Run the examples of a page; give how many failed, and a line on each."""
     found = examples(page.read_text(encoding="utf-8"))
+    if "tutorials" in page.parts:
+        found = joined(found)
     if not found:
         return 1, f"{page}: no example found; are its blocks fenced with a language?\n"
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +135,8 @@ def check(page: Path, limit: float) -> tuple[int, str]:
 
 
 def _tell(page: Path, example: Example, folder: str, limit: float) -> tuple[bool, str]:
-    place = f"{page}:{example.line} {example.language}"
+    name = page.relative_to(ROOT) if page.is_relative_to(ROOT) else page
+    place = f"{name}:{example.line} {example.language}"
     if example.why_not:
         return False, f"{place}: not run ({example.why_not})\n"
     started = time.perf_counter()

@@ -2,12 +2,14 @@
 
 A hook of mkdocs (``mkdocs.yml``). The README becomes the home page, and CONTRIBUTING, SECURITY, the
 changelog and ``tools/README.md`` pages of their own; links to them follow. The reference lists what
-``pocketize``, ``pocketize.passes`` and ``pocketize.zoo`` export, for mkdocstrings to fill in.
+``pocketize``, ``pocketize.passes`` and ``pocketize.zoo`` export, for mkdocstrings to fill in. Each
+tutorial can be downloaded as a Jupyter notebook.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -25,6 +27,7 @@ PAGES = {
     "tools.md": "tools/README.md",
     "pages.md": "docs/README.md",
 }
+_BLOCK = re.compile(r"^```python\n(.*?)^```\n", flags=re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)(?=[)#])")
 
 
@@ -37,13 +40,21 @@ def on_files(files: Files, config: Any) -> Files:
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=_links(text, source, page)))
     files.append(File.generated(config, "reference.md", content=_reference()))
+    for tutorial in sorted((ROOT / "docs" / "tutorials").glob("*.md")):
+        made = json.dumps(_notebook(tutorial.read_text(encoding="utf-8")), indent=1)
+        files.append(File.generated(config, f"tutorials/{tutorial.stem}.ipynb", content=made))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Let links out of ``docs/`` lead to the pages that are made of their targets."""
     path = page.file.src_uri
-    return markdown if path in PAGES else _links(markdown, f"docs/{path}", path)
+    if path in PAGES:
+        return markdown
+    if path.startswith("tutorials/"):
+        name = posixpath.basename(path).replace(".md", ".ipynb")
+        markdown += f"\n[Download this page as a notebook]({name})\n"
+    return _links(markdown, f"docs/{path}", path)
 
 
 def _links(text: str, source: str, page: str) -> str:
@@ -58,6 +69,20 @@ def _links(text: str, source: str, page: str) -> str:
         return posixpath.relpath(made, posixpath.dirname(page) or ".")
 
     return _LINK.sub(moved, text)
+
+
+def _notebook(page: str) -> dict[str, Any]:
+    """Make a notebook of a page, a cell of each block of Python and of each text between."""
+    cells: list[dict[str, Any]] = []
+    for index, part in enumerate(_BLOCK.split(page)):
+        cell = {"metadata": {}, "source": part.strip().splitlines(keepends=True)}
+        if index % 2:
+            cell |= {"cell_type": "code", "outputs": [], "execution_count": None}
+        else:
+            cell["cell_type"] = "markdown"
+        if cell["source"]:
+            cells.append(cell)
+    return {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
 
 
 def _reference() -> str:

@@ -6,8 +6,8 @@ these lists a row is tried on. The sample is chosen by what any pass could stumb
 channels, is among them. The list of a pass has a net for every kind of edit, on every kind of
 module, and for every refusal and note, that the pass gives on any of the nets.
 
-A net of the sample is held to all checks, the costly ones with every third row; another net to the
-decisive ones.
+A net of the core is held to all checks, the costly ones with every third row; another net of the
+sample with every fourth row. All others are held to the decisive ones.
 """
 
 from __future__ import annotations

@@ -303,6 +303,7 @@ NO_LOSS = {"class_map_output", "no_parameters", "sum_over_channels_output"}
 
 
 @pytest.mark.slow
+@pytest.mark.each_value
 @pytest.mark.parametrize("mode", ["train", "infer"])
 @pytest.mark.parametrize("name", AWKWARD)
 def test_awkward_nets_agree_with_the_estimate_and_the_profiler(name: str, mode: Any) -> None:

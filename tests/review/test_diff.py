@@ -23,10 +23,11 @@ from pocketize.review.revisions import Repository
 from .conftest import NET, commit, git
 
 
-def _in_this_process(command: list[str], **_: Any) -> None:
+def _in_this_process(command: list[str], *, env: dict[str, str], **_: Any) -> None:
     """Answer as the child does, without the seconds that importing torch takes."""
     request = json.loads(Path(command[-1]).read_text())
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "dont_write_bytecode", env.get("PYTHONDONTWRITEBYTECODE") == "1")
         for path in reversed(request["path"]):
             patch.syspath_prepend(path)
         patch.chdir(request["folder"])

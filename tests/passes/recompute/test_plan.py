@@ -129,7 +129,11 @@ PEAKS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("make", "rows"), [(dynunet, list(PEAKS)[1::3]), (plainconv, list(PEAKS)[::2])]
+    ("make", "rows"),
+    [
+        (dynunet, list(PEAKS)[1::3]),
+        pytest.param(plainconv, list(PEAKS)[::2], marks=pytest.mark.whole),
+    ],
 )
 def test_the_peak_of_a_training_step_at_96_cubed(make: Any, rows: list[tuple[str, ...]]) -> None:
     model, inputs = make(), torch.randn(1, 1, 96, 96, 96)
