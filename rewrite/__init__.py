@@ -19,6 +19,7 @@ __all__ = [
     "Calibration",
     "ChannelGroup",
     "ChannelGroups",
+    "Distillation",
     "Guarantee",
     "Pass",
     "PassRecord",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from pocketize.channels.analysis import Analysis, analyse
     from pocketize.channels.groups import ChannelGroup, ChannelGroups
     from pocketize.channels.rules import channel_rule
+    from pocketize.distill import Distillation
     from pocketize.engine.pipeline import Plan, history, plan, pocketize, replay, rewrite
     from pocketize.engine.plain import plain
     from pocketize.errors import PocketizeError
@@ -78,6 +80,7 @@ attach(
     __name__,
     {
         "calibration": "Calibration calibrate",
+        "distill": "Distillation",
         "channels.analysis": "Analysis analyse",
         "graph.capture": "TracedGraph capture",
         "channels.groups": "ChannelGroup ChannelGroups",

@@ -35,6 +35,7 @@ ENGINE = (
     "initial",
     "memory",
     "calibration",
+    "distill",
     "engine",
     "report",
     "artifact",
