@@ -247,12 +247,8 @@ class VolumeJob:
         out = out.numpy() if isinstance(out, Tensor) else out
         for part in self.volume.parts:
             arrays = isinstance(part, np.ndarray) and isinstance(out, np.ndarray)
-            # of memory maps, and of zarr arrays
-            files = [
-                getattr(x, "filename", None) or getattr(x, "store_path", None) for x in (part, out)
-            ]
-            same = files[0] is not None and str(files[0]) == str(files[1])
-            if part is out or same or (arrays and np.may_share_memory(part, out)):
+            same = part is out or (_file_of(out) is not None and _file_of(part) == _file_of(out))
+            if same or (arrays and np.may_share_memory(part, out)):
                 raise InputError(
                     "run_volume: out is where the source is, so that tiles would read results of "
                     "others; name another"
@@ -324,6 +320,14 @@ class VolumeJob:
         told = [sizes, self.trace.traced.graph, self.volume.shape, self.reduce, digest(parts)]
         with resume_state_for(self.forward, Inputs(), *told) as state:
             yield state
+
+
+def _file_of(array: Any) -> str | None:
+    """Return where a memory map or a zarr array is stored, as far as it says so."""
+    store: Any = getattr(array, "store", None)  # of zarr 2
+    inner = f"{store.path}/{array.path}" if hasattr(store, "path") else None
+    found = getattr(array, "filename", None) or getattr(array, "store_path", None) or inner
+    return None if found is None else str(found)
 
 
 def _output_of(trace: ForwardTrace) -> fx.Node:

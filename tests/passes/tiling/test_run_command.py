@@ -262,7 +262,7 @@ def test_the_suffix_tells_the_format() -> None:
 @pytest.mark.slow
 def test_a_level_of_ome_zarr_is_found() -> None:
     group = zarr.open_group("ct.zarr", mode="w")
-    level = group.create_array("s0", shape=SHAPE, chunks=(4, 4, 4), dtype="i2")
+    level = zarr.open_array(store="ct.zarr/s0", mode="w", shape=SHAPE, chunks=(4, 4, 4), dtype="i2")
     level[:] = read("in.nii.gz")
     with pytest.raises(InputError, match="name one of its arrays"), open_volumes(["ct.zarr"]):
         raise AssertionError

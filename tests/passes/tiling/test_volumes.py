@@ -160,7 +160,9 @@ def test_sources_and_sinks_of_many_kinds(tmp_path: Path) -> None:
             assert np.array_equal(made, expected)
         sinks: list[Any] = [
             out,
-            zarr.create_array({}, shape=SHAPE, chunks=(4, 4, 4), dtype="int16"),
+            zarr.open_array(
+                store=str(tmp_path / "y.zarr"), mode="w", shape=SHAPE, chunks=(4, 4, 4), dtype="i2"
+            ),
             np.memmap(tmp_path / "y", np.uint8, "w+", shape=SHAPE),
             torch.zeros(SHAPE, dtype=torch.uint8),
         ]
