@@ -81,6 +81,10 @@ class TiledGraph:
         for node in self.nodes:
             self._classify(node)
 
+    def depends_on_input(self, node: fx.Node) -> bool:
+        """Whether a result depends on the input: a weight, also a computed one, does not."""
+        return node in self._data
+
     def is_map(self, node: fx.Node) -> bool:
         """Whether a result is (N, C, *spatial) and depends on the input."""
         shape = _shape(node)

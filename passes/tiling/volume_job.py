@@ -186,7 +186,8 @@ class VolumeJob:
         graph, found = self.program.graph, {}
         for step in self.program.steps:
             if isinstance(step, FullSizeOp):
-                most = max(map(graph.nbytes, [step.node, *step.node.all_input_nodes]))
+                nodes = [step.node, *step.node.all_input_nodes]
+                most = max(map(graph.nbytes, filter(graph.depends_on_input, nodes)), default=0)
                 if most >= limit and most > self.program.limit:
                     where = step.node.meta["module"] or "the network itself"
                     found[f"{str(step.node.target).removeprefix('aten.')} in {where}"] = most

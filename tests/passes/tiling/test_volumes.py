@@ -378,6 +378,9 @@ def test_an_operator_that_needs_the_whole_volume_is_refused_unless_allowed() -> 
     net, values = WholeMap().double().eval(), volume(*SHAPE)
     with pytest.raises(ExecutionError, match=r"sort.default in the network itself.* allow_whole"):
         run_volume(net, values, size=5)
+    wide = nn.Conv3d(2, 2, 9, padding=4)  # its weight is larger than the volume
+    narrow = nn.Sequential(nn.Conv3d(1, 2, 3), nn.MaxPool3d(4), wide).eval()
+    run_volume(narrow, values[:9, :9], size=5)
     with pytest.warns(PocketizeWarning, match="cannot be computed by tiles"):
         made = run_volume(net, values, size=5, allow_whole=True)
     expected = whole(net, values, lambda x: x)
