@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pocketize import measure, plan, rewrite
+from pocketize import history, measure, plan, rewrite
 from pocketize.errors import OptionError
 from pocketize.graph.inputs import as_inputs
 from pocketize.passes import Patchwise
@@ -112,7 +112,7 @@ def test_a_training_step_stays_within_the_target_with_the_largest_tiles_that_do(
     made(x).sum().backward()
     (trained,) = forward_of(made)._prepared.values()
     assert trained.program.tile in ((16, 8), (8, 16))
-    text = str(plan(headed(), given, inputs=size))
+    text = str(history(made))
     assert f"trains by tiles of {'x'.join(map(str, trained.program.tile))}" in text
     assert "live tensors of a training step with Adam peak at" in text
 

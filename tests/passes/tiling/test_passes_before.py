@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pocketize import measure, plan, rewrite
+from pocketize import history, measure, plan, rewrite
 from pocketize.passes import Amp, Checkpoint, InPlaceNorm, Offload, Patchwise, Recompute
 from pocketize.plugin.base import Pass
 
@@ -29,15 +29,21 @@ def net() -> nn.Module:
     return nn.Sequential(block(1, 8), block(8, 8), nn.Conv2d(8, 2, 1))
 
 
+@pytest.fixture(scope="module")
+def without() -> nn.Module:
+    return rewrite(net(), TILES, inputs=SIZE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INERT)
-def test_a_pass_that_does_nothing_in_training_by_tiles_is_named(name: str) -> None:
-    model, x = net(), torch.randn(1, 1, 16, 16)
-    text = str(plan(model, INERT[name], TILES, inputs=SIZE))
+def test_a_pass_that_does_nothing_in_training_by_tiles_is_named(
+    name: str, without: nn.Module
+) -> None:
+    x = torch.randn(1, 1, 16, 16)
+    with_it = rewrite(net(), INERT[name], TILES, inputs=SIZE)
+    text = str(history(with_it))
     assert f"{name} does nothing in training by tiles" in text
     assert f"Leave {name} out" in text
-    with_it = rewrite(model, INERT[name], TILES, inputs=SIZE)
-    without = rewrite(model, TILES, inputs=SIZE)
     assert measure(with_it, SIZE, estimate=True).peak == measure(without, SIZE, estimate=True).peak
     for lean in (with_it, without):
         lean.zero_grad()
@@ -47,12 +53,11 @@ def test_a_pass_that_does_nothing_in_training_by_tiles_is_named(name: str) -> No
 
 
 @pytest.mark.slow
-def test_several_are_named_together_and_amp_works_in_a_tile() -> None:
+def test_several_are_named_together_and_amp_works_in_a_tile(without: nn.Module) -> None:
     model = net()
     text = str(plan(model, InPlaceNorm(), INERT["offload"], TILES, inputs=SIZE))
     assert "offload and in-place-norm do nothing in training by tiles" in text
     inference = plan(model, InPlaceNorm(), Patchwise(size=8), inputs=SIZE)
     assert "nothing in training by tiles" not in str(inference)
     low = rewrite(model, Amp(), TILES, inputs=SIZE)
-    full = rewrite(model, TILES, inputs=SIZE)
-    assert measure(low, SIZE, estimate=True).peak < measure(full, SIZE, estimate=True).peak
+    assert measure(low, SIZE, estimate=True).peak < measure(without, SIZE, estimate=True).peak

@@ -81,6 +81,7 @@ def _train_alike(model: nn.Module, tiled: nn.Module, *sizes: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.each_value
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("tile", [(16, 8), (5, 7)])
 def test_three_steps_leave_the_same_weights_and_running_statistics(
@@ -101,11 +102,11 @@ def test_three_steps_leave_the_same_weights_and_running_statistics(
 @pytest.mark.slow
 def test_a_monai_network_with_batch_norms_trains_by_tiles() -> None:
     torch.manual_seed(0)
-    features = (8, 8, 8, 8, 8, 8)
+    features = (4, 4, 4, 4, 4, 4)
     model = BasicUNet(3, 1, 2, features=features, norm="batch").double().train()
-    x = double(1, 1, 16, 16, 64)
+    x = double(1, 1, 16, 16, 32)
     tiled = rewrite(model, Patchwise(size=16, train=True, keep="disk"), inputs=x)
-    _train_alike(model, tiled, 1, 1, 16, 16, 64)
+    _train_alike(model, tiled, 1, 1, 16, 16, 32)
 
 
 @pytest.mark.slow

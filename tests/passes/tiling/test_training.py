@@ -103,7 +103,7 @@ def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", ["SegResNet", "PlainConvUNet"])
 def test_a_rewritten_model_in_training_mode_has_the_whole_volumes_gradients(name: str) -> None:
     torch.manual_seed(0)
     model = LARGE[name]().double().train()
