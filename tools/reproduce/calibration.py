@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 from volumes import CLASSES, dice_scores, read_volumes, train_volumes
 
 from pocketize import Calibration, Pass, history, rewrite
@@ -151,6 +151,29 @@ class Study:
         found: float | None = self.find(f"{seed}, {cut}, {way}, {MORE} steps", look)
         return found
 
+    def on_images(self) -> str:
+        """Return the table of what few, small and unlike images do to one cut, of the first seed."""
+        seed, cut = self.seeds[0], "Width(0.5)"
+        draw = torch.Generator().manual_seed(0)
+        noise = [torch.randn(1, 1, *SIZE, generator=draw) for _ in range(CALIBRATE)]
+        middle = [image[..., 12:36, 16:48, 12:36] for image in self.images]
+        given = {f"{count} volumes": self.images[:count] for count in (1, 2, 4)}
+        given |= {
+            "8 crops of 24x32x24": middle,
+            "8 volumes of smooth noise": [_smooth(each) for each in noise],
+            "8 volumes of white noise": noise,
+        }
+        lines = [("8 volumes", _told([self.at_once(seed, cut, CHOSEN)]))]
+        for name, images in given.items():
+            found = self.find(
+                f"{seed}, {cut}, {name}",
+                lambda images=images: self.dice(
+                    rewrite(self.trained(seed), CUTS[cut], inputs=images[0], calibration=images)
+                ),
+            )
+            lines.append((name, _told([found])))
+        return tabulate(lines, ["calibrated on", "Dice"], tablefmt="github", disable_numparse=True)
+
     def whole(self, seed: int) -> float | None:
         found: float | None = self.find(f"{seed}, untouched", lambda: self.dice(self.trained(seed)))
         return found
@@ -160,21 +183,35 @@ class Study:
         whole = [self.whole(seed) for seed in self.seeds]
         count = sum(p.numel() for p in network(0).parameters())
         lines = [["untouched", f"{count:,}", _told(whole)]]
-        for look in (self.at_once, self.trained_on):
+        for way in reversed(WAYS):
             for seed in self.seeds:
-                for cut, each in CUTS.items():
-                    for way in WAYS if each.name in RESIZING else WAYS[:2]:
-                        look(seed, cut, way)
-        for cut, each in CUTS.items():
+                for cut in _cuts_of(way):
+                    self.at_once(seed, cut, way)
+        self.on_images()
+        for seed in self.seeds:
+            for way in WAYS:
+                for cut in _cuts_of(way):
+                    self.trained_on(seed, cut, way)
+        for cut in CUTS:
             small = rewrite(network(0), CUTS[cut], inputs=self.images[0])
             line = [f"`{cut}`", f"{sum(p.numel() for p in small.parameters()):,}"]
             for look in (self.at_once, self.trained_on):
-                ways = WAYS if each.name in RESIZING else WAYS[:2]
+                ways = [way for way in WAYS if cut in _cuts_of(way)]
                 told = [_told([look(seed, cut, way) for seed in self.seeds]) for way in ways]
-                line += [*told, "", ""][: len(WAYS)]
+                line += [*told, ""][: len(WAYS)]
             lines.append(line)
         headers = ["cut", "parameters", *WAYS, *(f"{way}, {MORE} steps" for way in WAYS)]
         return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def _cuts_of(way: str) -> list[str]:
+    return [cut for cut, each in CUTS.items() if way != CHOSEN or each.name in RESIZING]
+
+
+def _smooth(volume: Tensor) -> Tensor:
+    """Return a volume with the neighbourhoods averaged, of mean 0 and variance 1."""
+    smooth = nn.functional.avg_pool3d(volume, 5, 1, 2, count_include_pad=False)
+    return (smooth - smooth.mean()) / smooth.std()
 
 
 def _told(values: list[float | None]) -> str:
@@ -197,7 +234,8 @@ def main() -> int:
     parser.add_argument("--until", default="", metavar="HH:MM", help="begin nothing new after this")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    sys.stdout.write(Study(arguments).table() + "\n")
+    study = Study(arguments)
+    sys.stdout.write(f"{study.table()}\n\n{study.on_images()}\n")
     return 0
 
 
