@@ -76,10 +76,12 @@ def calibrate(
     options = Calibration(images, samples=samples, ridge=ridge, memory=memory, seed=seed)
     given = options.inputs_of(before)
     made = copy.deepcopy(after)
-    kept, replaced = _edits(before, after)
+    kept, replaced, resized = _edits(before, after)
     with evaluated(before, given), evaluated(made, given):
         calls = _calls(made, given[0])
         found = _wanted(before, made, calls, kept, replaced, options.bytes)
+        uncalled = "the forward does not call it; set the model as in training and calibrate again"
+        found |= {path: uncalled for path in sorted(resized) if _unsolved(made, path, calls)}
         wanted = {path: what for path, what in found.items() if isinstance(what, WantedOutputs)}
         started = _difference(before, made, given)
         if not math.isfinite(started):
@@ -121,8 +123,11 @@ def check_passes(passes: Iterable[Pass], *, inplace: bool = False) -> None:
             )
 
 
-def _edits(before: nn.Module, after: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
-    """Return which outputs of each layer are left, and the paths of modules that are others."""
+def _edits(before: nn.Module, after: nn.Module) -> tuple[dict[str, Tensor], set[str], set[str]]:
+    """Return which outputs of each layer are left.
+
+    Also the paths of modules that are others, and of those whose tensors became smaller.
+    """
     old, new = history(before), history(after)
     if new[: len(old)] != old or len(new) == len(old):
         raise RewriteError(
@@ -132,17 +137,26 @@ def _edits(before: nn.Module, after: nn.Module) -> tuple[dict[str, Tensor], set[
     modules = dict(before.named_modules())
     kept: dict[str, Tensor] = {}
     replaced: set[str] = set()
+    resized: set[str] = set()
     for edit in (edit for record in new[len(old) :] for edit in record.edits):
         if edit["edit"] in ("convert", "extend"):
             replaced.add(edit.get("module", edit.get("tensor", "").rpartition(".")[0]))
         if edit["edit"] != "resize":
             continue
         path, _, name = edit["tensor"].rpartition(".")
+        resized.add(path)
         axis = 1 if isinstance(modules.get(path), TRANSPOSED) else 0
         if name == "weight" and edit["axis"] == axis:
             chosen = torch.tensor(edit["keep"])
             kept[path] = kept[path][chosen] if path in kept else chosen
-    return kept, replaced
+    return kept, replaced, resized
+
+
+def _unsolved(model: nn.Module, path: str, calls: dict[str, int]) -> bool:
+    """Whether a module is a layer or norm that the forward does not call, by any of its names."""
+    module = model.get_submodule(path)
+    called = {id(model.get_submodule(each)) for each in calls}
+    return isinstance(module, (*LAYERS, *NORMS)) and id(module) not in called
 
 
 def _calls(model: nn.Module, inputs: Inputs) -> dict[str, int]:

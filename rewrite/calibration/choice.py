@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pocketize.calibration.options import call_with
 from pocketize.calibration.solver import channel_axis, outputs_at
 from pocketize.calibration.windows import LAYERS, TRANSPOSED, rows
 from pocketize.channels.analysis import analyse
@@ -210,7 +211,7 @@ class _ChannelChoice:
                     layer = self.model.get_submodule(path)
                     see = functools.partial(self._see, path)
                     stack.callback(layer.register_forward_hook(see).remove)
-                inputs.call(self.model)
+                call_with(self.model, inputs)
         self.unseen |= set(paths) - self.moments.keys()
 
     def _see(self, path: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pocketize.errors import InputError, OptionError
-from pocketize.graph.inputs import Inputs, as_inputs, to_model
+from pocketize.graph.inputs import Inputs, as_inputs, find_tensors, to_model
 from pocketize.plugin.options import read_size
 
 
@@ -93,13 +93,19 @@ def call_with(model: nn.Module, inputs: Inputs) -> Any:
     """Run a model.
 
     Raises:
-        InputError: it does not take the inputs.
+        InputError: it does not take the inputs, or makes infinity or NaN of them.
     """
     try:
-        return inputs.call(model)
+        outputs = inputs.call(model)
     except torch.OutOfMemoryError:
         raise
     except (TypeError, RuntimeError, ValueError) as error:
         raise InputError(
             f"calibrate: {type(model).__name__} does not run on {inputs.describe()}: {error}"
         ) from error
+    floats = [each for each in find_tensors(outputs) if each.is_floating_point()]
+    if not all(bool(each.isfinite().all()) for each in floats):
+        raise InputError(
+            f"calibrate: outputs of {type(model).__name__} on an image are not all finite numbers"
+        )
+    return outputs

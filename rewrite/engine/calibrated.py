@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocketize.calibration.calibrate import calibrate, check_passes
 from pocketize.calibration.choice import choose_channels
-from pocketize.calibration.options import Calibration, call_with, evaluated
+from pocketize.calibration.options import Calibration, evaluated
 from pocketize.calibration.result import CalibratedNetwork
 from pocketize.engine.surgery import apply_edits
 from pocketize.graph.clone import clone
@@ -52,8 +52,6 @@ def apply_calibrated(
     }
     if calibration.channels == "reconstruction":
         progress("choosing channels")
-        with evaluated(model, images):
-            call_with(model, images[0])
         each = {**options, "samples": max(1, calibration.samples // len(images))}
         passes, current = [], model
         for number, one in enumerate(planned.passes):

@@ -144,6 +144,43 @@ def test_what_cannot_be_solved_is_listed_with_the_reason() -> None:
     assert found["last"] == ""
 
 
+class Supervised(nn.Module):
+    """Has a second head, which it calls in one setting only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 2, 1)
+        self.deep, self.deeply = nn.Conv2d(8, 2, 1), False
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = F.leaky_relu(self.first(x))
+        return (self.last(x), self.deep(x)) if self.deeply else self.last(x)
+
+
+@pytest.mark.slow
+def test_a_layer_that_the_forward_does_not_call_is_listed() -> None:
+    torch.manual_seed(0)
+    net, x = Supervised().eval(), images()
+    small = rewrite(net, HALF, inputs=x[0], variants=[{"deeply": True}], calibration=x)
+    assert small.get_submodule("deep").weight.shape[1] == 4
+    assert "not calibrated: deep (the forward does not call it" in history(small)[-1].notes[-1]
+    net.deeply = small.deeply = True  # type: ignore[assignment]
+    left = [layer for layer in calibrate(net, small, x).layers if layer.why_not]
+    assert not left
+
+
+@pytest.mark.slow
+def test_images_of_zeros_and_of_what_is_no_number() -> None:
+    net, x = trained(), images()
+    small = rewrite(net, HALF, inputs=x[0])
+    made = calibrate(net, small, [torch.zeros_like(x[0])]).model
+    assert all(bool(tensor.isfinite().all()) for tensor in made.state_dict().values())
+    rewrite(net, HALF, inputs=x[0], calibration=[torch.zeros_like(x[0])])
+    for given in ({"calibration": [x[0] * torch.nan]}, {"calibration": [x[0], x[0] / 0]}):
+        with pytest.raises(InputError, match="not all finite"):
+            rewrite(net, HALF, inputs=x[0], **given)
+
+
 @pytest.mark.slow
 def test_wrong_arguments() -> None:
     net, x = trained(), images()

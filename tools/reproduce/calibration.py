@@ -152,7 +152,7 @@ class Study:
         return found
 
     def on_images(self) -> str:
-        """Return the table of what few, small and unlike images do to one cut, of the first seed."""
+        """Return what few, small and unlike images do to one cut of the first seed."""
         seed, cut = self.seeds[0], "Width(0.5)"
         draw = torch.Generator().manual_seed(0)
         noise = [torch.randn(1, 1, *SIZE, generator=draw) for _ in range(CALIBRATE)]
