@@ -156,6 +156,20 @@ def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
         help="values of the images: standard is mean 0 and variance 1 of each (default), unit is 0 "
         "to 1, none is as they are; as in the training of MODEL",
     )
+    export = command("export", "exporting", "write a network for other programs, and compare it")
+    add_model(export)
+    export.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        help=".onnx, .pt2 (exported program) or .ts (TorchScript): the network in evaluation mode, "
+        "without what passes do while it runs",
+    )
+    export.add_argument("--force", action="store_true", help="replace a file that is there")
+    export.add_argument(
+        "--no-check", action="store_true", help="do not compare its outputs with the network's"
+    )
     _add_measure(
         command("measure", "reporting", "measure one model; its JSON is a baseline for `report`")
     )
