@@ -8,6 +8,8 @@ import argparse
 import contextlib
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -122,13 +124,18 @@ class RunCommand:
         multiples = _numbers("--pad-to", args.pad_to, "x")
         prepare = _prepare(args)
         resolved = resolve_model(args)
+        if resolved.kind == "exported":
+            raise UsageError(
+                f"{args.model} is a program for the sizes that it was exported with; name the "
+                "factory of the model, and give its weights with --weights"
+            )
         if args.weights is None and resolved.kind in ("factory", "zoo"):
             note("without --weights, the model has the weights that its factory gives it")
         folder = args.scratch or os.path.dirname(os.path.realpath(args.output))
         if not os.path.isdir(folder):
             raise UsageError(f"there is no folder {folder} for temporary files")
         device = args.device
-        with _processes(args) as rank:
+        with _stopped_by_schedulers(), _processes(args) as rank:
             if rank is not None and device == "cuda":
                 device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
                 torch.cuda.set_device(device)
@@ -244,6 +251,23 @@ def _prepare(args: argparse.Namespace) -> Callable[[Tensor], Tensor] | None:
         return made
 
     return prepare
+
+
+@contextlib.contextmanager
+def _stopped_by_schedulers() -> Iterator[None]:
+    """Take SIGTERM, which schedulers send at a time limit, as Ctrl-C, so that files are removed."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pocketize._torch import global_forward_hooks
 from pocketize.errors import ExecutionError, InputError
@@ -170,6 +170,11 @@ def _where_it_works(model: nn.Module) -> tuple[torch.device, torch.dtype]:
         raise ExecutionError(
             "run_volume: the network is in training mode, in which it returns something else; "
             "call model.eval() first"
+        )
+    if isinstance(model, torch.jit.ScriptModule | fx.GraphModule):
+        raise ExecutionError(
+            f"run_volume: a {type(model).__name__} is a program, which may hold for the sizes "
+            "alone that it was made with; give the Python module"
         )
     already = wrapping(model, PatchForward)
     if already is not None:

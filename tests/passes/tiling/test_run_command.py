@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,9 @@ def test_several_files_and_a_fourth_axis_are_channels() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_leaves_only_what_resume_needs(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, kind: int
 ) -> None:
     from pocketize.passes.tiling.sources import VolumeSource
 
@@ -164,7 +166,8 @@ def test_an_interrupted_command_leaves_only_what_resume_needs(
         nonlocal count
         count += 1
         if count > limit:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), kind)
+            raise AssertionError
         return plain(self, box)
 
     monkeypatch.setattr(VolumeSource, "read", interrupted)
@@ -172,6 +175,7 @@ def test_an_interrupted_command_leaves_only_what_resume_needs(
     count, limit = 0, 2
     assert run(*words) == 130
     assert os.listdir() == ["in.nii.gz"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     count, limit = 0, 6
     assert run(*words, "--resume") == 130
     (state,) = {*os.listdir()} - {"in.nii.gz"}
@@ -194,6 +198,10 @@ def test_what_cannot_be_run_is_told(
 
     ok = ("in.nii.gz", "-o", "out.npy")
     told("there is no file nowhere.nii", "nowhere.nii", "-o", "out.npy")
+    program = torch.export.export(build().eval(), (torch.zeros(1, 1, *SHAPE),))
+    torch.export.save(program, "in.pt2")
+    assert main(["run", "in.pt2", "--trust-pickle", *ok, "--size", "8"]) == 2
+    assert "in.pt2 is a program for the sizes that it was exported with" in capsys.readouterr().err
     told("cannot tell the format of in.mha", "in.mha", "-o", "out.npy")
     told("cannot tell what to write to 'out.mha'", "in.nii.gz", "-o", "out.mha")
     told("there is no folder nowhere", "in.nii.gz", "-o", "nowhere/out.npy")

@@ -413,6 +413,8 @@ def test_what_does_not_fit_is_refused() -> None:
     refused(ExecutionError, "in training mode", unet(3).train(), values)
     refused(ExecutionError, "meta device", unet(3).to("meta"), values)
     refused(ExecutionError, "returns 2 tensors in a Outputs", DeepSupervision().eval(), values[0])
+    program = torch.fx.symbolic_trace(nn.Sequential(nn.Conv3d(1, 2, 3))).eval()
+    refused(ExecutionError, "is a program, which may hold for the sizes alone", program, values)
     tiled = rewrite(unet(3), Patchwise(size=8), inputs="1x1x16x16x16")
     refused(ExecutionError, "already runs patch-wise, in mode 'exact'", tiled, values)
     hooked = unet(3)
