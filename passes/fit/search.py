@@ -24,7 +24,7 @@ from pocketize.graph.capture import capture, settle_inputs
 from pocketize.graph.clone import clone
 from pocketize.graph.sizes import suggest_sizes
 from pocketize.memory.meter import measure_here
-from pocketize.memory.step import Request
+from pocketize.memory.step import Request, quick_collections
 from pocketize.memory.work import Work
 from pocketize.passes.fit.cache import EstimateCache
 from pocketize.passes.fit.proof import Proof, prove_step
@@ -106,11 +106,14 @@ def fit(
     budget = _bytes(memory)
     tell = progress or (lambda text: None)
     allowed = list(Guarantee)[: order.index(allow) + 1]
-    with suggest_sizes(model, request.inputs):
-        search = FitSearch(request, budget, max_time, tell)
-    if resident and search.device.type != "cpu":
-        raise FitError("resident=True counts the process' memory on the CPU; leave it out on a GPU")
-    chosen, lean, proof = _solve_and_prove(search, allowed, prove=prove, resident=resident)
+    with quick_collections():
+        with suggest_sizes(model, request.inputs):
+            search = FitSearch(request, budget, max_time, tell)
+        if resident and search.device.type != "cpu":
+            raise FitError(
+                "resident=True counts the process' memory on the CPU; leave it out on a GPU"
+            )
+        chosen, lean, proof = _solve_and_prove(search, allowed, prove=prove, resident=resident)
     return Fit(
         model=lean,
         chosen=chosen,

@@ -157,24 +157,25 @@ def _points(convolution: ConvolutionShape) -> int:
 
 
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
-    best, spent = math.inf, 0.0
     clock = time.thread_time if device.type == "cpu" else time.perf_counter
+
+    def timed(repeats: int) -> float:
+        start = clock()
+        for _ in range(repeats):
+            call()
+        _synchronize(device)
+        return clock() - start
+
     with torch.no_grad(), _one_thread():
         call()  # the first call allocates and compiles
-        start = clock()
-        call()
-        _synchronize(device)
+        best = spent = timed(1)
         # what is as short as the clock's own steps is timed many times at once
-        repeats = 1 if clock() - start > _SHORT else _MANY
+        repeats = 1 if best > _SHORT else _MANY
         for _ in range(_TIMES):
-            start = clock()
-            for _ in range(repeats):
-                call()
-            _synchronize(device)
-            taken = clock() - start
-            best, spent = min(best, taken / repeats), spent + taken
             if spent > _SECONDS:
                 break
+            taken = timed(repeats)
+            best, spent = min(best, taken / repeats), spent + taken
     return best
 
 
