@@ -310,7 +310,7 @@ class FitSearch:
         """Apply passes to a copy; what is chosen in the end is planned and checked again."""
         model, request = self.request.model, self.request
         for given in passes:
-            if given.name == "patchwise":  # planning runs small volumes
+            if given.name in ("patchwise", "offload"):  # planning runs small volumes, and surveys
                 edit = Convert("", given.name, given.conversion_options())
             elif isinstance(given, Recompute):  # planning records the step
                 edit = given.unchecked(capture(model, request.inputs, train=True))
@@ -360,13 +360,17 @@ class FitSearch:
                     f"The least peak with guarantee {guarantee.value} is {bytes_text(least.peak)} "
                     f"({least.label}, {least.time:.2f} times the time)."
                 )
+        if not hopeless:
+            parts += self.remarks()
         weaker = [g.value for g in Guarantee if g not in allowed][-1 if hopeless else 0 :]
         advice = f"allow={weaker[0]!r} (--allow {weaker[0]}), or " if weaker else ""
         return " ".join([*parts, f"Try {advice}a smaller input: `pocketize fit --largest-input`."])
 
     def remarks(self) -> tuple[str, ...]:
         """Say what was refused."""
-        return tuple(f"Not possible: {label}: {why}" for label, why in self.refused.items())
+        return tuple(
+            f"Not possible: {label}: {why.rstrip('.')}." for label, why in self.refused.items()
+        )
 
 
 def _key(way: Way | FitPoint) -> str:

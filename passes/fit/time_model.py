@@ -16,6 +16,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pocketize._torch import pytree
 from pocketize.errors import FitError
 from pocketize.memory.work import EXAMPLE_BYTES, ConvolutionShape, Described, Operations, Work
 from pocketize.passes.fit.cache import cache_folder, read_json_file, write_json_file
+from pocketize.passes.offload.offload import file_copy, host_copy
 
 aten = torch.ops.aten
 
@@ -33,8 +35,11 @@ aten = torch.ops.aten
 _SECONDS, _TIMES = 0.05, 5
 #: Calls of fewer seconds are repeated so many times for one reading of the clock.
 _SHORT, _MANY = 2e-4, 100
-#: Python's part of an operator, in calls of the smallest one: measured on tiles, which run many.
-_PYTHON = 6
+#: Python's part of an operator, and what recompute adds for each that it follows and each tensor
+#: that it is to save, in calls of the smallest operator: a fit to 48 steps of less than 0.1 s.
+_PYTHON, _FOLLOWED = 3, 110
+#: Bytes of a move whose time is all in its beginning and end.
+_SMALL_MOVE = 4096
 #: Calls on fewer bytes than these cost the same, whatever the operator.
 _SCALARS = 4096
 #: Stands in a cache file for an operator that cannot be timed.
@@ -58,7 +63,10 @@ class TimeModel:
     def seconds(self, work: Work) -> float:
         """Predict the time of a step; on the CPU, with the present number of threads."""
         threads = torch.get_num_threads() if self.device.type == "cpu" else 1
-        total = work.dispatched * _PYTHON * self._call_seconds() * threads
+        python = work.dispatched * _PYTHON + work.followed * _FOLLOWED
+        total = python * self._call_seconds() * threads
+        for (place, away), count in work.moves.items():
+            total += self._moves(place, away, count, work.moved[place, away]) * threads
         for convolution, count in work.convolutions.items():
             total += count * self._convolution(convolution)
         for name, operations in work.others.items():
@@ -90,11 +98,31 @@ class TimeModel:
         key = f"{name} {args!r}" if operations.flops else f"{name} {size.bit_length()}"
         seconds = self._time(key, lambda: self._call(func, args, kwargs))
         if seconds is None:  # it cannot be repeated on random numbers
-            plain = Described((EXAMPLE_BYTES // 8,), torch.float32)
             size = EXAMPLE_BYTES
-            seconds = self._time("plain", lambda: self._call(torch.neg, (plain,), {})) or 0.0
+            seconds = self._time("plain", self._plain_call) or 0.0
         rate = max(0.0, seconds - call) / size
         return operations.calls * call + operations.nbytes * rate
+
+    def _moves(self, place: str, away: bool, count: int, nbytes: int) -> float:
+        """A cost for each move, and one for each byte."""
+        if place == "host" and self.device.type == "cpu":  # another device's times are not known
+            rate = self._time("plain", self._plain_call) or 0.0
+            return nbytes * rate / EXAMPLE_BYTES
+        times = []
+        for size in (_SMALL_MOVE, EXAMPLE_BYTES // 4):
+            key = f"{place} {'away' if away else 'back'} {size}"
+            times.append(self._time(key, partial(self._move_call, place, away, size)) or 0.0)
+        rate = max(0.0, times[1] - times[0]) / (EXAMPLE_BYTES // 4)
+        return count * times[0] + nbytes * rate
+
+    def _move_call(self, place: str, away: bool, nbytes: int) -> Callable[[], object]:
+        tensor = torch.rand(nbytes // 4, device=self.device)
+        if place == "disk":
+            return (lambda: file_copy(tensor, None)) if away else file_copy(tensor, None)
+        return (lambda: host_copy(tensor)) if away else host_copy(tensor)
+
+    def _plain_call(self) -> Callable[[], object]:
+        return self._call(torch.neg, (Described((EXAMPLE_BYTES // 8,), torch.float32),), {})
 
     def _call_seconds(self) -> float:
         tiny = Described((1,), torch.float32)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _SLABS, _BLOCKS = (2, 3, 4, 6, 8, 12), (3, 4, 6)
 #: Points of the curve of recompute that are estimated although another one fits.
 _SHOWN = 3
+#: Saved tensors of so many bytes and more are moved away.
+_OFFLOADED = ("64KiB", "1MiB", "16MiB", "256MiB")
 #: Smaller tiles are not tried if the last ones took more than this part of the peak before.
 _WORTH = 0.97
 
@@ -60,6 +62,11 @@ def _try_exact(search: FitSearch) -> None:
             if point is not None and search.gradients_decide(point):
                 search.try_way(way.stepping())
         _try_recompute(search)
+        if search.device.type != "cpu" and search.here:  # the time of the copies is known
+            _try_offload(search, "host")
+    for place in _places(search) if search.request.train else ():
+        if search.best(Guarantee.EXACT) is None:
+            _try_offload(search, place)
     if search.best(Guarantee.EXACT) is None:
         _try_tiles(search)
     least = min(search.points, key=lambda point: point.peak)
@@ -89,6 +96,31 @@ def _try_recompute(search: FitSearch) -> None:
             search.try_way(ways[index].stepping())
 
 
+def _places(search: FitSearch) -> tuple[str, ...]:
+    """Where results may wait, the quickest place first."""
+    return ("disk",) if search.device.type == "cpu" else ("host", "disk")
+
+
+def _try_offload(search: FitSearch, place: str) -> None:
+    """Move saved tensors away: all of them, and then, as long as it fits, only larger ones."""
+    simple = {"in-place-norm", "checkpoint"}  # offload takes no recompute before it
+    bases = [p for p in search.points if {q.name for q in p.passes} <= simple]
+    base = min((p for p in bases if not p.step_in_backward), key=lambda p: p.peak)
+    device = search.device.type if place == "host" else None
+    for size in _OFFLOADED:
+        moving = _pass("offload", min_bytes=size, to=place, device=device)
+        label = f"offload to {place} from {size} on"
+        way = Way(f"{base.label}, {label}" if base.passes else label, (*base.passes, moving))
+        point = search.try_way(way)
+        if point is not None and not point.elsewhere:
+            search.points.remove(point)  # no tensor is as large
+            return
+        if point is not None and search.gradients_decide(point):
+            point = search.try_way(way.stepping())
+        if point is None or not search.fits(point):
+            return
+
+
 def _try_tiles(search: FitSearch, *before: Pass) -> None:
     """Try ever smaller tiles until one fits, or until they do not save any more."""
     sizes = search.request.inputs.tensors()[0].shape[2:]
@@ -99,10 +131,8 @@ def _try_tiles(search: FitSearch, *before: Pass) -> None:
         {"size": math.ceil(sizes[axis] / part), "axis": axis} for part in _SLABS
     ]
     blocks = [{"size": tuple(math.ceil(size / part) for size in sizes)} for part in _BLOCKS]
-    places = ("disk",) if search.device.type == "cpu" else ("host", "disk")
-    if not search.request.train:
-        places = ("device", *places)
-    for place in places:
+    places = _places(search)
+    for place in places if search.request.train else ("device", *places):
         for family in (slabs, blocks):
             if _try_smaller(search, family, place, before):
                 return

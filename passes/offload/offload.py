@@ -8,7 +8,7 @@ and small tensors where they are.
 
 from __future__ import annotations
 
-__all__ = ["Offload", "OffloadedForward"]
+__all__ = ["Offload", "OffloadedForward", "file_copy", "host_copy"]
 
 import tempfile
 import weakref
@@ -25,6 +25,7 @@ from pocketize.engine.pipeline import history
 from pocketize.errors import ExecutionError, OptionError, RewriteError
 from pocketize.graph.capture import find_tensors
 from pocketize.graph.inputs import first_parameter
+from pocketize.memory.hints import host_is_apart, note_move
 from pocketize.memory.in_place import is_dense
 from pocketize.passes.shared import REBUILDING
 from pocketize.passes.shared.forwards import (
@@ -186,8 +187,17 @@ class OffloadedForward(Forward):
     def place(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Move a tensor away and return what brings it back."""
         if isinstance(tensor, FakeTensor):
-            return _fake_copy(tensor)
-        return _file_copy(tensor, self.folder) if self.disk else _host_copy(tensor)
+            back = _fake_copy(tensor, disk=self.disk)
+        else:
+            back = file_copy(tensor, self.folder) if self.disk else host_copy(tensor)
+        place, nbytes = "disk" if self.disk else "host", tensor.nbytes
+        note_move(nbytes, place, back)
+
+        def fetch() -> Tensor:
+            note_move(nbytes, place)
+            return back()
+
+        return fetch
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -230,7 +240,8 @@ class _Mover:
             return False  # it need not have memory of its own
         if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_inference():
             return False
-        if tensor.device.type == "cpu" and not self._forward.disk:
+        away = self._forward.disk or tensor.device.type != "cpu"
+        if not away and not (kind is FakeTensor and host_is_apart()):  # it represents a GPU's
             return False
         nbytes = tensor.numel() * tensor.element_size()
         # An expanded tensor is smaller in memory than it says; so moved, it would grow.
@@ -278,16 +289,27 @@ class _MovedTensor:
         return tensor
 
 
-def _host_copy(tensor: Tensor) -> Callable[[], Tensor]:
-    """Copy to host memory; pinned, so that copying does not block the host."""
+def host_copy(tensor: Tensor) -> Callable[[], Tensor]:
+    """Copy to host memory; pinned, so that copying does not block the host.
+
+    Returns:
+        What brings it back.
+    """
     device, pinned = tensor.device, tensor.is_cuda
     copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
     copy.copy_(tensor, non_blocking=pinned)
     return lambda: copy.to(device, non_blocking=pinned)
 
 
-def _file_copy(tensor: Tensor, folder: str | None) -> Callable[[], Tensor]:
-    """Write the bytes to a temporary file, which is closed after the last read."""
+def file_copy(tensor: Tensor, folder: str | None) -> Callable[[], Tensor]:
+    """Write the bytes to a temporary file, which is closed after the last read.
+
+    Returns:
+        What reads them.
+
+    Raises:
+        ExecutionError: there is no room in the folder.
+    """
     flat = tensor if is_dense(tensor.shape, tensor.stride()) else tensor.contiguous()
     device, dtype, shape, stride = flat.device, flat.dtype, flat.shape, flat.stride()
     try:
@@ -310,10 +332,13 @@ def _file_copy(tensor: Tensor, folder: str | None) -> Callable[[], Tensor]:
     return read
 
 
-def _fake_copy(tensor: FakeTensor) -> Callable[[], Tensor]:
+def _fake_copy(tensor: FakeTensor, *, disk: bool) -> Callable[[], Tensor]:
     """Copy in an estimate, where tensors have no values."""
-    shape, stride, dtype, device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-    mode = tensor.fake_mode
+    flat: Any = tensor
+    if not is_dense(tensor.shape, tensor.stride()):  # as the real copies do
+        flat = tensor.contiguous() if disk else torch.empty_like(tensor, device="meta")
+    shape, stride, dtype = flat.shape, flat.stride(), flat.dtype
+    mode, device = tensor.fake_mode, tensor.device
 
     def empty() -> Tensor:
         with mode:

@@ -29,6 +29,7 @@ from pocketize._torch import (
     version_of,
 )
 from pocketize.memory.flops import flops_of
+from pocketize.memory.hints import note_followed
 from pocketize.ops import Kind, operator_of
 from pocketize.ops.effects import Effect
 from pocketize.passes.recompute.norms import Statistics, normalise, statistics_of
@@ -87,6 +88,7 @@ class RecomputeGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._order = 0
         self._uses: dict[str, int] = {}
         self._quiet = False
+        self._followed = 0
         self.storages = StorageTable()
         for name, parameter in model.named_parameters():
             if is_plain(parameter):
@@ -100,6 +102,7 @@ class RecomputeGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self._quiet or getattr(func, "namespace", "") == "prim":  # which asks for the device
             return func(*args, **kwargs)
+        self._followed += 1
         with self.quietly():
             return self._run(func, describe(func), args, kwargs)
 
@@ -119,6 +122,7 @@ class RecomputeGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if value is None:
                 return tensor.detach()
             handle = self.handle(value, self.segment)
+            self._followed += 1
             self._packed.append(handle)
             return handle
 
@@ -137,6 +141,7 @@ class RecomputeGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def finish(self) -> None:
         """End the recording; freed tensors still referenced get their content back."""
         self._packed.clear()
+        note_followed(self._followed)
         with self.quietly():
             self.storages.close(self.segment)
 

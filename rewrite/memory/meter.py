@@ -197,7 +197,7 @@ def measure_on(
         rss = highest - resident + _loaded_bytes(stage)
 
     work = Work() if work is None else work
-    trace = track(stage, step, observe=work.note)
+    trace = track(stage, step, work=work)
     categories = dict(trace.categories)
     if allocated is not None:  # workspaces and rounding, which are in no tensor
         surplus = allocated - trace.peak
@@ -247,7 +247,7 @@ def track(
     stage: Stage,
     step: MeasuredStep,
     tracker: LiveTracker | None = None,
-    observe: Callable[[Any, Any, Any, Any], None] | None = None,
+    work: Work | None = None,
 ) -> Trace:
     """Run a step and follow its storages.
 
@@ -255,11 +255,15 @@ def track(
         stage: where.
         step: a step that has run before, so that there is optimizer state.
         tracker: follows them; by default one that knows which module runs.
-        observe: for the default tracker.
+        work: counts the operators and moves of the step, for the default tracker.
     """
     paths = ModulePaths(stage.model)
     tracker = tracker or LiveTracker(
-        stage.device, paths.current, fake=stage.fake, like_cuda=stage.like_cuda, observe=observe
+        stage.device,
+        paths.current,
+        fake=stage.fake,
+        like_cuda=stage.like_cuda,
+        work=work,
     )
     step.clear()
     for path, module in stage.model.named_modules():

@@ -29,7 +29,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,7 +45,11 @@ from pocketize._torch import (
     sparse_parts,
     storage_key,
 )
+from pocketize.memory.hints import ON
 from pocketize.memory.in_place import counts_in_autograd, in_place_overload
+
+if TYPE_CHECKING:
+    from pocketize.memory.work import Work
 
 aten = torch.ops.aten
 
@@ -124,11 +128,11 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             is not.
         every: look at every event for storages that were resized without an operator, not only
             where the peak depends on them.
-        observe: called with every operator of the step after it has run: the function, its
-            arguments, its keyword arguments and its result.
+        work: is told of every operator of the step after it has run, and of every move.
 
     Attributes:
         peak: most bytes alive at once since the first phase began.
+        host_is_apart: host memory is not the device's.
     """
 
     def __init__(
@@ -139,13 +143,14 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fake: bool = False,
         like_cuda: bool = False,
         every: bool = False,
-        observe: Callable[[Any, Any, Any, Any], None] | None = None,
+        work: Work | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._every, self._observe = every, observe
+        self._every, self._work = every, work
         self._sole = counts_in_autograd()
         self._device = device.type
-        self._apart = _ON_DISK, *((_ON_HOST,) if like_cuda or device.type != "cpu" else ())
+        self.host_is_apart = like_cuda or device.type != "cpu"
+        self._apart = _ON_DISK, *((_ON_HOST,) if self.host_is_apart else ())
         self._fake = fake
         self._where = where
         self._phase = ""
@@ -170,6 +175,14 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 record = self._live.get(storage_key(storage))
                 if record is not None and record.role is None:
                     record.role, record.module = role, module
+
+    def __enter__(self) -> Any:
+        ON.trackers.append(self)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *raised: Any) -> None:
+        ON.trackers.remove(self)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     @property
     def now(self) -> int:
@@ -222,8 +235,8 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._phase == "backward":
             func = in_place_overload(func, args, self._sole) or func
         out = func(*args, **kwargs)
-        if self._observe is not None and self._phase:
-            self._observe(func, args, kwargs, out)
+        if self._work is not None and self._phase:
+            self._work.note(func, args, kwargs, out)
         # An operator that writes in place returns what it was given; it may have resized it.
         self._look((args, kwargs) if _writes(func) else out)
         return out
@@ -264,14 +277,29 @@ class LiveTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Count a storage that is not in this device's memory, such as a mapped file."""
         key, nbytes = storage_key(storage), storage.nbytes()
         if key not in self._elsewhere:
-            watch = weakref.ref(storage, functools.partial(self._release_elsewhere, key))
-            self._elsewhere[key] = nbytes, watch
-            self._elsewhere_bytes += nbytes
-            self._elsewhere_peak = max(self._elsewhere_peak, self._elsewhere_bytes)
+            self._add_elsewhere(key, nbytes, storage)
+
+    def _add_elsewhere(self, key: int, nbytes: int, holder: Any) -> None:
+        watch = weakref.ref(holder, functools.partial(self._release_elsewhere, key))
+        self._elsewhere[key] = nbytes, watch
+        self._elsewhere_bytes += nbytes
+        self._elsewhere_peak = max(self._elsewhere_peak, self._elsewhere_bytes)
 
     def _release_elsewhere(self, key: int, _: object = None) -> None:
         nbytes, _watch = self._elsewhere.pop(key)
         self._elsewhere_bytes -= nbytes
+
+    def moved(self, nbytes: int, place: str, holder: Any) -> None:
+        """Count a move, see :func:`pocketize.memory.hints.note_move`."""
+        if holder is not None:
+            self._add_elsewhere(-id(holder), nbytes, holder)  # no storage has such a key
+        if self._work is not None and self._phase:
+            self._work.note_move(nbytes, place, away=holder is not None)
+
+    def followed(self, count: int) -> None:
+        """See :func:`pocketize.memory.hints.note_followed`."""
+        if self._work is not None and self._phase:
+            self._work.followed += count
 
     def _see_resized(self) -> None:
         """Look for storages whose memory was taken away without an operator."""

@@ -72,6 +72,10 @@ class Work:
         others: every other operator, by name.
         flops: floating-point operations of convolutions and matrix products, by torch's formulas.
         dispatched: operators that reached the dispatcher, those that only make views included.
+        followed: operators that a pass looked at in Python, and tensors that it was asked to save.
+        moves: moves without an operator, by the place ("host" or "disk") and whether they went
+            there or came back.
+        moved: their bytes.
     """
 
     def __init__(self) -> None:
@@ -79,6 +83,14 @@ class Work:
         self.others: dict[str, Operations] = {}
         self.flops = 0
         self.dispatched = 0
+        self.followed = 0
+        self.moves: Counter[tuple[str, bool]] = Counter()
+        self.moved: Counter[tuple[str, bool]] = Counter()
+
+    def note_move(self, nbytes: int, place: str, *, away: bool) -> None:
+        """Count bytes that are moved to another place, or back to the device."""
+        self.moves[place, away] += 1
+        self.moved[place, away] += nbytes
 
     def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Count an operator that has just run."""

@@ -155,6 +155,44 @@ def test_inference_fits_by_tiles(net: nn.Module) -> None:
 
 
 @pytest.mark.slow
+def test_saved_tensors_wait_on_disk_where_recompute_is_not_enough(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ways, "_try_recompute", lambda search: None)
+    budget = int(0.5 * _peak(net))
+    found = fit(net, INPUT, memory=budget, prove=False)
+    assert [p.name for p in found.passes] == ["in-place-norm", "offload"]
+    assert not any("1MiB" in point.label for point in found.points)  # no tensor is as large
+    measured = measure(found.model, INPUT)
+    assert measured.peak == found.chosen.peak <= budget
+    assert measured.elsewhere == found.chosen.elsewhere > 0
+    for one, other in zip(_gradients(net), _gradients(found.model), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the estimate is for a missing GPU")
+def test_for_a_gpu_saved_tensors_wait_in_host_memory(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ways, "_try_recompute", lambda search: None)
+    monkeypatch.setattr(search, "_CONTEXT", 0)
+    found = fit(net, INPUT, memory=int(0.6 * _peak(net)), device="cuda")
+    assert (found.passes[-1].name, found.passes[-1].to) == ("offload", "host")
+    assert found.chosen.elsewhere > 0
+
+
+def test_the_error_says_what_is_not_possible(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_try_recompute", "_try_offload"):
+        monkeypatch.setattr(ways, name, lambda *_: None)
+    monkeypatch.setattr(ways, "_try_tiles", lambda search: search.refused.update(tiles="a reason."))
+    with pytest.raises(FitError, match=r"Not possible: tiles: a reason\. Try allow='approximate'"):
+        fit(net, INPUT, memory="1MiB", prove=False)
+
+
+@pytest.mark.slow
 def test_what_cannot_fit_is_refused_with_the_least_peak(net: nn.Module) -> None:
     with pytest.raises(FitError, match=r"least peak with guarantee exact is \d+.* MiB \("):
         fit(net, INPUT, memory="300KiB", max_time=1.5, prove=False)

@@ -66,6 +66,30 @@ def test_times_are_kept_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert again.seconds(work) == seconds
 
 
+def test_what_recompute_follows_and_what_moves_takes_time() -> None:
+    work = Work()
+    lean = rewrite(UNet3d(), "recompute:keep=conv,min_bytes=0", inputs=INPUT)
+    measure_here(Request(lean, INPUT, estimate=True), work=work)
+    forward = sum(not c.mask for c in work.convolutions.elements())
+    assert work.followed > 3 * forward  # every operator, and what is saved
+    model = TimeModel(CPU)
+    before = model.seconds(work)
+    work.followed += 1000
+    after = model.seconds(work)
+    work.note_move(1 << 20, "disk", away=True)
+    assert before < after < model.seconds(work)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_real_clock")
+@pytest.mark.parametrize("away", [False, True])
+def test_moves_of_more_bytes_take_longer(tmp_path: Path, away: bool) -> None:
+    model, little, much = TimeModel(CPU, tmp_path / "times.json"), Work(), Work()
+    little.note_move(1 << 20, "disk", away=away)
+    much.note_move(1 << 28, "disk", away=away)
+    assert 0 < model.seconds(little) < model.seconds(much)
+
+
 @pytest.mark.usefixtures("_real_clock")
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"call": "soon"}', '{"call": null}'])
 def test_a_broken_file_is_ignored(tmp_path: Path, text: str) -> None:

@@ -13,6 +13,9 @@ from torch import Tensor, fx, nn
 
 from pocketize import Guarantee, load, measure, plan, rewrite, save
 from pocketize.errors import NoEffectWarning, OptionError
+from pocketize.memory.meter import measure_here
+from pocketize.memory.step import Request
+from pocketize.memory.work import Work
 from pocketize.passes import Amp, Checkpoint, Offload
 from pocketize.passes.offload import offload
 
@@ -159,6 +162,52 @@ def test_memory_is_given_back_at_once_and_estimates_know_it():
     assert measure(made, "2x8x32x32", optimizer=None, estimate=True).peak == after.peak
 
 
+class Gaps(nn.Module):
+    """Autograd keeps views with gaps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.weight
+        return y[:, :, ::2, 1:].sin() * y.cos()[:, :, 1::2, 1:]
+
+
+def pair() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 1), Gaps())
+
+
+def test_an_estimate_counts_what_waits_in_files_to_the_byte(files: list[int]):
+    made = rewrite(pair(), DISK, inputs="1x1x16x16")
+    estimated = measure(made, "1x1x16x16", estimate=True)
+    files.clear()
+    measured = measure(made, "1x1x16x16")
+    # two steps that write the same
+    assert estimated.elsewhere == measured.elsewhere == sum(files) // 2 > 0
+    assert estimated.peak == measured.peak
+    assert measure(made, "1x1x16x16", "infer", estimate=True).elsewhere == 0
+
+
+def test_an_estimate_for_a_gpu_counts_what_waits_in_host_memory(files: list[int]):
+    made = rewrite(pair(), Offload(min_bytes="1KiB", device="cuda"), inputs="1x1x16x16")
+    estimated = measure(made, "1x1x16x16", estimate=True, device="cuda")
+    untouched = measure(pair(), "1x1x16x16", estimate=True, device="cuda")
+    on_disk = rewrite(pair(), DISK, inputs="1x1x16x16")
+    assert estimated.elsewhere == measure(on_disk, "1x1x16x16", estimate=True).elsewhere
+    assert estimated.peak < untouched.peak
+    assert measure(made, "1x1x16x16", estimate=True).elsewhere == 0  # on the CPU nothing moves
+
+
+def test_work_counts_what_moves_there_and_back():
+    work = Work()
+    made = rewrite(pair(), DISK, inputs="1x1x16x16")
+    profile = measure_here(Request(made, "1x1x16x16", estimate=True), work=work)
+    away = profile.elsewhere
+    twice = 8 * 16 * 16 * 4  # what both Tanh and the convolution after it keep
+    assert work.moved == {("disk", True): away, ("disk", False): away + twice}
+
+
 def test_no_file_is_left_behind(tmp_path: Any):
     made = rewrite(
         net(), Offload(to="disk", min_bytes="1KiB", folder=str(tmp_path)), inputs=inputs()
@@ -188,7 +237,7 @@ def test_on_the_cpu_host_memory_is_refused_unless_a_device_is_named():
 def test_tensors_on_a_device_are_copied_to_the_host_and_back():
     """On a machine without a GPU the host's copy is all that can be looked at."""
     x = inputs().to(memory_format=torch.channels_last)
-    back = offload._host_copy(x)()
+    back = offload.host_copy(x)()
     assert back.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
     assert back.stride() == x.stride()
     assert torch.equal(back, x)
