@@ -86,6 +86,7 @@ class Study:
         self.seeds: list[int] = arguments.seeds
         self.steps: int = arguments.steps
         self.until: str = arguments.until
+        self.only: list[str] = arguments.only
         cases = read_volumes(arguments.data, SIZE)
         others = [case for index, case in enumerate(cases) if index % 3]
         self.training = others[:TRAIN]
@@ -99,7 +100,9 @@ class Study:
 
     def find(self, name: str, look: Callable[[], Any]) -> Any:
         """Return what was found out under this name, now or in an earlier run."""
-        if name not in self.results and not (self.until and time.strftime("%H:%M") >= self.until):
+        late = bool(self.until) and time.strftime("%H:%M") >= self.until
+        asked = any(each in name for each in self.only)
+        if name not in self.results and asked and not late:
             self.results[name] = look()
             sys.stderr.write(f"{time.strftime('%H:%M')} {name}: {self.results[name]}\n")
             self.file.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
@@ -232,6 +235,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--until", default="", metavar="HH:MM", help="begin nothing new after this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="find out what has this in its name"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     study = Study(arguments)
