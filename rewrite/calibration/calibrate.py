@@ -145,11 +145,19 @@ def _edits(before: nn.Module, after: nn.Module) -> tuple[dict[str, Tensor], set[
             continue
         path, _, name = edit["tensor"].rpartition(".")
         resized.add(path)
-        axis = 1 if isinstance(modules.get(path), TRANSPOSED) else 0
-        if name == "weight" and edit["axis"] == axis:
+        layer: Any = modules.get(path)
+        turned, depthwise = isinstance(layer, TRANSPOSED), _is_depthwise(layer)
+        if name == "weight" and edit["axis"] == (1 if turned and not depthwise else 0):
             chosen = torch.tensor(edit["keep"])
+            if turned and depthwise:  # the axis is that of the inputs, each with its outputs
+                each = layer.out_channels // layer.groups
+                chosen = (chosen[:, None] * each + torch.arange(each)).flatten()
             kept[path] = kept[path][chosen] if path in kept else chosen
     return kept, replaced, resized
+
+
+def _is_depthwise(layer: Any) -> bool:
+    return isinstance(layer, (*CONVS, *TRANSPOSED)) and layer.groups == layer.in_channels > 1
 
 
 def _unsolved(model: nn.Module, path: str, calls: dict[str, int]) -> bool:
@@ -276,8 +284,8 @@ def _not_solvable(after: nn.Module, path: str, calls: dict[str, int]) -> str:
     users = [m for m in after.modules() if any(p is weight for p in m._parameters.values())]
     if len(users) > 1:
         return "its weight is shared with another module"
-    if isinstance(layer, TRANSPOSED) and layer.groups > 1:
-        return "transposed convolutions with groups are not solved"
+    if isinstance(layer, TRANSPOSED) and layer.groups > 1 and not _is_depthwise(layer):
+        return "transposed convolutions with groups of several channels are not solved"
     return ""
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pocketize.calibration.chains import ConvChain, fit_chain
 from pocketize.calibration.result import CalibratedLayer
-from pocketize.calibration.windows import CONVS, matrix_of, rows, set_matrix
+from pocketize.calibration.windows import groups_of, matrix_of, rows, set_matrix
 from pocketize.graph.inputs import Inputs
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -174,7 +174,7 @@ class LayerSolver:
 
     def _solve_linear(self, path: str, layer: nn.Module) -> tuple[float, float]:
         bias = cast("Tensor | None", layer.bias)
-        groups = layer.groups if isinstance(layer, CONVS) else 1
+        groups = groups_of(layer)
         channels = _ends(layer)[0] // groups
         taps = matrix_of(layer, 0, slice(None)).shape[0] // channels
         # half of the memory: a normal matrix for each group, and the factor of one
@@ -238,7 +238,7 @@ class LayerSolver:
         """
         problems: list[LinearProblem] = []
         size = 0.0
-        groups = layer.groups if isinstance(layer, CONVS) else 1
+        groups = groups_of(layer)
         inputs, outputs = matrix_of(layer, 0, block).shape
         inputs += layer.bias is not None
         step = max(1, int(self.memory / 4 / _ROW / inputs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LAYERS", "matrix_of", "rows", "set_matrix"]
+__all__ = ["LAYERS", "groups_of", "matrix_of", "rows", "set_matrix"]
 
 from collections.abc import Iterable
 from itertools import product
@@ -21,7 +21,7 @@ def rows(layer: nn.Module, x: Tensor, places: Tensor, channels: slice, group: in
     """Return what the outputs at some places are computed of.
 
     Args:
-        layer: a convolution, a transposed one without groups, or a linear layer.
+        layer: a convolution, a transposed one, or a linear layer.
         x: its input: ``(N, C, *spatial)``, or ``(..., C)`` of a linear layer.
         places: ``(S,)``, indices into the flattened batch and spatial axes of the output.
         channels: which input channels, of those of the group.
@@ -100,23 +100,31 @@ def _offsets(conv: nn.Conv2d) -> Iterable[Tensor]:
 
 def matrix_of(layer: nn.Module, group: int, channels: slice) -> Tensor:
     """Return a layer's weight as ``(channels * kernel, outputs of the group)``."""
-    weight = cast(Tensor, layer.weight).detach()
+    part = _part(layer, group, channels)
     if isinstance(layer, TRANSPOSED):
-        return weight[channels].flatten(2).transpose(1, 2).flatten(0, 1)
-    groups = layer.groups if isinstance(layer, CONVS) else 1
-    size = weight.shape[0] // groups
-    return weight[group * size : (group + 1) * size, channels].flatten(1).T
+        return part.flatten(2).transpose(1, 2).flatten(0, 1)
+    return part.flatten(1).T
 
 
 def set_matrix(layer: nn.Module, group: int, channels: slice, matrix: Tensor) -> None:
     """Write what :func:`matrix_of` returns."""
-    weight = cast(Tensor, layer.weight).detach()
+    part = _part(layer, group, channels)
     if isinstance(layer, TRANSPOSED):
-        part = weight[channels].flatten(2)
-        new = matrix.reshape(part.shape[0], part.shape[2], part.shape[1]).transpose(1, 2)
-        weight[channels] = new.reshape(weight[channels].shape).to(weight)
-        return
-    groups = layer.groups if isinstance(layer, CONVS) else 1
-    size = weight.shape[0] // groups
-    rows_ = slice(group * size, (group + 1) * size)
-    weight[rows_, channels] = matrix.T.reshape(weight[rows_, channels].shape).to(weight)
+        inputs, outputs = part.shape[:2]
+        part.copy_(matrix.reshape(inputs, -1, outputs).transpose(1, 2).reshape(part.shape))
+    else:
+        part.copy_(matrix.T.reshape(part.shape))
+
+
+def _part(layer: nn.Module, group: int, channels: slice) -> Tensor:
+    """Return the weight of some input channels of a group, as a view."""
+    weight = cast(Tensor, layer.weight).detach()
+    size = weight.shape[0] // groups_of(layer)
+    own = weight[group * size : (group + 1) * size]  # outputs, or inputs of a transposed one
+    return own[channels] if isinstance(layer, TRANSPOSED) else own[:, channels]
+
+
+def groups_of(layer: nn.Module) -> int:
+    """Return the groups of a layer; 1 of a linear one."""
+    groups: int = getattr(layer, "groups", 1)
+    return groups

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketize import Calibration, history, rewrite
+from pocketize import Calibration, calibrate, history, rewrite
 from pocketize.errors import OptionError
+from pocketize.passes import Width
 
 from .test_calibrate import HALF, images, trained
 
@@ -108,3 +109,23 @@ def test_a_group_without_a_layer_to_ask_keeps_the_largest_weights() -> None:
     assert history(small)[-1].notes[-1] == (
         "not calibrated: last (it is called with keyword arguments)"
     )
+
+
+@pytest.mark.slow
+def test_depthwise_layers_follow_the_channels_that_were_chosen() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3),
+        nn.ConvTranspose2d(8, 8, 3, stride=2, groups=8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 3, 1),
+    ).eval()
+    x = images()
+    small = rewrite(net, Width(0.75), inputs=x[0])
+    found = calibrate(net, small, x)
+    assert not [layer for layer in found.layers if layer.why_not]
+    for layer in found.layers[:2]:
+        assert layer.after is not None
+        assert layer.after < 1e-4  # each channel of these needs one input, which is there
+    assert found.after < 0.9 * found.before

@@ -52,4 +52,4 @@ def test_the_limit_is_kept(limit: int) -> None:
         ) != tuple(edits)
 
     with evaluated(net, images):
-        assert peak(choose) < limit + 3 * fixed
+        assert peak(choose) < limit + 4 * fixed  # without it: 40 MiB more

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketize.calibration.windows import CONVS, matrix_of, rows, set_matrix
+from pocketize.calibration.windows import groups_of, matrix_of, rows, set_matrix
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv1d": (nn.Conv1d(3, 4, 5, padding=2, stride=2), (2, 3, 11)),
@@ -23,13 +23,15 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
         nn.ConvTranspose2d(3, 4, (3, 4), (2, 3), padding=1, output_padding=(1, 0), dilation=(1, 2)),
         (2, 3, 4, 5),
     ),
+    "transposed, groups": (nn.ConvTranspose2d(4, 6, 3, 2, groups=2), (2, 4, 4, 5)),
+    "transposed, depthwise": (nn.ConvTranspose2d(3, 6, 3, 2, groups=3), (2, 3, 4, 5)),
     "transposed 3d": (nn.ConvTranspose3d(2, 3, 3, stride=2, padding=1), (1, 2, 3, 4, 3)),
     "linear": (nn.Linear(5, 3), (2, 4, 5)),
 }
 
 
 def outputs(layer: nn.Module, x: Tensor, places: Tensor, channels: list[slice]) -> Tensor:
-    groups = layer.groups if isinstance(layer, CONVS) else 1
+    groups = groups_of(layer)
     found = [
         sum(rows(layer, x, places, part, g) @ matrix_of(layer, g, part) for part in channels)
         for g in range(groups)
@@ -47,7 +49,7 @@ def test_rows_times_the_matrix_are_the_outputs(name: str) -> None:
         whole = layer(x).movedim(-1 if isinstance(layer, nn.Linear) else 1, -1).flatten(0, -2)
         places = torch.randperm(len(whole))[:17]
         for channels in ([slice(None)], [slice(0, 1), slice(1, None)]):
-            if len(channels) > 1 and name == "depthwise":
+            if len(channels) > 1 and "depthwise" in name:
                 continue  # one channel a group
             found = outputs(layer, x, places, channels)
             assert torch.allclose(found, whole[places], rtol=1e-12, atol=1e-12)
