@@ -13,6 +13,7 @@ from __future__ import annotations
 
 __all__ = ["KINDS", "Activation", "ActivationTag", "IdentityOnTagged", "is_tagged", "remove_tag"]
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,10 +106,19 @@ class ActivationTag:
         self.activation, self.layer = activation, layer
         #: The network's own activation has seen the tensor, or there is none.
         self.removed = activation.kind == "identity"
+        #: The tensor. Classes of tensors may copy their attributes to what is computed of them.
+        self.tensor: weakref.ref[Tensor] | None = None
+
+    def __copy__(self) -> ActivationTag:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> ActivationTag:
+        return self
 
     def attach(self, tensor: Tensor) -> Tensor:
         """Put the tag on a tensor, and return that."""
         if not self.removed:
+            self.tensor = weakref.ref(tensor)
             setattr(tensor, _TAG, self)
         return tensor
 
@@ -125,7 +135,13 @@ class ActivationTag:
 
 def is_tagged(tensor: Any) -> bool:
     """Whether a tensor has been activated, and its tag was not removed yet."""
-    return getattr(tensor, _TAG, None) is not None
+    return _tag_of(tensor) is not None
+
+
+def _tag_of(tensor: Any) -> ActivationTag | None:
+    tag: ActivationTag | None = getattr(tensor, _TAG, None)
+    mine = tag is not None and tag.tensor is not None and tag.tensor() is tensor
+    return tag if mine else None
 
 
 def remove_tag(tensor: Any, activation: Activation) -> bool:
@@ -134,7 +150,7 @@ def remove_tag(tensor: Any, activation: Activation) -> bool:
     Raises:
         ExecutionError: another activation has been applied, because an attribute was changed since.
     """
-    found: ActivationTag | None = getattr(tensor, _TAG, None)
+    found = _tag_of(tensor)
     if found is None:
         return False
     if found.activation != activation:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from pocketize import _torch
+from pocketize import _torch, rewrite
 from pocketize.errors import RewriteError
 from pocketize.passes.inplace.activations import is_tagged
 from pocketize.passes.inplace.in_place_norm import ACTIVATION, CALL, NORM
@@ -416,6 +416,25 @@ def test_monais_tensors_with_metadata_go_through() -> None:
     assert type(outputs[0]) is type(outputs[1])
     assert torch.allclose(*(o.as_tensor() for o in outputs))
     outputs[1].sum().backward()
+
+
+def test_what_is_computed_of_an_activated_tensor_is_not_taken_for_it() -> None:
+    from monai.data import MetaTensor  # copies attributes of a tensor to what is computed of it
+
+    layers = nn.Sequential(nn.InstanceNorm2d(4), nn.Dropout(0.0), nn.LeakyReLU(0.2))
+    net = rewrite(layers, "in-place-norm", inputs=(x := torch.randn(2, 4, 6, 6)))
+    outputs = []
+    for module in (layers, net):
+        given = MetaTensor(x.clone()).requires_grad_()
+        outputs.append(module(given * 1))
+        outputs[-1].square().sum().backward()
+        outputs.append(given.grad)
+    assert torch.allclose(outputs[0], outputs[2])
+    assert torch.allclose(outputs[1], outputs[3], atol=1e-6)
+    between = net[0](MetaTensor(x).requires_grad_() * 1)
+    assert is_tagged(between)
+    assert not is_tagged(between + 1)
+    assert not is_tagged(copy.deepcopy(between.detach()))
 
 
 class _Functional(nn.Module):
