@@ -156,6 +156,26 @@ class MemoryProfile:
         with open(path, "wb") as file:
             pickle.dump(snapshot, file, protocol=4)
 
+    def plot(self, ax: Any = None) -> Any:
+        """Draw live memory over the step, with the module at the peak; needs matplotlib.
+
+        Args:
+            ax: matplotlib axes; new ones by default. Two profiles can share them.
+
+        Returns:
+            The axes.
+        """
+        from matplotlib.figure import Figure
+
+        if ax is None:
+            ax = Figure(figsize=(7, 3), layout="constrained").subplots()
+        live = [held / (1 << 20) for _, held in self.timeline]
+        (line,) = ax.plot(live, label=repr(self).strip("<>"))
+        top = max(range(len(live)), key=live.__getitem__)
+        ax.annotate(self.timeline[top][0], (top, live[top]), fontsize=8, color=line.get_color())
+        ax.set(xlabel="moments of the step", ylabel="live memory, MiB", ylim=(0, None))
+        return ax
+
     def __repr__(self) -> str:
         peak = f"{bytes_text(self.peak)} {'estimated' if self.estimated else 'measured'}"
         return f"<MemoryProfile {self.mode} {self.input} on {self.device}: peak {peak}>"

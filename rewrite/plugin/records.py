@@ -72,6 +72,10 @@ class PassRecord:
         object.__setattr__(self, "options", to_jsonable(self.options))
         object.__setattr__(self, "edits", tuple(to_jsonable(edit) for edit in self.edits))
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.changes)} changed, {len(self.refused)} left alone"
+        return f"<PassRecord {self.name} ({self.guarantee}): {counts}>"
+
     def to_json(self) -> dict[str, Any]:
         """The record as a mapping that :mod:`json` can write."""
         data: dict[str, Any] = to_jsonable(dataclasses.asdict(self))

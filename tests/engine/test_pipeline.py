@@ -62,6 +62,8 @@ def test_a_plan_and_an_analysis_show_themselves_in_short() -> None:
     drawn = planned._repr_html_()
     assert drawn.startswith(f"<details><summary>pocket:width=3 (APPROXIMATE): {counts}</summary>")
     assert drawn.count("<table>") == 2
+    (record,) = history(planned.apply())
+    assert repr(record) == f"<PassRecord pocket (approximate): {counts}>"
     groups = analyse(Net(), INPUT)
     assert re.fullmatch(r"<ChannelGroups of Net: \d+ groups, \d+ of them frozen>", repr(groups))
     assert all(len(repr(group)) < 200 for group in groups.groups)

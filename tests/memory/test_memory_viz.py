@@ -63,3 +63,11 @@ def test_a_profile_shows_itself_in_short(profile: MemoryProfile) -> None:
     assert "optimizer state" in drawn
     assert len(drawn) < 4000
     assert profile.moment[0] in ("forward", "backward", "optimizer")
+
+
+def test_a_profile_is_drawn_with_its_peak(profile: MemoryProfile) -> None:
+    axes = profile.plot()
+    (line,) = axes.lines
+    assert max(line.get_ydata()) == pytest.approx(profile.peak / 2**20)
+    assert profile.plot(axes) is axes
+    assert len(axes.lines) == 2

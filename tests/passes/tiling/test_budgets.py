@@ -112,7 +112,7 @@ def test_a_training_step_stays_within_the_target_with_the_largest_tiles_that_do(
     made(x).sum().backward()
     (trained,) = forward_of(made)._prepared.values()
     assert trained.program.tile in ((16, 8), (8, 16))
-    text = str(history(made))
+    text = str([record.to_json() for record in history(made)])
     assert f"trains by tiles of {'x'.join(map(str, trained.program.tile))}" in text
     assert "live tensors of a training step with Adam peak at" in text
 

@@ -41,7 +41,7 @@ def test_a_pass_that_does_nothing_in_training_by_tiles_is_named(
 ) -> None:
     x = torch.randn(1, 1, 16, 16)
     with_it = rewrite(net(), INERT[name], TILES, inputs=SIZE)
-    text = str(history(with_it))
+    text = str([record.to_json() for record in history(with_it)])
     assert f"{name} does nothing in training by tiles" in text
     assert f"Leave {name} out" in text
     assert measure(with_it, SIZE, estimate=True).peak == measure(without, SIZE, estimate=True).peak
