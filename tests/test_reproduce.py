@@ -133,6 +133,20 @@ def test_hippocampus_compares_every_way_and_goes_on_where_it_was(
 
 
 @pytest.mark.slow
+@pytest.mark.whole
+def test_calibration_measures_cuts_and_goes_on_where_it_was(tmp_path: Path, scans: Path) -> None:
+    pytest.importorskip("dynamic_network_architectures")
+    few = ("--out", tmp_path, "--steps", "1", "--test", "1", "--seeds", "0")
+    only = ("--only", "untouched", "Width(0.25), sliced", "Separable(), calibrated")
+    rows = cells(run("calibration.py", scans, *few, *only))
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert found["0, Separable(), calibrated, notes"][-1].startswith("calibrated on ")
+    named = {row[0]: row for row in rows}
+    assert named["`Width(0.25)`"][1:3] == ["21,626", f"{found['0, Width(0.25), sliced']:.1f} (0.0)"]
+    assert named["`Width(0.75)`"][2] == ""
+    assert run("calibration.py", scans, *few, "--only", "nothing")  # from the file
+
+
 def test_patchwise_puts_estimates_beside_what_the_thesis_prints() -> None:
     table = run("patchwise.py", "--volumes", "brain", "--rows", "whole", "slabs", "exact, in files")
     whole, slabs, files = (row[2:] for row in cells(table))

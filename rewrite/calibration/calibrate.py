@@ -36,6 +36,7 @@ from pocketize.plugin.history import history, record_history
 _NO_WEIGHTS = "norm without weights"
 
 
+@torch.inference_mode(False)
 def calibrate(
     before: nn.Module,
     after: nn.Module,

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pocketize.calibration.calibrate import calibrate, check_passes
 from pocketize.calibration.choice import choose_channels
 from pocketize.calibration.options import Calibration, evaluated
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 _BY_NORM = "channels were chosen by their weights: the pass resizes parts of groups"
 
 
+@torch.inference_mode(False)
 def apply_calibrated(
     planned: Plan,
     inputs: Inputs,

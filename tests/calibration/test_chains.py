@@ -83,6 +83,20 @@ def test_widths_that_change_before_and_after_are_followed() -> None:
 
 
 @pytest.mark.slow
+def test_the_mode_of_the_caller_changes_nothing() -> None:
+    net, x = network().eval(), images()
+    small = rewrite(net, SWAPS["separable"], inputs=x[0])
+    plain = calibrate(net, small, x)
+    with torch.inference_mode():
+        found = calibrate(net, small, [one.clone() for one in x])
+    assert found.after == plain.after
+    assert not any(p.is_inference() for p in found.model.parameters())
+    given = [one.requires_grad_() for one in images()]
+    assert calibrate(net, small, given).after == plain.after
+    assert not any(p.grad_fn for p in found.model.parameters())
+
+
+@pytest.mark.slow
 def test_a_block_with_norms_inside_is_left() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
