@@ -63,6 +63,7 @@ ALSO_ALLOWED = {
     "rewrite/integrations": {"monai"},
     "rewrite/integrations/nnunet": {"nnunetv2"},
     "rewrite": OPTIONAL,
+    "rewrite/memory": {"matplotlib"},
     "passes/complexity": {"tabulate", "tqdm", *OPTIONAL},
     "passes/fit": {"matplotlib"},
     "passes/planning": {"tabulate", "tqdm", *OPTIONAL},
