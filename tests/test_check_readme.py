@@ -112,16 +112,21 @@ def test_the_readme_leaves_out_nothing_but_installing_and_testing(checker: Modul
     found = checker.examples((SCRIPT.parents[1] / "README.md").read_text(encoding="utf-8"))
     left_out = "".join(example.body for example in found if example.why_not)
     commands = [line.split() for line in left_out.splitlines() if line.startswith("$ ")]
-    assert {words[1] for words in commands} <= {"pip", "pocketize"}
+    assert {words[1] for words in commands} <= {"pip", "pocketize", "export", "nnUNetv2_train"}
     assert "pip install -e '.[test]' && pytest" in left_out
 
 
-def test_blocks_together_are_one_script_with_the_lines_of_the_page(checker: ModuleType) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_blocks_of_one_process_share_names_only_in_tutorials(
+    checker: ModuleType, tmp_path: Path, shared: bool
+) -> None:
     page = "# A page\n\n```python\nx = 1\n```\n\nText.\n\n```python\nassert x == 1\n1 / 0\n```\n"
-    (script,) = checker.joined(checker.examples(page))
-    assert page.splitlines()[10] == script.body.splitlines()[10] == "1 / 0"
-    with pytest.raises(ZeroDivisionError):
-        exec(script.body, {})
+    (script,) = checker.joined(checker.examples(page), shared)
+    wrong = checker.run(script, str(tmp_path), limit=60.0)
+    what, line = ("ZeroDivisionError", 11) if shared else ("NameError: name 'x'", 10)
+    assert what in wrong
+    assert f"line {line}, in <module>" in wrong
+    assert page.splitlines()[10] == "1 / 0"
 
 
 def test_every_page_with_an_example_is_run(checker: ModuleType) -> None:

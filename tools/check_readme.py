@@ -3,14 +3,15 @@
     python tools/check_readme.py              # the README and all of docs/
     python tools/check_readme.py README.md
 
-Blocks fenced as ``python`` are run with this interpreter, one process each but one folder for all,
-so that a later block finds the files that an earlier one wrote; ``bash`` blocks are run with
-``bash -e``; of ``console`` blocks the lines behind ``$`` are, and the rest is taken for their
-output and not compared. A block is left out only behind a comment that says why::
+Blocks fenced as ``python`` are run with this interpreter, each with names of its own; those that
+follow each other share a process, which imports torch once. ``bash`` blocks are run with ``bash
+-e``; of ``console`` blocks the lines behind ``$`` are, and the rest is taken for their output and
+not compared. A later block finds the files that an earlier one wrote. A block is left out only
+behind a comment that says why::
 
     <!-- not run: CI installs in its own way -->
 
-The Python blocks of a page in a folder ``tutorials`` are one script, as a notebook's cells are.
+The Python blocks of a page in a folder ``tutorials`` share their names, as a notebook's cells do.
 Every block must end with exit code 0, and within the time limit. Pages do not depend on each other:
 ``--jobs 2`` runs two at a time, and what is told of a page stays together.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import re
 import subprocess
 import sys
@@ -34,6 +36,14 @@ _FENCE = re.compile(
     r"^```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^```$",
     flags=re.MULTILINE | re.DOTALL,
 )
+#: Runs blocks as ``__main__``, so that warnings, pickles and classes are as in a script.
+_SCRIPT = """
+import sys, types
+for number, body in enumerate({bodies!r}):
+    if not ({shared} and number):
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+    exec(compile(body, "page", "exec"), vars(main))
+"""
 
 
 @dataclass(frozen=True)
@@ -68,16 +78,22 @@ def examples(page: str) -> list[Example]:
     ]
 
 
-def joined(found: list[Example]) -> list[Example]:
-    """Make one example of the Python blocks, whose lines are those of the page."""
-    scripts = [example for example in found if example.language == "python" and not example.why_not]
-    if not scripts:
-        return found
-    body = ""
-    for example in scripts:
-        body += "\n" * (example.line - body.count("\n")) + example.body
-    script = Example("python", scripts[0].line, body, None)
-    return [script, *(example for example in found if example not in scripts)]
+def joined(found: list[Example], shared: bool) -> list[Example]:
+    """Make one example of Python blocks that follow each other; their lines are those of the page.
+
+    Args:
+        shared: a block knows the names of the blocks before it.
+    """
+    made: list[Example] = []
+    for runs, group in itertools.groupby(found, lambda e: e.language == "python" and not e.why_not):
+        blocks = list(group)
+        if runs:
+            bodies = ["\n" * example.line + example.body for example in blocks]
+            script = _SCRIPT.format(bodies=bodies, shared=shared)
+            made.append(Example("python", blocks[0].line, script, None))
+        else:
+            made += blocks
+    return made
 
 
 def run(example: Example, folder: str, limit: float) -> str | None:
@@ -125,8 +141,7 @@ def all_pages() -> list[Path]:
 def check(page: Path, limit: float) -> tuple[int, str]:
     """Run the examples of a page; give how many failed, and a line on each."""
     found = examples(page.read_text(encoding="utf-8"))
-    if "tutorials" in page.parts:
-        found = joined(found)
+    found = joined(found, shared="tutorials" in page.parts)
     if not found:
         return 1, f"{page}: no example found; are its blocks fenced with a language?\n"
     with tempfile.TemporaryDirectory() as folder:
