@@ -25,9 +25,8 @@ from tests.passes.tiling.test_volumes import Flipped
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 
 SHAPE = (12, 13, 22)
-#: Tiles and chunks: aligned, not aligned along either axis, chunks larger than what a process has.
+#: Tiles and chunks that do not fit, along either axis; a chunk larger than what a process has.
 CASES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
-    "aligned": ((99, 99, 11), (12, 13, 11)),
     "last": ((99, 99, 5), (5, 5, 5)),
     "first": ((3, 7, 99), (5, 13, 4)),
     "large": ((99, 99, 4), (12, 13, 22)),
