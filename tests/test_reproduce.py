@@ -147,6 +147,17 @@ def test_calibration_measures_cuts_and_goes_on_where_it_was(tmp_path: Path, scan
     assert run("calibration.py", scans, *few, "--only", "nothing")  # from the file
 
 
+@pytest.mark.whole
+def test_accuracy_trains_students(tmp_path: Path, scans: Path) -> None:
+    pytest.importorskip("dynamic_network_architectures")
+    few = ("--out", tmp_path, "--steps", "1", "--test", "1", "--seeds", "0")
+    rows = cells(run("accuracy.py", scans, *few, "--only", "Pocket(), distilled", "of the teacher"))
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    named = {row[0]: row for row in rows}
+    assert named["teacher"][1] == "340,022"
+    assert named["`Pocket()`"][-1] == f"{found['0, Pocket(), distilled']:.1f} (1)"
+
+
 def test_patchwise_puts_estimates_beside_what_the_thesis_prints() -> None:
     table = run("patchwise.py", "--volumes", "brain", "--rows", "whole", "slabs", "exact, in files")
     whole, slabs, files = (row[2:] for row in cells(table))

@@ -190,6 +190,7 @@ def pocketize(
     init: Callable[[nn.Module], object] | None = None,
     seed: int | None = None,
     inplace: bool = False,
+    calibration: Calibration | Iterable[Any] | None = None,
 ) -> nn.Module:
     """Clamp the widths of a network to that of its finest resolution (PocketNet).
 
@@ -208,6 +209,7 @@ def pocketize(
             is drawn by the scheme that the values of ``model`` tell.
         seed: seed of what ``"reset"`` draws; ``None`` draws from torch's own generator.
         inplace: change ``model`` itself, once everything has succeeded.
+        calibration: a few images without labels, so that a trained net works; see :func:`rewrite`.
 
     Returns:
         The rewritten model, of the same class and with the same keys.
@@ -226,7 +228,14 @@ def pocketize(
         {"width": width, "keep": list(keep), "weights": weights}
     )
     return rewrite(
-        model, pocket, inputs=inputs, variants=variants, init=init, seed=seed, inplace=inplace
+        model,
+        pocket,
+        inputs=inputs,
+        variants=variants,
+        init=init,
+        seed=seed,
+        inplace=inplace,
+        calibration=calibration,
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketize import Calibration, calibrate, history, rewrite
+from pocketize import Calibration, calibrate, history, pocketize, rewrite
 from pocketize.errors import OptionError
 from pocketize.passes import Width
 
@@ -72,6 +72,8 @@ def test_the_outputs_are_nearer_than_with_the_largest_weights() -> None:
     chosen = differs()
     assert chosen < 0.95 * differs(channels="norm")
     assert differs() == chosen
+    pocket = pocketize(net, 4, inputs=x[0], calibration=x)
+    assert "calibrated on 3 images" in history(pocket)[-1].notes[-1]
     assert differs(memory="64KiB") < 1.5 * chosen  # one reader at a time, or parts of kernels
 
 

@@ -160,7 +160,8 @@ class Study:
         draw = torch.Generator().manual_seed(0)
         noise = [torch.randn(1, 1, *SIZE, generator=draw) for _ in range(CALIBRATE)]
         middle = [image[..., 12:36, 16:48, 12:36] for image in self.images]
-        given = {f"{count} volumes": self.images[:count] for count in (1, 2, 4)}
+        given = {"1 volume": self.images[:1], "2 volumes": self.images[:2]}
+        given |= {"4 volumes": self.images[:4]}
         given |= {
             "8 crops of 24x32x24": middle,
             "8 volumes of smooth noise": [_smooth(each) for each in noise],
@@ -226,8 +227,8 @@ def _told(values: list[float | None]) -> str:
     return f"{sum(there) / len(there):.1f} ({each})"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the arguments of a study."""
     parser.add_argument("data", type=Path, help="the folder Task04_Hippocampus")
     parser.add_argument("--out", type=Path, default=Path("runs/calibration"))
     parser.add_argument("--steps", type=int, default=STEPS, help="of each training")
@@ -240,7 +241,11 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    study = Study(arguments)
+    return arguments
+
+
+def main() -> int:
+    study = Study(arguments_of(argparse.ArgumentParser(description=__doc__.splitlines()[0])))
     sys.stdout.write(f"{study.table()}\n\n{study.on_images()}\n")
     return 0
 
