@@ -60,7 +60,7 @@ ALLOWED = {
 OPTIONAL = {"PIL", "cv2", "matplotlib", "monai", "nibabel", "pyrtools", "scipy", "skimage", "zarr"}
 #: What some packages may import in addition.
 ALSO_ALLOWED = {
-    "rewrite/integrations": {"monai"},
+    "rewrite/integrations": {"huggingface_hub", "lightning", "monai"},
     "rewrite/integrations/nnunet": {"nnunetv2"},
     "rewrite": OPTIONAL,
     "rewrite/memory": {"matplotlib"},
