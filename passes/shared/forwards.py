@@ -26,6 +26,7 @@ __all__ = [
     "wrapping",
 ]
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -99,6 +100,12 @@ class Forward:
     #: The pass that lowers what training keeps by this; "" where it is none of those.
     lowers: ClassVar[str] = ""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let the object be called as a method of its module, too."""
+        super().__init_subclass__(**options)
+        if "__call__" in vars(cls):
+            cls.__call__ = _also_bound(cls.__call__)  # type: ignore[method-assign]
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         #: A forward that was set on the instance before, by the user or another pass.
@@ -131,6 +138,42 @@ class Forward:
         """The code of the replaced forward, in which ``torch.export`` looks up its source."""
         code: CodeType = (self.inner or type(self.module).forward).__code__
         return code
+
+
+def _also_bound(call: Any) -> Any:
+    """Return a ``__call__`` that accepts the module as its first argument.
+
+    accelerate's ``unwrap_model(keep_fp32_wrapper=False)`` makes a bound method of what it finds as
+    a module's forward. The first call puts the object itself back.
+    """
+
+    @functools.wraps(call)
+    def run(self: Forward, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], nn.Module):
+            held = vars(args[0]).get("forward")
+            if getattr(held, "__func__", None) is self:
+                _unbound(args[0], held).install()
+                args = args[1:]
+        return call(self, *args, **kwargs)
+
+    return run
+
+
+def _unbound(module: nn.Module, forward: Any) -> Any:
+    """Return a module's forward; of one that was bound to the module, the object itself.
+
+    Raises:
+        ExecutionError: a copy of the module has the original's, as copies of bound methods have.
+    """
+    found = getattr(forward, "__func__", None)
+    if not isinstance(found, Forward):
+        return forward
+    if found.module is not module:
+        raise ExecutionError(
+            "the model was copied with a forward that accelerate had bound to the original: call "
+            "the model once after unwrap_model, then copy it"
+        )
+    return found
 
 
 def wrapping(module: nn.Module, kind: type[F]) -> F | None:
@@ -177,7 +220,7 @@ def lowering(model: nn.Module) -> list[str]:
 
 
 def _layers(module: nn.Module) -> Iterator[Any]:
-    forward = vars(module).get("forward")
+    forward = _unbound(module, vars(module).get("forward"))
     while isinstance(forward, Forward):
         yield forward
         forward = forward.inner
