@@ -67,12 +67,14 @@ def ask(
     except subprocess.TimeoutExpired as error:
         printed = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else ""
         return (_answer(printed) or {}) | {"failed": f"not done after {timeout:.0f} s"}
-    if (answer := _answer(done.stdout)) is not None:
+    answer = _answer(done.stdout)
+    if answer is not None and not done.returncode:
         return answer
-    if done.returncode in (-9, 137):
-        return {"failed": "killed, for want of memory most likely"}
     last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    return {"failed": f"status {done.returncode}: {' '.join(last.split())[:200]}"}
+    why = f"status {done.returncode}: {' '.join(last.split())[:200]}"
+    if done.returncode in (-9, 137):
+        why = "killed, for want of memory most likely"
+    return (answer or {}) | {"failed": why}  # with what was done before
 
 
 def _answer(printed: str) -> dict[str, Any] | None:

@@ -12,9 +12,9 @@ from pocketize import measure, rewrite
 from pocketize.engine.surgery import apply_edits
 from pocketize.memory.meter import measure_here
 from pocketize.memory.step import Request
-from pocketize.memory.work import Work
+from pocketize.memory.work import ConvolutionShape, Work
 from pocketize.passes import Patchwise
-from pocketize.passes.fit.time_model import TimeModel
+from pocketize.passes.fit.time_model import TimeModel, _part
 from pocketize.plugin.edits import Convert
 from tests.passes.fit.conftest import INPUT, UNet3d
 
@@ -64,6 +64,11 @@ def test_times_are_kept_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(again, "_call", None)  # nothing is timed again
     monkeypatch.setattr(again, "_convolution_call", None)
     assert again.seconds(work) == seconds
+
+
+def test_tiles_of_about_one_size_are_timed_once() -> None:
+    parts = {_part(ConvolutionShape((1, 4, n, 10), (4, 4, 3, 3), "float32", ())) for n in (96, 98)}
+    assert [part.input for part in parts] == [(1, 4, 96, 10)]
 
 
 def test_what_recompute_follows_and_what_moves_takes_time() -> None:
