@@ -15,6 +15,7 @@ from pocketize.cli.common import (
     add_model,
     check_output,
     inputs_of,
+    note,
     progress,
     resolve_model,
     write_out,
@@ -106,6 +107,8 @@ class FitCommand:
         write_out(_render(found, args.format), args.report, force=args.force)
         if args.recipe is not None and found.passes:
             write_out(found.recipe.rstrip("\n"), args.recipe, force=args.force)
+        elif args.recipe is not None:
+            note(f"{args.recipe} is not written: the model fits as it is, without any pass")
         if args.output is not None:
             from pocketize.artifact import save
 

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from pocketize.errors import FitError, InputError, PocketizeError
-from pocketize.memory.meter import measure_here
+from pocketize.memory.meter import measure_here, read_device
 from pocketize.memory.step import Request
 from pocketize.passes.fit.result import Fit
 from pocketize.passes.fit.search import fit
@@ -62,7 +61,7 @@ def largest_input(
         mode=options.get("mode", "train"),
         optimizer=options.get("optimizer", "adam"),
         estimate=True,
-        device=None if device is None else torch.device(device),
+        device=None if device is None else read_device(device),
     )
 
     def shape(n: int) -> str:

@@ -23,7 +23,7 @@ from pocketize.errors import FitError, PocketizeError
 from pocketize.graph.capture import capture, settle_inputs
 from pocketize.graph.clone import clone
 from pocketize.graph.sizes import suggest_sizes
-from pocketize.memory.meter import measure_here
+from pocketize.memory.meter import measure_here, read_device
 from pocketize.memory.step import Request, quick_collections
 from pocketize.memory.work import Work
 from pocketize.passes.fit.cache import EstimateCache
@@ -87,7 +87,8 @@ def fit(
 
     Raises:
         FitError: nothing fits; the text has the least peak for each guarantee. Or the budget is no
-            size, or below what the weights alone take.
+            size, or below what the weights alone take; or ``max_time`` is no number above 0.
+        MeasureError: the mode, the optimizer or the device is unknown.
         InputError: the inputs cannot be read, or do not suit the network; the text has the nearest
             sizes that do.
         CaptureError: the network does not run on the inputs.
@@ -98,12 +99,14 @@ def fit(
         mode=mode,
         optimizer=optimizer if mode == "train" else None,
         estimate=True,
-        device=None if device is None else torch.device(device),
+        device=None if device is None else read_device(device),
     )
     order = [guarantee.value for guarantee in Guarantee]
     if allow not in order:
         raise FitError(f"allow must be one of {', '.join(order)}, not {allow!r}")
     budget = _bytes(memory)
+    if max_time is not None and (not isinstance(max_time, int | float) or not max_time > 0):
+        raise FitError(f"max_time must be a number above 0, such as 1.5, not {max_time!r:.60}")
     tell = progress or (lambda text: None)
     allowed = list(Guarantee)[: order.index(allow) + 1]
     with quick_collections():
@@ -180,6 +183,11 @@ class FitSearch:
         self.budget = self.usable = budget
         if self.device.type == "cuda":
             self.usable = int((budget - _CONTEXT) * (1 - _MARGIN))
+            if self.usable <= 0:
+                raise FitError(
+                    f"{bytes_text(budget)} of a GPU leave nothing to tensors: the driver's context "
+                    f"takes {bytes_text(_CONTEXT)}"
+                )
         here = self.device.type == "cpu" or torch.cuda.is_available()
         self.times = TimeModel(self.device if here else torch.device("cpu"))
         self.here = here
@@ -382,10 +390,12 @@ def _weakest(passes: Sequence[Pass]) -> Guarantee:
     return max((p.guarantee for p in passes), default=Guarantee.EXACT, key=order.index)
 
 
-def _bytes(memory: str | int) -> int:
-    found = memory if isinstance(memory, int) else quantity(memory, "bytes")
+def _bytes(memory: Any) -> int:
+    number = isinstance(memory, int) and not isinstance(memory, bool)
+    found = memory if number else quantity(memory, "bytes") if isinstance(memory, str) else None
     if found is None or found <= 0:
         raise FitError(
-            f"memory {memory!r:.60} is no size; write it with a unit, such as '8GiB' or '700MB'"
+            f"memory {memory!r:.60} is no size; write it with a unit, such as '8GiB' or '700MB', "
+            "or as a whole number of bytes"
         )
     return int(found)

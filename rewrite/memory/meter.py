@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["measure", "measure_here", "measure_on", "track"]
+__all__ = ["measure", "measure_here", "measure_on", "read_device", "track"]
 
 import dataclasses
 import math
@@ -93,7 +93,7 @@ def measure(
         optimizer=optimizer,
         loss=loss,
         estimate=estimate,
-        device=None if device is None else _device(device),
+        device=None if device is None else read_device(device),
         time_steps=time_steps,
         step_in_backward=step_in_backward,
         allocations=allocations,
@@ -121,7 +121,12 @@ def measure(
         return dataclasses.replace(measure_here(request), why_not_isolated=why_not)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def read_device(device: str | torch.device) -> torch.device:
+    """Return a device by its name.
+
+    Raises:
+        MeasureError: torch knows none of that name.
+    """
     try:
         return torch.device(device)
     except RuntimeError as error:

@@ -45,6 +45,8 @@ def test_model_recipe_and_report_are_written(
         (["--memory", "much"], 1, "is no size"),
         (["--memory", "1GiB", "--input", "1x1x33x33"], 3, "1x1x33x33"),
         (["--memory", "1GiB", "--largest-input"], 2, "no N"),
+        (["--memory", "1GiB", "--device", "gpu"], 3, "is none that torch knows"),
+        (["--memory", "1GiB", "--recipe", "none.toml"], 0, "none.toml is not written"),
     ],
 )
 def test_wrong_arguments_say_what_to_do(

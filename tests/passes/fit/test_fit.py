@@ -229,10 +229,26 @@ def test_ways_that_take_too_long_are_refused(net: nn.Module) -> None:
         fit(net, INPUT, memory=int(0.75 * _peak(net)), max_time=0.01, prove=False)
 
 
-@pytest.mark.parametrize("memory", ["lots", "8", "-1GiB", "0GiB", 0, -5, "8 bananas"])
+@pytest.mark.parametrize(
+    "memory", ["lots", "8", "-1GiB", "0GiB", "nanGiB", 0, -5, "8 bananas", None, True, 8.5e9]
+)
 def test_a_budget_that_is_no_size_is_refused(net: nn.Module, memory: object) -> None:
     with pytest.raises(FitError, match="is no size"):
         fit(net, INPUT, memory=memory, prove=False)
+
+
+@pytest.mark.parametrize("longest", [0, -1, float("nan"), "fast"])
+def test_a_time_that_is_none_is_refused(net: nn.Module, longest: object) -> None:
+    with pytest.raises(FitError, match="max_time must be a number above 0"):
+        fit(net, INPUT, memory="1GiB", max_time=longest, prove=False)
+
+
+def test_a_device_that_is_none_or_has_no_room_is_refused(net: nn.Module) -> None:
+    for call in (fit, largest_input):
+        with pytest.raises(MeasureError, match="is none that torch knows"):
+            call(net, "1x1xNxNxN" if call is largest_input else INPUT, memory="1GiB", device="gpu")
+    with pytest.raises(FitError, match="leave nothing to tensors"):
+        fit(net, INPUT, memory="300MiB", device="cuda")
 
 
 def test_the_recipe_makes_the_same_network(net: nn.Module, answers: dict[float, Fit]) -> None:
