@@ -376,9 +376,8 @@ class FitSearch:
 
     def remarks(self) -> tuple[str, ...]:
         """Say what was refused."""
-        return tuple(
-            f"Not possible: {label}: {why.rstrip('.')}." for label, why in self.refused.items()
-        )
+        reasons = self.refused.items()
+        return tuple(f"Not possible: {label}: {why.rstrip('.')}." for label, why in reasons)
 
 
 def _key(way: Way | FitPoint) -> str:
