@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from pocketize.passes.tiling.volume_files import VolumeFiles
 
 
+#: What may be written instead of the network's output.
+_KINDS = ("argmax", "softmax", "sigmoid", "binary")
+
+
 class RunCommand:
     """The command."""
 
@@ -58,6 +62,10 @@ class RunCommand:
         kinds = parser.add_mutually_exclusive_group()
         kinds.add_argument("--argmax", action="store_true", help="write labels, uint8 or uint16")
         kinds.add_argument("--softmax", action="store_true", help="write probabilities, float16")
+        kinds.add_argument("--sigmoid", action="store_true", help="the same of each channel alone")
+        kinds.add_argument(
+            "--binary", action="store_true", help="write 1 where the sigmoid is above a half, uint8"
+        )
         for name, metavar, text in (
             ("--clip", ("LO", "HI"), "limit values"),
             ("--window", ("LO", "HI"), "limit values, and scale LO to 0 and HI to 1"),
@@ -145,7 +153,7 @@ class RunCommand:
                 "size": _one_or_many(sizes),
                 "pad_to": _one_or_many(multiples),
                 "max_peak": args.max_peak,
-                "reduce": "argmax" if args.argmax else "softmax" if args.softmax else None,
+                "reduce": next((kind for kind in _KINDS if getattr(args, kind)), None),
                 "keep": args.keep,
                 "allow_whole": args.allow_whole,
             }

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from pocketize.passes.tiling.tiled_graph import TilingError
 from pocketize.passes.tiling.tracing import ForwardTrace, tensors_by_name, trace_forward
 from pocketize.units import bytes_text
 
-Reduce = Literal["argmax", "softmax"]
+Reduce = Literal["argmax", "softmax", "sigmoid", "binary"]
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 #: uint16 has no more labels.
 _MOST_LABELS = 1 << 16
@@ -144,7 +144,9 @@ class VolumeJob:
                 )
             spatial = volume.sizes
         #: of the result, and its dtype unless the sink has another
-        self.shape = spatial if reduce == "argmax" else (int(value.shape[1]), *spatial)
+        channels = int(value.shape[1])
+        one = reduce == "argmax" or (reduce == "binary" and channels == 1)
+        self.shape = spatial if one else (channels, *spatial)
         self.dtype = _result_dtype(reduce, value)
         #: boxes are finished where they are computed, as nothing else reads the output
         self.alone = self.loop is not None and _is_alone(self.node)
@@ -231,12 +233,13 @@ class VolumeJob:
         if out is None:
             # with a group the sink refuses an array of this process
             out = self._array() if group is None else np.broadcast_to(self.dtype(0), self.shape)
-        options: dict[str, Any] = {"channels": self.reduce != "argmax", "on_block": on_block}
+        channels = len(self.shape) > len(self.block)
+        options: dict[str, Any] = {"channels": channels, "on_block": on_block}
         self._check_apart(out)
         if group is None:
             return Sink(out, self.shape, self.dtype, **options)
         layout = ShardLayout(self.program, group.size)
-        slab = (0, self.shape[layout.axis + options["channels"]])
+        slab = (0, self.shape[layout.axis + channels])
         if self.alone and self.loop is not None:
             slab = layout.block(self.node, self.loop, group.rank)[layout.axis]
         return SharedSink(
@@ -364,15 +367,20 @@ def _finish(reduce: Reduce | None, value: Tensor) -> OutputReduction | None:
     if reduce is None:
         return None
     channels = int(value.shape[1])
-    if reduce not in ("argmax", "softmax"):
-        raise InputError(f"run_volume: reduce is 'argmax', 'softmax' or None, got {reduce!r}")
+    kinds = get_args(Reduce)
+    if reduce not in kinds:
+        raise InputError(f"run_volume: reduce is one of {', '.join(kinds)}, got {reduce!r}")
+    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    if reduce == "sigmoid":
+        return lambda part: part.to(wide).sigmoid()
+    if reduce == "binary":
+        return lambda part: (part > 0).to(torch.uint8)
     if not 2 <= channels <= _MOST_LABELS:
         raise InputError(
             f"run_volume: reduce={reduce!r} needs 2 to {_MOST_LABELS} channels, the network "
-            f"returns {channels}; leave reduce out, and threshold a single channel yourself"
+            f"returns {channels}; 'sigmoid' and 'binary' are for a single one"
         )
     if reduce == "softmax":
-        wide = torch.float64 if value.dtype == torch.float64 else torch.float32
         return lambda part: part.softmax(1, dtype=wide)
     labels = torch.uint8 if channels <= 256 else torch.uint16
     return lambda part: part.argmax(1, keepdim=True).to(labels)
@@ -382,7 +390,9 @@ def _result_dtype(reduce: Reduce | None, value: Tensor) -> Any:
     """Return the dtype of the result in NumPy's terms."""
     if reduce == "argmax":
         return np.uint8 if int(value.shape[1]) <= 256 else np.uint16
-    if reduce == "softmax":
+    if reduce == "binary":
+        return np.uint8
+    if reduce is not None:
         return np.float16
     dtype = torch.float32 if value.dtype == torch.bfloat16 else value.dtype
     return torch.empty(0, dtype=dtype).numpy().dtype.type

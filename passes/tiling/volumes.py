@@ -56,7 +56,7 @@ def run_volume(
             or HDF5 array, nibabel's ``dataobj``, a tensor: (*spatial) for one channel, or
             (C, *spatial); or a list of sources (*spatial), one for each channel. The number of
             spatial axes is that of the numbers in ``size``, or of the network's convolutions.
-        out: anything with slice assignment, (*spatial) for labels, (K, *spatial) otherwise; or a
+        out: anything with slice assignment, (*spatial) for labels, else (K, *spatial); or a
             function ``(shape, dtype, block)`` that makes one, where ``block`` has the sizes of the
             boxes that are written. None makes an array in memory, with ``keep="disk"`` in a
             temporary file in ``folder``.
@@ -71,7 +71,9 @@ def run_volume(
         pad_to: zeros follow at the end of each axis, after ``prepare``, up to a multiple of this
             number or numbers, and the result is cut to the source's sizes.
         reduce: "argmax" writes labels, uint8 up to 256 classes, else uint16; "softmax" writes
-            probabilities, float16 if ``out`` has no dtype. None writes what the network returns.
+            probabilities, float16 if ``out`` has no dtype; "sigmoid" those of each channel alone,
+            and "binary" 1 (uint8) where they are above a half, without a channel axis where there
+            is one channel. None writes what the network returns.
         keep: where results wait between tile loops: on the "device" (the default), on the "host",
             or on "disk" (the default with ``resume``).
         keep_dtype: rounds what waits; the result is then no longer exact.

@@ -29,8 +29,8 @@ AFFINE = np.array(
 NET = "tests.passes.tiling.test_run_command:build"
 
 
-def build(channels: int = 1) -> nn.Module:
-    return unet(3, channels=channels)
+def build(channels: int = 1, classes: int = 3) -> nn.Module:
+    return unet(3, channels=channels, classes=classes)
 
 
 def double_it(x: Tensor) -> Tensor:
@@ -128,6 +128,12 @@ def test_all_formats_hold_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     turned = whole(scaled().permute(2, 1, 0)).argmax(0).permute(2, 1, 0).numpy()
     assert np.array_equal(read("out-turned.nii.gz"), turned)
     assert not np.array_equal(turned, expected.argmax(0).numpy())
+    one = ("--kwargs", '{"classes": 1}', "--size", "8", "--binary")
+    assert run("in.nii.gz", "-o", "out-one.nii", *one) == 0
+    x = torch.from_numpy(read("in.nii.gz").astype(np.float32))
+    with torch.no_grad():
+        logits = build(classes=1)(x[None, None])[0, 0]
+    assert np.array_equal(read("out-one.nii"), (logits > 0).numpy())
     capsys.readouterr()
     assert run("in.nii.gz", "-o", "out-dry.npy", "--max-peak", "600KiB", "--dry-run") == 0
     assert "live tensors on the device: " in capsys.readouterr().out

@@ -120,6 +120,21 @@ def test_probabilities_and_half_precision() -> None:
     assert 0 < np.abs(rounded - whole(net, values).numpy()).max() < 0.1
 
 
+def test_channels_that_are_independent() -> None:
+    values = volume(*SHAPE)
+    for classes in (1, 3):
+        net = unet(3, classes=classes)
+        logits = whole(net, values)
+        expected = (logits > 0).numpy().astype(np.uint8)
+        made = run_volume(net, values, size=6, prepare=window, reduce="binary")
+        assert made.dtype == np.uint8
+        assert np.array_equal(made, expected if classes > 1 else expected[0])
+        assert 0 < made.mean() < 1
+        made = run_volume(net, values, size=6, prepare=window, reduce="sigmoid")
+        assert made.dtype == np.float16
+        assert np.abs(made - logits.sigmoid().numpy()).max() < 1e-3
+
+
 def test_labels_of_many_classes_are_uint16() -> None:
     net = nn.Sequential(nn.Conv2d(1, 300, 1)).eval()
     values = volume(9, 8).astype(np.float32)
@@ -408,7 +423,9 @@ def test_what_does_not_fit_is_refused() -> None:
     refused(InputError, "2 spatial|did not run", net, values, size=(5, 5))
     refused(OptionError, "size", net, values, size=None)
     refused(OptionError, "axis", net, values, size=(5, 5, 5), axis=1)
-    refused(InputError, "reduce is 'argmax'", net, values, reduce="max")
+    refused(
+        InputError, "reduce is one of argmax, softmax, sigmoid, binary", net, values, reduce="max"
+    )
     refused(InputError, "needs 2 to 65536 channels", unet(3, classes=1), values, reduce="argmax")
     refused(ExecutionError, "in training mode", unet(3).train(), values)
     refused(ExecutionError, "meta device", unet(3).to("meta"), values)
