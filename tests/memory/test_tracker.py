@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -331,6 +332,26 @@ def test_dynunet_and_basic_unet_at_full_width_agree_with_the_profiler() -> None:
         measured = measure(net, inputs)
         assert measured.peak == profiled_peak(net, inputs).tensors
         assert measured.peak == measure(net, inputs, estimate=True).peak
+
+
+class Mapped(nn.Module):
+    """Keeps a result of its forward in a file that is mapped."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = torch.from_file(str(self.path), shared=True, size=x.numel(), dtype=x.dtype)
+        return x + held.view_as(x).copy_(x).mean()
+
+
+def test_a_mapped_file_is_elsewhere_and_no_memory(tmp_path: Path) -> None:
+    x = torch.ones(1, 1, 32, 32)
+    (tmp_path / "held").write_bytes(bytes(x.nbytes))
+    profile = measure(Mapped(tmp_path / "held"), x, "infer", isolate=False)
+    assert profile.elsewhere == x.nbytes
+    assert profile.peak == 2 * x.nbytes + FLOAT
 
 
 def test_timeline_tells_phase_and_module_and_holds_the_peak() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,27 @@ def pair(min_bytes: int) -> tuple[Any, Any]:
     made = clone(model)
     apply_edits(made, [Convert("", Offload.name, {"min_bytes": min_bytes, "to": "disk"})])
     return model, made
+
+
+def test_files_are_closed_after_the_backward_pass_and_without_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = []
+
+    def counted(**options: Any) -> Any:
+        files.append(real(**options))
+        return files[-1]
+
+    real = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", counted)
+    _, model = pair(1)
+    loss(model).backward()
+    assert len(files) > 2
+    assert all(file.closed for file in files)
+    dropped = loss(model)
+    assert not all(file.closed for file in files)
+    del dropped
+    assert all(file.closed for file in files)
 
 
 #: All tensors that may be moved are, some are, none is.

@@ -325,6 +325,23 @@ def test_several_forwards_backwards_and_modes_in_between() -> None:
     both("level", steps, norm=1)
 
 
+def test_a_training_forward_before_the_backward_pass_of_evaluation_changes_nothing() -> None:
+    """It writes to the running statistics, which are too small to be rebuilt."""
+    net = Net(nn.BatchNorm2d, nn.LeakyReLU()).double()
+    net = rewrite(net, Recompute(keep="level", min_bytes=1000), inputs=batch())
+    net(batch())
+    net.eval()
+    expected = gradients(reference(net), batch())
+    net.zero_grad(set_to_none=True)
+    outputs = net(batch())
+    net.train()
+    net(3 * batch())
+    (outputs * outputs.detach().cos()).sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
 def test_subclasses_come_out_as_they_go_in() -> None:
     net = made()
     x = MetaTensor(batch(), meta={"name": "scan"}, affine=2 * torch.eye(4))
