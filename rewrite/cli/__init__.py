@@ -16,6 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from pocketize.cli.common import FAILED, USAGE, CheckFailed, UsageError, note
 from pocketize.cli.parser import parse
@@ -26,6 +27,7 @@ from pocketize.errors import (
     OrderError,
     PatternError,
     PocketizeError,
+    PocketizeWarning,
     RecipeError,
     RegistryError,
     ReportError,
@@ -69,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _logging(args.verbose), warnings.catch_warnings():
             # copying a program that torch exported makes torch warn of its own code
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            warnings.showwarning = _showing(warnings.showwarning)
             code: int = args.run(args)
             sys.stdout.flush()  # so that a reader that has gone shows here
             return code
@@ -94,6 +97,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE if isinstance(error, _WRONGLY_GIVEN) else FAILED
 
 
+def _showing(others: Any) -> Any:
+    """Return what shows warnings: those of pocketize without a line of code."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, PocketizeWarning):
+            note(f"warning: {_spoken(message)}")
+        else:
+            others(message, category, *where)
+
+    return show
+
+
 #: How the command line writes what the library's errors advise.
 _SPOKEN = {
     "pass estimate=True": "add --estimate",
@@ -103,10 +118,11 @@ _SPOKEN = {
     "say allow_whole=True": "add --allow-whole",
     "pass inputs=(...)": "give --input",
     "pass inputs=...": "give --input",
+    "recorded too: variants=": "recorded too, in a recipe: variants=",
 }
 
 
-def _spoken(error: Exception) -> str:
+def _spoken(error: Exception | str) -> str:
     text = str(error)
     for python, shell in _SPOKEN.items():
         text = text.replace(python, shell)

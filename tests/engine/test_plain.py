@@ -68,7 +68,7 @@ def test_plain_is_the_model_as_it_was(passes: list[str]) -> None:
     assert recipe(made)["records"] == []
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.*deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.*deprecated")
 @pytest.mark.parametrize("passes", RUNTIME, ids=names)
 def test_torchscript_and_fusing_take_it(passes: list[str]) -> None:
     made: Any = plain(rewrite(Net().eval(), passes=passes, inputs=X))

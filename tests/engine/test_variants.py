@@ -13,7 +13,18 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import Tensor, nn
 
-from pocketize import analyse, apply_recipe, history, plan, pocketize, recipe, rewrite
+from pocketize import (
+    analyse,
+    apply_recipe,
+    history,
+    load,
+    plan,
+    pocketize,
+    recipe,
+    rewrite,
+    save,
+)
+from pocketize.cli import main
 from pocketize.errors import CaptureError, OptionError, RecipeError, UnreadWarning, VerifyError
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.settings import settings_on
@@ -250,6 +261,8 @@ def test_recipes_keep_variants(tmp_path: Path) -> None:
     small = rewrite(model, passes=passes, variants=variants, inputs=X)
     (record,) = history(small)
     assert record.variants == ({"decoder.deep": False},)  # and as it is
+    save(small, tmp_path / "small.safetensors")
+    assert history(load(tmp_path / "small.safetensors", lambda: net(False))) == history(small)
     data = recipe(small)
     again = apply_recipe(net(False, seed=1), data, weights=small.state_dict())
     assert history(again) == history(small)
@@ -325,3 +338,43 @@ def test_nnunet_trains_with_deep_supervision_and_predicts_without(deep: bool) ->
     again.decoder.deep_supervision = False
     small.decoder.deep_supervision = False
     assert torch.equal(again.eval()(x), small.eval()(x))
+
+
+@pytest.mark.slow  # a command
+def test_the_command_line_warns_and_takes_a_recipe_with_variants(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "dynamic_network_architectures.architectures.unet:PlainConvUNet"
+    kwargs = tmp_path / "net.toml"
+    kwargs.write_text(
+        "input_channels = 1\nn_stages = 2\nfeatures_per_stage = [4, 8]\nkernel_sizes = 3\n"
+        "strides = [1, 2]\nn_conv_per_stage = 1\nnum_classes = 2\nn_conv_per_stage_decoder = 1\n"
+        'conv_op = "torch.nn.Conv2d"\nnonlin = "torch.nn.ReLU"\ndeep_supervision = true\n',
+        encoding="utf-8",
+    )
+    words = ["plan", name, "--kwargs", str(kwargs), "--input", "1x1x16x16"]
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        'variants = [{ decoder.deep_supervision = false }]\n[[pass]]\nname = "pocket"\n',
+        encoding="utf-8",
+    )
+    assert main([*words, "--recipe", str(path)]) == 0
+    assert "warning" not in capsys.readouterr().err
+    path.write_text('variants = [{ decoder.deep = false }]\n[[pass]]\nname = "pocket"\n')
+    assert main([*words, "--recipe", str(path)]) == 2
+    assert "has no attribute 'deep'" in capsys.readouterr().err
+
+
+def test_the_command_line_shows_a_warning_without_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn(*_: Any) -> int:
+        warnings.simplefilter("always")
+        warnings.warn("no recorded forward reads x", UnreadWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("pocketize.cli.listing.run_passes", warn)
+    assert main(["passes"]) == 0
+    shown = capsys.readouterr().err
+    assert "warning: no recorded forward reads x" in shown
+    assert "UnreadWarning" not in shown
