@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tools.bench import memory
+from tools.bench import fresh, memory
 from tools.bench.memory_nets import NETS
 from tools.bench.memory_rows import ROWS
 from tools.bench.memory_worker import Task, work
@@ -163,3 +164,18 @@ def test_rows_are_told_apart_by_all_that_matters() -> None:
         Task("dynunet", SMALL, "amp"),
     ]
     assert len({memory.record_key(task) for task in tasks}) == len(tasks)
+
+
+def test_what_was_answered_before_a_process_ended_is_no_success(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        said = f'{fresh.MARK}{{"rows": [1]}}'
+        return subprocess.CompletedProcess(command, status, said, "ValueError: no")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    status = 0
+    assert "failed" not in fresh.ask("x.py", {}, threads=1, timeout=1)
+    status = 1
+    told = fresh.ask("x.py", {}, threads=1, timeout=1)
+    assert (told["rows"], told["failed"]) == ([1], "status 1: ValueError: no")

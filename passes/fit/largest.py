@@ -13,9 +13,9 @@ from torch import nn
 
 from pocketize.errors import FitError, InputError, PocketizeError
 from pocketize.memory.meter import measure_here, read_device
-from pocketize.memory.step import Request
+from pocketize.memory.step import Request, quick_collections
 from pocketize.passes.fit.result import Fit
-from pocketize.passes.fit.search import fit
+from pocketize.passes.fit.search import fit, read_budget
 
 #: Networks halve their volume at most so often: N is a multiple of one of these.
 _STEPS = (1, 2, 4, 8, 16, 32, 64)
@@ -77,24 +77,26 @@ def largest_input(
         except FitError as error:
             return error
 
-    step = _granularity(peak, pattern)
-    low = _smallest(peak, step)
-    best = attempt(low)
-    if isinstance(best, FitError):
-        raise FitError(f"{shape(low)} is the smallest input that runs, and for it, {best}")
-    most = best.usable / _LEANEST
-    high = low  # multiples of the step: `low` fits, and `high` cannot
-    while high < _LARGEST and peak(high) < most:
-        high *= 2
-    if high >= _LARGEST:
-        raise InputError(f"the peak does not grow with N in {pattern}")
-    while high - low > step:
-        middle = low + max(step, (high - low) // 2 // step * step)
-        found = attempt(middle)
-        if isinstance(found, Fit):
-            low, best = middle, found
-        else:
-            high = middle
+    read_budget(memory)
+    with quick_collections():
+        step = _granularity(peak, pattern)
+        low = _smallest(peak, step)
+        best = attempt(low)
+        if isinstance(best, FitError):
+            raise FitError(f"{shape(low)} is the smallest input that runs, and for it, {best}")
+        most = best.usable / _LEANEST
+        high = low  # multiples of the step: `low` fits, and `high` cannot
+        while high < _LARGEST and peak(high) < most:
+            high *= 2
+        if high >= _LARGEST:
+            raise InputError(f"the peak does not grow with N in {pattern}")
+        while high - low > step:
+            middle = low + max(step, (high - low) // 2 // step * step)
+            found = attempt(middle)
+            if isinstance(found, Fit):
+                low, best = middle, found
+            else:
+                high = middle
     remark = f"{shape(low)} is the largest that fits; {shape(low + step)} does not."
     if prove:
         best = fit(model, shape(low), memory=memory, progress=progress, **options)

@@ -7,7 +7,7 @@ predicted from the operators that such a step runs.
 
 from __future__ import annotations
 
-__all__ = ["FitSearch", "fit"]
+__all__ = ["FitSearch", "fit", "read_budget"]
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -104,7 +104,7 @@ def fit(
     order = [guarantee.value for guarantee in Guarantee]
     if allow not in order:
         raise FitError(f"allow must be one of {', '.join(order)}, not {allow!r}")
-    budget = _bytes(memory)
+    budget = read_budget(memory)
     if max_time is not None and (not isinstance(max_time, int | float) or not max_time > 0):
         raise FitError(f"max_time must be a number above 0, such as 1.5, not {max_time!r:.60}")
     tell = progress or (lambda text: None)
@@ -389,10 +389,10 @@ def _weakest(passes: Sequence[Pass]) -> Guarantee:
     return max((p.guarantee for p in passes), default=Guarantee.EXACT, key=order.index)
 
 
-def _bytes(memory: Any) -> int:
-    number = isinstance(memory, int) and not isinstance(memory, bool)
-    found = memory if number else quantity(memory, "bytes") if isinstance(memory, str) else None
-    if found is None or found <= 0:
+def read_budget(memory: Any) -> int:
+    """Return a budget in bytes; raise a :class:`FitError` if it is no size."""
+    found = quantity(memory, "bytes") if isinstance(memory, str) else memory
+    if type(found) not in (int, float) or type(memory) is float or found <= 0:
         raise FitError(
             f"memory {memory!r:.60} is no size; write it with a unit, such as '8GiB' or '700MB', "
             "or as a whole number of bytes"

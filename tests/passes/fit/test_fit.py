@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 from pathlib import Path
 
@@ -251,6 +252,28 @@ def test_a_device_that_is_none_or_has_no_room_is_refused(net: nn.Module) -> None
         fit(net, INPUT, memory="300MiB", device="cuda")
 
 
+def test_collections_look_at_new_objects_only_while_it_searches(net: nn.Module) -> None:
+    frozen: list[int] = []
+
+    def note(_: str) -> None:
+        frozen.append(gc.get_freeze_count())
+
+    def search_for(net: nn.Module) -> None:
+        fit(net, INPUT, memory="1GiB", prove=False, progress=note)
+
+    before = gc.get_freeze_count()
+    try:
+        gc.unfreeze()
+        search_for(net)
+        assert min(frozen) > 10_000
+        assert gc.get_freeze_count() == 0
+        gc.freeze()  # by a program, which may rely on it
+        search_for(net)
+        assert gc.get_freeze_count() > 10_000
+    finally:
+        (gc.freeze if before else gc.unfreeze)()
+
+
 def test_the_recipe_makes_the_same_network(net: nn.Module, answers: dict[float, Fit]) -> None:
     found = answers[0.75]
     again = rewrite(net, *parse_recipe(found.recipe), inputs=INPUT)
@@ -294,6 +317,11 @@ def test_an_input_that_does_not_suit_names_one_that_does(net: nn.Module) -> None
         fit(net, "1x1x17x17x33", memory="1GiB")
     with pytest.raises(CaptureError, match="did not run"):
         fit(net, "1x1x16x16", memory="1GiB")
+
+
+def test_a_largest_input_for_no_budget_is_refused_at_once(net: nn.Module) -> None:
+    with pytest.raises(FitError, match=r"^memory '8' is no size"):
+        largest_input(net, "1x1xNxNxN", memory="8")
 
 
 @pytest.mark.parametrize("pattern", ["1x1x32x32x32", "1x1xMxM", "", "NxNx"])
