@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pocketize.artifact.recipe import parse_data, records_of, structure, ties_of
+from pocketize.artifact.recipe import check_parts, parse_data, records_of, structure, ties_of
 from pocketize.artifact.states import describe_mismatch, full_state, overrides
 from pocketize.artifact.store import tie
 from pocketize.engine.pipeline import history, replay
@@ -98,6 +98,7 @@ def apply_recipe(
             f"the model was rewritten already ({', '.join(record.name for record in done)}): give "
             "it as it was before"
         )
+    check_parts(read, model)
     origin = f"the recipe is that of a {read.model}, the model is a {type(model).__name__}"
 
     def check(made: nn.Module) -> None:

@@ -6,6 +6,7 @@ __all__ = [
     "FORMAT",
     "Recipe",
     "SavedState",
+    "check_parts",
     "in_folder",
     "parse_data",
     "read_recipe",
@@ -63,6 +64,8 @@ class Recipe:
     state: SavedState = SavedState({}, (), (), {})
     constants: dict[str, Any] = dataclasses.field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    #: of the parts that were rewritten alone, the names of the passes
+    parts: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 def write_recipe(model: nn.Module, state: Mapping[str, Any], ties: Mapping[str, str]) -> str:
@@ -86,13 +89,41 @@ def write_recipe(model: nn.Module, state: Mapping[str, Any], ties: Mapping[str, 
 
 def structure(model: nn.Module, ties: Mapping[str, str]) -> dict[str, Any]:
     """Return the part of a recipe that says how the structure of a model is made again."""
-    return {
+    data = {
         "format": FORMAT,
         "pocketize": VERSION,
         "torch": str(torch.__version__),
         "model": type(model).__qualname__,  # for error messages only
         "records": [in_folder(record, None).to_json() for record in history(model)],
         "ties": dict(ties),
+    }
+    if parts := _parts_of(model):
+        data["parts"] = parts
+    return data
+
+
+def check_parts(recipe: Recipe, model: nn.Module) -> None:
+    """Compare the parts that were rewritten alone with those of a model that is to be rewritten.
+
+    Raises:
+        ArtifactError: one of them was not rewritten, so that its passes would be lost.
+    """
+    found = _parts_of(model)
+    for part, names in recipe.parts.items():
+        if found.get(part) != names:
+            raise ArtifactError(
+                f"the part {part!r} of the {recipe.model} was rewritten alone, by "
+                f"{', '.join(names)}, and how is not in the recipe of the whole. Build a model "
+                "whose part is rewritten likewise, or save that part by itself"
+            )
+
+
+def _parts_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the paths of parts that were rewritten alone, with the names of their passes."""
+    return {
+        path: tuple(record.name for record in done)
+        for path, module in model.named_modules()
+        if path and (done := history(module))
     }
 
 

@@ -28,7 +28,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pocketize.artifact.files import atomic_write
-from pocketize.artifact.recipe import FORMAT, SavedState, read_recipe, records_of, write_recipe
+from pocketize.artifact.recipe import (
+    FORMAT,
+    SavedState,
+    check_parts,
+    read_recipe,
+    records_of,
+    write_recipe,
+)
 from pocketize.artifact.safefile import SafeFile, open_safe
 from pocketize.artifact.skeleton import build
 from pocketize.artifact.statefile import StateFile, is_state_file
@@ -103,7 +110,8 @@ def load(
 
     Raises:
         ArtifactError: the file cannot be read, is truncated, is not one of :func:`save`'s or was
-            written in a newer format; or the factory builds another model than the saved one was.
+            written in a newer format; or the factory builds another model than the saved one was,
+            or one without the rewrites of its parts.
     """
     if is_state_file(path):
         model = _load(path, StateFile(path), factory, folder)
@@ -137,6 +145,7 @@ def _load(
             f"({', '.join(record.name for record in history(model))}). Build the model as it was "
             f"before: {path} says what to do with it"
         )
+    check_parts(recipe, model)
     origin = f"{path} was saved from a {recipe.model}, the factory builds a {type(model).__name__}"
     ties = recipe.ties
     shapes |= {alias: shapes[key] for alias, key in ties.items() if key in shapes}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pocketize.artifact import load, save, skeleton
 from pocketize.artifact import store as artifact
-from pocketize.engine.pipeline import history, replay
+from pocketize.engine.pipeline import history, replay, rewrite
 from pocketize.errors import ArtifactError
 from pocketize.plugin.base import PassRecord
 from pocketize.plugin.edits import Edit, Resize, SetAttribute
@@ -535,3 +535,29 @@ def test_a_pickle_is_not_opened(path: Path) -> None:
     torch.save(Net(), path)
     with pytest.raises(ArtifactError, match=r"is not a safetensors file: it looks like one that"):
         load(path, Net)
+
+
+class Wrapper(nn.Module):
+    """Somebody's module around a network."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_passes_of_a_part_are_not_lost_in_silence(tmp_path: Path) -> None:
+    """The file of the whole holds the part's weights, and not how it was rewritten."""
+
+    def part() -> nn.Module:
+        return rewrite(Net(), "amp", inputs="1x1x8x8")
+
+    path, x = tmp_path / "whole.safetensors", torch.randn(1, 1, 8, 8)
+    whole = Wrapper(part())
+    save(whole, path)
+    with pytest.raises(ArtifactError, match=r"the part 'net' of the Wrapper .* by amp"):
+        load(path, lambda: Wrapper(Net()))
+    again = load(path, lambda: Wrapper(part()))
+    assert torch.equal(again(x), whole(x))
