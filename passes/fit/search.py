@@ -391,12 +391,8 @@ def _weakest(passes: Sequence[Pass]) -> Guarantee:
 
 def read_budget(memory: Any) -> int:
     """Return a budget in bytes; raise a :class:`FitError` if it is no size."""
-    found: float | None = None
-    if isinstance(memory, str):
-        found = quantity(memory, "bytes")
-    elif type(memory) is int:
-        found = memory
-    if found is None or found <= 0:
+    found: Any = quantity(memory, "bytes") if isinstance(memory, str) else memory
+    if type(found) not in (int, float) or type(memory) is float or found <= 0:
         raise FitError(
             f"memory {memory!r:.60} is no size; write it with a unit, such as '8GiB' or '700MB', "
             "or as a whole number of bytes"
