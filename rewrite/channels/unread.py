@@ -30,11 +30,11 @@ def unread_warning(channels: ChannelGroups, edits: Sequence[Edit]) -> str:
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     switches = _switches(channels.model, found)
     other = ", ".join(f"{{{name!r}: {not value}}}" for name, value in list(switches.items())[:2])
-    example = other or "{'decoder.deep_supervision': False}"
+    example = f", variants=[{other}]" if other else " with variants="
     return (
         f"no recorded forward reads {', '.join(found[:_SHOWN])}{more}, which may read channels "
         "that are resized. They stay as they are, and do not fit where the network reads them in "
-        f"another setting, such as deep supervision. Let that be recorded too: variants=[{example}]"
+        f"another setting, such as deep supervision. Let that be recorded too{example}"
     )
 
 

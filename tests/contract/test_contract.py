@@ -112,6 +112,7 @@ def test_every_row_changes_a_plain_unet(label: str) -> None:
     assert all(one.edits for one in planned.passes)
 
 
+@pytest.mark.filterwarnings("ignore::pocketize.errors.UnreadWarning")
 def test_contract(net: Net, label: str, request: pytest.FixtureRequest) -> None:
     row, number = ROWS[label], _number(net.name, label)
     thorough = net.name in CORE or (net.name in SAMPLE and number % 4 == 0)

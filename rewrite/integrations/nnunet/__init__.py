@@ -9,17 +9,22 @@
 
 from __future__ import annotations
 
-__all__ = ["PocketizeTrainer", "nnUNetTrainerPocketize", "trainer_folder"]
+__all__ = ["PocketizeTrainer", "lean_export", "nnUNetTrainerPocketize", "trainer_folder"]
 
 from typing import TYPE_CHECKING
 
 from pocketize.lazy import attach
 
 if TYPE_CHECKING:
+    from pocketize.integrations.nnunet.export import lean_export
     from pocketize.integrations.nnunet.folder import trainer_folder
     from pocketize.integrations.nnunet.trainer import PocketizeTrainer, nnUNetTrainerPocketize
 
 attach(
     __name__,
-    {"folder": "trainer_folder", "trainer": "PocketizeTrainer nnUNetTrainerPocketize"},
+    {
+        "export": "lean_export",
+        "folder": "trainer_folder",
+        "trainer": "PocketizeTrainer nnUNetTrainerPocketize",
+    },
 )

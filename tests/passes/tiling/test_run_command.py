@@ -157,7 +157,16 @@ def test_several_files_and_a_fourth_axis_are_channels() -> None:
         assert nibabel.load("out.nii").header["dim"][0] == 3
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """As at a terminal: what a shell runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_leaves_only_what_resume_needs(
     monkeypatch: pytest.MonkeyPatch, kind: int
