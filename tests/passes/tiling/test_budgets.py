@@ -17,7 +17,7 @@ from pocketize.passes import Patchwise
 from pocketize.passes.shared.forwards import wrapping
 from pocketize.passes.tiling.exact import ExactForward, prepare
 from pocketize.passes.tiling.figures import estimated_peak, measured_peak
-from pocketize.passes.tiling.forward import SampledTiling
+from pocketize.passes.tiling.forward import SampledTiling, Tiling
 from tests.passes.tiling.nets import unet
 
 MIB = 1 << 20
@@ -92,12 +92,9 @@ def test_a_training_step_stays_within_the_target_with_the_largest_tiles_that_do(
     keep: Any = "disk"
     size = "1x1x16x32"
     whole = measure(headed(), size, estimate=True).peak
+    some = rewrite(headed(), Patchwise(size=16, train=True, keep=keep), inputs=size)
     by = {
-        tile: measure(
-            rewrite(headed(), Patchwise(size=tile, train=True, keep=keep), inputs=size),
-            size,
-            estimate=True,
-        ).peak
+        tile: measured_peak(some, as_inputs(size), Tiling(size=tile, train=True, keep=keep))
         for tile in ((16, 16), (8, 8))
     }
     limit = (by[16, 16] + by[8, 8]) // 2
