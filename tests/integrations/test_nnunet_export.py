@@ -165,8 +165,12 @@ def test_a_predictor_writes_the_same_file(tmp_path: Path, monkeypatch: pytest.Mo
             asked.append(1), real(*a, **k)
         )[1],
     )  # fmt: skip
+    name = "convert_predicted_logits_to_segmentation_with_correct_shape"
+    theirs = getattr(predict_from_raw_data, name)
     with lean_export():
         predict_from_raw_data.export_prediction_from_logits(*given)
+        assert getattr(predict_from_raw_data, name) is export.convert_logits  # returned arrays
+    assert getattr(predict_from_raw_data, name) is theirs
     predict_from_raw_data.export_prediction_from_logits(*given)
     assert len(asked) == 1  # within only
     np.testing.assert_array_equal(written[0], written[1])

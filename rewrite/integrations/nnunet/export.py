@@ -218,8 +218,14 @@ def export_prediction_from_logits(*args: Any, **kwargs: Any) -> None:
 
 @contextlib.contextmanager
 def lean_export() -> Iterator[None]:
-    """Let the predictors of nnU-Net export in less memory within, also in their processes."""
-    with _replaced(predict_from_raw_data, _EXPORT.__name__, export_prediction_from_logits):
+    """Let the predictors of nnU-Net export in less memory within, also in their processes.
+
+    Files and returned arrays alike. The validation at the end of a training is not changed.
+    """
+    with (
+        _replaced(predict_from_raw_data, _EXPORT.__name__, export_prediction_from_logits),
+        _replaced(predict_from_raw_data, _CONVERT, convert_logits),
+    ):
         yield
 
 
