@@ -128,15 +128,11 @@ def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
     apply = command("apply", "rewriting", "rewrite a model and save the result")
     add_model(apply)
     _add_passes(apply)
-    apply.add_argument(
-        "-o",
-        "--output",
-        required=True,
-        metavar="OUT",
-        help=".safetensors (weights and recipe; keeps every pass), .pt2 (exported program of "
+    _add_output(
+        apply,
+        ".safetensors (weights and recipe; keeps every pass), .pt2 (exported program of "
         "inference) or .pt, .pth (state_dict)",
     )
-    apply.add_argument("--force", action="store_true", help="replace a file that is there")
     apply.add_argument(
         "--strict", action="store_true", help="fail (exit code 1) where a pass changes nothing"
     )
@@ -158,15 +154,11 @@ def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
     )
     export = command("export", "exporting", "write a network for other programs, and compare it")
     add_model(export)
-    export.add_argument(
-        "-o",
-        "--output",
-        required=True,
-        metavar="OUT",
-        help=".onnx, .pt2 (exported program) or .ts (TorchScript): the network in evaluation mode, "
+    _add_output(
+        export,
+        ".onnx, .pt2 (exported program) or .ts (TorchScript): the network in evaluation mode, "
         "without what passes do while it runs",
     )
-    export.add_argument("--force", action="store_true", help="replace a file that is there")
     export.add_argument(
         "--no-check", action="store_true", help="do not compare its outputs with the network's"
     )
@@ -238,6 +230,12 @@ def _add_passes(parser: argparse.ArgumentParser) -> None:
         help="name or name:option=value,option=value; repeat for several, applied in this order",
     )
     parser.add_argument("--recipe", metavar="FILE", help="a TOML file of passes, applied first")
+
+
+def _add_output(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the file that is written, and the leave to replace one."""
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help=what)
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:

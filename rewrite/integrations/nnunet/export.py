@@ -109,11 +109,12 @@ def _interpolated(part: Tensor, axes: Sequence[_Axis]) -> Tensor:
     numbers of 16 bits is rounded, and so now and then a label.
     """
     total: Tensor | None = None
+    starts = [axis.read().start for axis in axes]
     for ends in itertools.product(*((0,) if axis.weight is None else (0, 1) for axis in axes)):
         term = part
         for number, (axis, end) in enumerate(zip(axes, ends, strict=True)):
             places = axis.high if end else axis.low
-            term = term.index_select(number + 1, places - axis.read().start)
+            term = term.index_select(number + 1, places - starts[number])
         for number, (axis, end) in enumerate(zip(axes, ends, strict=True)):
             if axis.weight is not None:
                 weight = 1 - axis.weight
