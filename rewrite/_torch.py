@@ -15,8 +15,8 @@ __all__ = [
     "backward_number", "backward_runs", "check_norm_input", "dispatch_modes", "fake_tensor_logger",
     "global_forward_hooks", "has_kernel", "has_tensor_hooks", "holders", "import_compiler",
     "in_autograd_function", "in_checkpoint", "innermost_saving", "is_batched", "is_compiled",
-    "is_view", "keep_version", "keeps_graph", "next_sequence_number", "pytree", "release",
-    "run_parts", "running_node", "same_convolution", "saving_hooks_allowed", "schema_of",
+    "is_view", "keep_version", "keeps_graph", "next_sequence_number", "process_group", "pytree",
+    "release", "run_parts", "running_node", "same_convolution", "saving_hooks_allowed", "schema_of",
     "sparse_parts", "storage_key", "swap_tensors", "takes_what_is_saved", "transforms_active",
     "unbatched_dim", "user_frames", "version_of", "watching_alias", "without_dispatch_modes",
 ]
@@ -59,14 +59,12 @@ _NORM, _NORMS = "torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm"
 _CONVS = "torch.nn.modules.conv"
 #: Classes and modules that are private, or in private modules, and where torch has them.
 _PLACES = {
-    "DataDependentOutputException": _FAKE,
-    "DynamicOutputShapeException": _FAKE,
-    "FakeTensor": _FAKE,
-    "FakeTensorMode": _FAKE,
-    "OpOverload": "torch._ops",
-    "TorchDispatchMode": _MODES,
-    "pytree": "torch.utils",
+    "OpOverload": "torch._ops.OpOverload",
+    "TorchDispatchMode": f"{_MODES}.TorchDispatchMode",
+    "pytree": "torch.utils._pytree",
 }
+_PLACES |= {name: f"{_FAKE}.{name}" for name in ("FakeTensor", "FakeTensorMode")}
+_PLACES |= {name: f"{_FAKE}.{name}" for name in __all__ if name.endswith("Exception")}
 #: Private bases, where torch has them, and their public subclasses for where it has not.
 _BASES: dict[str, tuple[str, tuple[type[nn.Module], ...]]] = {
     "BatchNorm": (_NORM, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)),
@@ -88,7 +86,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(module), f"_{name}", classes)
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _find(f"{_PLACES[name]}.{'_' if name == 'pytree' else ''}{name}")
+    return _find(_PLACES[name])
 
 
 def _find(path: str) -> Any:
@@ -181,6 +179,11 @@ def holders(tensor: Tensor) -> tuple[int, int]:
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Return indices and values of a sparse COO tensor, which need not be coalesced."""
     return _of(tensor, "_indices", "Tensor")(), _of(tensor, "_values", "Tensor")()
+
+
+def process_group(name: str) -> Any:
+    """Return the process group of a name (``group.group_name``)."""
+    return _find("torch.distributed.distributed_c10d._resolve_process_group")(name)
 
 
 # Operators and the modes that watch them
@@ -310,8 +313,7 @@ def autograd_function_of(node: Any) -> type[Any] | None:
 
 def keeps_graph() -> bool:
     """Whether the backward pass that runs now retains its graph; if torch does not tell, no."""
-    autograd = getattr(torch._C, "_autograd", None)
-    keeps = getattr(autograd, "_get_current_graph_task_keep_graph", None)
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return bool(keeps and keeps())
 
 
@@ -375,8 +377,7 @@ def innermost_saving() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]
 
 def _saving_hooks(*, ignore_tracing: bool) -> tuple[bool, tuple[Any, Any] | None]:
     """Return whether torch tells which hooks take what is saved now, and these hooks."""
-    autograd = getattr(torch._C, "_autograd", None)
-    top: Any = getattr(autograd, "_top_saved_tensors_default_hooks", None)
+    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return (False, None) if top is None else (True, top(ignore_tracing) or None)
 
 

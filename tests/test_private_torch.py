@@ -161,7 +161,20 @@ SOURCES = [
 ]
 
 
+def _modules_of_torch(tree: ast.Module) -> set[str]:
+    """Return the names under which a file knows modules of torch."""
+    return {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if f"{getattr(node, 'module', '')}.{alias.name}".strip(".").split(".")[0] == "torch"
+        and alias.name.rpartition(".")[2].islower()
+    }
+
+
 def _private(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    modules = _modules_of_torch(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
@@ -171,7 +184,8 @@ def _private(tree: ast.Module) -> Iterator[tuple[int, str]]:
                     yield node.lineno, ".".join(parts)
         elif isinstance(node, ast.Attribute) and not node.attr.startswith("__"):
             text = ast.unparse(node)
-            dotted = text.startswith("torch.") and node.attr.startswith("_")
+            of_torch = text.startswith("torch.") or text.rpartition(".")[0] in modules
+            dotted = of_torch and node.attr.startswith("_")
             own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
             if (
                 dotted
@@ -222,6 +236,8 @@ def test_no_other_file_touches_private_torch() -> None:
         "importlib.import_module('torch._dynamo')",
         "storage.resize_(0)",
         "torch.utils.swap_tensors(a, b)",
+        "import torch.distributed as dist; dist._functional_collectives",
+        "from torch.distributed import distributed_c10d; distributed_c10d._world",
     ],
 )
 def test_private_torch_is_recognised(line: str) -> None:

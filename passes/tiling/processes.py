@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
 from torch import Tensor, fx
 
-from pocketize._torch import pytree
+from pocketize._torch import process_group, pytree
 from pocketize.errors import InputError
 from pocketize.graph.inputs import Inputs
 from pocketize.passes.tiling.execution import Execution
@@ -158,8 +157,7 @@ def _resolved(name: str) -> dist.ProcessGroup:
         assert world is not None  # it is initialised
         return world
     try:
-        resolve: Any = c10d._resolve_process_group  # type: ignore[attr-defined]
-        found: dist.ProcessGroup = resolve(name)
+        found: dist.ProcessGroup = process_group(name)
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(
             f"patchwise: this process is in no process group named {name!r}; say group='world', "
