@@ -26,11 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
-def pytest_collection_finish() -> None:
-    """Keep the garbage collector from looking at what the collected modules hold.
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> None:
+    """Keep the garbage collector from looking at what is there before the first test of a file.
 
-    A measurement of memory collects garbage several times, and each time took a third of a second
-    for the objects of torch, MONAI and all tests.
+    A measurement of memory collects garbage several times, and each time would take a third of a
+    second for the objects of torch, MONAI and all tests, and later for those of the compiler.
     """
     gc.collect()
     gc.freeze()
