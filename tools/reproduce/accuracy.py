@@ -1,136 +1,302 @@
-"""What each way of making a 3D U-Net smaller costs in Dice, once it has been trained.
+"""What each way of making a U-Net smaller costs in accuracy, once the small network has trained.
 
-    python tools/reproduce/accuracy.py DATA/Task04_Hippocampus --out runs/accuracy
+    python tools/reproduce/accuracy.py DATA --out runs/accuracy
 
-The protocol, written before the first run. Data, network, sizes, teacher and its training are those
-of calibration.py (an ``--out`` of that script may be used again). Every student gets as many steps
-as the teacher had, Adam at 3e-3 falling to zero, batches of two, the teacher's order of volumes:
+DATA holds Task04_Hippocampus, DRIVE, CHASEDB1 and ISBI2012, as segmentation.py describes them.
+The protocol, written before the first run:
 
-* new: the widths alone are taken over, ``weights="reset"``;
-* calibrated: channels and weights from eight other volumes without labels, then trained;
-* distilled: as calibrated, and trained on half its own loss and half that of the distillation from
-  the teacher, at temperature 2.
+* Hippocampus, 3D: data, network (PlainConvUNet, 16 to 64 channels) and rate are those of
+  calibration.py; 150 steps, batches of two volumes; calibrated on four volumes that nothing trains
+  on; Dice is the mean over both foreground classes and 20 test volumes, in percent.
+* DRIVE, CHASE_DB1, ISBI2012, 2D: the zoo's complexity_unet2d (16 to 256 channels, batch norm),
+  trained as segmentation.py trains, for 300 steps on batches of eight crops of 64x64; calibrated on
+  the middle, 128x128, of eight training images; Dice (F1) is over all test pixels, in percent.
+* Every student takes as many steps as the full network took, with the same rates and batches:
+  "new" has the full network's structure made smaller, and random weights; "calibrated" takes over
+  channels and weights of the trained full network by images without labels ("at once" is before
+  its training); "distilled" is that, trained on half its own loss and half that of the distillation
+  from the full network, at temperature 2.
+* "full, calibrated" is the full network trained on for as many steps again, for comparison.
+* Seeds draw weights and batches. Nothing is chosen on test images. A student keeps a paper's claim
+  here if its mean is at most 1 point below that of the full network over the same seeds:
+  PocketNet (Celaya et al., IEEE TMI 2022, within 1 %) for `Pocket()`, new; Wang et al. (SPIE Medical
+  Imaging 2020, the same accuracy) for the compact block with in-place norm and amp.
 
-Dice is the mean over both foreground classes and all test volumes, in percent, over seeds, which
-draw weights and order; the peak is that of a training step with Adam at one whole volume. A student
-keeps the claim of its paper if its mean is within 1 % of the teacher's (PocketNet, Celaya et al.,
-IEEE TMI 2022; Wang et al., SPIE Medical Imaging 2020). Resumable, as calibration.py.
+Peaks are those of a training step with Adam on a batch, times the CPU seconds of such a step
+without the optimizer's, median of five. Resumable, as calibration.py; seed by seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
+import statistics
 import sys
+import time
+from abc import ABC, abstractmethod
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import calibration
+import segmentation
 import torch
-from calibration import CUTS, RATE, SIZE, Study, arguments_of, network
+from calibration import CUTS, RATE, SIZE, TRAIN
+from findings import Findings
 from tabulate import tabulate
 from torch import Tensor, nn
-from volumes import dice_loss, train_volumes
+from volumes import BATCH, dice_loss, dice_scores, read_volumes, train_volumes, write_whole
 
-from pocketize import Distillation, Pass, measure, rewrite
+from pocketize import Distillation, Pass, measure, rewrite, zoo
 from pocketize.passes import Amp, InPlaceNorm
 
-STUDENTS = ("Pocket()", "Width(0.5)", "Bottleneck()", "Separable()", "CompactBlock()")
-NEW, CALIBRATED, DISTILLED = WAYS = ("new", "calibrated", "distilled")
+NEW, AT_ONCE, CALIBRATED, DISTILLED = WAYS = ("new", "at once", "calibrated", "distilled")
+FULL, COMPACT = "full", "CompactBlock()"
+LEAN = f"{COMPACT} + in-place norm + amp"
 #: Applied to the compact block in addition: exact, and 16 bits.
-LEAN: tuple[Pass, ...] = (InPlaceNorm(), Amp(dtype="bf16"))
+LEAN_PASSES: tuple[Pass, ...] = (InPlaceNorm(), Amp(dtype="bf16"))
+THREE_WAYS = ("Pocket()", "Width(0.5)")
 
 
-class Accuracy(Study):
+class Task(ABC):
+    """A data set with its network.
+
+    Attributes:
+        name: for the tables.
+        images: to calibrate on.
+        batch: of the size that trains.
+        rows: what is trained, in this order.
+    """
+
+    name: str
+    images: list[Tensor]
+    batch: Tensor
+    rows: tuple[str, ...]
+
+    @abstractmethod
+    def network(self, seed: int) -> nn.Module: ...
+
+    @abstractmethod
+    def train(
+        self, model: nn.Module, distil: Distillation | None, seed: int, what: str, kept: Path
+    ) -> None: ...
+
+    @abstractmethod
+    def score(self, model: nn.Module) -> float: ...
+
+
+class Hippocampus(Task):
+    name = "Hippocampus"
+    rows = (*THREE_WAYS, COMPACT, LEAN, "Bottleneck()", FULL, "Separable()")
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        cases = read_volumes(arguments.data / "Task04_Hippocampus", SIZE)
+        others = [case for index, case in enumerate(cases) if index % 3]
+        self.training, self.testing = others[:TRAIN], cases[::3][: arguments.test]
+        self.images = [case.image[None] for case in others[TRAIN : TRAIN + 4]]
+        self.batch = torch.zeros(BATCH, 1, *SIZE)
+        self.steps: int = arguments.steps
+
+    def network(self, seed: int) -> nn.Module:
+        return calibration.network(seed)
+
+    def train(
+        self, model: nn.Module, distil: Distillation | None, seed: int, what: str, kept: Path
+    ) -> None:
+        def step(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+            if distil is None:
+                loss = dice_loss(model(images).float(), labels)
+            else:
+                outputs, apart = distil(images)
+                loss = 0.5 * dice_loss(outputs, labels) + 0.5 * apart
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+
+        how: dict[str, Any] = {"rate": RATE, "step": step, "kept": kept, "what": what}
+        train_volumes(model.train(), self.training, steps=self.steps, seed=seed, **how)
+        kept.unlink(missing_ok=True)
+
+    def score(self, model: nn.Module) -> float:
+        return float(dice_scores(model.eval(), self.testing).mean())
+
+
+class Planar(Task):
+    rows = (*THREE_WAYS, COMPACT, FULL)
+
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        self.name = name
+        data = segmentation.read_dataset(name, arguments.data)
+        self.data = dataclasses.replace(data, testing=data.testing[: arguments.test])
+        self.images = [_middle(sample.image)[None, None] for sample in self.data.training[:8]]
+        crop = segmentation.CROP
+        self.batch = torch.zeros(segmentation.BATCH, 1, crop, crop)
+        self.steps: int = 2 * arguments.steps
+
+    def network(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return zoo.build("complexity_unet2d", widths=(16, 32, 64, 128, 256))
+
+    def train(
+        self, model: nn.Module, distil: Distillation | None, seed: int, what: str, kept: Path
+    ) -> None:
+        segmentation.train(model, self.data, steps=self.steps, seed=seed, distil=distil)
+
+    def score(self, model: nn.Module) -> float:
+        return 100 * segmentation.f1(model.eval(), self.data.testing)
+
+
+def _middle(image: Tensor, size: int = 128) -> Tensor:
+    top, left = ((n - size) // 2 for n in image.shape)
+    return image[top : top + size, left : left + size]
+
+
+class Study:
     """What has been found out, kept in a folder."""
 
-    def student(self, seed: int, cut: str, way: str) -> nn.Module:
-        teacher = self.trained(seed)
-        given: Any = CUTS[cut]
-        if way == NEW:
-            given = dataclasses.replace(given, weights="reset")
-            return rewrite(teacher, given, inputs=self.images[0], seed=seed)
-        return rewrite(teacher, given, inputs=self.images[0], calibration=self.images)
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.findings = Findings(arguments.out, arguments.only, arguments.until)
+        self.folder: Path = arguments.out
+        self.seeds: list[int] = arguments.seeds
+        #: The last calibrated student, which takes a minute: by task, seed and cut.
+        self.calibrated: dict[tuple[str, int, str], nn.Module] = {}
+        planar = [Planar(name, arguments) for name in ("DRIVE", "CHASE_DB1", "ISBI2012")]
+        self.tasks: list[Task] = [Hippocampus(arguments), *planar]
 
-    def trained_student(self, seed: int, cut: str, way: str, lean: bool = False) -> float | None:
-        """Return the Dice of a student."""
-        name = f"{seed}, {cut}{' + in-place norm + amp' if lean else ''}, {way}"
+    def full(self, task: Task, seed: int) -> nn.Module:
+        """Return the trained full network, trained now or in an earlier run."""
+        name = f"{task.name}, {seed}, {FULL}"
+        file = self.folder / f"{name}.pt"
+        net = task.network(seed)
+        if not file.exists():
+            task.train(net.train(), None, seed, name, file.with_suffix(".part"))
+            write_whole(file, partial(torch.save, net.state_dict()))
+        net.load_state_dict(torch.load(file, weights_only=True))
+        return net.eval()
 
-        def look() -> float:
-            student = self.student(seed, cut, way)
-            if lean:
-                student = rewrite(student, *LEAN, inputs=self.images[0])
-            distil = Distillation(self.trained(seed), student)
+    def row(self, task: Task, seed: int, row: str) -> None:
+        """Find out the scores of one network in all its ways."""
 
-            def step(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-                if way == DISTILLED:
-                    outputs, apart = distil(images)
-                    loss = 0.5 * dice_loss(outputs, labels) + 0.5 * apart
-                else:
-                    loss = dice_loss(model(images), labels)
-                loss.backward()  # type: ignore[no-untyped-call]
-                return loss.detach()
+        def student(way: str) -> nn.Module:
+            full, x = self.full(task, seed), task.images[0]
+            if row == FULL:
+                return full
+            name = COMPACT if row == LEAN else row
+            cut: Any = CUTS[name]
+            if way == NEW:
+                return rewrite(full, dataclasses.replace(cut, weights="reset"), inputs=x, seed=seed)
+            if (task.name, seed, name) not in self.calibrated:
+                small = rewrite(full, cut, inputs=x, calibration=task.images)
+                self.calibrated = {(task.name, seed, name): small}
+            small = copy.deepcopy(self.calibrated[task.name, seed, name])
+            return rewrite(small, *LEAN_PASSES, inputs=x) if row == LEAN else small
 
-            kept = self.folder / f"{name}.part"
-            train_volumes(
-                student.train(),
-                self.training,
-                steps=self.steps,
-                seed=seed,
-                what=name,
-                rate=RATE,
-                step=step,
-                kept=kept,
-            )
-            kept.unlink(missing_ok=True)
-            return self.dice(student)
+        def look(way: str) -> float:
+            model = student(way)
+            if way != AT_ONCE and (row, way) != (FULL, NEW):
+                name = _name(task, seed, row, way)
+                distil = Distillation(self.full(task, seed), model) if way == DISTILLED else None
+                task.train(model.train(), distil, seed, name, self.folder / f"{name}.part")
+            return task.score(model)
 
-        found: float | None = self.find(name, look)
-        return found
+        for way in _ways(row):
+            self.findings.find(_name(task, seed, row, way), partial(look, way))
 
-    def costs(self, cut: str, lean: bool = False) -> list[str]:
-        """Return parameters and the peak of a training step."""
+    def costs(self, task: Task, row: str) -> list[str]:
+        """Return parameters, the peak of a training step, and its CPU time."""
 
-        def look() -> list[int]:
-            model = network(0)
-            if cut:
-                model = rewrite(model, CUTS[cut], *(LEAN if lean else ()), inputs=self.images[0])
-            peak = measure(model, (torch.zeros(1, 1, *SIZE),), "train").peak
-            return [sum(p.numel() for p in model.parameters()), peak]
+        def look() -> list[float]:
+            model = task.network(0).train()
+            if row != FULL:
+                cut = CUTS[COMPACT if row == LEAN else row]
+                more = LEAN_PASSES if row == LEAN else ()
+                model = rewrite(model, cut, *more, inputs=task.batch)
+            peak = measure(model, task.batch, "train").peak
+            return [sum(p.numel() for p in model.parameters()), peak, _seconds(model, task.batch)]
 
-        found = self.find(f"costs of {cut or 'the teacher'}{', lean' if lean else ''}", look)
-        return ["", ""] if found is None else [f"{found[0]:,}", f"{found[1] / 2**20:.1f} MiB"]
+        found = self.findings.find(f"{task.name}, costs of {row}", look)
+        if found is None:
+            return ["", "", ""]
+        return [f"{found[0]:,}", f"{found[1] / 2**20:.1f} MiB", f"{found[2]:.3f} s"]
 
-    def evidence(self) -> str:
-        """Look at everything, seed by seed, and return the table."""
+    def run(self) -> None:
+        """Find out everything: all of the first seed, then the next."""
         for seed in self.seeds:
-            self.whole(seed)
-            for way in WAYS:
-                for cut in STUDENTS:
-                    self.trained_student(seed, cut, way)
-            self.trained_student(seed, "CompactBlock()", CALIBRATED, lean=True)
-        lines = [["teacher", *self.costs(""), spread([self.whole(s) for s in self.seeds]), "", ""]]
-        for cut in STUDENTS:
-            told = [spread([self.trained_student(s, cut, way) for s in self.seeds]) for way in WAYS]
-            lines.append([f"`{cut}`", *self.costs(cut), *told])
-        cut = "CompactBlock()"
-        lean = [self.trained_student(s, cut, CALIBRATED, lean=True) for s in self.seeds]
-        more = f"`{cut}` + in-place norm + amp"
-        lines.append([more, *self.costs(cut, lean=True), "", spread(lean), ""])
-        headers = ["network", "parameters", "peak of a training step", *WAYS]
+            for task in self.tasks:
+                self.findings.find(
+                    _name(task, seed, FULL, NEW),
+                    lambda task=task, seed=seed: task.score(self.full(task, seed)),
+                )
+                for row in task.rows:
+                    self.row(task, seed, row)
+        for task in self.tasks:
+            for row in task.rows:
+                self.costs(task, row)
+
+    def scores(self, task: Task, row: str, way: str) -> dict[int, float]:
+        names = {seed: _name(task, seed, row, way) for seed in self.seeds}
+        return {s: self.findings.results[n] for s, n in names.items() if n in self.findings.results}
+
+    def table(self, task: Task) -> str:
+        lines = []
+        for row in (FULL, *(row for row in task.rows if row != FULL)):
+            told = [_spread(list(self.scores(task, row, way).values())) for way in WAYS]
+            lines.append([f"`{row}`" if row != FULL else row, *self.costs(task, row), *told])
+        headers = ["network", "parameters", "peak", "step", *WAYS]
         return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
+    def claims(self, task: Task) -> str:
+        """Say how far students are from the full network over the seeds that both have."""
+        full, lines = self.scores(task, FULL, NEW), []
+        rows = {"PocketNet": ("Pocket()", NEW), "Wang et al.": (LEAN, CALIBRATED)}
+        for paper, (row, way) in rows.items():
+            found = self.scores(task, row, way)
+            away = [score - full[seed] for seed, score in found.items() if seed in full]
+            if away:
+                mean = statistics.mean(away)
+                kept = "reached" if mean >= -1 else "not reached"
+                lines.append(f"{paper}: {row}, {way}: {mean:+.1f} ({len(away)} seeds): {kept}")
+        return "\n".join(lines)
 
-def spread(values: list[float | None]) -> str:
+
+def _ways(row: str) -> tuple[str, ...]:
+    if row in THREE_WAYS:
+        return WAYS
+    return (NEW, CALIBRATED) if row == FULL else (AT_ONCE, CALIBRATED)
+
+
+def _name(task: Task, seed: int, row: str, way: str) -> str:
+    return f"{task.name}, {seed}, {row}, {way}"
+
+
+def _seconds(model: nn.Module, x: Tensor, times: int = 5) -> float:
+    """Return the CPU seconds of forward and backward: the median, after one that is not timed."""
+    taken = []
+    for _ in range(1 + times):
+        start = time.process_time()
+        model(x).float().square().mean().backward()
+        taken.append(time.process_time() - start)
+    return statistics.median(taken[1:])
+
+
+def _spread(values: list[float]) -> str:
     """Return mean and standard deviation of what is there, and how many these are."""
-    there = torch.tensor([value for value in values if value is not None])
-    if not len(there):
+    if not values:
         return ""
-    deviation = f" ± {float(there.std()):.1f}" if len(there) > 1 else ""
-    return f"{float(there.mean()):.1f}{deviation} ({len(there)})"
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation} ({len(values)})"
 
 
 def main() -> int:
-    arguments = arguments_of(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
-    sys.stdout.write(f"{Accuracy(arguments).evidence()}\n")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="the folder of the data sets' folders")
+    parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
+    parser.add_argument("--steps", type=int, default=150, help="of each training; in 2D twice")
+    parser.add_argument("--test", type=int, default=20, help="test images of a data set, at most")
+    study = Study(calibration.parsed(parser))
+    study.run()
+    for task in study.tasks:
+        sys.stdout.write(f"{task.name}\n\n{study.table(task)}\n\n{study.claims(task)}\n\n")
     return 0
 
 

@@ -19,18 +19,17 @@ seeds without training steps first, then those with. Needs dynamic-network-archi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from findings import Findings
 from tabulate import tabulate
 from torch import Tensor, nn
-from volumes import CLASSES, dice_scores, read_volumes, train_volumes
+from volumes import CLASSES, dice_scores, read_volumes, train_volumes, write_whole
 
 from pocketize import Calibration, Pass, history, rewrite
 from pocketize.passes import Bottleneck, CompactBlock, Pocket, Separable, Width
@@ -82,31 +81,16 @@ class Study:
     """What has been found out, kept in a folder."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
+        self.findings = Findings(arguments.out, arguments.only, arguments.until)
+        self.find = self.findings.find
         self.folder: Path = arguments.out
         self.seeds: list[int] = arguments.seeds
         self.steps: int = arguments.steps
-        self.until: str = arguments.until
-        self.only: list[str] = arguments.only
         cases = read_volumes(arguments.data, SIZE)
         others = [case for index, case in enumerate(cases) if index % 3]
         self.training = others[:TRAIN]
         self.images = [case.image[None] for case in others[TRAIN : TRAIN + CALIBRATE]]
         self.testing = cases[::3][: arguments.test]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = self.folder / "results.json"
-        self.results: dict[str, Any] = {}
-        if self.file.exists():
-            self.results = json.loads(self.file.read_text(encoding="utf-8"))
-
-    def find(self, name: str, look: Callable[[], Any]) -> Any:
-        """Return what was found out under this name, now or in an earlier run."""
-        late = bool(self.until) and time.strftime("%H:%M") >= self.until
-        asked = any(each in name for each in self.only)
-        if name not in self.results and asked and not late:
-            self.results[name] = look()
-            sys.stderr.write(f"{time.strftime('%H:%M')} {name}: {self.results[name]}\n")
-            self.file.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
-        return self.results.get(name)
 
     def trained(self, seed: int) -> nn.Module:
         file = self.folder / f"{seed}.pt"
@@ -121,7 +105,7 @@ class Study:
                 rate=RATE,
                 kept=file.with_suffix(".part"),
             )
-            torch.save(net.state_dict(), file)
+            write_whole(file, partial(torch.save, net.state_dict()))
         net.load_state_dict(torch.load(file, weights_only=True))
         return net.eval()
 
@@ -227,12 +211,8 @@ def _told(values: list[float | None]) -> str:
     return f"{sum(there) / len(there):.1f} ({each})"
 
 
-def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the arguments of a study."""
-    parser.add_argument("data", type=Path, help="the folder Task04_Hippocampus")
-    parser.add_argument("--out", type=Path, default=Path("runs/calibration"))
-    parser.add_argument("--steps", type=int, default=STEPS, help="of each training")
-    parser.add_argument("--test", type=int, default=20, help="volumes to test on, at most")
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the arguments of a study, those that all have among them."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--until", default="", metavar="HH:MM", help="begin nothing new after this")
@@ -245,7 +225,12 @@ def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def main() -> int:
-    study = Study(arguments_of(argparse.ArgumentParser(description=__doc__.splitlines()[0])))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="the folder Task04_Hippocampus")
+    parser.add_argument("--out", type=Path, default=Path("runs/calibration"))
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each training")
+    parser.add_argument("--test", type=int, default=20, help="volumes to test on, at most")
+    study = Study(parsed(parser))
     sys.stdout.write(f"{study.table()}\n\n{study.on_images()}\n")
     return 0
 

@@ -14,17 +14,18 @@ one thread it takes about twenty minutes. Needs nibabel.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from findings import Findings
 from tabulate import tabulate
 from torch import nn
-from volumes import CLASSES, Case, dice_scores, read_volumes, train_volumes
+from volumes import CLASSES, Case, dice_scores, read_volumes, train_volumes, write_whole
 
 from pocketize import plan
 from pocketize.passes import Bottleneck, CompactBlock, Separable
@@ -85,15 +86,8 @@ class Study:
         # every third volume is for testing
         self.training = [case for index, case in enumerate(cases) if index % 3]
         self.testing = cases[::3][: arguments.test]
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / "results.json"
-        self.results: dict[str, Any] = {}
-        if self.file.exists():
-            self.results = json.loads(self.file.read_text(encoding="utf-8"))
-
-    def keep(self, name: str, result: dict[str, Any]) -> None:
-        self.results[name] = result
-        self.file.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
+        findings = Findings(folder)
+        self.results, self.keep = findings.results, findings.keep
 
     def baseline(self) -> nn.Module:
         """Return the trained network, trained now or in an earlier run."""
@@ -106,7 +100,7 @@ class Study:
             start = time.perf_counter()
             train(model, self.training, self.arguments.steps, self.arguments.seed, "baseline")
             seconds = time.perf_counter() - start
-            torch.save(model.state_dict(), path)
+            write_whole(path, partial(torch.save, model.state_dict()))
             dice = score(model, self.testing)
             self.keep("baseline", {"parameters": parameters(model), "dice": dice, "s": seconds})
         return model
@@ -137,7 +131,6 @@ class Study:
             train(swapped, self.training, self.arguments.tune, 1, f"{label}, {weights}")
             found[f"{weights} trained"] = score(swapped, self.testing)
         self.keep(label, found)
-        sys.stderr.write(f"{label}: {found}\n")
 
     def table(self) -> str:
         rows = []

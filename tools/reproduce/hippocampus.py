@@ -17,9 +17,8 @@ thread takes about twenty minutes a seed. Needs monai and nibabel.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 from costs import costs
+from findings import Findings
 from monai.networks.nets import DynUNet
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from volumes import (
     read_volumes,
     train_volumes,
     whole_step,
+    write_whole,
 )
 
 from pocketize import rewrite
@@ -180,6 +181,8 @@ class Study:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.folder: Path = arguments.out
+        self.findings = Findings(self.folder)
+        self.find = self.findings.find
         self.steps: int = arguments.steps
         self.seeds: list[int] = arguments.seeds
         self.size = tuple(map(int, arguments.size.split("x")))
@@ -187,19 +190,6 @@ class Study:
         # every third volume is for testing
         self.training = [case for index, case in enumerate(cases) if index % 3][: arguments.train]
         self.testing = cases[::3][: arguments.test]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = self.folder / "results.json"
-        self.results: dict[str, Any] = {}
-        if self.file.exists():
-            self.results = json.loads(self.file.read_text(encoding="utf-8"))
-
-    def find(self, name: str, look: Callable[[], Any]) -> Any:
-        """Return what was found out under this name, now or in an earlier run."""
-        if name not in self.results:
-            self.results[name] = look()
-            sys.stderr.write(f"{name}: {str(self.results[name])[:100]}\n")
-            self.file.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
-        return self.results[name]
 
     def way(self, seed: int, trained: str, tiles: Patchwise | None) -> Way:
         """Return a way to segment with trained weights; it is trained if it has not been."""
@@ -217,7 +207,7 @@ class Study:
                 step=take_step,
                 kept=partly,
             )
-            torch.save(made.state_dict(), file)
+            write_whole(file, partial(torch.save, made.state_dict()))
             self.find(f"{seed}, {trained}, losses", lambda: losses)
             partly.unlink(missing_ok=True)
         way = Way(TRAININGS[trained], tiles, seed, self.size)
@@ -261,7 +251,7 @@ class Study:
             far = self.find(f"{seed}, logits", partial(self.logits, seed))
             lines.append(f"seed {seed}: logits of exact tiles differ by at most {far}")
             whole, tiles = (
-                torch.tensor(self.results[f"{seed}, {name}, losses"])
+                torch.tensor(self.findings.results[f"{seed}, {name}, losses"])
                 for name in ("whole", "exact tiles")
             )
             apart = (whole - tiles).abs()

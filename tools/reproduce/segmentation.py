@@ -170,7 +170,14 @@ def _batch(samples: tuple[Sample, ...], generator: torch.Generator) -> tuple[Ten
     return stacked[:, 0], stacked[:, 1], stacked[:, 2]
 
 
-def train(model: nn.Module, dataset: Dataset, *, steps: int, seed: int) -> float:
+def train(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    steps: int,
+    seed: int,
+    distil: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> float:
     """Train a network from its present weights and return its F1 on the test images.
 
     Cross-entropy plus soft Dice, Adam at 1e-3 falling to zero along a half cosine, batches of eight
@@ -181,6 +188,7 @@ def train(model: nn.Module, dataset: Dataset, *, steps: int, seed: int) -> float
         dataset: what to train and test on.
         steps: optimiser steps.
         seed: of the crops.
+        distil: from images to the model's logits and a loss, which then counts half.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -188,12 +196,13 @@ def train(model: nn.Module, dataset: Dataset, *, steps: int, seed: int) -> float
     model.train()
     for _ in range(steps):
         image, mask, valid = _batch(dataset.training, generator)
-        logits = model(image)
+        logits, apart = (model(image), None) if distil is None else distil(image)
         crossed = F.binary_cross_entropy_with_logits(logits, mask, weight=valid)
         found = logits.sigmoid() * valid
         dice = 1 - (2 * (found * mask).sum() + 1) / (found.sum() + (mask * valid).sum() + 1)
+        loss = crossed + dice
         optimizer.zero_grad()
-        (crossed + dice).backward()
+        (loss if apart is None else 0.5 * loss + 0.5 * apart).backward()
         optimizer.step()
         schedule.step()
     return f1(model, dataset.testing)

@@ -15,11 +15,13 @@ __all__ = [
     "read_volumes",
     "train_volumes",
     "whole_step",
+    "write_whole",
 ]
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,13 @@ class Case:
 
     image: Tensor
     label: Tensor
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under another name first: who is killed in the middle leaves the old one."""
+    new = file.with_name(f"{file.name}.new")
+    write(new)
+    new.replace(file)
 
 
 def read_scans(
@@ -162,7 +171,8 @@ def train_volumes(
         optimizer.step()
         schedule.step()
         if kept is not None and len(losses) % 50 == 0:
-            torch.save(([part.state_dict() for part in parts], losses), kept)
+            state = [part.state_dict() for part in parts], losses
+            write_whole(kept, partial(torch.save, state))
     return losses
 
 
