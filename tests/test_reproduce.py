@@ -44,7 +44,7 @@ def cells(table: str) -> list[list[str]]:
 def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four volumes with two structures, in the layout of the Medical Segmentation Decathlon."""
     nibabel = pytest.importorskip("nibabel")
-    folder = tmp_path_factory.mktemp("Task04_Hippocampus")
+    folder = tmp_path_factory.mktemp("data") / "Task04_Hippocampus"
     random = np.random.default_rng(0)
     for number in range(4):
         label = np.zeros((13, 15, 30 - number), np.uint8)
@@ -52,7 +52,7 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
         label[5:10, 5:11, 15:25] = 2
         image = (label * 40 + random.normal(0, 5, label.shape)).astype(np.float32)
         for part, values in (("imagesTr", image), ("labelsTr", label)):
-            (folder / part).mkdir(exist_ok=True)
+            (folder / part).mkdir(parents=True, exist_ok=True)
             file = folder / part / f"hippocampus_{number:03}.nii.gz"
             nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), file)
     return folder
@@ -148,14 +148,48 @@ def test_calibration_measures_cuts_and_goes_on_where_it_was(tmp_path: Path, scan
 
 
 @pytest.mark.whole
+@pytest.mark.slow
 def test_accuracy_trains_students(tmp_path: Path, scans: Path) -> None:
     pytest.importorskip("dynamic_network_architectures")
-    few = ("--out", tmp_path, "--steps", "1", "--test", "1", "--seeds", "0")
-    rows = cells(run("accuracy.py", scans, *few, "--only", "Pocket(), distilled", "of the teacher"))
+    few = ("--tasks", "Hippocampus", "--steps", "1", "--test", "1", "--seeds", "0")
+    few += ("--out", str(tmp_path), "--only", "Pocket(), new", "Pocket(), distilled", "full")
+    printed = run("accuracy.py", scans.parent, *few)
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    named = {row[0]: row for row in rows}
-    assert named["teacher"][1] == "340,022"
-    assert named["`Pocket()`"][-1] == f"{found['0, Pocket(), distilled']:.1f} (1)"
+    named = {row[0]: row for row in cells(printed)}
+    assert named["full"][1] == "340,022"
+    distilled = found["Hippocampus, 0, Pocket(), distilled"]
+    assert named["`Pocket()`"][-3:] == ["", "", f"{distilled:.1f} (1)"]
+    away = found["Hippocampus, 0, Pocket(), new"] - found["Hippocampus, 0, full, new"]
+    assert f"PocketNet: Pocket(), new: {away:+.1f} (1 seeds)" in printed
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_one_run_at_a_time_uses_a_folder_and_a_killed_one_loses_nothing(tmp_path: Path) -> None:
+    code = """
+import sys, pathlib
+sys.path.insert(0, sys.argv[1])
+from findings import Findings
+import volumes
+found = Findings(pathlib.Path(sys.argv[2]), only=["a", "c"])
+assert found.find("a", lambda: 1) == 1 and found.find("b", lambda: 1) is None
+try:
+    Findings(pathlib.Path(sys.argv[2]))
+except SystemExit as error:
+    print(error)
+def killed(file):
+    file.write_text("{")
+    raise KeyboardInterrupt
+try:
+    volumes.write_whole(pathlib.Path(sys.argv[2]) / "results.json", killed)
+except KeyboardInterrupt:
+    pass
+"""
+    arguments = [sys.executable, "-c", code, str(SCRIPTS), str(tmp_path)]
+    for _ in range(2):  # the end of a process frees the folder
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.startswith("another run uses ")
+        assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == {"a": 1}
 
 
 def test_patchwise_puts_estimates_beside_what_the_thesis_prints() -> None:

@@ -89,7 +89,8 @@ class Study:
         cases = read_volumes(arguments.data, SIZE)
         others = [case for index, case in enumerate(cases) if index % 3]
         self.training = others[:TRAIN]
-        self.images = [case.image[None] for case in others[TRAIN : TRAIN + CALIBRATE]]
+        more = others[TRAIN : TRAIN + CALIBRATE] or others  # of a folder with few volumes
+        self.images = [case.image[None] for case in more]
         self.testing = cases[::3][: arguments.test]
 
     def trained(self, seed: int) -> nn.Module:
