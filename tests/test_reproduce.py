@@ -142,7 +142,8 @@ def test_calibration_measures_cuts_and_goes_on_where_it_was(tmp_path: Path, scan
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert found["0, Separable(), calibrated, notes"][-1].startswith("calibrated on ")
     named = {row[0]: row for row in rows}
-    assert named["`Width(0.25)`"][1:3] == ["21,626", f"{found['0, Width(0.25), sliced']:.1f} (0.0)"]
+    dice = f"{found['0, Width(0.25), sliced']:.1f}"
+    assert named["`Width(0.25)`"][1:3] == ["21,626", f"{dice} ({dice})"]
     assert named["`Width(0.75)`"][2] == ""
     assert run("calibration.py", scans, *few, "--only", "nothing")  # from the file
 

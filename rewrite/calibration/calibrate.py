@@ -72,7 +72,7 @@ def calibrate(
         InputError: there are no images, or they do not suit the networks.
         OptionError: an option is out of range.
         RewriteError: ``after`` was not made of ``before``, was not rewritten at all, or does not
-            run layer by layer in one dtype.
+            run layer by layer in one dtype, or has no layer that can be solved.
     """
     options = Calibration(images, samples=samples, ridge=ridge, memory=memory, seed=seed)
     given = options.inputs_of(before)
@@ -84,6 +84,9 @@ def calibrate(
         uncalled = "the forward does not call it; set the model as in training and calibrate again"
         found |= {path: uncalled for path in sorted(resized) if _unsolved(made, path, calls)}
         wanted = {path: what for path, what in found.items() if isinstance(what, WantedOutputs)}
+        if not wanted:
+            reasons = ", ".join(f"{path} ({why})" for path, why in found.items())
+            raise RewriteError(f"calibrate: no layer can be solved: {reasons}")
         started = _difference(before, made, given)
         if not math.isfinite(started):
             raise InputError("calibrate: outputs on the images are not all finite numbers")

@@ -6,16 +6,21 @@ __all__ = ["Calibration", "call_with", "evaluated"]
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pocketize.errors import InputError, OptionError
+from pocketize.errors import InputError, OptionError, brief
 from pocketize.graph.inputs import Inputs, as_inputs, find_tensors, to_model
 from pocketize.plugin.options import read_size
+
+_HOW = (
+    " (images are what the forward takes, with a batch axis and without labels, such as "
+    "[batch['image'] for batch in loader])"
+)
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,29 @@ class Calibration:
         """Return the images as a model takes them, where it is.
 
         Raises:
-            InputError: there are none, or they hold no tensors.
+            InputError: there are none, they are not tensors with values, or all are constant.
         """
-        given = [to_model(as_inputs(each, model), model) for each in self.images]
-        if not given:
-            raise InputError("calibrate needs at least one image")
-        return given
+        images: Any = self.images
+        if isinstance(images, (Tensor, Mapping, Inputs)):
+            images = [images]  # one call, and not what iterating over it gives
+        try:
+            images = list(() if isinstance(images, (str, bytes)) else images)
+        except TypeError:
+            images = []
+        if not images:
+            raise InputError(f"calibrate needs at least one image{_HOW}, got {self.images!r:.80}")
+        values = [find_tensors(each.args if isinstance(each, Inputs) else each) for each in images]
+        if not all(tensors and not any(t.is_meta for t in tensors) for tensors in values):
+            raise InputError(f"calibrate needs images, and not only their shapes{_HOW}")
+        if not any(_varies(tensor) for tensors in values for tensor in tensors):
+            raise InputError(
+                "calibrate: all images have one value everywhere; give such with contents"
+            )
+        return [to_model(as_inputs(each, model), model) for each in images]
+
+
+def _varies(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and bool((tensor != tensor.flatten()[0]).any())
 
 
 @contextlib.contextmanager
@@ -101,7 +123,8 @@ def call_with(model: nn.Module, inputs: Inputs) -> Any:
         raise
     except (TypeError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"calibrate: {type(model).__name__} does not run on {inputs.describe()}: {error}"
+            f"calibrate: {type(model).__name__} does not run on {inputs.describe()}{_HOW}: "
+            f"{brief(error)}"
         ) from error
     floats = [each for each in find_tensors(outputs) if each.is_floating_point()]
     if not all(bool(each.isfinite().all()) for each in floats):

@@ -23,6 +23,7 @@ class CalibratedLayer:
         why_not: the reason why it was not; empty if it was.
         weights: relative change of its weights; where a block replaced a convolution, relative
             difference of the map that the block is to the convolution's weights.
+        block: whether a block stands there, where a convolution was.
     """
 
     path: str
@@ -30,6 +31,7 @@ class CalibratedLayer:
     after: float | None
     why_not: str = ""
     weights: float | None = None
+    block: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,18 @@ class CalibratedNetwork:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences that stay with the network: the summary, and which layers are as they were."""
+        """Sentences that stay with the network: the summary, blocks, and layers not solved."""
+        blocks = [
+            f"{each.path} {_share(each.after)} ({_share(each.weights) or '-'})"
+            for each in self.layers
+            if each.block
+        ]
         left = [f"{each.path} ({each.why_not})" for each in self.layers if each.why_not]
-        told = f"not calibrated: {', '.join(left)}"
-        return (self.summary, told) if left else (self.summary,)
+        told = {
+            "relative error of the blocks' outputs on the images (of their weights): ": blocks,
+            "not calibrated: ": left,
+        }
+        return (self.summary, *(head + ", ".join(each) for head, each in told.items() if each))
 
     def __str__(self) -> str:
         rows = [

@@ -139,7 +139,7 @@ class LayerSolver:
             moved = float((weight - old).norm() / old.norm().clamp(min=1e-300))
         for index in range(len(self.images)):
             del self.targets[path, index]
-        return CalibratedLayer(path, before, after, weights=moved)
+        return CalibratedLayer(path, before, after, weights=moved, block=chain is not None)
 
     def _take_targets(self, path: str) -> None:
         """Run the large network once for each image, for this layer and those after it."""

@@ -173,9 +173,12 @@ def test_a_layer_that_the_forward_does_not_call_is_listed() -> None:
 def test_images_of_zeros_and_of_what_is_no_number() -> None:
     net, x = trained(), images()
     small = rewrite(net, HALF, inputs=x[0])
-    made = calibrate(net, small, [torch.zeros_like(x[0])]).model
+    zeros = torch.zeros_like(x[0])
+    made = calibrate(net, small, [zeros, 1e-20 * x[0]]).model
     assert all(bool(tensor.isfinite().all()) for tensor in made.state_dict().values())
-    rewrite(net, HALF, inputs=x[0], calibration=[torch.zeros_like(x[0])])
+    rewrite(net, HALF, inputs=x[0], calibration=[zeros, 1e-20 * x[0]])
+    with pytest.raises(InputError, match="one value everywhere"):
+        calibrate(net, small, [zeros, zeros + 1])
     for given in ({"calibration": [x[0] * torch.nan]}, {"calibration": [x[0], x[0] / 0]}):
         with pytest.raises(InputError, match="not all finite"):
             rewrite(net, HALF, inputs=x[0], **given)
@@ -187,7 +190,7 @@ def test_wrong_arguments() -> None:
     small = rewrite(net, HALF, inputs=x[0])
     rows: list[tuple[Any, dict[str, Any], Any, str]] = [
         ((net, small, []), {}, InputError, "at least one image"),
-        ((net, small, ["much"]), {}, InputError, "much"),
+        ((net, small, ["much"]), {}, InputError, "not only their shapes"),
         ((net, small, x), {"samples": 0}, OptionError, "must be positive"),
         ((net, small, x), {"ridge": 0}, OptionError, "must be positive"),
         ((net, small, x), {"memory": "much"}, OptionError, "1GiB"),
@@ -222,12 +225,33 @@ def test_a_rewrite_calibrates_what_it_made() -> None:
     for options, text in (
         ({"inplace": True}, "which inplace=True changes"),
         ({"calibration": []}, "at least one image"),
-        ({"calibration": [torch.zeros(1, 2, 8, 8)]}, "Net does not run on 1x2x8x8"),
+        ({"calibration": [torch.randn(1, 2, 8, 8)]}, "Net does not run on 1x2x8x8"),
+        ({"calibration": [(x[0], x[0])]}, r"without labels, such as \[batch\['image'\]"),
+        ({"calibration": "imagesTr"}, "at least one image.*got 'imagesTr'"),
+        ({"calibration": 3}, "at least one image"),
+        ({"calibration": ["1x1x8x8"]}, "not only their shapes"),
+        ({"calibration": [x[0].to("meta")]}, "not only their shapes"),
     ):
         with pytest.raises((OptionError, InputError), match=text):
             rewrite(net, HALF, inputs=x[0], **{"calibration": x, **options})
     with pytest.raises(OptionError, match="weights='reset' draws weights anew"):
         rewrite(net, Width(0.5, weights="reset"), inputs=x[0], calibration=x)
+
+
+@pytest.mark.slow
+def test_a_tensor_is_one_call() -> None:
+    net, x = trained(), torch.cat(images())
+    outputs = [rewrite(net, HALF, inputs=x, calibration=each)(x) for each in (x, [x])]
+    assert torch.equal(*outputs)
+
+
+def test_a_network_without_a_layer_to_solve_is_refused() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3)).eval()
+    for index in (0, 2):
+        nn.utils.parametrizations.weight_norm(net[index])
+    x = torch.randn(1, 1, 8, 8)
+    with pytest.raises(RewriteError, match=r"no layer can be solved: 0 \(its weight is computed\)"):
+        rewrite(net, HALF, inputs=x, calibration=x)
 
 
 @pytest.mark.slow

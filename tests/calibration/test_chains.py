@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketize import Pass, calibrate, rewrite
+from pocketize import Pass, calibrate, history, rewrite
 from pocketize.calibration.chains import find_chain
 from pocketize.calibration.windows import rows
 from pocketize.passes import Bottleneck, CompactBlock, Separable, Width
@@ -63,6 +63,8 @@ def test_the_block_is_nearer_on_the_images_than_its_last_layer_alone(swap: str, 
         error = float((given - wanted).norm() / wanted.norm())
     assert first.after == pytest.approx(error, rel=0.02)
     assert [layer.path for layer in found.layers] == ["0", "2"]
+    told = f"(of their weights): 0 {first.after:.1%} ({first.weights:.1%})"
+    assert history(found.model)[-1].notes[-1].endswith(told)
     alone = calibrate(net, small, x, memory="8KiB")
     (last,) = [layer for layer in alone.layers if layer.after is not None and layer.path != "2"]
     assert last.path.startswith("0.")
