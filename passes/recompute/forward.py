@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["RecomputingForward", "recomputing_forward"]
 
+import functools
 import sys
 import threading
 from collections.abc import Mapping
@@ -15,10 +16,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pocketize._torch import import_compiler, in_checkpoint, takes_what_is_saved
 from pocketize.errors import ExecutionError, RewriteError
+from pocketize.passes.recompute.compiled import describe_uses, planned
 from pocketize.passes.recompute.fusing import Fusing
 from pocketize.passes.recompute.recompute_graph import RecomputeGraph
+from pocketize.passes.shared.compiled import compiles_regions, run_region
 from pocketize.passes.shared.forwards import (
     Forward,
+    note_broken,
     note_compiled,
     obstacle,
     unwrapping,
@@ -34,15 +38,16 @@ class RecomputingForward(Forward):
     """Runs a model's forward with a graph on, from its first to its last operator.
 
     Nothing is recorded where there is no backward pass to come (``no_grad``, ``inference_mode``),
-    while ``torch.compile`` traces (it plans recomputation itself, see
-    its ``activation_memory_budget``), under the transforms of ``torch.func`` and forward-mode
-    differentiation, in a checkpoint, which runs again anyway, and inside another recording.
+    while ``torch.compile`` traces (from torch 2.13 on it is told what to store), under the
+    transforms of ``torch.func`` and forward-mode differentiation, in a checkpoint, which runs again
+    anyway, and inside another recording.
 
     Args:
         module: the model.
         rebuilt: see :class:`RecomputeGraph`.
         frees: likewise.
         min_bytes: likewise.
+        uses: of :func:`~.compiled.describe_uses`.
     """
 
     lowers: ClassVar[str] = "recompute"
@@ -53,8 +58,10 @@ class RecomputingForward(Forward):
         rebuilt: frozenset[str],
         frees: Mapping[str, tuple[int, ...]],
         min_bytes: int,
+        uses: str = "[]",
     ) -> None:
         super().__init__(module)
+        self.uses = uses
         self.rebuilt, self.frees, self.min_bytes = rebuilt, frees, min_bytes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,12 +70,20 @@ class RecomputingForward(Forward):
         Raises:
             ExecutionError: the model's parameters are sharded by FSDP.
         """
+        if compiles_regions():
+            contexts = functools.partial(planned, self.uses)
+            return run_region(self.original, self._broken, contexts, args, kwargs)
         if torch.compiler.is_compiling():
             note_compiled("recompute")
             return self.original(*args, **kwargs)
         aside = without_backward() or in_checkpoint()
         if aside or getattr(_running, "model", False):
             return self.original(*args, **kwargs)
+        return self._recorded(*args, **kwargs)
+
+    def _broken(self, *args: Any, **kwargs: Any) -> Any:
+        """Run without the compiler, which cannot take the whole forward as one graph."""
+        note_broken("recompute")
         return self._recorded(*args, **kwargs)
 
     def graph(self) -> RecomputeGraph:
@@ -102,7 +117,9 @@ def convert(module: nn.Module, options: Mapping[str, Any], root: nn.Module) -> n
     if reason := obstacle(module):
         raise RewriteError(f"the model cannot recompute: {reason}")
     frees = {name: tuple(parts) for name, parts in options["frees"].items()}
-    RecomputingForward(module, frozenset(options["rebuilt"]), frees, options["min_bytes"]).install()
+    rebuilt = frozenset(options["rebuilt"])
+    uses = describe_uses(module, options.get("uses", ()), rebuilt)
+    RecomputingForward(module, rebuilt, frees, options["min_bytes"], uses).install()
     return module
 
 

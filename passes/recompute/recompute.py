@@ -48,8 +48,8 @@ class Recompute(Pass):
     holds lose their memory when nothing will read them again.
 
     Running statistics are updated once, random numbers are drawn again as they were, and autocast
-    is in the state it was. What happens inside ``torch.utils.checkpoint`` is left to it, and so is
-    everything under ``torch.compile``, which plans recomputation itself.
+    is in the state it was. What happens inside ``torch.utils.checkpoint`` is left to it. Under
+    ``torch.compile``, from torch 2.13 on, the compiler is told what to store.
 
     With ``budget``, what is stored is searched for: the choice with the least recomputation whose
     peak is within the budget. :func:`~pocketize.passes.recompute.curve.curve` returns all choices
@@ -135,7 +135,7 @@ class Recompute(Pass):
             why += "" if mine is None else f", {bytes_text(mine.stored)} would be"
             return Proposal(refused=(Refusal("", why),), notes=tuple(notes))
         return Proposal(
-            edits=(self._edit(_names(rebuilt), frees),),
+            edits=(self._edit(_names(rebuilt), frees, uses),),
             changes=(_summary(before, mine), *_rows(rebuilt)),
             notes=tuple(notes),
         )
@@ -154,11 +154,18 @@ class Recompute(Pass):
     def unchecked(self, traced: TracedGraph) -> Convert:
         """Return the edit for the model that was traced, in training, as no plan has checked it."""
         uses = find_uses(traced)
-        return self._edit(_names(chosen(uses, self.keep)), freed(traced, uses))
+        return self._edit(_names(chosen(uses, self.keep)), freed(traced, uses), uses)
 
-    def _edit(self, rebuilt: Iterable[str], frees: Mapping[str, tuple[int, ...]]) -> Convert:
+    def _edit(
+        self,
+        rebuilt: frozenset[str],
+        frees: Mapping[str, tuple[int, ...]],
+        uses: Iterable[WeightUse] = (),
+    ) -> Convert:
         listed = {name: list(parts) for name, parts in sorted(frees.items())}
         options = {"rebuilt": sorted(rebuilt), "frees": listed, **self.conversion_options()}
+        if rebuilt:  # torch.compile is told by their order which they are
+            options["uses"] = [use.name for use in uses]
         return Convert("", self.name, options)
 
 
@@ -181,7 +188,7 @@ class _BudgetSearch:
     ) -> None:
         self.given, self.target, self.step = given, target, step
         self.uses, self.frees = uses, frees
-        self.before = self._estimated(())
+        self.before = self._estimated(frozenset())
         self.goal = read_target(given.budget or "", self.before, _BUDGET)
 
     def run(self) -> tuple[dict[WeightUse, str], list[str]]:
@@ -216,7 +223,7 @@ class _BudgetSearch:
         why = "the budget needs its memory"
         return {use: why for use in self.uses if use.name in rebuilt}, notes
 
-    def _estimated(self, rebuilt: Iterable[str]) -> int:
+    def _estimated(self, rebuilt: frozenset[str]) -> int:
         copied = clone_modules(self.target.model)
         if rebuilt:
             apply_edits(copied, [self.given._edit(rebuilt, self.frees)])

@@ -18,6 +18,7 @@ __all__ = [
     "hooked",
     "is_foreign",
     "lowering",
+    "note_broken",
     "note_compiled",
     "obstacle",
     "refuse_exchanged",
@@ -83,8 +84,22 @@ def _warn_compiled(name: str) -> None:
     _compiled.add(name)
     warnings.warn(
         f"{name}: torch.compile traces this model, so the pass saves no memory: the compiler "
-        "decides what is kept for the backward pass. Let it recompute (its setting "
-        "activation_memory_budget, from 0 to 1), or train without torch.compile",
+        "decides what is kept for the backward pass. Use the pass recompute with torch 2.13 or "
+        "newer, which tells the compiler what to keep, or train without torch.compile",
+        PocketizeWarning,
+        stacklevel=2,
+    )
+
+
+def note_broken(name: str) -> None:
+    """Warn once that ``torch.compile`` left a model to a pass that needs one graph."""
+    if f"broken {name}" in _compiled:
+        return
+    _compiled.add(f"broken {name}")
+    warnings.warn(
+        f"{name}: torch.compile cannot trace this model as one graph, so it trains without the "
+        "compiler: graph breaks, or attributes that the forward sets; TORCH_LOGS=graph_breaks "
+        "lists them",
         PocketizeWarning,
         stacklevel=2,
     )

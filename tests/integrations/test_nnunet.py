@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pocketize import history
 from pocketize.errors import RecipeError
+from pocketize.passes.shared.compiled import HAS_REGIONS
 
 pytest.importorskip("nnunetv2")
 pytest.importorskip("nnunetv2.utilities.find_objects", reason="needs nnunetv2 2.8 or newer")
@@ -241,7 +242,10 @@ def test_pretrained_weights(recipe: Any, tmp_path: Path, monkeypatch: pytest.Mon
     assert torch.equal(third.network.state_dict()[key], kept)
 
 
-@pytest.mark.parametrize(("name", "compiles"), [("pocket", True), ("recompute", False)])
+@pytest.mark.parametrize(
+    ("name", "compiles"),
+    [("pocket", True), ("recompute", HAS_REGIONS), ("in-place-norm, amp", False)],
+)
 def test_what_the_compiler_would_undo_is_not_compiled(
     name: str, compiles: bool, recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,13 +9,20 @@
 
 from __future__ import annotations
 
-__all__ = ["PocketizeTrainer", "lean_export", "nnUNetTrainerPocketize", "trainer_folder"]
+__all__ = [
+    "PocketizeTrainer",
+    "exact_prediction",
+    "lean_export",
+    "nnUNetTrainerPocketize",
+    "trainer_folder",
+]
 
 from typing import TYPE_CHECKING
 
 from pocketize.lazy import attach
 
 if TYPE_CHECKING:
+    from pocketize.integrations.nnunet.exact import exact_prediction
     from pocketize.integrations.nnunet.export import lean_export
     from pocketize.integrations.nnunet.folder import trainer_folder
     from pocketize.integrations.nnunet.trainer import PocketizeTrainer, nnUNetTrainerPocketize
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
 attach(
     __name__,
     {
+        "exact": "exact_prediction",
         "export": "lean_export",
         "folder": "trainer_folder",
         "trainer": "PocketizeTrainer nnUNetTrainerPocketize",

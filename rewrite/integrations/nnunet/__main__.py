@@ -1,24 +1,44 @@
 """``python -m pocketize.integrations.nnunet``: print the folder for ``nnUNet_extTrainer``.
 
 ``python -m pocketize.integrations.nnunet predict ...`` is ``nnUNetv2_predict ...``, whose export
-never holds resampled logits.
+never holds resampled logits; with ``--exact`` it predicts whole volumes instead of windows.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import sys
+from typing import Any
 
 from pocketize.integrations.nnunet.folder import trainer_folder
 
+
+def predict(arguments: list[str]) -> None:
+    """Run nnU-Net's command with the options that are its own."""
+    from nnunetv2.inference.predict_from_raw_data import predict_entry_point
+
+    from pocketize.integrations.nnunet.exact import exact_prediction
+    from pocketize.integrations.nnunet.export import lean_export
+
+    parser = argparse.ArgumentParser("predict", add_help=False, allow_abbrev=False)
+    parser.add_argument("--exact", nargs="?", const=(), type=_sizes)
+    parser.add_argument("--keep", choices=("device", "host", "disk"), default="host")
+    given, sys.argv[1:] = parser.parse_known_args(arguments)
+    exact: Any = contextlib.nullcontext()
+    if given.exact is not None:
+        exact = exact_prediction(given.exact or None, keep=given.keep)
+    with lean_export(), exact:
+        predict_entry_point()
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("x"))
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["predict"]:
-        from nnunetv2.inference.predict_from_raw_data import predict_entry_point
-
-        from pocketize.integrations.nnunet.export import lean_export
-
-        del sys.argv[1]
-        with lean_export():
-            predict_entry_point()
+        predict(sys.argv[2:])
     elif sys.argv[1:]:
         sys.exit(f"unknown: {sys.argv[1]!r}; give nothing, or predict and nnU-Net's options")
     else:

@@ -11,7 +11,13 @@ segmentation", Nature Methods 2021; ``nnunetv2.preprocessing.resampling.default_
 
 from __future__ import annotations
 
-__all__ = ["convert_logits", "export_prediction_from_logits", "lean_export", "resample_labels"]
+__all__ = [
+    "convert_logits",
+    "export_prediction_from_logits",
+    "lean_export",
+    "replaced",
+    "resample_labels",
+]
 
 import contextlib
 import itertools
@@ -27,6 +33,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import (
     determine_do_sep_z_and_axis,
     resample_data_or_seg_to_shape,
 )
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
 _BLOCK = 32 << 20
@@ -213,7 +220,7 @@ def export_prediction_from_logits(*args: Any, **kwargs: Any) -> None:
     Labels are equal to nnU-Net's; probabilities, and other ways to resample than its default, are
     left to it.
     """
-    with _replaced(export_prediction, _CONVERT, convert_logits):
+    with replaced(export_prediction, _CONVERT, convert_logits):
         _EXPORT(*args, **kwargs)
 
 
@@ -221,17 +228,19 @@ def export_prediction_from_logits(*args: Any, **kwargs: Any) -> None:
 def lean_export() -> Iterator[None]:
     """Let the predictors of nnU-Net export in less memory within, also in their processes.
 
-    Files and returned arrays alike. The validation at the end of a training is not changed.
+    Files and returned arrays alike, and the validation at the end of a training.
     """
     with (
-        _replaced(predict_from_raw_data, _EXPORT.__name__, export_prediction_from_logits),
-        _replaced(predict_from_raw_data, _CONVERT, convert_logits),
+        replaced(nnUNetTrainer, _EXPORT.__name__, export_prediction_from_logits),
+        replaced(predict_from_raw_data, _EXPORT.__name__, export_prediction_from_logits),
+        replaced(predict_from_raw_data, _CONVERT, convert_logits),
     ):
         yield
 
 
 @contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Let an attribute of a module or class have another value within."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:

@@ -18,6 +18,8 @@ from torch import nn
 from pocketize.artifact.carried import apply_recipe, recipe
 from pocketize.engine.pipeline import rewrite
 from pocketize.errors import RecipeError
+from pocketize.integrations.nnunet.export import lean_export
+from pocketize.passes.shared.compiled import HAS_REGIONS
 from pocketize.passes.shared.forwards import lowering
 from pocketize.plugin.recipe import dump_recipe, load_variants, parse_variants
 from pocketize.plugin.registry import parse_pass
@@ -125,10 +127,16 @@ class PocketizeTrainer:
             inplace=True,
         )
 
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Validate as nnU-Net does, and export without resampled logits."""
+        with lean_export():
+            super().perform_actual_validation(save_probabilities)  # type: ignore[misc]
+
     def _do_i_compile(self) -> bool:
         """Compile as nnU-Net does, but for passes whose saving the compiler would give back."""
         compiles: bool = super()._do_i_compile()  # type: ignore[misc]
         passes = lowering(self.network) if compiles and self.network is not None else []
+        passes = [name for name in passes if name != "recompute" or not HAS_REGIONS]
         if not passes or "nnUNet_compile" in os.environ:
             return compiles
         self.print_to_log_file(  # type: ignore[attr-defined]
