@@ -46,7 +46,7 @@ ENGINE = (
 )
 #: What a pass's room may import of the other rooms of ``passes/``, besides ``shared``.
 BETWEEN = {
-    "fit": {"offload", "planning", "recompute"},
+    "fit": {"offload", "planning", "recompute", "tiling"},
     "planning": {"complexity", "widths"},
 }
 #: What each folder may import besides the standard library and itself.

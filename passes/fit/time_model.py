@@ -12,6 +12,7 @@ from __future__ import annotations
 __all__ = ["TimeModel"]
 
 import contextlib
+import itertools
 import math
 import platform
 import time
@@ -28,18 +29,24 @@ from pocketize.errors import FitError
 from pocketize.memory.work import EXAMPLE_BYTES, ConvolutionShape, Described, Operations, Work
 from pocketize.passes.fit.cache import cache_folder, read_json_file, write_json_file
 from pocketize.passes.offload.offload import file_copy, host_copy
+from pocketize.passes.tiling.storage import Storage
 
 aten = torch.ops.aten
 
-#: A call is repeated until so many seconds have passed, or so many times; the fastest counts.
-_SECONDS, _TIMES = 0.05, 5
+#: A call is repeated for so many seconds, and then until the fastest two times differ by less than
+#: this factor; for so many seconds, or so many times at most. The fastest counts.
+_SECONDS, _ALIKE, _LONGEST, _TIMES = 0.02, 1.05, 0.3, 12
 #: Calls of fewer seconds are repeated so many times for one reading of the clock.
 _SHORT, _MANY = 2e-4, 100
 #: Python's part of an operator, and what recompute adds for each that it follows and each tensor
 #: that it is to save, in calls of the smallest operator: a fit to 48 steps of less than 0.1 s.
-_PYTHON, _FOLLOWED = 3, 110
+_PYTHON, _FOLLOWED = 6, 110
+#: An operator is timed on so many sets of tensors in turn, at most.
+_SETS = 256
 #: Bytes of a move whose time is all in its beginning and end.
 _SMALL_MOVE = 4096
+#: Entries of float32 on a page of memory.
+_PAGE = 1024
 #: Calls on fewer bytes than these cost the same, whatever the operator.
 _SCALARS = 4096
 #: Stands in a cache file for an operator that cannot be timed.
@@ -116,16 +123,18 @@ class TimeModel:
         return count * times[0] + nbytes * rate
 
     def _move_call(self, place: str, away: bool, nbytes: int) -> Callable[[], object]:
+        if place == "map":
+            return partial(_use_map, nbytes)
         tensor = torch.rand(nbytes // 4, device=self.device)
         if place == "disk":
             return (lambda: file_copy(tensor, None)) if away else file_copy(tensor, None)
         return (lambda: host_copy(tensor)) if away else host_copy(tensor)
 
     def _plain_call(self) -> Callable[[], object]:
-        return self._call(torch.neg, (Described((EXAMPLE_BYTES // 8,), torch.float32),), {})
+        return self._call(torch.neg, (Described((EXAMPLE_BYTES // 8,), torch.float32, (1,)),), {})
 
     def _call_seconds(self) -> float:
-        tiny = Described((1,), torch.float32)
+        tiny = Described((1,), torch.float32, (1,))
         return self._time("call", lambda: self._call(torch.neg, (tiny,), {})) or 0.0
 
     def _time(self, key: str, make: Callable[[], Callable[[], object]]) -> float | None:
@@ -141,28 +150,56 @@ class TimeModel:
 
     def _convolution_call(self, convolution: ConvolutionShape) -> Callable[[], object]:
         dtype = getattr(torch, convolution.dtype)
-        made = [
-            torch.rand(shape, device=self.device).to(dtype)
-            for shape in (convolution.input, convolution.weight)
-        ]
+        given = [self._filled(shape, dtype) for shape in (convolution.input, convolution.weight)]
+        rest: Any = None, *convolution.options
         if not convolution.mask:
-            return lambda: aten.convolution(*made, None, *convolution.options)
-        out = aten.convolution(*made, None, *convolution.options)
-        bias = [out.shape[1]]
-        return lambda: aten.convolution_backward(
-            out, *made, bias, *convolution.options, list(convolution.mask)
-        )
+            return self._cold(lambda *of: aten.convolution(*of, *rest), given)
+        out = aten.convolution(*given, *rest)
+        rest = [out.shape[1]], *convolution.options, list(convolution.mask)
+        return self._cold(lambda *of: aten.convolution_backward(*of, *rest), [out, *given])
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Callable[[], object]:
-        def filled(described: Described) -> Tensor:
-            if described.dtype.is_floating_point or described.dtype.is_complex:
-                return torch.rand(described.shape, dtype=described.dtype, device=self.device)
-            return torch.zeros(described.shape, dtype=described.dtype, device=self.device)
-
-        given, named = pytree.tree_map_only(
-            Described, filled, (args, kwargs), is_leaf=lambda v: isinstance(v, Described)
+        leaves, spec = pytree.tree_flatten(
+            (args, kwargs), is_leaf=lambda value: isinstance(value, Described)
         )
-        return lambda: func(*given, **named)
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Described)]
+
+        def call(*tensors: Tensor) -> object:
+            for place, tensor in zip(places, tensors, strict=True):
+                leaves[place] = tensor
+            given, named = pytree.tree_unflatten(leaves, spec)
+            return func(*given, **named)
+
+        return self._cold(call, [self._filled(*leaves[place]) for place in places])
+
+    def _filled(
+        self, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None = None
+    ) -> Tensor:
+        if stride is None:
+            made = torch.empty(shape, dtype=dtype, device=self.device)
+        else:
+            made = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
+        real = dtype.is_floating_point or dtype.is_complex
+        return made.copy_(torch.rand(shape[-1:])) if real else made.zero_()
+
+    def _cold(self, call: Callable[..., object], tensors: list[Tensor]) -> Callable[[], object]:
+        """Return a call on other tensors each time, as in a step: caches do not hold them."""
+        nbytes = max(1, sum(tensor.nbytes for tensor in tensors))
+        count = min(_SETS, EXAMPLE_BYTES // nbytes) if nbytes > _SCALARS else 1
+        more = range(count - 1)
+        sets = [
+            tensors,
+            *([self._filled(t.shape, t.dtype, t.stride()) for t in tensors] for _ in more),
+        ]
+        following = itertools.cycle(sets)
+        return lambda: call(*next(following))
+
+
+def _use_map(nbytes: int) -> None:
+    """Make a mapped file, touch every page of it, and remove it."""
+    buffer = Storage("disk", torch.device("cpu")).allocate((nbytes // 4,), torch.float32)
+    buffer.tensor[::_PAGE].fill_(1)
+    buffer.close()
 
 
 def _part(convolution: ConvolutionShape) -> ConvolutionShape:
@@ -200,15 +237,23 @@ def _fastest(call: Callable[[], object], device: torch.device) -> float:
 
     with torch.no_grad(), _one_thread():
         call()  # the first call allocates and compiles
-        best = spent = timed(1)
+        spent = timed(1)
         # what is as short as the clock's own steps is timed many times at once
-        repeats = 1 if best > _SHORT else _MANY
-        for _ in range(_TIMES):
-            if spent > _SECONDS:
-                break
+        repeats = 1 if spent > _SHORT else _MANY
+        seen = [spent] if repeats == 1 else []
+        while len(seen) < _TIMES and not _settled(seen, spent):
             taken = timed(repeats)
-            best, spent = min(best, taken / repeats), spent + taken
-    return best
+            seen.append(taken / repeats)
+            spent += taken
+    return min(seen)
+
+
+def _settled(seen: list[float], spent: float) -> bool:
+    """Tell whether another program did not disturb the fastest of some times, or not to wait."""
+    if len(seen) < 2 or spent < _SECONDS:
+        return False
+    best, second = sorted(seen)[:2]
+    return second < _ALIKE * best or spent > _LONGEST
 
 
 @contextlib.contextmanager

@@ -289,7 +289,6 @@ def _of_moments(moments: NormMoments, arrived: Tensor, statistics: Tensor, part:
     mean = statistics[0].repeat_interleave(each, -1)
     by_mean, by_variance = (arrived / moments.count).repeat_interleave(each, -1)
     centred = part.to(mean.dtype) - mean.reshape(*mean.shape, *ends)
-    scaled: Tensor = torch.addcmul(
-        by_mean.reshape(*mean.shape, *ends), centred, 2 * by_variance.reshape(*mean.shape, *ends)
-    )
-    return scaled
+    centred *= 2 * by_variance.reshape(*mean.shape, *ends)
+    centred += by_mean.reshape(*mean.shape, *ends)
+    return centred

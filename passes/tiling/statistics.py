@@ -147,12 +147,9 @@ class Normalised(Pointwise):
         shift = -mean * scale
         if self.bias is not None:
             shift = shift + context.value(self.bias).to(scale.dtype)
-        # one operator, so that no map is allocated for the product
-        out: Tensor = torch.addcmul(
-            shift.reshape(*shift.shape, *ends),
-            x.to(scale.dtype),
-            scale.reshape(*scale.shape, *ends),
-        )
+        # in place, so that no map is allocated for the sum; addcmul takes three times as long here
+        out: Tensor = x.to(scale.dtype) * scale.reshape(*scale.shape, *ends)
+        out += shift.reshape(*shift.shape, *ends)
         return out.to(self.node.meta["val"].dtype)
 
 

@@ -18,9 +18,14 @@ from torch import Tensor
 
 from pocketize._torch import FakeTensor, without_dispatch_modes
 from pocketize.errors import InputError
+from pocketize.memory.hints import note_move
 from pocketize.memory.tracker import waits_elsewhere
 from pocketize.passes.tiling.intervals import Box, cut
 from pocketize.units import bytes_text
+
+#: Files of at most so many bytes are filled with zeros, a block of these at a time.
+_FILLED = 1 << 30
+_ZEROS = memoryview(bytes(1 << 20))
 
 
 class Buffer:
@@ -132,6 +137,8 @@ class Storage:
         if small or self.place == "device":
             return torch.empty(size, dtype=dtype, device=self.device), None
         fake = torch.empty(0)
+        if self.place == "disk":
+            note_move(size * dtype.itemsize, "map")
         if isinstance(fake, FakeTensor) and self.place == "disk":  # an estimate has no files
             with without_dispatch_modes(), fake.fake_mode:
                 mapped = torch.empty(size, dtype=dtype)
@@ -153,6 +160,7 @@ class Storage:
                 "folder, or name another"
             ) from error
         mapped = mapped_file(path, size, dtype)
+        _fill(path, size * dtype.itemsize)
         # where the system allows it, the file is gone with the mapping, whatever happens
         with contextlib.suppress(PermissionError):
             path.unlink()
@@ -178,6 +186,17 @@ def mapped_file(path: Path, size: int, dtype: torch.dtype) -> Tensor:
         ) from error
     # torch's own mapping, so that a measurement can tell it from memory
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+
+
+def _fill(path: Path, nbytes: int) -> None:
+    """Write zeros to a file of zeros: a page that the system writes costs less than a page fault.
+
+    A large file may not fit into the system's cache, and the disk would write it twice.
+    """
+    if nbytes <= _FILLED:
+        with path.open("r+b", buffering=0) as file:
+            for start in range(0, nbytes, len(_ZEROS)):
+                file.write(_ZEROS[: nbytes - start])
 
 
 def reserve(file: int, nbytes: int) -> None:

@@ -245,22 +245,30 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def described(value: Any, depth: int = 4) -> Any:
-    """Return a description that is equal only for values that a forward cannot distinguish."""
+def described(value: Any, depth: int = 5) -> Any:
+    """Return a description that is equal only for values that a forward cannot distinguish.
+
+    What is nested deeper is compared by identity: never a copy, which would equal nothing later.
+    """
     if isinstance(value, Tensor | NotComputed):
         return Tensor  # compared in fingerprint()
     if is_simple(value):
         return type(value), value
     if isinstance(value, np.ndarray):
         return value.shape, value.dtype, value.tobytes()
-    if not depth or isinstance(value, nn.Module | type):
+    if depth <= 0 or isinstance(value, nn.Module | type):
         return Identity(value)
-    if isinstance(value, list | tuple | dict):
-        items = value.items() if isinstance(value, dict) else value
-        return type(value), tuple(described(item, depth - 1) for item in items)
+    if isinstance(value, dict):
+        return type(value), _items(value, depth - 1)
+    if isinstance(value, list | tuple):
+        return type(value), tuple(described(item, depth - 1) for item in value)
     if isinstance(value, set | frozenset):
         return type(value), frozenset(described(item, depth - 1) for item in value)
-    return Identity(value), described(dict(getattr(value, "__dict__", {})), depth - 1)
+    return Identity(value), _items(getattr(value, "__dict__", {}), depth - 2)
+
+
+def _items(held: Mapping[Any, Any], depth: int) -> tuple[Any, ...]:
+    return tuple((described(key, depth), described(value, depth)) for key, value in held.items())
 
 
 def _written(node: fx.Node) -> list[fx.Node]:

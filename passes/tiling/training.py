@@ -187,7 +187,8 @@ class _TrainingRun:
         self._running: dict[int, _Running] = {}
         self._watch(weights)
         self._watch({f"input {index}": tensor for index, tensor in enumerate(inputs.values())})
-        self._first = first = _first_readers(program, weights, list(inputs.values()))
+        self._readers = _readers(program, weights, list(inputs.values()))
+        first = {name: min(steps, default=0) for name, steps in self._readers.items()}
         self.parts: list[_Segment] = []
         end = len(program.steps)
         for begin in sorted({0, *(first[name] for name in names)}, reverse=True):
@@ -277,9 +278,10 @@ class _TrainingRun:
             self._watched, self.execution.tensors = [], {}
 
     def _check_unwritten(self, steps: range) -> None:
-        """Raise an error if something was written that these steps, or those before, read."""
+        """Raise an error if something was written that these steps read: inputs count for all."""
         for what, tensor, before in self._watched:
-            if self._first.get(what, 0) <= max(steps) and _state(tensor) != before:
+            unread = what in self._readers and self._readers[what].isdisjoint(steps)
+            if not unread and _state(tensor) != before:
                 raise ExecutionError(
                     f"patchwise: {what} was written or replaced between forward and backward, "
                     "which computes tiles again from it; run the backward pass first, or write "
@@ -287,25 +289,24 @@ class _TrainingRun:
                 )
 
 
-def _first_readers(
+def _readers(
     program: Program, weights: Mapping[str, Tensor], inputs: list[Tensor]
-) -> dict[str, int]:
-    """Return the number of the first step that reads the memory of each weight.
+) -> dict[str, set[int]]:
+    """Return the numbers of the steps that read the memory of each weight.
 
-    Until the backward pass has been there, the weight must not be updated. Tied weights, views of
-    one memory and detached uses count for each other; a weight that is an input counts as read by
-    the first step.
+    Until the backward pass has been at the first, the weight must not be updated. Tied weights,
+    views of one memory and detached uses count for each other; a weight that is an input counts as
+    read by all steps.
     """
-    first: dict[str, int] = {}
-    for number, step in reversed(list(enumerate(program.steps))):
+    found: dict[str, set[int]] = {}
+    for number, step in enumerate(program.steps):
         order = [step.node] if isinstance(step, FullSizeOp) else [*step.order, *step.reductions]
         for source in {source for node in order for source in node.all_input_nodes}:
             if source.op == "get_attr" and source.meta["tensor"]:
-                first[source.meta["tensor"]] = number
-    memory = {storage_key(tensor): 0 for tensor in inputs}
+                found.setdefault(source.meta["tensor"], set()).add(number)
+    memory = {storage_key(tensor): set(range(len(program.steps))) for tensor in inputs}
     for name, tensor in weights.items():
-        key = storage_key(tensor)
-        memory[key] = min(memory.get(key, len(program.steps)), first.get(name, 0))
+        memory.setdefault(storage_key(tensor), set()).update(found.get(name, {0}))
     return {name: memory[storage_key(tensor)] for name, tensor in weights.items()}
 
 

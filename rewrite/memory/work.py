@@ -13,11 +13,16 @@ from torch import Tensor
 
 from pocketize._torch import pytree, schema_of
 from pocketize.memory.flops import flops_of
+from pocketize.memory.in_place import is_dense
 
 aten = torch.ops.aten
 
 #: An operator is timed at a call of at most so many bytes, where there is one.
 EXAMPLE_BYTES = 64 << 20
+#: Namespaces of operators that no kernel is behind.
+_QUESTIONS = ("prim", "prims")
+#: A described tensor spans at most so many times its own memory.
+_GAPS = 8
 
 
 class ConvolutionShape(NamedTuple):
@@ -39,15 +44,16 @@ class ConvolutionShape(NamedTuple):
 
 
 class Described(NamedTuple):
-    """A tensor without its values."""
+    """A tensor without its values; ``stride`` has gaps where it has, but short ones."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    stride: tuple[int, ...]
 
 
 @dataclass
 class Operations:
-    """All calls of one operator.
+    """All calls of one operator whose tensors have about the same layouts.
 
     Attributes:
         calls: how many.
@@ -69,12 +75,13 @@ class Work:
 
     Attributes:
         convolutions: how many times each convolution ran.
-        others: every other operator, by name.
+        others: every other operator, by name and layouts: "s" for each tensor whose memory has
+            gaps, such as a tile of a larger map, and "b" for each that is broadcast.
         flops: floating-point operations of convolutions and matrix products, by torch's formulas.
         dispatched: operators that reached the dispatcher, those that only make views included.
         followed: operators that a pass looked at in Python, and tensors that it was asked to save.
         moves: moves without an operator, by the place ("host" or "disk") and whether they went
-            there or came back.
+            there or came back; ("map", False) are files that are mapped, filled and removed.
         moved: their bytes.
     """
 
@@ -94,9 +101,11 @@ class Work:
 
     def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Count an operator that has just run."""
-        self.dispatched += 1
         packet = getattr(func, "overloadpacket", None)
-        if packet is None or _only_views(func):
+        if packet is None or func.namespace in _QUESTIONS:
+            return  # fake tensors alone are asked for their device by an operator
+        self.dispatched += 1
+        if _only_views(func):
             return
         flops = flops_of(func, args, kwargs, out) or 0
         self.flops += flops
@@ -108,9 +117,9 @@ class Work:
             _, x, weight, _, *options, mask = args
             self.convolutions[_convolution(x, weight, options, mask)] += 1
             return
-        name = packet.__name__.rstrip("_")
-        given = pytree.tree_leaves((args, kwargs, out))
-        moved = sum(t.numel() * t.element_size() for t in given if isinstance(t, Tensor))
+        given = [t for t in pytree.tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        moved = sum(t.numel() * t.element_size() for t in given)
+        name = f"{packet.__name__.rstrip('_')} {_layouts(given)}".rstrip()
         seen = self.others.setdefault(name, Operations())
         seen.calls, seen.nbytes, seen.flops = (
             seen.calls + 1,
@@ -127,8 +136,24 @@ def _rank(nbytes: int) -> int:
     return nbytes if nbytes <= EXAMPLE_BYTES else -nbytes
 
 
+def _layouts(tensors: list[Tensor]) -> str:
+    most = max((t.numel() for t in tensors), default=0)
+    return "".join("b" if t.numel() < most else "" if _is_dense(t) else "s" for t in tensors)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or is_dense(tensor.shape, tensor.stride())
+
+
 def _described(tensor: Tensor) -> Described:
-    return Described(tuple(tensor.shape), tensor.dtype)
+    shape, strides = tuple(tensor.shape), list(tensor.stride())
+    dense, gaps = 1, _GAPS
+    for axis in sorted(range(len(shape)), key=lambda axis: (strides[axis], shape[axis])):
+        if strides[axis] and shape[axis] > 1:
+            gap = min(gaps, max(1, strides[axis] // dense))
+            strides[axis], gaps = dense * gap, gaps // gap
+            dense = strides[axis] * shape[axis]
+    return Described(shape, tensor.dtype, tuple(strides))
 
 
 def _convolution(x: Tensor, weight: Tensor, options: list[Any], mask: Any = ()) -> ConvolutionShape:
@@ -140,7 +165,7 @@ def _convolution(x: Tensor, weight: Tensor, options: list[Any], mask: Any = ()) 
 def _only_views(func: Any) -> bool:
     """Tell whether an operator moves nothing: it returns views of its arguments, or no tensor."""
     schema = schema_of(func)
-    if schema is None or func.namespace in ("prim", "prims", "profiler"):
+    if schema is None or func.namespace == "profiler":
         return True
     if func.overloadpacket.__name__.startswith(("empty", "new_empty")):
         return True

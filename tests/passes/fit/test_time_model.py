@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +15,13 @@ from pocketize import measure, rewrite
 from pocketize.engine.surgery import apply_edits
 from pocketize.memory.meter import measure_here
 from pocketize.memory.step import Request
-from pocketize.memory.work import ConvolutionShape, Work
+from pocketize.memory.work import ConvolutionShape, Operations, Work
 from pocketize.passes import Patchwise
 from pocketize.passes.fit.time_model import TimeModel, _part
 from pocketize.plugin.edits import Convert
 from tests.passes.fit.conftest import INPUT, UNet3d
 
+aten = torch.ops.aten
 CPU = torch.device("cpu")
 _TIME = TimeModel._time
 
@@ -38,7 +42,62 @@ def test_a_step_is_counted_with_its_backward() -> None:
     assert backward.mask == (False, True, True)
     products = 2 * (4 * 9 * 14 * 14)  # one multiplication and one addition each
     assert work.flops >= 2 * products
-    assert {"native_batch_norm", "threshold_backward"} <= set(work.others)
+    names = {name.partition(" ")[0] for name in work.others}
+    assert {"native_batch_norm", "threshold_backward"} <= names
+
+
+_slow = pytest.mark.slow
+
+
+def _tiled(**options: Any) -> nn.Module:
+    net = UNet3d()
+    tiles = Patchwise(**options, keep="disk", output="disk", progress=False)
+    apply_edits(net, [Convert("", tiles.name, tiles.conversion_options())])
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "mode"),
+    [
+        pytest.param(UNet3d, "train", id="untouched"),
+        pytest.param(partial(_tiled, size=16, train=True), "train", id="tiles", marks=_slow),
+        pytest.param(partial(_tiled, size=16), "infer", id="inference", marks=_slow),
+    ],
+)
+def test_what_a_time_is_predicted_from_is_what_a_real_step_runs(
+    make: Callable[[], nn.Module], mode: str
+) -> None:
+    net, works = make(), []
+    for estimate in (True, False):
+        works.append(Work())
+        measure_here(Request(net, INPUT, mode, estimate=estimate), work=works[-1])
+    foretold, real = works
+    assert foretold.convolutions == real.convolutions
+    files = real.others.pop("from_file", Operations())  # mappings, which the moves count
+    assert {name: (of.calls, of.nbytes, of.flops) for name, of in foretold.others.items()} == {
+        name: (of.calls, of.nbytes, of.flops) for name, of in real.others.items()
+    }
+    assert foretold.dispatched == real.dispatched - files.calls
+    assert foretold.moves == real.moves
+    assert foretold.moved == real.moved
+    assert foretold.moved["map", False] == files.nbytes
+
+
+def test_tiles_of_larger_maps_are_apart_from_dense_maps() -> None:
+    """Their runs in memory are short, and so they take several times as long."""
+    work, whole, tile = Work(), torch.zeros(1, 2, 8, 64), torch.zeros(1, 2, 8, 4)
+    part = whole[..., 4:8]
+    work.note(aten.add.Tensor, (tile, tile), {}, tile)
+    work.note(aten.add_.Tensor, (part, tile), {}, part)
+    work.note(aten.mul.Tensor, (tile, tile[:, :, :1, :1]), {}, tile)
+    assert {name: of.calls for name, of in work.others.items()} == {
+        "add": 1,
+        "add ss": 1,
+        "mul b": 1,
+    }
+    _, (described, _), _ = work.others["add ss"].example
+    assert described.shape == part.shape
+    assert described.stride[-2:] == (8 * 4, 1)  # not the 64 of the map, which may be huge
 
 
 @pytest.fixture
@@ -112,9 +171,7 @@ def test_recomputation_is_in_the_flops_of_a_profile() -> None:
 
 
 def test_bytes_in_files_are_counted_apart() -> None:
-    tiles = Patchwise(size=16, axis=2, train=True, keep="disk", output="disk")
-    lean = UNet3d()
-    apply_edits(lean, [Convert("", tiles.name, tiles.conversion_options())])
+    lean = _tiled(size=16, axis=2, train=True)
     profile = measure(lean, INPUT, estimate=True)
     assert profile.elsewhere > 0
     assert measure(lean, INPUT).elsewhere == profile.elsewhere

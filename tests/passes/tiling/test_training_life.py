@@ -17,6 +17,8 @@ from torch.autograd import forward_ad
 from pocketize import rewrite
 from pocketize.errors import ExecutionError
 from pocketize.passes import Patchwise
+from pocketize.passes.shared.forwards import wrapping
+from pocketize.passes.tiling.exact import ExactForward
 from tests.passes.tiling.nets import double
 
 #: What torch itself imports for its dual tensors is deprecated.
@@ -342,3 +344,26 @@ def test_forwards_leave_nothing_behind_with_or_without_a_backward() -> None:
         counts.append(sum(1 for o in gc.get_objects() if type(o) is Tensor))
     assert counts[2] == counts[1]
     assert counts[5] == counts[4]
+
+
+class _Settings:
+    """What modules hold besides numbers and tensors, such as einops' layers their recipes."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_attributes_of_attributes_do_not_cost_a_trace_each_time(train: bool) -> None:
+    _, made, x = _nets()
+    made.settings = {3: _Settings(_Settings(({"axes": [0]},))), "name": _Settings(None)}
+    made.train(train)
+    forward = wrapping(made, ExactForward)
+    for _ in range(3):
+        with torch.set_grad_enabled(train):
+            made(x)
+    assert len(forward._prepared) == 1
+    made.settings[3].value.value = 2
+    with torch.set_grad_enabled(train):
+        made(x)
+    assert len(forward._prepared) == 2  # a forward may have read it
