@@ -182,7 +182,7 @@ class Amp(Pass):
                 edits.append(Convert(path, "amp-norm", {}))
                 why = f"it has no weight, so torch would keep them in {name} on the CPU"
                 changes.append(Change(path, "statistics in float32", why))
-        failure = DryRun(target.model, target.inputs).error(edits)
+        failure = DryRun(target.model, target.inputs, target.variants).error(edits)
         if failure:  # an operator that torch's lists forgot
             return Proposal(refused=(Refusal("", f"under {name} autocast, {failure}"),))
         return Proposal(tuple(edits), tuple(changes), notes=tuple(_notes(target, self)))

@@ -110,7 +110,7 @@ class Checkpoint(Pass):
         except RewriteError as error:
             return Proposal(refused=(Refusal("", str(error)),))
         possible, refused = _candidates(target.model, surveyed, kept, wanted)
-        dry_run = DryRun(target.model, target.inputs)
+        dry_run = DryRun(target.model, target.inputs, target.variants)
         while True:
             notes: list[str] = []
             if wanted:

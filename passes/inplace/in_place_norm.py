@@ -100,9 +100,10 @@ class InPlaceNorm(Pass):
                 dtype = _dtype(modules[path])
                 why = site.shared or package_obstacle(modules[path], dtype, site.activation)
                 sites[path] = why or site
-        accepted = [site for site in sites.values() if isinstance(site, NormSite)]
-        if accepted:
-            sites |= _failures(target.model, target.inputs, self._edits(accepted), accepted)
+        for inputs in (target.inputs, *target.variants):
+            accepted = [site for site in sites.values() if isinstance(site, NormSite)]
+            if accepted:
+                sites |= _failures(target.model, inputs, self._edits(accepted), accepted)
         accepted = [site for site in sites.values() if isinstance(site, NormSite)]
         return Proposal(
             self._edits(accepted),
@@ -231,7 +232,8 @@ def _tried(
         with quiet_tracing(model):  # which undoes what the hooks before it write
             for site in sites:
                 model.get_submodule(site.norm).register_forward_hook(watch(site.norm))
-            inputs.call(model)
+            with inputs.variant(model):
+                inputs.call(model)
     skipped = "its activation could not be skipped"
     return found | {path: skipped for path, output in outputs if is_tagged(output)}
 

@@ -191,7 +191,7 @@ class Swap(Pass):
                 swapped.append(why)
             else:
                 refused.append(Refusal(site.path, why))
-        broken = DryRun(model, target.inputs).errors([one.edit for one in swapped])
+        broken = DryRun(model, target.inputs, target.variants).errors([one.edit for one in swapped])
         refused += [
             Refusal(path, f"with a block in its place the model does not run as before: {why}")
             for path, why in broken.items()

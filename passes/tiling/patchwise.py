@@ -168,7 +168,7 @@ class Patchwise(Tiling, Pass):
                 assert isinstance(forward, PartForward)
                 what, notes = part_notes(forward, target.inputs)
                 why = "each fits where the whole does not"
-                failure = DryRun(target.model, target.inputs).error((edit,))
+                failure = DryRun(target.model, target.inputs, target.variants).error((edit,))
                 if failure:  # the outputs cannot be put together
                     raise InputError(f"in {self.mode}s, {failure}")
         except (TilingError, InputError, ExecutionError) as error:

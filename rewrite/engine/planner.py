@@ -128,6 +128,7 @@ class _Planner:
             model=self.model,
             inputs=self.inputs,
             generator=self.generator,
+            variants=self.variants,
             record=lambda train: capture(self.model, self.inputs, train=train),
             analyse=self._channels,
             record_variants=self._record_variants,

@@ -120,6 +120,7 @@ class Target:
         model: the module to be rewritten; the output of the pass before, where there was one.
         inputs: example inputs on the model's device.
         generator: the only source of random numbers a pass may use; None means torch's default.
+        variants: the inputs with other settings of the model's attributes, which it must run with.
         record: records the graph; the engine provides it, passes call :meth:`traced`.
         analyse: finds the channel groups; the engine provides it, passes call :meth:`channels`.
         record_variants: records both modes of each variant; passes call :meth:`traces`.
@@ -128,6 +129,7 @@ class Target:
     model: nn.Module
     inputs: Inputs
     generator: torch.Generator | None = None
+    variants: tuple[Inputs, ...] = ()
     record: Callable[[bool], TracedGraph] = field(repr=False)
     analyse: Callable[[], ChannelGroups] = field(repr=False)
     record_variants: Callable[[], tuple[TracedGraph, ...]] = field(default=tuple, repr=False)
