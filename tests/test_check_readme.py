@@ -133,3 +133,14 @@ def test_every_page_with_an_example_is_run(checker: ModuleType) -> None:
     pages = [page.relative_to(checker.ROOT).as_posix() for page in checker.all_pages()]
     assert {"README.md", "docs/fit.md", "docs/results/image-complexity.md"} <= set(pages)
     assert "docs/architecture.md" not in pages
+
+
+def test_a_page_that_needs_what_is_not_installed_is_not_run_and_says_so(
+    checker: ModuleType, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    for module, told in (("json", "bash: FAILED"), ("no_such.module", "not run (needs it 2 or")):
+        page.write_text(f"<!-- needs {module}: it 2 or newer -->\n\n```bash\nexit 1\n```\n", "utf-8")
+        wrong, line = checker.check(page, limit=60.0)
+        assert wrong == (module == "json")
+        assert told in line

@@ -11,6 +11,10 @@ behind a comment that says why::
 
     <!-- not run: CI installs in its own way -->
 
+A page that needs what CI installs in one of its environments only says so, and is run there::
+
+    <!-- needs nnunetv2.utilities.find_objects: nnunetv2 2.8 or newer -->
+
 The Python blocks of a page in a folder ``tutorials`` share their names, as a notebook's cells do.
 Every block must end with exit code 0, and within the time limit. Pages do not depend on each other:
 ``--jobs 2`` runs two at a time, and what is told of a page stays together.
@@ -20,13 +24,14 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import importlib.util
 import itertools
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +41,7 @@ _FENCE = re.compile(
     r"^```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^```$",
     flags=re.MULTILINE | re.DOTALL,
 )
+_NEEDS = re.compile(r"^<!-- needs (\S+): ([^\n]+?) -->$", flags=re.MULTILINE)
 #: Runs blocks as ``__main__``, so that warnings, pickles and classes are as in a script.
 _SCRIPT = """
 import sys, types
@@ -140,13 +146,23 @@ def all_pages() -> list[Path]:
 
 def check(page: Path, limit: float) -> tuple[int, str]:
     """Run the examples of a page; give how many failed, and a line on each."""
-    found = examples(page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    found = examples(text)
+    if (needs := _NEEDS.search(text)) and not _is_installed(needs[1]):
+        found = [replace(e, why_not=e.why_not or f"needs {needs[2]}") for e in found]
     found = joined(found, shared="tutorials" in page.parts)
     if not found:
         return 1, f"{page}: no example found; are its blocks fenced with a language?\n"
     with tempfile.TemporaryDirectory() as folder:
         lines = [_tell(page, example, folder, limit) for example in found]
     return sum(failed for failed, _ in lines), "".join(line for _, line in lines)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
 
 
 def _tell(page: Path, example: Example, folder: str, limit: float) -> tuple[bool, str]:
