@@ -140,7 +140,8 @@ def test_a_page_that_needs_what_is_not_installed_is_not_run_and_says_so(
 ) -> None:
     page = tmp_path / "page.md"
     for module, told in (("json", "bash: FAILED"), ("no_such.module", "not run (needs it 2 or")):
-        page.write_text(f"<!-- needs {module}: it 2 or newer -->\n\n```bash\nexit 1\n```\n", "utf-8")
+        text = f"<!-- needs {module}: it 2 or newer -->\n\n```bash\nexit 1\n```\n"
+        page.write_text(text, encoding="utf-8")
         wrong, line = checker.check(page, limit=60.0)
         assert wrong == (module == "json")
         assert told in line
