@@ -83,14 +83,18 @@ class Calibration:
             images = []
         if not images:
             raise InputError(f"calibrate needs at least one image{_HOW}, got {self.images!r:.80}")
-        values = [find_tensors(each.args if isinstance(each, Inputs) else each) for each in images]
-        if not all(tensors and not any(t.is_meta for t in tensors) for tensors in values):
-            raise InputError(f"calibrate needs images, and not only their shapes{_HOW}")
-        if not any(_varies(tensor) for tensors in values for tensor in tensors):
+        given = []
+        for each in images:
+            shape = isinstance(each, (str, tuple, list)) and not find_tensors(each)
+            made = Inputs() if shape else as_inputs(each, model)
+            if shape or any(tensor.is_meta for tensor in made.tensors()):
+                raise InputError(f"calibrate needs tensors, and not only their shapes{_HOW}")
+            given.append(made)
+        if not any(_varies(tensor) for made in given for tensor in made.tensors()):
             raise InputError(
                 "calibrate: all images have one value everywhere; give such with contents"
             )
-        return [to_model(as_inputs(each, model), model) for each in images]
+        return [to_model(made, model) for made in given]
 
 
 def _varies(tensor: Tensor) -> bool:

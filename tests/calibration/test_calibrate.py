@@ -230,6 +230,7 @@ def test_a_rewrite_calibrates_what_it_made() -> None:
         ({"calibration": "imagesTr"}, "at least one image.*got 'imagesTr'"),
         ({"calibration": 3}, "at least one image"),
         ({"calibration": ["1x1x8x8"]}, "not only their shapes"),
+        ({"calibration": [x[0].numpy()]}, "not ndarray"),
         ({"calibration": [x[0].to("meta")]}, "not only their shapes"),
     ):
         with pytest.raises((OptionError, InputError), match=text):

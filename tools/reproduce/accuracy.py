@@ -22,6 +22,9 @@ The protocol, written before the first run:
   PocketNet (Celaya et al., IEEE TMI 2022, within 1 %) for `Pocket()`, new; Wang et al. (SPIE
   Medical Imaging 2020, the same accuracy) for the compact block with in-place norm and amp.
 
+With ``--crops spread`` the 2D networks are calibrated on crops from anywhere in the images, which
+the protocol did not foresee; give another ``--out``.
+
 Peaks are those of a training step with Adam on a batch, times the CPU seconds of such a step
 without the optimizer's, median of five. Resumable, as calibration.py; seed by seed.
 """
@@ -129,7 +132,8 @@ class Planar(Task):
         self.name = name
         data = segmentation.read_dataset(name, arguments.data)
         self.data = dataclasses.replace(data, testing=data.testing[: arguments.test])
-        self.images = [_middle(sample.image)[None, None] for sample in self.data.training[:8]]
+        draw = torch.Generator().manual_seed(0) if arguments.crops == "spread" else None
+        self.images = [_crop(sample.image, draw)[None, None] for sample in data.training[:8]]
         crop = segmentation.CROP
         self.batch = torch.zeros(segmentation.BATCH, 1, crop, crop)
         self.steps: int = 2 * arguments.steps
@@ -147,8 +151,12 @@ class Planar(Task):
         return 100 * segmentation.f1(model.eval(), self.data.testing)
 
 
-def _middle(image: Tensor, size: int = 128) -> Tensor:
-    top, left = ((n - size) // 2 for n in image.shape)
+def _crop(image: Tensor, draw: torch.Generator | None, size: int = 128) -> Tensor:
+    """Return a part of an image: the middle, or one that is drawn."""
+    top, left = (
+        (n - size) // 2 if draw is None else int(torch.randint(n - size + 1, (), generator=draw))
+        for n in image.shape
+    )
     return image[top : top + size, left : left + size]
 
 
@@ -295,6 +303,7 @@ def main() -> int:
     parser.add_argument("data", type=Path, help="the folder of the data sets' folders")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--crops", choices=("middle", "spread"), default="middle", help="in 2D")
     parser.add_argument("--steps", type=int, default=120, help="of each training; in 2D twice")
     parser.add_argument("--test", type=int, default=20, help="test images of a data set, at most")
     study = Study(calibration.parsed(parser))
