@@ -35,12 +35,12 @@ aten = torch.ops.aten
 
 #: A call is repeated for so many seconds, and then until the fastest two times differ by less than
 #: this factor; for so many seconds, or so many times at most. The fastest counts.
-_SECONDS, _ALIKE, _LONGEST, _TIMES = 0.02, 1.05, 0.3, 12
+_SECONDS, _ALIKE, _LONGEST, _TIMES = 0.02, 1.05, 0.15, 12
 #: Calls of fewer seconds are repeated so many times for one reading of the clock.
 _SHORT, _MANY = 2e-4, 100
-#: Python's part of an operator, and what recompute adds for each that it follows and each tensor
-#: that it is to save, in calls of the smallest operator: a fit to 48 steps of less than 0.1 s.
-_PYTHON, _FOLLOWED = 6, 110
+#: Python's part of an operator, and of each operator, tensor, module or tile that a pass looks at
+#: besides, in calls of the smallest operator: a fit to steps of four networks of 2 to 200 ms.
+_PYTHON, _FOLLOWED = 3, 60
 #: An operator is timed on so many sets of tensors in turn, at most.
 _SETS = 256
 #: Bytes of a move whose time is all in its beginning and end.
@@ -211,8 +211,8 @@ def _part(convolution: ConvolutionShape) -> ConvolutionShape:
     sizes = [size if size < 16 else size // 8 * 8 for size in sizes]
     width = max(convolution.weight[0], convolution.weight[1], channels)
     item = torch.finfo(getattr(torch, convolution.dtype)).bits // 8
-    # as many voxels as make 16 MiB of the widest of its tensors: more than caches hold
-    voxels = max(512, (EXAMPLE_BYTES // 4) // (width * item))
+    # as many voxels as make 4 MiB of the widest of its tensors
+    voxels = max(512, (EXAMPLE_BYTES // 16) // (width * item))
     while math.prod(sizes) > voxels:
         longest = max(range(len(sizes)), key=lambda axis: sizes[axis])
         if sizes[longest] < 8:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from pocketize.memory.hints import note_followed
 from pocketize.passes.tiling.execution import Execution
 from pocketize.passes.tiling.intervals import Box, cut
 from pocketize.passes.tiling.program import FullSizeOp, TileLoop
@@ -167,6 +168,7 @@ class TiledBackward(Execution):
 
     def _differentiate(self, pairs: list[tuple[Tensor | GradientEdge, Tensor]]) -> None:
         """Differentiate results by leaves, weights and statistics, and accumulate the gradients."""
+        note_followed(1)
         leaves, self._leaves = self._leaves, []
         norms, self._norm_leaves = self._norm_leaves, {}
         used, self._used = self._used, {}

@@ -23,6 +23,7 @@ from pocketize.graph.capture import TracedGraph, find_tensors
 from pocketize.graph.clone import clone
 from pocketize.graph.inputs import Inputs, as_plain, first_parameter
 from pocketize.graph.methods import set_mode
+from pocketize.memory.hints import note_followed
 from pocketize.passes.tiling.execution import Execution
 from pocketize.passes.tiling.figures import estimated_peak, largest_tile, measured_peak
 from pocketize.passes.tiling.forward import (
@@ -228,6 +229,7 @@ class ExactForward(PatchForward):
         """Return the program for a call, from the cache where there is one; see :func:`prepare`."""
         check_hooks(self.module, training=training)
         key = (_shapes(inputs), autocast_state(), fingerprint(self.module), training)
+        note_followed(sum(1 for _ in self.module.modules()))
         found = self._prepared.pop(key, None)
         if found is None:
             tiling = self.sized(inputs) if training else self.tiling

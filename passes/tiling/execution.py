@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from pocketize._torch import OpOverload, schema_of
+from pocketize.memory.hints import note_followed
 from pocketize.passes.tiling.intervals import Box, box_of, cut
 from pocketize.passes.tiling.program import FullSizeOp, Program, TileLoop, needed_boxes
 from pocketize.passes.tiling.storage import Buffer, Storage, is_channels_last
@@ -185,6 +186,7 @@ class Execution:
 
     def _compute(self, step: TileLoop, wanted: Mapping[fx.Node, Box]) -> None:
         """Compute boxes, and what they read: boxes from the last operator back, then values."""
+        note_followed(1)
         forms, needed = self.graph.forms, needed_boxes(self.graph, step.order, wanted)
         order = [node for node in step.order if node in needed]
         last: dict[fx.Node, fx.Node] = {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["ON", "host_is_apart", "note_followed", "note_move"]
+__all__ = ["ON", "host_is_apart", "is_rehearsal", "note_followed", "note_move", "rehearsal"]
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ class _On(threading.local):
 
     def __init__(self) -> None:
         self.trackers: list[LiveTracker] = []
+        self.rehearsal = False
 
 
 ON = _On()
@@ -34,7 +37,7 @@ def note_move(nbytes: int, place: str, holder: object = None) -> None:
 
 
 def note_followed(count: int) -> None:
-    """Count operators that a pass looked at in Python, and tensors that it was asked to save."""
+    """Count what a pass does in Python: looks at operators, modules or tiles, or saves tensors."""
     for tracker in dict.fromkeys(ON.trackers):
         tracker.followed(count)
 
@@ -42,3 +45,18 @@ def note_followed(count: int) -> None:
 def host_is_apart() -> bool:
     """Whether a tracker is on for which host memory is not the device's."""
     return any(tracker.host_is_apart for tracker in ON.trackers)
+
+
+@contextlib.contextmanager
+def rehearsal() -> Iterator[None]:
+    """Run a step on fake tensors that only leaves behind what later steps find, such as states."""
+    before, ON.rehearsal = ON.rehearsal, True
+    try:
+        yield
+    finally:
+        ON.rehearsal = before
+
+
+def is_rehearsal() -> bool:
+    """Whether repetitions, such as all tiles of a loop but one, may be left out."""
+    return ON.rehearsal

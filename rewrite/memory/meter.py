@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["measure", "measure_here", "measure_on", "read_device", "track"]
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -21,6 +22,7 @@ from pocketize.graph.methods import check_methods
 from pocketize.graph.sizes import suggest_sizes
 from pocketize.memory.counters import CudaCounters, ProcessMemory
 from pocketize.memory.flops import Macs, count_macs, count_on_fakes
+from pocketize.memory.hints import rehearsal
 from pocketize.memory.isolate import measure_isolated
 from pocketize.memory.modules import ModulePaths, held_tensors
 from pocketize.memory.profile import MemoryProfile, thin_out
@@ -139,7 +141,7 @@ def measure_here(request: Request, *, own: bool = False, work: Work | None = Non
 
     Args:
         request: what to measure.
-        work: filled with the operators of the step.
+        work: filled with the operators of the step; multiply-accumulates are not counted then.
         own: the process was started for this: model and inputs are used without a copy, and the
             growth of the process is measured.
 
@@ -158,7 +160,7 @@ def measure_here(request: Request, *, own: bool = False, work: Work | None = Non
         count = count_on_fakes if request.estimate else count_macs
         described = stage.inputs.describe()
         with explained(request.model, described, train=request.train, estimate=request.estimate):
-            macs = count(request.model, stage.inputs)
+            macs = Macs(0, 0, 0) if work is not None else count(request.model, stage.inputs)
             with stage.active:
                 return measure_on(stage, request, macs, counters, own=own, work=work)
 
@@ -184,7 +186,8 @@ def measure_on(
     )
     process = ProcessMemory() if own and stage.device.type == "cpu" else None
     resident = process.current() if process else None
-    step.run()  # the first step: from here on there is optimizer state
+    with rehearsal() if request.estimate else contextlib.nullcontext():
+        step.run()  # the first step: from here on there is optimizer state
 
     # Untracked steps, for the clock, the allocator and the system at once.
     steps = 0 if request.estimate else request.time_steps
@@ -202,7 +205,11 @@ def measure_on(
         rss = highest - resident + _loaded_bytes(stage)
 
     work = Work() if work is None else work
+    states = _states(step)
     trace = track(stage, step, work=work)
+    if _states(step) > states:  # the rehearsal left out the only part that reads some weight
+        vars(work).update(vars(Work()))
+        trace = track(stage, step, work=work)
     categories = dict(trace.categories)
     if allocated is not None:  # workspaces and rounding, which are in no tensor
         surplus = allocated - trace.peak
@@ -233,6 +240,10 @@ def measure_on(
         elsewhere=trace.elsewhere,
         allocations=_allocations(trace) if request.allocations else (),
     )
+
+
+def _states(step: MeasuredStep) -> int:
+    return 0 if step.optimizer is None else len(step.optimizer.state)
 
 
 def _allocations(trace: Trace) -> tuple[tuple[int, int, int, str, str], ...]:

@@ -79,7 +79,8 @@ class Work:
             gaps, such as a tile of a larger map, and "b" for each that is broadcast.
         flops: floating-point operations of convolutions and matrix products, by torch's formulas.
         dispatched: operators that reached the dispatcher, those that only make views included.
-        followed: operators that a pass looked at in Python, and tensors that it was asked to save.
+        followed: operators, modules and tiles that a pass looked at in Python, and tensors that it
+            was asked to save.
         moves: moves without an operator, by the place ("host" or "disk") and whether they went
             there or came back; ("map", False) are files that are mapped, filled and removed.
         moved: their bytes.
