@@ -85,13 +85,13 @@ def apply_recipe(
             unchanged, unless its own ``load_state_dict`` raised.
     """
     check_module(model)
-    where = "the recipe"
+    where, give = "the recipe", "Give what recipe(model) returned, as a mapping"
+    if not isinstance(recipe, Mapping) or "format" not in recipe:
+        raise ArtifactError(f"this is no recipe: {recipe!r:.80}. {give}")
     try:
         read = parse_data(recipe, where)
     except ValueError as error:
-        raise ArtifactError(
-            f"this is no recipe: {error}. Give what recipe(model) returned, as a mapping"
-        ) from error
+        raise ArtifactError(f"this is no recipe: {str(error).rstrip('.')}. {give}") from error
     records = records_of(read, where, folder)
     if done := history(model):
         raise ArtifactError(

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from pocketize.artifact.carried import apply_recipe, recipe
+from pocketize.integrations.bases import refuse_behind
 from pocketize.plugin.history import history
 
 _ENTRY = "pocketize"
@@ -24,7 +25,13 @@ class RewrittenModule:
 
     Raises:
         ArtifactError: the checkpoint's recipe does not fit the module that was built.
+        TypeError: it comes behind ``LightningModule``.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse the wrong order of bases, in which checkpoints would carry nothing."""
+        super().__init_subclass__(**options)
+        refuse_behind(cls, RewrittenModule)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the recipes."""

@@ -121,10 +121,10 @@ def test_a_wrapper_around_a_rewritten_model_has_no_recipe(small: nn.Module) -> N
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        ({}, "this is no recipe"),
-        (None, "this is no recipe"),
-        ("recipe.json", "this is no recipe"),
-        ({"format": 1}, "this is no recipe.*lacks"),
+        ({}, r"this is no recipe: \{\}\. Give what"),
+        (None, r"this is no recipe: None\. Give what"),
+        ("recipe.json", r"this is no recipe: 'recipe.json'\. Give what"),
+        ({"format": 1}, r"this is no recipe.*lacks [\w, ]+\. Give what"),
         ({"format": 99, "pocketize": "9.0"}, "Install a newer pocketize"),
     ],
 )

@@ -73,3 +73,8 @@ def test_another_module_is_refused(tmp_path: Path) -> None:
     fit(Segmenter(passes=("pocket",)), tmp_path, 1).save_checkpoint(path)
     with pytest.raises(ArtifactError, match="does not fit the model"):
         Segmenter.load_from_checkpoint(path, width=12)
+
+
+def test_the_wrong_order_of_bases_is_refused() -> None:
+    with pytest.raises(TypeError, match="Mine: write RewrittenModule before LightningModule"):
+        type("Mine", (LightningModule, RewrittenModule), {})

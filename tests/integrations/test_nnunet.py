@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +218,61 @@ def test_without_a_recipe_or_with_two_it_refuses(recipe: Any) -> None:
         trainer(entry={"passes": ["pocket"]}).initialize()
 
 
+def test_a_class_that_would_not_rewrite_is_refused(recipe: Any) -> None:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    from pocketize.integrations.nnunet import PocketizeTrainer, nnUNetTrainerPocketize
+
+    with pytest.raises(TypeError, match=r"Mine: write PocketizeTrainer before nnUNetTrainer"):
+        type("Mine", (nnUNetTrainer, PocketizeTrainer), {})
+    assert type("Mine", (PocketizeTrainer, nnUNetTrainer), {"initialize": None})
+    recipe(POCKET)
+    given = trainer()
+    build = nnUNetTrainer.build_network_architecture
+    given.__class__ = type(
+        "Own", (nnUNetTrainerPocketize,), {"build_network_architecture": staticmethod(build)}
+    )
+    with pytest.raises(RecipeError, match="Own: the network was not rewritten, as a class before"):
+        given.initialize()
+
+
+def test_a_recipe_that_changes_nothing_is_told(recipe: Any) -> None:
+    recipe('name = "bottleneck"\nmin_channels = 1000\n')
+    given, told = trainer(), []
+    given.print_to_log_file = lambda *text, **_: told.append(" ".join(map(str, text)))
+    given.initialize()
+    assert history(given.network) == ()
+    assert any("the recipe found nothing to change in this network" in line for line in told)
+
+
+def test_wrong_environment_variables_are_told(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POCKETIZE_RECEIPE", "recipe.toml")
+    with pytest.raises(RecipeError, match="It does not read POCKETIZE_RECEIPE, which is set"):
+        trainer().initialize()
+    monkeypatch.setenv("POCKETIZE_RECIPE", "missing.toml")
+    with pytest.raises(RecipeError, match=r"POCKETIZE_RECIPE names no file: missing.toml \(seen"):
+        trainer().initialize()
+    recipe(POCKET)
+    monkeypatch.setenv("POCKETIZE_WEIGHTS", "missing.pth")
+    with pytest.raises(RecipeError, match="POCKETIZE_WEIGHTS names no file"):
+        trainer().initialize()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["predict", "--exact", "96y96"], "expected voxels, such as 96x96x96, got '96y96'"),
+        (["predict", "--help"], "predict whole volumes by exact tiles"),
+        (["--help"], "nnUNet_extTrainer"),
+        (["predikt"], "unknown: 'predikt'"),
+    ],
+)
+def test_the_command_says_what_it_takes(given: list[str], told: str) -> None:
+    command = [sys.executable, "-m", "pocketize.integrations.nnunet", *given]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert told in " ".join((done.stdout + done.stderr).split())
+
+
 def test_pretrained_weights(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -258,3 +315,23 @@ def test_what_the_compiler_would_undo_is_not_compiled(
     assert given._do_i_compile() is compiles
     monkeypatch.setenv("nnUNet_compile", "true")
     assert given._do_i_compile() is True
+
+
+def test_what_fit_finds_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from pocketize import fit, measure
+
+    plans = PlansManager(copy.deepcopy(PLANS))
+    configuration = plans.get_configuration("3d_fullres")
+    network = nnUNetTrainer.build_network_architecture(plans, configuration, 1, 3, True)
+    x = torch.zeros(2, 1, 16, 16, 16)
+    budget = int(0.9 * measure(network, x, "train", "sgd", estimate=True).peak)
+    found = fit(network, x, memory=budget, optimizer="sgd", prove=False)
+    path = tmp_path / "recipe.toml"
+    path.write_text(found.recipe, encoding="utf-8")
+    monkeypatch.setenv("POCKETIZE_RECIPE", str(path))
+    given = trainer()
+    trained(given)
+    assert [r.name for r in history(given.network)] == [each.name for each in found.passes] != []

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
@@ -18,6 +19,7 @@ from torch import nn
 from pocketize.artifact.carried import apply_recipe, recipe
 from pocketize.engine.pipeline import rewrite
 from pocketize.errors import RecipeError
+from pocketize.integrations.bases import refuse_behind
 from pocketize.integrations.nnunet.export import lean_export
 from pocketize.passes.shared.compiled import HAS_REGIONS
 from pocketize.passes.shared.forwards import lowering
@@ -30,6 +32,7 @@ RECIPE = "POCKETIZE_RECIPE"
 WEIGHTS = "POCKETIZE_WEIGHTS"
 """The one that names a checkpoint of the untouched network, loaded before it is rewritten."""
 _ENTRY = "pocketize"
+_built: WeakSet[nn.Module] = WeakSet()
 _SUPERVISION = "decoder.deep_supervision"
 
 if "plans_manager" not in inspect.signature(nnUNetTrainer.build_network_architecture).parameters:
@@ -53,11 +56,17 @@ class PocketizeTrainer:
     output_folder_base: str | None
     was_initialized: bool
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse the wrong order of bases, in which nothing would be rewritten."""
+        super().__init_subclass__(**options)
+        refuse_behind(cls, PocketizeTrainer)
+
     def initialize(self) -> None:
         """Build the network as nnU-Net does, and note in the plans how it was rewritten.
 
         Raises:
-            RecipeError: there is no recipe, or the folder of results has networks of another.
+            RecipeError: there is no recipe, the folder of results has networks of another, or the
+            network was not rewritten.
         """
         held = self.configuration_manager.configuration
         if not self.was_initialized and "records" not in (held.get(_ENTRY) or {}):
@@ -69,7 +78,7 @@ class PocketizeTrainer:
                 )
             before = self._trained_with()
             if before is None and wanted is None:
-                raise RecipeError(_NO_RECIPE)
+                raise RecipeError(_no_recipe())
             if before is not None and wanted not in (None, before.get("recipe")):
                 raise RecipeError(
                     f"{self.output_folder_base} has networks that were trained with this recipe:\n"
@@ -78,7 +87,19 @@ class PocketizeTrainer:
                 )
             held[_ENTRY] = before or {"recipe": wanted}
         super().initialize()  # type: ignore[misc]
-        made = recipe(_unwrapped(self.network)) | {"recipe": held[_ENTRY].get("recipe")}
+        network = _unwrapped(self.network)
+        made = recipe(network) | {"recipe": held[_ENTRY].get("recipe")}
+        if not made["records"] and network in _built:
+            self.print_to_log_file(  # type: ignore[attr-defined]
+                "pocketize: the recipe found nothing to change in this network, which trains as "
+                "it is; the command `pocketize plan` says why"
+            )
+        elif not made["records"]:
+            raise RecipeError(
+                f"{type(self).__name__}: the network was not rewritten, as a class before "
+                "PocketizeTrainer has a build_network_architecture of its own that does not call "
+                "super().build_network_architecture"
+            )
         held[_ENTRY] = made
         self.plans_manager.plans["configurations"][self.configuration_name][_ENTRY] = made
 
@@ -95,7 +116,7 @@ class PocketizeTrainer:
 
         Raises:
             ArtifactError: the plans' recipe is that of another network.
-            RecipeError: there is no recipe.
+            RecipeError: there is no recipe, or a variable names no file.
         """
         build: Any = super().build_network_architecture  # type: ignore[misc]
         network: nn.Module = build(
@@ -105,7 +126,10 @@ class PocketizeTrainer:
             num_output_channels,
             enable_deep_supervision,
         )
+        _built.add(network)
         if path := os.environ.get(WEIGHTS):
+            if not Path(path).is_file():
+                raise RecipeError(f"{WEIGHTS} names no file: {path}")
             load_pretrained_weights(network, path)
         entry = configuration_manager.configuration.get(_ENTRY) or {}
         text = entry.get("recipe") if "records" in entry else _wanted(entry)
@@ -116,7 +140,7 @@ class PocketizeTrainer:
             apply_recipe(network, entry, inplace=True)
             return network if initial is None else network.apply(initial)
         if not passes:
-            raise RecipeError(_NO_RECIPE)
+            raise RecipeError(_no_recipe())
         batch = max(2, configuration_manager.batch_size)
         return rewrite(
             network,
@@ -159,20 +183,25 @@ class nnUNetTrainerPocketize(PocketizeTrainer, nnUNetTrainer):  # type: ignore[m
     """nnU-Net's default trainer with a rewritten network; see :class:`PocketizeTrainer`."""
 
 
-_NO_RECIPE = (
-    f"nnUNetTrainerPocketize needs a recipe: set {RECIPE} to a TOML file, or write "
-    f'"{_ENTRY}": {{"passes": ["recompute"]}} into the configuration of the plans'
-)
+def _no_recipe() -> str:
+    known = RECIPE, WEIGHTS
+    others = [n for n in os.environ if n.upper().startswith("POCKETIZE_") and n not in known]
+    return (
+        f"nnUNetTrainerPocketize needs a recipe: set {RECIPE} to a TOML file, or write "
+        f'"{_ENTRY}": {{"passes": ["recompute"]}} into the configuration of the plans'
+    ) + (f". It does not read {' or '.join(others)}, which is set" if others else "")
 
 
 def _wanted(entry: Any) -> str | None:
     """Return the recipe of the plans' entry, or of the environment, as TOML; None without one.
 
     Raises:
-        RecipeError: it cannot be read.
+        RecipeError: it cannot be read, or there is no such file.
     """
     if not entry:
         path = os.environ.get(RECIPE)
+        if path and not Path(path).is_file():
+            raise RecipeError(f"{RECIPE} names no file: {path} (seen from {Path.cwd()})")
         return dump_recipe(*load_variants(path)) if path else None
     listed = entry.get("passes") if isinstance(entry, dict) else None
     if listed is None and isinstance(entry, dict) and isinstance(entry.get("recipe"), str):
