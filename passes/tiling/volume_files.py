@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from pocketize.artifact.files import atomic_folder, atomic_write
 from pocketize.errors import InputError
+from pocketize.passes.tiling.ome import OmeLevel, read_level
 from pocketize.passes.tiling.plan_text import times
 from pocketize.passes.tiling.storage import reserve
 
@@ -39,11 +40,13 @@ class VolumeFiles:
         source: for :func:`pocketize.run_volume`; spatial axes in the order of the network.
         header: of the first file where it is NIfTI; None elsewhere.
         spatial: the spatial sizes of the first file where it is NIfTI, in its own order.
+        level: of the first file where it is OME-Zarr.
     """
 
     source: Any
     header: Any = None
     spatial: tuple[int, ...] = ()
+    level: OmeLevel | None = None
 
 
 def suffix_of(path: str) -> str:
@@ -103,10 +106,10 @@ def open_volumes(
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(_opened(path, folder)) for path in paths]
         pairs = zip(paths, opened, strict=True)
-        sources = [_ordered(path, source, axes) for path, (source, _) in pairs]
-        header = opened[0][1]
+        sources = [_ordered(path, source, axes) for path, (source, _, _) in pairs]
+        _, header, level = opened[0]
         spatial = tuple(opened[0][0].shape[-3:]) if header is not None else ()
-        yield VolumeFiles(sources if len(sources) > 1 else sources[0], header, spatial)
+        yield VolumeFiles(sources if len(sources) > 1 else sources[0], header, spatial, level)
 
 
 def _ordered(path: str, source: Any, axes: Sequence[int] | None) -> Any:
@@ -123,25 +126,26 @@ def _ordered(path: str, source: Any, axes: Sequence[int] | None) -> Any:
 
 
 @contextlib.contextmanager
-def _opened(path: str, folder: str | None) -> Iterator[tuple[Any, Any]]:
-    """Yield a source (*spatial) or (C, *spatial), and the NIfTI header or None."""
+def _opened(path: str, folder: str | None) -> Iterator[tuple[Any, Any, OmeLevel | None]]:
+    """Yield a source (*spatial) or (C, *spatial), its NIfTI header or None, its OME-Zarr level."""
     suffix = suffix_of(path)
     if not suffix:
         raise InputError(f"cannot tell the format of {path}: expected {', '.join(FORMATS)}")
     if not os.path.exists(path if suffix != ".zarr" else _zarr_root(path)):
         raise InputError(f"there is no file {path}")
     if suffix == ".zarr":
-        yield _open_zarr(path), None
+        source, level = _open_zarr(path)
+        yield source, None, level
     elif suffix == ".npy":
         try:
-            yield np.load(path, mmap_mode="r", allow_pickle=False), None
+            yield np.load(path, mmap_mode="r", allow_pickle=False), None, None
         except ValueError as error:
             raise InputError(f"cannot read {path}: {error}") from error
     elif suffix == ".nii":
-        yield _open_nifti(path, path)
+        yield *_open_nifti(path, path), None
     else:
         with _unpacked(path, folder) as raw:
-            yield _open_nifti(raw, path)
+            yield *_open_nifti(raw, path), None
 
 
 @contextlib.contextmanager
@@ -183,18 +187,19 @@ def _zarr_root(path: str) -> Path:
     return Path(*parts[: last + 1])
 
 
-def _open_zarr(path: str) -> Any:
-    zarr = _zarr(path)
+def _open_zarr(path: str) -> tuple[Any, OmeLevel | None]:
+    zarr, level = _zarr(path), None
     try:
         found = zarr.open(path, mode="r")
         if not hasattr(found, "shape"):  # a group; of OME-Zarr the largest level
             told = found.attrs.get("ome", found.attrs)
-            found = found[told["multiscales"][0]["datasets"][0]["path"]]
+            group, found = found, found[told["multiscales"][0]["datasets"][0]["path"]]
+            level = read_level(group.attrs, found.shape)
     except (KeyError, IndexError, TypeError) as error:
         raise InputError(f"{path} is a zarr group; name one of its arrays: {path}/NAME") from error
     except Exception as error:  # of zarr's, which differ from version to version
         raise InputError(f"cannot read {path}: {error}") from error
-    return found
+    return found, level
 
 
 def _nibabel(path: str) -> Any:
@@ -237,6 +242,7 @@ def create_volume(
         block: sizes of the boxes that will be written; of the chunks of a zarr array.
         like: what was read; a NIfTI file gets its header.
         axes: as in :func:`open_volumes`; a NIfTI file is written in the order of the one read.
+            Of OME-Zarr a result of the same sizes is a group with one level, with its metadata.
         force: replace a file.
         folder: for temporary files.
 
@@ -246,7 +252,12 @@ def create_volume(
     """
     suffix, channels = suffix_of(path), len(shape) - len(block)
     if suffix == ".zarr":
-        with _created_zarr(path, shape, dtype, (1,) * channels + tuple(block), force) as array:
+        order, level = tuple(axes or range(len(block))), like.level
+        if level and tuple(shape[channels:]) != tuple(level.sizes[axis] for axis in order):
+            level = None  # its voxels have other sizes
+        told = None if level is None else (level, order)
+        chunks = (1,) * channels + tuple(block)
+        with _created_zarr(path, shape, dtype, chunks, force, told) as array:
             if like.header is not None:
                 array.attrs["affine"] = like.header.get_best_affine().tolist()
             yield array
@@ -321,9 +332,17 @@ def _create_nifti(
 
 @contextlib.contextmanager
 def _created_zarr(
-    path: str, shape: Sequence[int], dtype: Any, chunks: Sequence[int], force: bool
+    path: str,
+    shape: Sequence[int],
+    dtype: Any,
+    chunks: Sequence[int],
+    force: bool,
+    ome: tuple[OmeLevel, tuple[int, ...]] | None,
 ) -> Iterator[Any]:
-    """Yield an array that all processes have opened; it is renamed at the end."""
+    """Yield an array that all processes have opened; it is renamed at the end.
+
+    With a level of OME-Zarr, and the order of its axes, it is the only level of a group.
+    """
     zarr = _zarr(path)
     if _zarr_root(path) != Path(path):
         raise InputError(f"{path} is within a zarr group; name a folder of its own, such as x.zarr")
@@ -334,9 +353,20 @@ def _created_zarr(
         where: list[Any] = [None]
         if first:
             where = [str(stack.enter_context(atomic_folder(path, overwrite=force)))]
-            zarr.open_array(
-                store=where[0], mode="w", shape=tuple(shape), chunks=tuple(chunks), dtype=dtype
-            )
+            options: dict[str, Any] = {}
+            if ome is not None:
+                level, order = ome
+                channels = len(shape) - len(order)
+                kind = {} if zarr.__version__ < "3" else {"zarr_format": level.zarr_format}
+                group = zarr.open_group(where[0], mode="w", **kind)
+                group.attrs.update(level.attributes(order, channels))
+                where = [os.path.join(where[0], "0")]
+                if level.zarr_format == 2:
+                    options = {"dimension_separator": "/", **kind}
+                else:
+                    options = {"dimension_names": level.names(order, channels), **kind}
+            given = {"shape": tuple(shape), "chunks": tuple(chunks), "dtype": dtype, **options}
+            zarr.open_array(store=where[0], mode="w", **given)
         if _processes() > 1:
             dist.broadcast_object_list(where)
         yield zarr.open_array(store=where[0], mode="r+")
