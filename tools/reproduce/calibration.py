@@ -117,7 +117,7 @@ class Study:
         small = rewrite(net, CUTS[cut], inputs=self.images[0], calibration=given)
         if given is not None:
             notes = history(small)[-1].notes
-            self.find(f"{seed}, {cut}, {way}, notes", lambda: list(notes[-2:]))
+            self.find(f"{seed}, {cut}, {way}, notes", lambda: list(notes[-3:]))
         return small
 
     def dice(self, model: nn.Module) -> float:
@@ -133,7 +133,8 @@ class Study:
         def look() -> float:
             model = self.made(seed, cut, way).train()
             what = f"{seed}, {cut}, {way}"
-            train_volumes(model, self.training, steps=MORE, seed=seed, what=what, rate=MORE_RATE)
+            steps = min(MORE, self.steps)
+            train_volumes(model, self.training, steps=steps, seed=seed, what=what, rate=MORE_RATE)
             return self.dice(model)
 
         found: float | None = self.find(f"{seed}, {cut}, {way}, {MORE} steps", look)
