@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pocketize.memory.hints import note_followed
 from pocketize.passes.tiling.execution import Execution
+from pocketize.passes.tiling.forms import Convolution
 from pocketize.passes.tiling.intervals import Box, cut
 from pocketize.passes.tiling.program import FullSizeOp, TileLoop
 from pocketize.passes.tiling.statistics import NormMoments, Pooled
@@ -165,6 +166,14 @@ class TiledBackward(Execution):
                 if isinstance(waited, Buffer):
                     waited.close()
             self._free([node])
+
+    def _run_form(self, step: TileLoop, node: fx.Node, box: Box) -> Tensor:
+        """Compute a box; not a convolution whose result is stored, and is not read by this loop."""
+        form = self.graph.forms[node]
+        read = any(user in step.order for user in node.users)
+        if isinstance(form, Convolution) and not read and node.meta["val"].is_floating_point():
+            return form.run(box, self, differentiable_only=type(form) is Convolution)
+        return form.run(box, self)
 
     def _differentiate(self, pairs: list[tuple[Tensor | GradientEdge, Tensor]]) -> None:
         """Differentiate results by leaves, weights and statistics, and accumulate the gradients."""

@@ -195,10 +195,13 @@ class Execution:
                 last.setdefault(source, node)
         for node in order:
             self._local[node] = Buffer(
-                forms[node].run(needed[node], self), origin=[low for low, _ in needed[node]]
+                self._run_form(step, node, needed[node]), origin=[low for low, _ in needed[node]]
             )
             for source in [s for s in self._local if last.get(s) is node and s not in wanted]:
                 del self._local[source]
+
+    def _run_form(self, step: TileLoop, node: fx.Node, box: Box) -> Tensor:
+        return self.graph.forms[node].run(box, self)
 
     def _is_finished(self, node: fx.Node) -> bool:
         """Whether ``finish`` is applied before storing: to an output that nothing else reads."""

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from pocketize.passes.tiling.gradients_only import NotConvolved
 from pocketize.passes.tiling.intervals import Box, Interval, ReceptiveField, Resampling
 
 InputBoxes = dict[fx.Node, Box]
@@ -154,8 +155,11 @@ class Convolution(_Kernel):
         super().__init__(node, source, fields)
         self.weight, self.bias, self.groups = weight, bias, groups
 
-    def run(self, box: Box, context: Context) -> Tensor:
-        """Convolve, with padding at the border."""
+    def run(self, box: Box, context: Context, *, differentiable_only: bool = False) -> Tensor:
+        """Convolve, with padding at the border.
+
+        Of what is ``differentiable_only`` only the shape and the gradients are right.
+        """
         x = self._input(context, box)
         rows = list(zip(self.fields, box, strict=True))
         native = [_native_padding(field, interval) for field, interval in rows]
@@ -167,14 +171,15 @@ class Convolution(_Kernel):
             ],
         )
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(box) - 1]
-        y = convolve(
+        given: Any = NotConvolved.apply if differentiable_only else convolve
+        y: Tensor = given(
             x,
             context.value(self.weight),
             None if self.bias is None else context.value(self.bias),
-            stride=self._stride,
-            padding=tuple(native),
-            dilation=self._dilation,
-            groups=self.groups,
+            self._stride,
+            tuple(native),
+            self._dilation,
+            self.groups,
         )
         for axis, ((field, interval), by_operator) in enumerate(zip(rows, native, strict=True)):
             if by_operator:  # which pads both ends; one of them may be no border
@@ -197,7 +202,7 @@ class Transposed(Convolution):
             read.append((low, high))
         return {self.source: tuple(read)}
 
-    def run(self, box: Box, context: Context) -> Tensor:
+    def run(self, box: Box, context: Context, *, differentiable_only: bool = False) -> Tensor:
         """Convolve, and cut or pad to the box."""
         read = self.input_boxes(box)[self.source]
         x = context.part(self.source, read)

@@ -132,6 +132,14 @@ def test_tiles_of_about_one_size_are_timed_once() -> None:
     assert [part.input for part in parts] == [(1, 4, 96, 10)]
 
 
+def test_a_part_of_a_convolution_runs_in_the_same_kernel() -> None:
+    """torch takes another kernel where the sizes of the first four axes multiply to less."""
+    whole = ConvolutionShape((2, 16, 48, 48, 480), (8, 16, 3, 3, 3), "float32", ())
+    part = _part(whole)
+    assert part.input[:4] == whole.input[:4]
+    assert 8 <= part.input[4] < 240
+
+
 def test_what_recompute_follows_and_what_moves_takes_time() -> None:
     work = Work()
     lean = rewrite(UNet3d(), "recompute:keep=conv,min_bytes=0", inputs=INPUT)

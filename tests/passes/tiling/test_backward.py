@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pocketize._torch import TorchDispatchMode
 from pocketize.graph.capture import capture, find_tensors
 from pocketize.graph.inputs import as_inputs
 from pocketize.memory.tracker import LiveTracker
@@ -131,3 +132,46 @@ def test_four_slabs_train_in_less_than_half_of_the_whole_volumes_peak(name: str)
     tiled = _peak(lambda: _tiled(model, x, program, "disk"), model, x)
     whole = _peak(lambda: _whole(model, x), model, x)
     assert tiled < whole / 2, (tiled, whole)
+
+
+def _convolved(ndim: int) -> nn.Module:
+    """Each convolution's result is stored for a norm; padding, stride, groups and a bias."""
+    conv, norm = (nn.Conv2d, nn.InstanceNorm2d) if ndim == 2 else (nn.Conv3d, nn.InstanceNorm3d)
+    return nn.Sequential(
+        *(conv(1, 4, 3, padding=1), norm(4, affine=True), nn.ReLU()),
+        *(conv(4, 4, 3, stride=2, padding=1, groups=2, bias=False), norm(4), nn.ReLU()),
+        *(conv(4, 6, 3, padding=2, dilation=2), norm(6), conv(6, 2, 1)),
+    )
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_a_convolution_whose_result_waits_is_not_computed_again(
+    ndim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = _convolved(ndim)
+    x, tile = torch.randn(1, 1, *[12] * (ndim - 1), 24), [12] * (ndim - 1) + [5]
+    program = _program(model, x, tile)
+    with _Convolutions() as counted:
+        found, of_input = _tiled(model, x, program)
+    assert counted.forward == counted.backward > 4
+    monkeypatch.setattr(TiledBackward, "_run_form", Execution._run_form)
+    with _Convolutions() as counted:
+        computed, of_same_input = _tiled(model, x, program)
+    assert counted.forward == 2 * counted.backward
+    assert found.keys() == computed.keys() == dict(model.named_parameters()).keys()
+    assert torch.equal(of_input, of_same_input)
+    assert all(torch.equal(found[name], computed[name]) for name in found)
+
+
+class _Convolutions(TorchDispatchMode):
+    """Counts convolutions and their backward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.backward = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.forward += func is torch.ops.aten.convolution.default
+        self.backward += func is torch.ops.aten.convolution_backward.default
+        return func(*args, **(kwargs or {}))
