@@ -165,3 +165,27 @@ def test_it_may_stand_inside_something_else(around: str) -> None:
     found = step(net, torch.compile(inner(net), backend="aot_eager"))
     for a, b in zip(reference, found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inside", ["recompute", "checkpoint"])
+def test_regions_may_stand_in_regions(inside: str) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.body = Block(1, 8), Block(8, 8)
+            self.last = nn.Conv2d(8, 2, 1)
+            if inside == "checkpoint":  # which by itself updates running statistics twice
+                self.body[1] = nn.InstanceNorm2d(8)
+
+        def forward(self, x: Tensor, scale: float) -> Tensor:
+            x = self.first(x * scale)
+            if inside == "checkpoint":
+                return self.last(checkpoint(self.body, x, use_reentrant=False))
+            return self.last(self.body(x))
+
+    plain = Outer()
+    net = copy.deepcopy(plain)
+    if inside == "recompute":
+        net.body = rewrite(net.body, Recompute(min_bytes=0), inputs=torch.zeros(2, 8, 32, 32))
+    net = rewrite(net, Recompute(min_bytes=0, keep="level"), inputs=(X, 2.0))
+    compare(plain, net, torch.compile(net, backend="aot_eager", fullgraph=True))
