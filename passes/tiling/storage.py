@@ -10,6 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
+from io import RawIOBase
 from pathlib import Path
 from typing import ClassVar
 
@@ -160,10 +161,14 @@ class Storage:
                 "folder, or name another"
             ) from error
         mapped = mapped_file(path, size, dtype)
-        _fill(path, size * dtype.itemsize)
-        # where the system allows it, the file is gone with the mapping, whatever happens
-        with contextlib.suppress(PermissionError):
-            path.unlink()
+        with path.open("r+b", buffering=0) as written:
+            # where the system allows it, the file is gone with the mapping, whatever happens
+            with contextlib.suppress(PermissionError):
+                path.unlink()
+            try:
+                _fill(written, size * dtype.itemsize)
+            except OSError as error:
+                raise _no_room(path, size * dtype.itemsize, error) from error
         return mapped, path
 
 
@@ -180,23 +185,26 @@ def mapped_file(path: Path, size: int, dtype: torch.dtype) -> Tensor:
             reserve(file.fileno(), nbytes)
     except OSError as error:
         path.unlink(missing_ok=True)
-        raise InputError(
-            f"patchwise: no room for a map of {bytes_text(nbytes)} in {path.parent}: "
-            f"{error.strerror}; free some, or name another folder"
-        ) from error
+        raise _no_room(path, nbytes, error) from error
     # torch's own mapping, so that a measurement can tell it from memory
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
 
 
-def _fill(path: Path, nbytes: int) -> None:
+def _no_room(path: Path, nbytes: int, error: OSError) -> InputError:
+    return InputError(
+        f"patchwise: no room for a map of {bytes_text(nbytes)} in {path.parent}: "
+        f"{error.strerror}; free some, or name another folder"
+    )
+
+
+def _fill(file: RawIOBase, nbytes: int) -> None:
     """Write zeros to a file of zeros: a page that the system writes costs less than a page fault.
 
     A large file may not fit into the system's cache, and the disk would write it twice.
     """
     if nbytes <= _FILLED:
-        with path.open("r+b", buffering=0) as file:
-            for start in range(0, nbytes, len(_ZEROS)):
-                file.write(_ZEROS[: nbytes - start])
+        for start in range(0, nbytes, len(_ZEROS)):
+            file.write(_ZEROS[: nbytes - start])
 
 
 def reserve(file: int, nbytes: int) -> None:

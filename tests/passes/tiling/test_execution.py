@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from monai.networks.nets import DynUNet, SegResNet, UNet
 from torch import Tensor, nn
 
+from pocketize.errors import InputError
 from pocketize.graph.capture import capture, find_tensors
 from pocketize.graph.inputs import as_inputs
 from pocketize.memory.tracker import LiveTracker
+from pocketize.passes.tiling import storage
 from pocketize.passes.tiling.execution import Execution
 from pocketize.passes.tiling.program import Program, TileLoop, build_program
 from pocketize.passes.tiling.storage import Storage
@@ -282,3 +284,18 @@ def test_pieces_of_maps_and_of_vectors(tile: tuple[int, int]) -> None:
     model, x = CutUp().double().eval(), torch.randn(2, 1, 32, 32, dtype=torch.float64)
     found, _ = tiled(model, x, tile)
     agree(found, outputs(model, x))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_file_whose_filling_stops_does_not_stay(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(storage, "_fill", stop)
+    disk = Storage("disk", torch.device("cpu"), folder=str(tmp_path))
+    told = InputError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(told):
+        disk.allocate((1 << 20,), torch.float32)
+    assert not list(tmp_path.iterdir())
