@@ -161,7 +161,7 @@ def test_accuracy_trains_students(tmp_path: Path, scans: Path) -> None:
     distilled = found["Hippocampus, 0, Pocket(), distilled"]
     assert named["`Pocket()`"][-3:] == ["", "", f"{distilled:.1f} (1)"]
     away = found["Hippocampus, 0, Pocket(), new"] - found["Hippocampus, 0, full, new"]
-    assert f"PocketNet: Pocket(), new: {away:+.1f} (1 seeds)" in printed
+    assert f"PocketNet: Pocket(), new, against full, new: {away:+.1f} (1 seeds)" in printed
     assert not list(tmp_path.glob("*.part"))
 
 
