@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "CLASSES",
     "Case",
+    "amp_step",
     "dice_loss",
     "dice_scores",
     "read_scans",
@@ -116,6 +117,15 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def whole_step(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Take the loss of whole volumes and go back from it."""
     loss = dice_loss(model(images), labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def amp_step(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Take the loss as `whole_step` does, with the network under autocast to bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    loss = dice_loss(logits.float(), labels)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
