@@ -1,11 +1,14 @@
-"""Which channels stay: those from which the layers after them can be reproduced best.
+"""Which channels stay, chosen on images: by least reconstruction error, by energy, or at random.
 
-A group of channels is read by linear layers. Dropping a channel, and solving these layers for what
-is left, raises the squared error of their outputs by an amount that the normal equations tell
-(Hassibi, Stork, "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon", NIPS 1992,
-with a block of weights for each channel). The channel that costs least goes, again and again, group
-by group from the last to the first, so that only outputs count which are still there. Errors of
-each output channel are taken relative to its variance, as a norm behind it would.
+Reconstruction: a group of channels is read by linear layers. Dropping a channel, and solving these
+layers for what is left, raises the squared error of their outputs by an amount that the normal
+equations tell (Hassibi, Stork, "Second Order Derivatives for Network Pruning: Optimal Brain
+Surgeon", NIPS 1992, with a block of weights for each channel). The channel that costs least goes,
+again and again, group by group from the last to the first, so that only outputs count which are
+still there. Errors of each output channel are taken relative to its variance, as a norm behind it
+would.
+
+Energy: the channels with the largest variance stay, as the linear layers read them.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from pocketize.calibration.solver import channel_axis, outputs_at
 from pocketize.calibration.windows import LAYERS, TRANSPOSED, rows
 from pocketize.channels.analysis import analyse
 from pocketize.channels.groups import ChannelGroup
+from pocketize.channels.ranking import strongest
 from pocketize.graph.inputs import Inputs
 from pocketize.plugin.edits import Edit, Resize
 
@@ -44,6 +48,7 @@ def choose_channels(
     inputs: Inputs,
     images: Sequence[Inputs],
     *,
+    by: str,
     variants: Sequence[Mapping[str, Any]] = (),
     samples: int,
     memory: int,
@@ -58,6 +63,7 @@ def choose_channels(
         edits: of a pass. Groups of channels that no linear layer reads keep what they say.
         inputs: what the pass was planned with.
         images: what the network takes.
+        by: ``"reconstruction"``, ``"energy"`` or ``"random"``.
         variants: settings of attributes that the pass was planned with.
         samples: positions of a layer in each image.
         memory: bytes for normal equations.
@@ -75,7 +81,7 @@ def choose_channels(
                 if not stays.all():
                     kept[group] = np.flatnonzero(stays)
                 break
-    choice = _ChannelChoice(model, images, samples, memory, seed)
+    choice = _ChannelChoice(model, images, by, samples, memory, seed)
     selection = choice.choose({group: len(units) for group, units in kept.items()})
     made = channels.resize({**kept, **selection})
     new = {(each.tensor, each.axis): each for each in made if isinstance(each, Resize)}
@@ -136,6 +142,7 @@ class _ReadingLayer:
 class _ChannelChoice:
     model: nn.Module
     images: Sequence[Inputs]
+    by: str
     samples: int
     memory: int
     seed: int
@@ -147,18 +154,32 @@ class _ChannelChoice:
     silent: dict[str, set[int]] = field(default_factory=dict)
 
     def choose(self, wanted: Mapping[ChannelGroup, int]) -> dict[ChannelGroup, NDArray[np.int64]]:
-        """Return the units that stay, of groups that a linear layer reads."""
+        """Return the units that stay, of groups that a linear layer reads; at random, of all."""
+        if self.by == "random":
+            draw = np.random.default_rng(self.seed)
+            return {group: strongest(draw.random(group.units), k) for group, k in wanted.items()}
         order = list(wanted)[::-1]
         readers = {group: self._readers(group) for group in order}
         found = {}
         for number, group in enumerate(order):
             self._collect([readers[each] for each in order[number:]])
             seen = [reader for reader in readers[group] if reader.path not in self.unseen]
-            problems = [self._problem(reader) for reader in seen]
-            if problems:
+            if seen and self.by == "energy":
+                energy = torch.stack([self._energy(reader) for reader in seen]).sum(0)
+                found[group] = strongest(energy.cpu().numpy(), wanted[group])
+            elif seen:
+                problems = [self._problem(reader) for reader in seen]
                 found[group] = _least_needed_dropped(problems, group.units, wanted[group])
                 self._drop(group, seen, found[group])
         return found
+
+    def _energy(self, reader: _ReadingLayer) -> Tensor:
+        """Return the share of each unit in the variance of what a layer reads: ``(units,)``."""
+        moments = self.moments[reader.path]
+        mean = moments.a / moments.count
+        variance = moments.aa.diagonal() / moments.count - mean * mean
+        each = variance[self._inputs(reader, len(mean)).to(mean.device)].sum(1)
+        return each / each.sum().clamp(min=1e-300)
 
     def _readers(self, group: ChannelGroup) -> list[_ReadingLayer]:
         """Return the layers that read a group, as many as there is room for."""

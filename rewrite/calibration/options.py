@@ -29,9 +29,10 @@ class Calibration:
 
     Attributes:
         images: what the network takes, see :func:`~pocketize.calibrate`.
-        channels: ``"reconstruction"`` keeps, of the channels that a pass would drop by their
-            weights, those from which the layers after them can be reproduced best on the images;
-            ``"norm"`` keeps what the pass says.
+        channels: which stay of those that a pass chooses by their weights.
+            ``"reconstruction"``: from which the layers after them can be reproduced best on the
+            images; ``"energy"``: with the largest variance on the images; ``"random"``: drawn by
+            ``seed``, a baseline; ``"norm"``: what the pass says.
         samples: output positions, over all images, of which a layer is solved.
         ridge: pull towards the weights as they are, as a share of the mean diagonal of the normal
             matrix.
@@ -44,7 +45,7 @@ class Calibration:
 
     images: Iterable[Any]
     _: KW_ONLY
-    channels: Literal["reconstruction", "norm"] = "reconstruction"
+    channels: Literal["reconstruction", "energy", "random", "norm"] = "reconstruction"
     samples: int = 32_000
     ridge: float = 1e-3
     memory: int | str = "1GiB"
@@ -52,8 +53,8 @@ class Calibration:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if self.channels not in ("reconstruction", "norm"):
-            raise OptionError(f"channels must be 'reconstruction' or 'norm', got {self.channels!r}")
+        if self.channels not in (known := ("reconstruction", "energy", "random", "norm")):
+            raise OptionError(f"channels must be one of {known}, got {self.channels!r}")
         if self.samples < 1 or not 0 < self.ridge < math.inf:
             raise OptionError(
                 f"samples and ridge must be positive, got {self.samples} and {self.ridge}"

@@ -53,14 +53,20 @@ def apply_calibrated(
         "memory": calibration.bytes,
         "seed": calibration.seed,
     }
-    if calibration.channels == "reconstruction":
+    if calibration.channels != "norm":
         progress("choosing channels")
         each = {**options, "samples": max(1, calibration.samples // len(images))}
         passes, current = [], model
         for number, one in enumerate(planned.passes):
             with evaluated(current, images):
                 edits = choose_channels(
-                    current, one.edits, inputs, images, variants=one.variants, **each
+                    current,
+                    one.edits,
+                    inputs,
+                    images,
+                    by=calibration.channels,
+                    variants=one.variants,
+                    **each,
                 )
             if edits is None:
                 one = dataclasses.replace(one, notes=(*one.notes, _BY_NORM))

@@ -60,6 +60,25 @@ def test_channels_that_others_can_replace_are_dropped(kind: Any) -> None:
     assert kept(by_norm, "first.weight") == [0, 1, 2]
 
 
+def test_channels_stay_by_energy_or_at_random() -> None:
+    net = Twins().eval()
+    x = [torch.randn(2, 2, 9, 9, generator=torch.Generator().manual_seed(0))]
+    with torch.no_grad():
+        net.first.bias[4] = 100.0  # large, but the same everywhere
+
+    def stay(channels: Any, seed: int = 0) -> list[int]:
+        given = Calibration(x, channels=channels, seed=seed)
+        return kept(rewrite(net, HALF, inputs=x[0], calibration=given), "first.weight")
+
+    assert stay("energy") == [0, 1, 2]
+    with torch.no_grad():
+        net.first.weight[5] *= 100
+    assert stay("energy") == [0, 1, 5]
+    drawn = [stay("random", seed) for seed in range(4)]
+    assert stay("random") == drawn[0]
+    assert len({tuple(each) for each in drawn}) > 1
+
+
 @pytest.mark.slow
 def test_the_outputs_are_nearer_than_with_the_largest_weights() -> None:
     net, x = trained(), images()

@@ -52,10 +52,10 @@ CUTS: dict[str, Pass] = {
     "Separable()": Separable(activations="any"),
     "CompactBlock()": CompactBlock(activations="any"),
 }
-SLICED, CALIBRATED, CHOSEN = "sliced", "calibrated", "calibrated, channels chosen on images"
-WAYS = (SLICED, CALIBRATED, CHOSEN)
-#: Passes that drop channels; the others have none to choose.
-RESIZING = ("width", "pocket")
+SLICED, CALIBRATED = WAYS = ("sliced", "calibrated")
+#: Other choices of channels than that of `rewrite`, calibrated too, and the cuts to try them on.
+CHOICES: tuple[Any, ...] = ("norm", "energy", "random")
+CHOSEN_CUTS = ("Width(0.5)", "Pocket()")
 
 
 def network(seed: int) -> nn.Module:
@@ -118,8 +118,8 @@ class Study:
         if self._last[0] == (seed, cut, way):
             return self._last[1]
         net = self.trained(seed)
-        channels: Any = "reconstruction" if way == CHOSEN else "norm"
-        given = None if way == SLICED else Calibration(self.images, channels=channels)
+        channels: Any = way if way in CHOICES else "reconstruction"
+        given = Calibration(self.images, channels=channels, seed=seed) if way != SLICED else None
         small = rewrite(net, CUTS[cut], inputs=self.images[0], calibration=given)
         if given is not None:
             notes = history(small)[-1].notes
@@ -161,7 +161,7 @@ class Study:
             "8 volumes of smooth noise": [_smooth(each) for each in noise],
             "8 volumes of white noise": noise,
         }
-        lines = [("8 volumes", _told([self.at_once(seed, cut, CHOSEN)]))]
+        lines = [("8 volumes", _told([self.at_once(seed, cut, CALIBRATED)]))]
         for name, images in given.items():
             found = self.find(
                 f"{seed}, {cut}, {name}",
@@ -182,25 +182,39 @@ class Study:
         count = sum(p.numel() for p in network(0).parameters())
         lines = [["untouched", f"{count:,}", _told(whole)]]
         for seed in self.seeds:
-            for way in (CHOSEN, SLICED, CALIBRATED):
-                for cut in _cuts_of(way):
+            for cut in CUTS:
+                for way in WAYS:
                     self.at_once(seed, cut, way)
                     self.trained_on(seed, cut, way)
-        self.on_images()
         for cut in CUTS:
             small = rewrite(network(0), CUTS[cut], inputs=self.images[0])
             line = [f"`{cut}`", f"{sum(p.numel() for p in small.parameters()):,}"]
-            for look in (self.at_once, self.trained_on):
-                ways = [way for way in WAYS if cut in _cuts_of(way)]
-                told = [_told([look(seed, cut, way) for seed in self.seeds]) for way in ways]
-                line += [*told, ""][: len(WAYS)]
-            lines.append(line)
-        headers = ["cut", "parameters", *WAYS, *(f"{way}, {MORE} steps" for way in WAYS)]
+            lines.append([*line, *(told for way in WAYS for told in self._scores(cut, way))])
+        headers = ["cut", "parameters", *(name for way in WAYS for name in _named(way))]
         return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
+    def on_choices(self) -> str:
+        """Return what the choice of channels does, after calibration and after training."""
+        for seed in self.seeds:
+            for cut in CHOSEN_CUTS:
+                for way in CHOICES:
+                    self.at_once(seed, cut, way)
+                    self.trained_on(seed, cut, way)
+        lines = [
+            [way, *(told for cut in CHOSEN_CUTS for told in self._scores(cut, way))]
+            for way in (*CHOICES, CALIBRATED)
+        ]
+        headers = ["channels", *(name for cut in CHOSEN_CUTS for name in _named(f"`{cut}`"))]
+        return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
-def _cuts_of(way: str) -> list[str]:
-    return [cut for cut, each in CUTS.items() if way != CHOSEN or each.name in RESIZING]
+    def _scores(self, cut: str, way: str) -> list[str]:
+        """Return the scores at once, and after training."""
+        looks = (self.at_once, self.trained_on)
+        return [_told([look(seed, cut, way) for seed in self.seeds]) for look in looks]
+
+
+def _named(what: str) -> tuple[str, str]:
+    return what, f"{what}, {MORE} steps"
 
 
 def _smooth(volume: Tensor) -> Tensor:
@@ -238,7 +252,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help="of each training")
     parser.add_argument("--test", type=int, default=20, help="volumes to test on, at most")
     study = Study(parsed(parser))
-    sys.stdout.write(f"{study.table()}\n\n{study.on_images()}\n")
+    sys.stdout.write(f"{study.table()}\n\n{study.on_choices()}\n\n{study.on_images()}\n")
     return 0
 
 
