@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Swap", "Swapped"]
 
 import abc
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -22,6 +23,7 @@ from pocketize.passes.shared.patterns import matching
 from pocketize.passes.swaps.blocks import ConvBlock
 from pocketize.passes.swaps.decompositions import folded, relative_error, rounding_of
 from pocketize.passes.swaps.intermediate import Intermediate, Intermediates
+from pocketize.passes.swaps.ranks import RankTable, allot, read_ratio
 from pocketize.passes.swaps.sites import ConvSite, SwapCost, find_sites, swap_cost
 from pocketize.plugin.base import Change, Guarantee, Pass, Proposal, Refusal, Target
 from pocketize.plugin.edits import Convert, Edit, Redraw
@@ -51,6 +53,26 @@ class Swapped:
     edit: Convert
 
 
+@dataclass(frozen=True)
+class _Possible:
+    """One convolution that may become a block.
+
+    Attributes:
+        site: the convolution.
+        inner: norm and activation inside the block.
+        forced: swap it even if that saves nothing.
+    """
+
+    site: ConvSite
+    inner: Intermediate
+    forced: bool
+
+    @property
+    def conv(self) -> ConvNd:
+        assert self.site.conv is not None  # of what is not refused
+        return self.site.conv
+
+
 @dataclass(frozen=True, kw_only=True)
 class Swap(Pass):
     """Replace convolutions by blocks with fewer parameters; the conversion is named as the pass.
@@ -66,8 +88,11 @@ class Swap(Pass):
         activations: "weighed" swaps where weights, gradients and Adam's moments save at least the
             bytes that the activations inside cost, "any" wherever parameters are saved.
         force: patterns of the module paths to swap even where that saves nothing.
-        ratio: how many channels or kernels are inside, or "energy:0.95": the fewest parameters that
-            keep that share of the squared norm of each weight.
+        ratio: how many channels or kernels are inside. "energy:0.95": the fewest parameters that
+            keep that share of the squared norm of each weight. "params:0.25": the convolutions keep
+            that share of their parameters in all, spread over them so that the relative squared
+            errors of their weights sum up to least; those that nothing is won by, or that other
+            options leave out, do not count.
     """
 
     after: ClassVar[tuple[str, ...]] = RESIZING
@@ -89,29 +114,17 @@ class Swap(Pass):
             raise OptionError(
                 f"{self.name}: option 'where' must name 'all', 'encoder', 'decoder' or patterns"
             )
-        self._share()
+        try:
+            read_ratio(self.ratio)
+        except ValueError:
+            raise OptionError(
+                f"{self.name}: option 'ratio': expected a whole number of at least 1, or "
+                "'energy:SHARE' or 'params:SHARE' with a share above 0 and at most 1 such as "
+                f"'energy:0.95', got {self.ratio!r}"
+            ) from None
         for option in ("min_channels", "multiplier"):
             if (value := getattr(self, option, 1)) < 1:
                 raise OptionError(f"{self.name}: option {option!r} must be at least 1, not {value}")
-
-    def _share(self) -> float | None:
-        """Return the share that ``"energy:0.95"`` names; None for a number or for none."""
-        ratio = self.ratio
-        if ratio is None or (isinstance(ratio, int) and ratio >= 1):
-            return None
-        if isinstance(ratio, str):
-            word, _, number = ratio.partition(":")
-            try:
-                share = float(number)
-            except ValueError:
-                share = 0.0
-            if word == "energy" and 0.0 < share <= 1.0:
-                return share
-        raise OptionError(
-            f"{self.name}: option 'ratio': expected a whole number of at least 1, or "
-            "'energy:SHARE' with a share above 0 and at most 1 such as 'energy:0.95', "
-            f"got {ratio!r}"
-        )
 
     @property
     def guarantee(self) -> Guarantee:
@@ -119,18 +132,13 @@ class Swap(Pass):
         carried = self.weights == "decompose" and not self.inner_norm
         return Guarantee.APPROXIMATE if carried else Guarantee.RETRAIN
 
-    def ranks(self, conv: ConvNd) -> tuple[int, ...] | str:
-        """Return the ranks of the block for a convolution, or why there are none."""
-        share = self._share()
-        if share is None:
+    def ranks(self, conv: ConvNd) -> tuple[int, ...]:
+        """Return the ranks of the block for a convolution by itself."""
+        rule = read_ratio(self.ratio)
+        if rule is None:
             o, i, *kernel = conv.weight.shape
             return self.given_ranks(o, i, torch.Size(kernel).numel())
-        if not has_values(conv.weight):
-            return (
-                f"ratio={self.ratio!r} needs the weight's values, and it has none (it is on the "
-                "meta device); give a number"
-            )
-        return self.ranks_by_energy(folded(conv.weight), share, rounding_of(conv.weight.dtype))
+        return self.ranks_by_energy(folded(conv.weight), rule[1], rounding_of(conv.weight.dtype))
 
     @abc.abstractmethod
     def given_ranks(self, o: int, i: int, taps: int) -> tuple[int, ...]:
@@ -143,6 +151,9 @@ class Swap(Pass):
         """
 
     @abc.abstractmethod
+    def table(self, weight: Tensor) -> RankTable:
+        """Return what all ranks keep of a weight (o, i, k) in float64, and what they cost."""
+
     def ranks_by_energy(self, weight: Tensor, share: float, rounding: float) -> tuple[int, ...]:
         """Return the ranks with the fewest parameters that keep enough.
 
@@ -151,6 +162,7 @@ class Swap(Pass):
             share: of the energy that is to be kept.
             rounding: how much less than that is still enough.
         """
+        return self.table(weight).cheapest(share, rounding)
 
     @abc.abstractmethod
     def describe(self, ranks: Sequence[int]) -> str:
@@ -176,21 +188,27 @@ class Swap(Pass):
             found = find_sides(target.traced())
             wanted |= {path for path, side in found.items() if side in sides}
         inside = Intermediates(model, target.traced()) if self.inner_norm else None
+        possible: list[_Possible] = []
         swapped: list[Swapped] = []
         refused: list[Refusal] = []
         for site in find_sites(model, target.traces()):
-            why: Swapped | str = site.refused
+            why = site.refused
             if not why and site.path in kept:
                 why = f"kept by keep={kept[site.path]!r}"
             if not why and "all" not in self.where and site.path not in wanted:
                 why = f"where={'|'.join(self.where)} leaves it out"
             if not why:
-                inner = inside.of(site.path) if inside else Intermediate({}, {})
-                why = self._weighed(site, inner, site.path in forced)
-            if isinstance(why, Swapped):
-                swapped.append(why)
-            else:
+                why = self._unsuitable(site, site.path in forced)
+            if why:
                 refused.append(Refusal(site.path, why))
+            else:
+                inner = inside.of(site.path) if inside else Intermediate({}, {})
+                possible.append(_Possible(site, inner, site.path in forced))
+        for one, result in zip(possible, self._weighed(possible), strict=True):
+            if isinstance(result, Swapped):
+                swapped.append(result)
+            else:
+                refused.append(Refusal(one.site.path, result))
         broken = DryRun(model, target.inputs, target.variants).errors([one.edit for one in swapped])
         refused += [
             Refusal(path, f"with a block in its place the model does not run as before: {why}")
@@ -204,16 +222,56 @@ class Swap(Pass):
             tuple(self._notes(target, swapped, inside)),
         )
 
-    def _weighed(self, site: ConvSite, inner: Intermediate, forced: bool) -> Swapped | str:
-        """Return the swap of a convolution, or why it is not worth it."""
-        conv = site.conv
-        assert conv is not None  # of what is not refused
-        narrow = min(conv.in_channels, conv.out_channels)
+    def _unsuitable(self, site: ConvSite, forced: bool) -> str:
+        """Say why a convolution is not swapped whatever the ranks; "" if it may be."""
+        assert site.conv is not None  # of what is not refused
+        narrow = min(site.conv.in_channels, site.conv.out_channels)
         if narrow < self.min_channels and not forced:
             return f"channels in or out: {narrow}, fewer than min_channels={self.min_channels}"
-        ranks = self.ranks(conv)
-        if isinstance(ranks, str):
-            return ranks
+        if read_ratio(self.ratio) and not has_values(site.conv.weight):
+            return (
+                f"ratio={self.ratio!r} needs the weight's values, and it has none (it is on the "
+                "meta device); give a number"
+            )
+        return ""
+
+    def _weighed(self, possible: Sequence[_Possible]) -> list[Swapped | str]:
+        """Return the swap of each convolution, or why it is not worth it.
+
+        Raises:
+            OptionError: ratio is a share of parameters that blocks cannot come down to.
+        """
+        rule = read_ratio(self.ratio)
+        if rule is None or rule[0] == "energy":
+            return [self._swap(one, self.ranks(one.conv)) for one in possible]
+        tables = [self.table(folded(one.conv.weight)) for one in possible]
+        before = [one.conv.weight.numel() for one in possible]
+        found: list[Swapped | str] = [""] * len(possible)
+        left = list(range(len(possible)))
+        while True:  # what is not worth its activations does not count, and is not swapped
+            most = int(rule[1] * sum(before[index] for index in left))
+            least = sum(int(tables[index].cost.min()) for index in left)
+            if least > most:
+                raise OptionError(
+                    f"{self.name}: ratio={self.ratio!r} leaves {most:,} parameters to "
+                    f"{len(left)} convolutions, whose blocks have at least {least:,}; give a "
+                    "larger share"
+                )
+            limits = [math.inf if possible[index].forced else before[index] for index in left]
+            ranks = allot([tables[index] for index in left], limits, most)
+            out = set()
+            for index, each in zip(left, ranks, strict=True):
+                found[index] = "its block would err too much for the parameters that it saves"
+                if each is not None:
+                    found[index] = self._swap(possible[index], each)
+                    out |= {index} if isinstance(found[index], str) else set()
+            if not out:
+                return found
+            left = [index for index in left if index not in out]
+
+    def _swap(self, one: _Possible, ranks: tuple[int, ...]) -> Swapped | str:
+        """Return the swap of a convolution, or why it is not worth it."""
+        site, inner, forced, conv = one.site, one.inner, one.forced, one.conv
         options = {
             "ranks": list(ranks),
             "shape": list(conv.weight.shape),

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pocketize.passes.swaps.base import Swap
 from pocketize.passes.swaps.blocks import BottleneckBlock
-from pocketize.passes.swaps.decompositions import cheapest, tucker_kept
+from pocketize.passes.swaps.decompositions import tucker_kept
+from pocketize.passes.swaps.ranks import RankTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,8 @@ class Bottleneck(Swap):
     inside the block is one linear map near to the convolution.
 
     Attributes:
-        ratio: output channels for one channel inside, or "energy:0.95": the fewest parameters that
-            keep that share of the squared norm of each weight.
+        ratio: output channels for one channel inside, or a rule, see
+            :class:`~pocketize.passes.swaps.base.Swap`.
     """
 
     name: ClassVar[str] = "bottleneck"
@@ -48,12 +49,12 @@ class Bottleneck(Swap):
         inner = min(inside, i)
         return min(inside, inner * taps), inner
 
-    def ranks_by_energy(self, weight: Tensor, share: float, rounding: float) -> tuple[int, ...]:
-        """Return r_o and r_i."""
+    def table(self, weight: Tensor) -> RankTable:
+        """Return what r_o and r_i keep and cost."""
         o, i, taps = weight.shape
         rows, columns = (torch.arange(1, n + 1, device=weight.device) for n in (o, i))
         cost = columns * i + rows[:, None] * (columns * taps + o)
-        return cheapest(tucker_kept(weight), cost, share, rounding)
+        return RankTable(tucker_kept(weight), cost)
 
     def describe(self, ranks: Sequence[int]) -> str:
         """Say the channels inside, in the order in which they come."""

@@ -22,9 +22,9 @@ from pocketize.passes.swaps.blocks import CompactConvBlock
 from pocketize.passes.swaps.decompositions import (
     block_terms,
     block_terms_kept,
-    cheapest,
     relative_error,
 )
+from pocketize.passes.swaps.ranks import RankTable
 
 #: Multipliers for which fewer channels are looked for than the first decomposition needs.
 _TRIED = (1, 2)
@@ -40,9 +40,9 @@ class CompactBlock(Swap):
     a channel is the canonical polyadic (CP) decomposition.
 
     Attributes:
-        ratio: output channels for one channel inside, or "energy:0.95": the fewest parameters found
-            that keep that share of the squared norm of each weight.
-        multiplier: kernels for each channel inside; "energy" chooses it too.
+        ratio: output channels for one channel inside, or a rule, see
+            :class:`~pocketize.passes.swaps.base.Swap`.
+        multiplier: kernels for each channel inside; a rule chooses it too.
     """
 
     name: ClassVar[str] = "compact-block"
@@ -68,6 +68,13 @@ class CompactBlock(Swap):
             return inside, self.multiplier
         return min(inside, i), min(self.multiplier, o, taps)
 
+    def table(self, weight: Tensor) -> RankTable:
+        """Return what channels and multipliers keep before any improvement, and what they cost."""
+        o, i, k = weight.shape
+        kept = block_terms_kept(weight)
+        channels, kernels = (torch.arange(1, n + 1, device=kept.device) for n in kept.shape)
+        return RankTable(kept, channels[:, None] * (i + kernels * (k + o)))
+
     def ranks_by_energy(self, weight: Tensor, share: float, rounding: float) -> tuple[int, ...]:
         """Return the channels inside and the multiplier.
 
@@ -75,10 +82,9 @@ class CompactBlock(Swap):
         From there, fewer channels are tried by bisection, with the improvement.
         """
         o, i, k = weight.shape
-        kept = block_terms_kept(weight)
-        channels, kernels = (torch.arange(1, n + 1, device=kept.device) for n in kept.shape)
-        cost = channels[:, None] * (i + kernels * (k + o))
-        best = cheapest(kept, cost, share, rounding)
+        table = self.table(weight)
+        kept, cost = table.kept, table.cost
+        best = table.cheapest(share, rounding)
 
         def enough(r: int, m: int) -> bool:
             error = relative_error(weight, block_terms(weight, r, m, _SWEEPS).composed())

@@ -28,7 +28,6 @@ __all__ = [
     "block_terms_kept",
     "channelwise",
     "channelwise_kept",
-    "cheapest",
     "folded",
     "principal",
     "relative_error",
@@ -76,22 +75,6 @@ def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """Return ``||W - W~|| / ||W||`` in the Frobenius norm; 0 for a weight of zeros."""
     size = float(torch.linalg.vector_norm(weight))
     return float(torch.linalg.vector_norm(weight - approximation)) / size if size else 0.0
-
-
-def cheapest(kept: Tensor, cost: Tensor, share: float, rounding: float) -> tuple[int, ...]:
-    """Return the ranks with the fewest parameters among those that keep enough.
-
-    Args:
-        kept: share of the energy that ranks keep: at index [a - 1, b - 1] those of ranks (a, b).
-        cost: their parameters, of the same shape.
-        share: how much is to be kept.
-        rounding: how much less than that is still enough.
-    """
-    enough = (kept >= share - rounding).contiguous()
-    enough.view(-1)[-1] = True  # all ranks keep everything, up to rounding
-    costs = torch.where(enough, cost.to(torch.float64), torch.inf)
-    place = torch.unravel_index(costs.argmin(), kept.shape)
-    return tuple(int(index) + 1 for index in place)
 
 
 _TUCKER_SWEEPS = 10

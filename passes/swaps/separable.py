@@ -19,7 +19,8 @@ from torch import Tensor
 from pocketize.errors import OptionError
 from pocketize.passes.swaps.base import Swap
 from pocketize.passes.swaps.blocks import SeparableBlock
-from pocketize.passes.swaps.decompositions import channelwise_kept, cheapest
+from pocketize.passes.swaps.decompositions import channelwise_kept
+from pocketize.passes.swaps.ranks import RankTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +32,7 @@ class Separable(Swap):
 
     Attributes:
         multiplier: kernels for each input channel.
-        ratio: "energy:0.95" takes as many kernels as keep that share of the squared norm of each
-            weight, instead of the multiplier.
+        ratio: a rule that chooses the multiplier, see :class:`~pocketize.passes.swaps.base.Swap`.
     """
 
     name: ClassVar[str] = "separable"
@@ -56,11 +56,11 @@ class Separable(Swap):
         reset = self.weights == "reset"
         return (self.multiplier if reset else min(self.multiplier, o, taps),)
 
-    def ranks_by_energy(self, weight: Tensor, share: float, rounding: float) -> tuple[int, ...]:
-        """Return the depth multiplier."""
+    def table(self, weight: Tensor) -> RankTable:
+        """Return what multipliers keep and cost."""
+        o, i, taps = weight.shape
         kept = channelwise_kept(weight)
-        cost = torch.arange(1, len(kept) + 1, device=kept.device)
-        return cheapest(kept, cost, share, rounding)
+        return RankTable(kept, torch.arange(1, len(kept) + 1, device=kept.device) * i * (taps + o))
 
     def describe(self, ranks: Sequence[int]) -> str:
         """Say the multiplier."""

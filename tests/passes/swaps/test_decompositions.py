@@ -17,7 +17,6 @@ from pocketize.passes.swaps.decompositions import (
     block_terms_kept,
     channelwise,
     channelwise_kept,
-    cheapest,
     folded,
     principal,
     relative_error,
@@ -147,17 +146,6 @@ def test_principal_vectors_are_orthonormal_by_falling_size_and_of_fixed_sign() -
     sizes = (vectors.T @ matrix).norm(dim=1)
     assert torch.allclose(sizes, torch.linalg.svdvals(matrix))
     assert torch.allclose(vectors, principal(-matrix))
-
-
-def test_the_cheapest_ranks_that_keep_enough_are_taken() -> None:
-    kept = torch.tensor([[0.5, 0.8], [0.85, 1.0]])
-    cost = torch.tensor([[1, 5], [3, 9]])
-    assert cheapest(kept, cost, 0.5, 0.0) == (1, 1)
-    assert cheapest(kept, cost, 0.6, 0.0) == (2, 1)
-    assert cheapest(kept, cost, 0.8, 0.0) == (2, 1)
-    assert cheapest(kept, cost, 0.9, 0.0) == (2, 2)
-    assert cheapest(kept, cost, 0.86, 0.02) == (2, 1)
-    assert cheapest(torch.tensor([0.2, 0.999999]), torch.tensor([1, 2]), 1.0, 0.0) == (2,)
 
 
 def test_a_weight_is_folded_in_double_precision() -> None:

@@ -369,7 +369,8 @@ def test_the_model_itself_and_scripted_parts_stay() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "says"),
     [
-        (Bottleneck, {"ratio": 0}, "'energy:SHARE' with a share above 0"),
+        (Bottleneck, {"ratio": 0}, "'energy:SHARE' or 'params:SHARE' with a share above 0"),
+        (Bottleneck, {"ratio": "params:0"}, "got 'params:0'"),
         (Bottleneck, {"ratio": "energy:1.5"}, "got 'energy:1.5'"),
         (Bottleneck, {"ratio": "energy:half"}, "got 'energy:half'"),
         (CompactBlock, {"ratio": "half"}, "got 'half'"),
