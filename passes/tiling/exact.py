@@ -24,6 +24,7 @@ from pocketize.graph.clone import clone
 from pocketize.graph.inputs import Inputs, as_plain, first_parameter
 from pocketize.graph.methods import set_mode
 from pocketize.memory.hints import note_followed
+from pocketize.passes.tiling.attributes import Description, mark_lost
 from pocketize.passes.tiling.execution import Execution
 from pocketize.passes.tiling.figures import estimated_peak, largest_tile, measured_peak
 from pocketize.passes.tiling.forward import (
@@ -48,11 +49,10 @@ from pocketize.passes.tiling.resume import (
     resume_state_for,
     storage_for,
 )
-from pocketize.passes.tiling.side_effects import check_hooks, mark_lost
+from pocketize.passes.tiling.side_effects import check_hooks
 from pocketize.passes.tiling.tiled_graph import AliasSets, TiledGraph, TilingError, leave_views_out
 from pocketize.passes.tiling.tracing import (
     ForwardTrace,
-    described,
     fingerprint,
     tensors_by_name,
     trace_forward,
@@ -334,5 +334,5 @@ def _shapes(inputs: Inputs) -> Any:
                     f"an argument of type {type(leaf).__name__} holds tensors, which tiles do not "
                     "find in it; give tensors themselves, or in tuples, lists or dicts"
                 )
-            rows.append(described(leaf))
+            rows.append(Description().of(leaf))
     return str(spec), tuple(rows)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 __all__ = [
     "ForwardTrace",
-    "described",
     "fingerprint",
     "tensors_by_name",
     "trace_forward",
@@ -19,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -38,18 +36,16 @@ from pocketize.ops import Kind, bind, operator_of
 from pocketize.ops.effects import written_nodes
 from pocketize.passes.shared.forwards import wrapping
 from pocketize.passes.shared.nests import map_tensors
-from pocketize.passes.tiling.forward import PatchForward
-from pocketize.passes.tiling.side_effects import (
+from pocketize.passes.tiling.attributes import (
+    Description,
     Identity,
     Lost,
-    NotComputed,
-    check_gradients,
-    check_hooks,
     check_state,
-    is_simple,
     is_table,
     state_of,
 )
+from pocketize.passes.tiling.forward import PatchForward
+from pocketize.passes.tiling.side_effects import check_gradients, check_hooks
 from pocketize.passes.tiling.tiled_graph import AliasSets, TilingError, simplify
 from pocketize.passes.tiling.training import stop_tracking
 
@@ -229,9 +225,10 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
     or load a model in half precision.
     """
     parts: list[Any] = []
+    description = Description(model.modules())
     for path, module in model.named_modules():
         held = {
-            name: Identity(value) if name == "forward" else described(value)
+            name: Identity(value) if name == "forward" else description.of(value)
             for name, value in vars(module).items()
             if not is_table(name)
         }
@@ -243,32 +240,6 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
         kind = tensor.dtype, tensor.device, tensor.requires_grad
         parts.append((name, place, tuple(tensor.shape), stride, *kind))
     return tuple(parts)
-
-
-def described(value: Any, depth: int = 5) -> Any:
-    """Return a description that is equal only for values that a forward cannot distinguish.
-
-    What is nested deeper is compared by identity: never a copy, which would equal nothing later.
-    """
-    if isinstance(value, Tensor | NotComputed):
-        return Tensor  # compared in fingerprint()
-    if is_simple(value):
-        return type(value), value
-    if isinstance(value, np.ndarray):
-        return value.shape, value.dtype, value.tobytes()
-    if depth <= 0 or isinstance(value, nn.Module | type):
-        return Identity(value)
-    if isinstance(value, dict):
-        return type(value), _items(value, depth - 1)
-    if isinstance(value, list | tuple):
-        return type(value), tuple(described(item, depth - 1) for item in value)
-    if isinstance(value, set | frozenset):
-        return type(value), frozenset(described(item, depth - 1) for item in value)
-    return Identity(value), _items(getattr(value, "__dict__", {}), depth - 2)
-
-
-def _items(held: Mapping[Any, Any], depth: int) -> tuple[Any, ...]:
-    return tuple((described(key, depth), described(value, depth)) for key, value in held.items())
 
 
 def _written(node: fx.Node) -> list[fx.Node]:

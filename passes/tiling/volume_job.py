@@ -19,6 +19,7 @@ from pocketize._torch import FakeTensorMode, without_dispatch_modes
 from pocketize.errors import CaptureError, ExecutionError, InputError, PocketizeWarning
 from pocketize.graph.capture import find_tensors
 from pocketize.graph.inputs import Inputs
+from pocketize.passes.tiling.attributes import mark_lost
 from pocketize.passes.tiling.exact import ExactForward
 from pocketize.passes.tiling.exact import prepare as plan_tiles
 from pocketize.passes.tiling.execution import Execution
@@ -35,7 +36,6 @@ from pocketize.passes.tiling.resume import (
     resume_state_for,
     storage_for,
 )
-from pocketize.passes.tiling.side_effects import mark_lost
 from pocketize.passes.tiling.sinks import FakeStorage, SharedSink, Sink, SinkStorage
 from pocketize.passes.tiling.sources import FakeVolume, SourceBuffer, VolumeSource, boxes
 from pocketize.passes.tiling.storage import Storage
