@@ -61,10 +61,10 @@ from volumes import (
     dice_scores,
     read_volumes,
     train_volumes,
-    write_whole,
 )
 
 from pocketize import Distillation, Pass, measure, rewrite, zoo
+from pocketize.artifact.files import atomic_write
 from pocketize.passes import Amp, InPlaceNorm
 
 NEW, NEW_DISTILLED, AT_ONCE, CALIBRATED, DISTILLED = WAYS = (
@@ -198,7 +198,8 @@ class Study:
         net = task.network(seed)
         if not file.exists():
             task.train(net.train(), None, seed, name, file.with_suffix(".part"))
-            write_whole(file, partial(torch.save, net.state_dict()))
+            with atomic_write(file, overwrite=True) as new:
+                torch.save(net.state_dict(), new)
         net.load_state_dict(torch.load(file, weights_only=True))
         return net.eval()
 

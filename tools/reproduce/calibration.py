@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,10 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from findings import Findings
 from tabulate import tabulate
 from torch import Tensor, nn
-from volumes import CLASSES, amp_step, dice_scores, read_volumes, train_volumes, write_whole
+from volumes import CLASSES, amp_step, dice_scores, read_volumes, train_volumes
 
 from pocketize import Calibration, Pass, history, rewrite
+from pocketize.artifact.files import atomic_write
 from pocketize.passes import Bottleneck, CompactBlock, Pocket, Separable, Width
 
 SIZE = (48, 64, 48)
@@ -49,8 +49,10 @@ CUTS: dict[str, Pass] = {
     "Width(0.25)": Width(0.25),
     "Bottleneck(ratio=2)": Bottleneck(ratio=2, activations="any"),
     "Bottleneck()": Bottleneck(activations="any"),
+    "Bottleneck(ratio='params:0.088')": Bottleneck(ratio="params:0.088", activations="any"),
     "Separable()": Separable(activations="any"),
     "CompactBlock()": CompactBlock(activations="any"),
+    "CompactBlock(ratio='params:0.025')": CompactBlock(ratio="params:0.025", activations="any"),
 }
 SLICED, CALIBRATED = WAYS = ("sliced", "calibrated")
 #: Other choices of channels than that of `rewrite`, calibrated too, and the cuts to try them on.
@@ -109,7 +111,8 @@ class Study:
                 rate=RATE,
                 kept=file.with_suffix(".part"),
             )
-            write_whole(file, partial(torch.save, net.state_dict()))
+            with atomic_write(file, overwrite=True) as new:
+                torch.save(net.state_dict(), new)
         net.load_state_dict(torch.load(file, weights_only=True))
         return net.eval()
 

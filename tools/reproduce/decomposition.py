@@ -17,7 +17,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ import torch
 from findings import Findings
 from tabulate import tabulate
 from torch import nn
-from volumes import CLASSES, Case, dice_scores, read_volumes, train_volumes, write_whole
+from volumes import CLASSES, Case, dice_scores, read_volumes, train_volumes
 
 from pocketize import plan
+from pocketize.artifact.files import atomic_write
 from pocketize.passes import Bottleneck, CompactBlock, Separable
 from pocketize.passes.swaps.base import Swap
 from pocketize.passes.swaps.decompositions import folded, relative_error
@@ -100,7 +100,8 @@ class Study:
             start = time.perf_counter()
             train(model, self.training, self.arguments.steps, self.arguments.seed, "baseline")
             seconds = time.perf_counter() - start
-            write_whole(path, partial(torch.save, model.state_dict()))
+            with atomic_write(path, overwrite=True) as new:
+                torch.save(model.state_dict(), new)
             dice = score(model, self.testing)
             self.keep("baseline", {"parameters": parameters(model), "dice": dice, "s": seconds})
         return model

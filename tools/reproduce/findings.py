@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from volumes import write_whole
+from pocketize.artifact.files import atomic_write
 
 
 class Findings:
@@ -53,4 +53,5 @@ class Findings:
         self.results[name] = result
         sys.stderr.write(f"{time.strftime('%H:%M')} {name}: {str(result)[:100]}\n")
         text = json.dumps(self.results, indent=1)
-        write_whole(self._file, lambda file: file.write_text(text, encoding="utf-8"))
+        with atomic_write(self._file, overwrite=True) as new:
+            new.write_text(text, encoding="utf-8")

@@ -38,10 +38,10 @@ from volumes import (
     read_volumes,
     train_volumes,
     whole_step,
-    write_whole,
 )
 
 from pocketize import rewrite
+from pocketize.artifact.files import atomic_write
 from pocketize.passes import Cascade, Patchwise
 from pocketize.passes.tiling.patchwise import slab_backward
 
@@ -207,7 +207,8 @@ class Study:
                 step=take_step,
                 kept=partly,
             )
-            write_whole(file, partial(torch.save, made.state_dict()))
+            with atomic_write(file, overwrite=True) as new:
+                torch.save(made.state_dict(), new)
             self.find(f"{seed}, {trained}, losses", lambda: losses)
             partly.unlink(missing_ok=True)
         way = Way(TRAININGS[trained], tiles, seed, self.size)

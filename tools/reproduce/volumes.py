@@ -16,13 +16,11 @@ __all__ = [
     "read_volumes",
     "train_volumes",
     "whole_step",
-    "write_whole",
 ]
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from pocketize.artifact.files import atomic_write
 
 #: Background, anterior and posterior part.
 CLASSES = 3
@@ -50,13 +50,6 @@ class Case:
 
     image: Tensor
     label: Tensor
-
-
-def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name first: who is killed in the middle leaves the old one."""
-    new = file.with_name(f"{file.name}.new")
-    write(new)
-    new.replace(file)
 
 
 def read_scans(
@@ -182,7 +175,8 @@ def train_volumes(
         schedule.step()
         if kept is not None and len(losses) % 50 == 0:
             state = [part.state_dict() for part in parts], losses
-            write_whole(kept, partial(torch.save, state))
+            with atomic_write(kept, overwrite=True) as new:
+                torch.save(state, new)
     return losses
 
 
