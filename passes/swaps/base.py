@@ -88,11 +88,11 @@ class Swap(Pass):
         activations: "weighed" swaps where weights, gradients and Adam's moments save at least the
             bytes that the activations inside cost, "any" wherever parameters are saved.
         force: patterns of the module paths to swap even where that saves nothing.
-        ratio: how many channels or kernels are inside. "energy:0.95": the fewest parameters that
-            keep that share of the squared norm of each weight. "params:0.25": the convolutions keep
-            that share of their parameters in all, spread over them so that the relative squared
-            errors of their weights sum up to least; those that nothing is won by, or that other
-            options leave out, do not count.
+        ratio: output channels for one channel inside, or a rule. "energy:0.95": the fewest
+            parameters that keep that share of the squared norm of each weight. "params:0.25": the
+            convolutions together keep that share of their parameters, spread over them so that the
+            product of the shares of their squared norms is largest; those that other options leave
+            out, or whose blocks save nothing, do not count.
     """
 
     after: ClassVar[tuple[str, ...]] = RESIZING

@@ -27,10 +27,6 @@ class Bottleneck(Swap):
 
     The weights come from the Tucker-2 decomposition of the convolution's, so that without a norm
     inside the block is one linear map near to the convolution.
-
-    Attributes:
-        ratio: output channels for one channel inside, or a rule, see
-            :class:`~pocketize.passes.swaps.base.Swap`.
     """
 
     name: ClassVar[str] = "bottleneck"

@@ -40,8 +40,6 @@ class CompactBlock(Swap):
     a channel is the canonical polyadic (CP) decomposition.
 
     Attributes:
-        ratio: output channels for one channel inside, or a rule, see
-            :class:`~pocketize.passes.swaps.base.Swap`.
         multiplier: kernels for each channel inside; a rule chooses it too.
     """
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Halvings of the interval of prices, in which a parameter costs an error of 1e-15 to 1.
+#: Prices of a parameter between which is looked, and how often their interval is halved.
+_PRICES = 1e-15, 1e3
 _HALVINGS = 60
-_LEAST_PRICE = 1e-15
+#: A smaller share of a weight's squared norm is as good as nothing.
+_NOTHING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,11 @@ class RankTable:
         return self._least(torch.where(enough, self.cost.to(torch.float64), torch.inf))
 
     def at_price(self, price: float, before: float) -> tuple[int, ...] | None:
-        """Return the ranks with the least squared error and parameters, each of which has a price.
+        """Return the ranks with the least loss, ``-log(kept)``, and parameters, which have a price.
 
         None if the convolution itself, of ``before`` parameters, has less.
         """
-        loss = 1 - self.kept + price * self.cost
+        loss = price * self.cost - self.kept.clamp(min=_NOTHING).log()
         return self._least(loss) if float(loss.min()) < price * before else None
 
     def parameters(self, ranks: Sequence[int]) -> int:
@@ -58,11 +60,12 @@ class RankTable:
 def allot(
     tables: Sequence[RankTable], before: Sequence[float], most: int
 ) -> list[tuple[int, ...] | None]:
-    """Spread parameters over convolutions, so that their relative squared errors sum up to least.
+    """Spread parameters over convolutions, so that the product of what weights keep is largest.
 
-    By a Lagrange multiplier, the price of a parameter: Shoham, Gersho, "Efficient bit allocation
-    for an arbitrary set of quantizers", IEEE Trans. ASSP 36, 1988. So the sum is the least among
-    all choices with as many parameters or fewer, which may be a few below ``most``.
+    The product, and not the sum: no weight loses everything, which no other makes up for. By a
+    Lagrange multiplier, the price of a parameter: Shoham, Gersho, "Efficient bit allocation for an
+    arbitrary set of quantizers", IEEE Trans. ASSP 36, 1988. So it is the largest among all choices
+    with as many parameters or fewer, which may be a few below ``most``.
 
     Args:
         tables: of the convolutions' blocks.
@@ -76,7 +79,7 @@ def allot(
     def taken(price: float) -> list[tuple[int, ...] | None]:
         return [table.at_price(price, n) for table, n in zip(tables, before, strict=True)]
 
-    low, high = _LEAST_PRICE, 1.0
+    low, high = _PRICES
     for _ in range(_HALVINGS):
         middle = (low * high) ** 0.5
         ranks = taken(middle)

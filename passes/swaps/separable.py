@@ -32,7 +32,7 @@ class Separable(Swap):
 
     Attributes:
         multiplier: kernels for each input channel.
-        ratio: a rule that chooses the multiplier, see :class:`~pocketize.passes.swaps.base.Swap`.
+        ratio: a rule that chooses the multiplier: "energy:0.95" or "params:0.25", as in bottleneck.
     """
 
     name: ClassVar[str] = "separable"

@@ -38,7 +38,7 @@ def test_the_cheapest_ranks_that_keep_enough_are_taken() -> None:
 
 @given(st.integers(0, 1000), st.floats(0.1, 1.0))
 @settings(max_examples=examples(30), deadline=None)
-def test_no_other_ranks_of_as_few_parameters_err_less(seed: int, share: float) -> None:
+def test_no_other_ranks_of_as_few_parameters_keep_more(seed: int, share: float) -> None:
     draw = torch.Generator().manual_seed(seed)
     tables, before = [], []
     for _ in range(3):
@@ -53,7 +53,7 @@ def test_no_other_ranks_of_as_few_parameters_err_less(seed: int, share: float) -
     def of(table: RankTable, ranks: tuple[int, ...] | None, whole: int) -> tuple[int, float]:
         if ranks is None:
             return whole, 0.0
-        return table.parameters(ranks), 1 - float(table.kept[ranks[0] - 1, ranks[1] - 1])
+        return table.parameters(ranks), -math.log(table.kept[ranks[0] - 1, ranks[1] - 1])
 
     found = allot(tables, before, most)
     pairs = [of(*one) for one in zip(tables, found, before, strict=True)]
@@ -65,6 +65,16 @@ def test_no_other_ranks_of_as_few_parameters_err_less(seed: int, share: float) -
         if sum(pair[0] for pair in pairs) <= taken:
             assert sum(pair[1] for pair in pairs) >= error - 1e-9
     assert None not in allot(tables, [math.inf] * 3, most)
+
+
+def test_no_weight_loses_everything() -> None:
+    """A large layer with little in each rank beside a small one with much in the first."""
+    large = RankTable(torch.linspace(0.02, 1, 50), torch.arange(1, 51) * 100)
+    small = RankTable(torch.tensor([0.9, 1.0]), torch.tensor([10, 20]))
+    (first, second) = allot([large, small], [5001, 21], 2000)
+    assert first is not None
+    assert first[0] >= 15
+    assert second is None or second[0] == 2
 
 
 class Three(nn.Module):
