@@ -5,10 +5,13 @@ from __future__ import annotations
 __all__ = ["Run", "tensors_of"]
 
 import copy
+import logging
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from enum import Enum
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -27,6 +30,10 @@ _SMALL = 2**16
 #: Immutable values without tensors; containers that may be changed.
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 _CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, deque, set, tuple))
+#: Objects with attributes that no forward changes, or that are not its own.
+_STATELESS = (FunctionType, MethodType, ModuleType, Enum, logging.Logger, logging.Handler)
+#: Objects that are looked at: a trainer may hang on a module.
+_OBJECTS = 2000
 
 #: Global flags that decide which operators run.
 _FLAGS = (
@@ -39,11 +46,12 @@ _FLAGS = (
 class Run:
     """One forward of a module, so that it can be run again as it was.
 
-    Noted are the attributes of the module and of those inside it: weights, buffers, modes, flags,
-    lists. For the second run they are put back, and after it what was there in the meantime. So the
-    second run leaves no trace and reads the tensors that the first one read, whoever replaced them
-    since. Buffers that the forward writes to are copied before; of all other tensors the version is
-    noted, and the second run raises an error when it reads one that was written to since.
+    Noted are the attributes of the module, of those inside it, and of objects that these hold:
+    weights, buffers, modes, flags, lists. For the second run they are put back, and after it what
+    was there in the meantime. So the second run leaves no trace and reads the tensors that the
+    first one read, whoever replaced them since. Buffers that the forward writes to are copied
+    before; of all other tensors the version is noted, and the second run raises an error when it
+    reads one that was written to since.
 
     Args:
         module: the module.
@@ -73,8 +81,13 @@ class Run:
         self._names |= {id(t): f"buffer {name!r}" for name, t in module.named_buffers()}
         buffers = [b for m in module.modules() for b in m._buffers.values() if b is not None]
         self._copies = {id(b): b.detach().clone() for b in buffers}  # whatever buffers() answers
-        memo: dict[int, tuple[Any, Any]] = {}
-        self._states = [(m, _copied(_state(m), self._hold, memo)) for m in module.modules()]
+        self._memo: dict[int, tuple[Any, Any]] = {}
+        #: Modules, and objects that they hold, with their attributes.
+        self._states: list[tuple[Any, dict[str, Any]]] = []
+        self._known = {id(m) for m in module.modules()}
+        for m in module.modules():
+            self._states.append((m, _copied(_state(m), self._hold, self._memo)))
+        self._memo, self._known = {}, set()
         self._settings = _settings()
         self._open: list[ExitStack] = []
 
@@ -105,8 +118,13 @@ class Run:
         return made
 
     def _hold(self, value: Any) -> Any:
-        """Note the version of a tensor among the attributes."""
+        """Note the version of a tensor among the attributes, and the attributes of an object."""
         if not isinstance(value, Tensor):
+            if id(value) not in self._known and _has_state(value):
+                self._known.add(id(value))
+                if len(self._known) <= _OBJECTS:
+                    held = _copied(vars(value), self._hold, self._memo)
+                    self._states.append((value, held))
             return value
         # Without the graph, which may lead to the graph of the forward before, and so on.
         kept = value if value.is_leaf else value.detach().requires_grad_()
@@ -282,16 +300,25 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     return found
 
 
-def _state(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes of a module."""
+def _has_state(value: Any) -> bool:
+    """Whether a value is an object with attributes that a forward may change."""
+    if not isinstance(getattr(value, "__dict__", None), dict) or isinstance(value, _STATELESS):
+        return False
+    package = type(value).__module__.partition(".")[0]
+    return isinstance(value, nn.Module) or package not in ("torch", "pocketize")
+
+
+def _state(module: Any) -> dict[str, Any]:
+    """Return the attributes of a module, or of another object."""
     if isinstance(module, torch.jit.ScriptModule):  # the others are not Python's
         tensors = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}
         return {**tensors, "training": module.training}
-    return vars(module)
+    held: dict[str, Any] = vars(module)
+    return held
 
 
-def _put(module: nn.Module, state: dict[str, Any], now: dict[str, Any]) -> None:
-    """Give a module other attributes; ``now`` are those that it has, or is to have."""
+def _put(module: Any, state: dict[str, Any], now: dict[str, Any]) -> None:
+    """Give an object other attributes; ``now`` are those that it has, or is to have."""
     if isinstance(module, torch.jit.ScriptModule):
         module.training = state["training"]
         for name, buffer in state["_buffers"].items():
@@ -306,7 +333,8 @@ def _put(module: nn.Module, state: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _is_sharded(state: dict[str, Any]) -> bool:
-    return any(hasattr(parameter, "device_mesh") for parameter in state["_parameters"].values())
+    parameters = state.get("_parameters") or {}
+    return any(hasattr(parameter, "device_mesh") for parameter in parameters.values())
 
 
 def _settings() -> list[Any]:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +52,10 @@ class Stateful(nn.Module):
         self.plain = torch.ones(1, dtype=torch.float64)
         self.table: Any = None
         self.last: Any = None
+        more = SimpleNamespace(bias=0.5, plain=torch.ones(1, dtype=torch.float64))
+        #: An object of the user's, with another one in it.
+        self.held = SimpleNamespace(calls=0, seen=[], inner=[more])
+        more.outer = self.held
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -58,6 +63,9 @@ class Stateful(nn.Module):
         if self.table is None:
             self.table = torch.linspace(0, 1, x.shape[-1], dtype=x.dtype) * 1.0
         y = torch.tanh(self.conv(x)) * self.scale + self.table
+        self.held.calls += 1
+        self.held.seen.append(self.held.calls)
+        y = torch.tanh(y * self.held.inner[0].plain) + self.held.inner[0].bias
         self.last = torch.exp(y * self.options["a"]["b"])
         return torch.sin(self.last * self.plain) + self.shift
 
@@ -105,7 +113,8 @@ def test_counters_lists_and_lazily_built_tables_are_updated_once():
     def use(model: Any) -> Any:
         for step in range(3):
             loss(model, step + 1.0).backward()
-        return model.part.calls, model.part.seen, model.part.table
+        held = model.part.held
+        return model.part.calls, model.part.seen, model.part.table, held.calls, held.seen
 
     both(Stateful(), use)
 
@@ -116,8 +125,14 @@ def test_attributes_changed_in_between_are_changed_for_the_next_forward_only():
         model.part.scale, model.part.options["a"]["b"] = 7.0, 3.0
         model.part.plain = model.part.plain * 2
         model.part.seen.append(0)
+        held = model.part.held
+        held.inner[0].bias, held.new = 9.0, 1
+        held.inner[0].plain = held.inner[0].plain * 2
+        held.seen.append(0)
         value.backward()
-        return model.part.scale, model.part.options, model.part.seen, model.part.plain
+        inner = held.inner[0].bias, held.inner[0].plain, held.inner[0].outer is held
+        state = model.part.scale, model.part.options, model.part.seen, model.part.plain
+        return *state, held.seen, held.calls, held.new, *inner
 
     both(Stateful(), use)
 
@@ -308,6 +323,10 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "weight": (lambda m: write(m, "part.conv.weight"), "parameter 'conv.weight' was written to"),
     "bias": (lambda m: write(m, "part.conv.bias"), "parameter 'conv.bias' was written to"),
     "plain": (lambda m: m.part.plain.mul_(2), "a tensor attribute was written to"),
+    "plain in an object": (
+        lambda m: m.part.held.inner[0].plain.mul_(2),
+        "a tensor attribute was written to",
+    ),
     "memory": (
         lambda m: setattr(m.part.conv.weight, "data", m.part.conv.weight * 2),
         "parameter 'conv.weight' was given other memory",
