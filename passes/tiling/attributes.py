@@ -67,7 +67,7 @@ class Identity:
         return f"{named.__module__}.{named.__qualname__} {code.hex()}"
 
 
-class _Unknown:
+class _Unseen:
     """Equals no other: what is behind it was not looked at."""
 
     def __init__(self, value: Any) -> None:
@@ -95,7 +95,7 @@ class Description:
         known: Iterable[nn.Module] = (),
         *,
         tensor: Callable[[Any], Any] = lambda _: Tensor,
-        unseen: Callable[[Any], Any] = _Unknown,
+        unseen: Callable[[Any], Any] = _Unseen,
     ) -> None:
         self._known = {id(module) for module in known}
         self._tensor, self._unseen = tensor, unseen
