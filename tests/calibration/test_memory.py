@@ -47,9 +47,8 @@ def test_the_limit_is_kept(limit: int) -> None:
     edits = [edit_from_json(dict(edit)) for record in history(cut) for edit in record.edits]
 
     def choose() -> None:
-        assert choose_channels(
-            net, edits, images[0], images, samples=10**6, memory=limit, seed=0
-        ) != tuple(edits)
+        options = {"by": "reconstruction", "samples": 10**6, "memory": limit, "seed": 0}
+        assert choose_channels(net, edits, images[0], images, **options) != tuple(edits)
 
     with evaluated(net, images):
         assert peak(choose) < limit + 4 * fixed  # without it: 40 MiB more
