@@ -136,7 +136,7 @@ def test_hippocampus_compares_every_way_and_goes_on_where_it_was(
 @pytest.mark.whole
 def test_calibration_measures_cuts_and_goes_on_where_it_was(tmp_path: Path, scans: Path) -> None:
     pytest.importorskip("dynamic_network_architectures")
-    few = ("--out", tmp_path, "--steps", "1", "--test", "1", "--seeds", "0")
+    few = ("--out", tmp_path, "--steps", "1", "--test", "1", "--seeds", "0", "--float32")
     only = ("--only", "untouched", "Width(0.25), sliced", "Separable(), calibrated")
     rows = cells(run("calibration.py", scans, *few, *only))
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
