@@ -17,8 +17,9 @@ __all__ = [
     "in_autograd_function", "in_checkpoint", "innermost_saving", "is_batched", "is_compiled",
     "is_view", "keep_version", "keeps_graph", "next_sequence_number", "process_group", "pytree",
     "release", "run_parts", "running_node", "same_convolution", "saving_hooks_allowed", "schema_of",
-    "sparse_parts", "storage_key", "swap_tensors", "takes_what_is_saved", "transforms_active",
-    "unbatched_dim", "user_frames", "version_of", "watching_alias", "without_dispatch_modes",
+    "slow_on_cpu", "sparse_parts", "storage_key", "swap_tensors", "takes_what_is_saved",
+    "transforms_active", "unbatched_dim", "user_frames", "version_of", "watching_alias",
+    "without_dispatch_modes",
 ]
 # fmt: on
 
@@ -204,6 +205,13 @@ def has_kernel(operator: str, key: str) -> bool | None:
     if not _find("torch._C._dispatch_has_kernel")(operator):
         return None
     return bool(_find("torch._C._dispatch_has_kernel_for_dispatch_key")(operator, key))
+
+
+def slow_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether torch says that it has no fast kernels for a 16-bit dtype on this CPU (oneDNN's)."""
+    short = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported", None)
+    return supported is not None and not supported()
 
 
 def run_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

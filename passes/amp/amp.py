@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pocketize._torch import BatchNorm, InstanceNorm, check_norm_input, unbatched_dim
+from pocketize._torch import (
+    BatchNorm,
+    InstanceNorm,
+    check_norm_input,
+    slow_on_cpu,
+    unbatched_dim,
+)
 from pocketize.engine.dry_run import DryRun
 from pocketize.errors import OptionError, RewriteError
 from pocketize.graph.inputs import first_parameter
@@ -255,6 +261,13 @@ def _notes(target: Target, given: Amp) -> list[str]:
         notes.append(
             f"functional norms without a weight ({shown}) keep their statistics in 16 bits on the "
             "CPU; a norm module, or a weight, would keep them in float32"
+        )
+    first = first_parameter(target.model)
+    here = first.device.type if first is not None else None
+    if here == "cpu" and given.device in (None, here) and slow_on_cpu(_DTYPES[given.dtype]):
+        notes.append(
+            f"torch has no fast {given.dtype} kernels for this CPU: convolutions take many times "
+            "as long as in float32"
         )
     if given.dtype == "fp16":
         notes.append(

@@ -99,6 +99,18 @@ def test_only_the_model_itself_changes_and_the_plan_says_how():
     assert [type(m) for m in made.modules()] == [type(m) for m in net().modules()]
 
 
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_plan_tells_that_16_bits_are_slow_on_this_cpu(monkeypatch, slow):
+    support = "_is_mkldnn_bf16_supported"
+    monkeypatch.setattr(torch.ops.mkldnn, support, lambda: not slow, raising=False)
+
+    def told(given):
+        return any("kernels" in note for note in plan(net(), given, inputs=X).passes[0].notes)
+
+    assert told(Amp()) is slow
+    assert not told(Amp(device="cuda"))
+
+
 def test_autocast_is_left_after_an_error_and_after_an_interrupt():
     made = watching()
     with pytest.raises(ValueError, match="on purpose"):
