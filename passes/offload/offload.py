@@ -18,7 +18,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pocketize._torch import FakeTensor, storage_key, version_of
 from pocketize.engine.pipeline import history
@@ -170,7 +172,7 @@ class OffloadedForward(Forward):
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def _hooked(self, *args: Any, **kwargs: Any) -> Any:
         mover = self._mover((args, kwargs))
-        with torch.autograd.graph.saved_tensors_hooks(mover.pack, _fetch):
+        with _RreluStays(mover), torch.autograd.graph.saved_tensors_hooks(mover.pack, _fetch):
             return self.original(*args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -216,12 +218,13 @@ class _Mover:
             for name, weight in forward.module.named_parameters()
             if weight.layout is torch.strided
         }
+        self.rests = False  #: whether all that is saved stays
         self._moved: weakref.WeakValueDictionary[Any, _MovedTensor] = weakref.WeakValueDictionary()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def pack(self, tensor: Tensor) -> _StayingTensor | _MovedTensor:
         """Return what autograd keeps instead of a tensor."""
-        if not self._moves(tensor):
+        if self.rests or not self._moves(tensor):
             named = self._names and tensor.layout is torch.strided
             return _StayingTensor(tensor, self._names.get(storage_key(tensor)) if named else None)
         layout = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
@@ -248,6 +251,24 @@ class _Mover:
         if not self._forward.min_bytes <= nbytes <= tensor.untyped_storage().nbytes():
             return False
         return storage_key(tensor) not in self._own
+
+
+_RRELU = F.rrelu, torch.rrelu, torch.rrelu_
+
+
+class _RreluStays(TorchFunctionMode):
+    """Autograd saves the noise of ``rrelu`` before that fills it: a copy would be too early."""
+
+    def __init__(self, mover: _Mover) -> None:
+        super().__init__()
+        self._mover = mover
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a call."""
+        self._mover.rests = func in _RRELU
+        return func(*args, **(kwargs or {}))
 
 
 class _StayingTensor:

@@ -277,15 +277,28 @@ class RecomputeGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _other(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> Any:
-        """An operator of which nothing is known may write to anything that it was given."""
+        """An operator of which nothing is known may write to anything that it was given.
+
+        Autograd reads what it saved for that operator as the operator leaves it: ``rrelu`` fills
+        its noise.
+        """
         schema = schema_of(func)
+        filled = []
         if schema is None or schema.is_mutable:
+            saved = {id(handle.value) for handle in self._packed}
             for tensor in filter(is_plain, tensors):
+                value = self.storages.find(tensor)
+                if value is not None and id(value) in saved:
+                    filled.append((value, tensor))
                 record = self.storages.record(tensor)
                 self.storages.preserve(record)
                 record.values.clear()
                 record.version = None
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        for value, tensor in filled:
+            value.step = None
+            value.keep(tensor)
+        return made
 
     def _forget_statistics(self, operator: Replay, args: tuple[Any, ...]) -> Iterator[Any]:
         """Running statistics are updated once: in a repetition there are none to update.

@@ -32,6 +32,8 @@ from pocketize.passes.shared.forwards import hooked, obstacle
 from pocketize.passes.shared.second_run import tensors_of
 
 _PASSES = "pocketize.passes."
+aten = torch.ops.aten
+_FILL_NOISE = aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default
 
 
 @dataclass(eq=False)
@@ -233,6 +235,8 @@ class _RegionSurveyor(TorchDispatchMode):  # type: ignore[no-untyped-call]
             region = self.regions[path]
             region.work += work
             outside = {k for k in read if path not in self._birth.get(k, ())} - region._own
+            if func in _FILL_NOISE:  # torch stops a second run as soon as all is saved
+                self._bar(region, "rrelu in it fills its noise after autograd has saved that")
             if own:
                 self._bar(region, "it draws random numbers from a generator of its own")
             if outside - region._arguments.keys():
