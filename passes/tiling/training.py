@@ -51,6 +51,8 @@ def _tracking_norms(model: nn.Module) -> list[NormBase]:
     for path, module in model.named_modules():
         if not isinstance(module, NormBase) or not module.training or module.running_mean is None:
             continue
+        if isinstance(module, BatchNorm) and not module.track_running_stats:
+            continue  # it has running statistics, and leaves them
         if "forward" in vars(module) or type(module).forward not in _FORWARDS:
             raise TilingError(
                 f"{path or 'the model'} ({type(module).__name__}) is in training mode and updates "

@@ -110,10 +110,11 @@ def test_a_monai_network_with_batch_norms_trains_by_tiles() -> None:
 
 
 @pytest.mark.slow
-def test_frozen_norms_stay_as_they_are() -> None:
+@pytest.mark.parametrize("flag", ["training", "track_running_stats"])
+def test_frozen_norms_stay_as_they_are(flag: str) -> None:
     torch.manual_seed(0)
     model = Net(0.1).double().train()
-    model.fine.eval()
+    setattr(model.fine, flag, False)
     before = model.fine.running_mean.clone()  # type: ignore[union-attr]
     tiled = rewrite(model, Patchwise(size=(16, 8), train=True), inputs=double(2, 1, 16, 32))
     _train_alike(model, tiled, 2, 1, 16, 32)
