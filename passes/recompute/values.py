@@ -121,6 +121,7 @@ class GraphStep:
         use: the use of a weight that it is, as in :class:`~.weight_uses.WeightUse`, if it is one.
         flops: of a convolution or product, otherwise 0.
         costly: running it again takes much longer than reading and writing its tensors.
+        default_dtype: of the forward pass; that of results of integers, and of ``linspace``.
         parents: the values among its arguments.
     """
 
@@ -133,6 +134,7 @@ class GraphStep:
     use: str | None = None
     flops: int = 0
     costly: bool = False
+    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     parents: tuple[GraphValue, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -155,7 +157,7 @@ class GraphStep:
                 args = (args[0].clone(), *args[1:])
         elif isinstance(first, GraphValue) and first in spare:
             func = in_place_variant(func) or func
-        with _random_state(self.random_state):
+        with _random_state(self.random_state), _default_dtype(self.default_dtype):
             return func(*args, **kwargs)
 
 
@@ -353,6 +355,19 @@ def _random_state(state: tuple[torch.device, Tensor] | None) -> Iterator[None]:
         else:
             torch.set_rng_state(numbers)
         yield
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    if before is dtype:
+        yield
+        return
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

@@ -146,6 +146,37 @@ def test_weights_that_change_before_the_backward_are_an_error_as_ever(x: Tensor)
         loss.backward()
 
 
+class Coordinates(nn.Module):
+    """Scales its input by maps whose dtype is the default one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-1]
+        scale = torch.linspace(-1, 1, size) * (torch.arange(size) / 7) + torch.full((size,), 0.3)
+        made: Tensor = self.conv(x * scale.exp()) * torch.arange(size).sqrt()
+        return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_results_are_built_again_in_the_default_dtype_of_the_forward(
+    dtype: torch.dtype, x: Tensor
+) -> None:
+    model = Coordinates().double()
+    found = []
+    for net in (model, rewrite(model, Recompute(keep=(), min_bytes=0), inputs=x)):
+        torch.set_default_dtype(dtype)
+        try:
+            loss = net(x).square().sum()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(torch.autograd.grad(loss, list(net.parameters())))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_an_error_in_the_forward_ends_the_recording(x: Tensor) -> None:
     made = recomputed(small().double(), x)
