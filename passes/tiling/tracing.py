@@ -26,6 +26,7 @@ from pocketize._torch import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    storage_key,
     without_dispatch_modes,
 )
 from pocketize.errors import CaptureError
@@ -122,6 +123,8 @@ def trace_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -
         if training:
             stop_tracking(copy)
         before = state_of(copy)
+        held = [(n, t) for n, t in tensors_by_name(copy).items() if t.layout is torch.strided]
+        memory = [(n, t, t.untyped_storage()) for n, t in held]
         first = first_parameter(copy)
         fakes = inputs.map(mode.from_tensor)
         if first is not None:  # a volume may wait in host memory, and a model be on the device
@@ -147,6 +150,12 @@ def trace_forward(model: nn.Module, inputs: Inputs, *, training: bool = False) -
         finally:
             torch.set_autocast_cache_enabled(cached)
         lost = check_state(copy, before, after)
+        for name, tensor, storage in memory:
+            if storage_key(tensor) != storage_key(storage):
+                raise TilingError(
+                    f"its forward gives {name} other data (.data = ...), which a forward by tiles "
+                    "would not"
+                )
         if training:
             with mode, quiet_tracing(copy):
                 check_gradients(copy, fakes)
