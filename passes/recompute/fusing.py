@@ -158,6 +158,7 @@ _IN_PLACE: dict[Any, Any] = {
     }.items()
     for name in names
 }
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 #: Ways to the memory of a tensor that do not pass through an operator.
 _RAW = {
     Tensor.numpy,
@@ -170,7 +171,7 @@ _RAW = {
     Tensor.__deepcopy__,
     Tensor.share_memory_,
     Tensor.set_,
-    Tensor.data.__set__,  # type: ignore[attr-defined]
+    _SET_DATA,
 }
 
 
@@ -202,6 +203,8 @@ class Fusing(TorchFunctionMode):
             for argument in args:
                 if isinstance(argument, Tensor):
                     self.graph.expose(argument)
+            if func == _SET_DATA:
+                return self.graph.exchange(*args)
             return func(*args, **kwargs)
         if not torch.is_grad_enabled() or transforms_active() or not self.is_ours():
             return func(*args, **kwargs)

@@ -153,6 +153,18 @@ class RecomputeGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if record is not None:
                 record.exposed = True
 
+    def exchange(self, tensor: Tensor, content: Tensor) -> None:
+        """Give a tensor other memory (``p.data = ...``); a weight is known by that from now on."""
+        before = self.record_of(tensor)
+        with self.quietly():
+            tensor.data = content
+            after, alias = self.record_of(tensor), tensor.detach()
+        if before is None or after is None or before.parameter is None:
+            return
+        if before.parameter[0] is tensor:
+            after.name, after.parameter = before.name, (tensor, alias)
+            after.values.clear()  # it is kept, as weights are
+
     def record_of(self, tensor: Any) -> StorageRecord | None:
         """Return what is known of a tensor's memory; ``None`` for what is no ordinary tensor."""
         if not isinstance(tensor, Tensor) or not is_plain(tensor):
