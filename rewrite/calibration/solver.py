@@ -32,6 +32,8 @@ NORMS = (
 
 #: Relative error of rounding: a layer that computes what it did is left as it is.
 _ALIKE = 1e-6
+#: From fewer positions, as behind a global pooling, running statistics are not estimated.
+_FEW = 100
 #: Bytes of an element of the rows while they are added: gathered, arranged, in float64, with ones.
 _ROW = 24
 
@@ -277,7 +279,7 @@ class LayerSolver:
         a, y, aa, ay = a / count, y / count, aa / count, ay / count
         if bias is None:
             a, y = torch.zeros_like(a), torch.zeros_like(y)
-        pull = self.ridge * aa.mean()
+        pull = (self.ridge * aa.mean()).clamp(min=torch.finfo(torch.float64).tiny)
         new = (ay - a * y + pull * old) / (aa - a * a + pull)
         weight.copy_(new)
         if bias is not None:
@@ -288,7 +290,8 @@ class LayerSolver:
         """Return sums for each channel: of ones, a, y, a a, a y and y y.
 
         Here a is what the norm gives with weight 1 and bias 0, and y what is wanted. With
-        ``statistics``, estimate running means and variances on the way, of whole images.
+        ``statistics``, estimate running means and variances on the way, of whole images, if these
+        have enough positions.
         """
         plain = layer.weight.clone(), None if layer.bias is None else layer.bias.clone()
         sums: Any = 0
@@ -310,10 +313,10 @@ class LayerSolver:
             layer.weight.copy_(plain[0])
             if layer.bias is not None:
                 layer.bias.copy_(plain[1])
-        if statistics:
+        if statistics and float(moments[0].min()) >= _FEW:
             count, mean, square = moments[0], moments[1] / moments[0], moments[2] / moments[0]
             layer.running_mean.copy_(mean)
-            layer.running_var.copy_((square - mean * mean) * count / (count - 1).clamp(min=1))
+            layer.running_var.copy_((square - mean * mean).clamp(min=0) * count / (count - 1))
         whole: Tensor = sums
         return whole
 

@@ -280,3 +280,46 @@ def test_small_memory_gives_the_same_in_more_runs() -> None:
     parts = calibrate(net, small, x, memory="24KiB")
     assert len(calls) - once > once
     assert parts.after == pytest.approx(whole.after, rel=0.05)
+
+
+class Pooled(nn.Module):
+    """A batch norm behind a global pooling, as in ASPP: one position of each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.point = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 1, bias=False)
+        self.norm, self.last = nn.BatchNorm2d(8), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        pooled = self.norm(self.point(y.mean((2, 3), keepdim=True))).relu()
+        return self.last(torch.cat((y, pooled.expand_as(y)), 1))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_positions_do_not_spoil_running_statistics(count: int) -> None:
+    torch.manual_seed(0)
+    net = Pooled().train()
+    for _ in range(50):
+        net(torch.randn(8, 1, 16, 20).cumsum(-1))
+    net.eval()
+    others = torch.randn(20, 1, 16, 20).cumsum(-1)
+    sliced = rewrite(net, HALF, inputs=others)
+    made = calibrate(net, sliced, images(count)).model.eval()
+    with torch.no_grad():
+        errors = [float((small(others) - net(others)).norm()) for small in (made, sliced.eval())]
+    assert errors[0] < errors[1]
+
+
+def test_a_norm_of_which_every_channel_is_constant_stays_finite() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 1), nn.Hardtanh(0, 1e-6), nn.BatchNorm2d(8)).eval()
+    net.append(nn.Conv2d(8, 3, 1))
+    with torch.no_grad():
+        net[0].bias.fill_(-1e6)  # dead
+        net[2].running_mean.fill_(1.0)
+    small = rewrite(net, HALF, inputs=images()[0])
+    with torch.no_grad():
+        small[2].bias.fill_(1.0)  # else there is nothing to solve
+    made = calibrate(net, small, images()).model
+    assert all(bool(tensor.isfinite().all()) for tensor in made.state_dict().values())
