@@ -26,7 +26,7 @@ from pocketize.calibration.chains import ConvChain, find_chain
 from pocketize.calibration.options import Calibration, call_with, evaluated
 from pocketize.calibration.paused import PausedForwards
 from pocketize.calibration.result import CalibratedLayer, CalibratedNetwork
-from pocketize.calibration.solver import NORMS, LayerSolver, WantedOutputs
+from pocketize.calibration.solver import NORMS, LayerSolver, WantedOutputs, takes_batch
 from pocketize.calibration.windows import CONVS, LAYERS, TRANSPOSED
 from pocketize.errors import InputError, OptionError, RewriteError
 from pocketize.graph.inputs import Inputs, find_tensors, first_parameter
@@ -183,11 +183,12 @@ def _calls(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     dtypes: dict[str, str] = {}
     advice = "calibrate the network before that, and rewrite what calibrate() returns"
 
-    def count(module: nn.Module, args: Any, output: Any) -> None:
+    def count(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         path = names.get(id(module))  # None in a copy, as of a forward by tiles
         if path is None:
             return
-        calls[path] = calls.get(path, 0) + 1 if args else 0
+        plain = takes_batch(module, args, kwargs) and calls.get(path) != 0
+        calls[path] = calls.get(path, 0) + 1 if plain else 0
         like = first_parameter(module)
         if like is not None and isinstance(output, Tensor) and output.dtype is not like.dtype:
             dtypes[path] = f"{output.dtype} of weights in {like.dtype}".replace("torch.", "")
@@ -195,7 +196,7 @@ def _calls(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, (*LAYERS, *NORMS)):
-                stack.callback(module.register_forward_hook(count).remove)
+                stack.callback(module.register_forward_hook(count, with_kwargs=True).remove)
         call_with(model, inputs)
     converted = [r.name for r in history(model) if any(e["edit"] == "convert" for e in r.edits)]
     passes = f" (passes: {', '.join(converted)})" if converted else ""
@@ -281,7 +282,7 @@ def _not_solvable(after: nn.Module, path: str, calls: dict[str, int]) -> str:
     if calls.get(path, 0) > 1:
         return f"it is called {calls[path]} times"
     if not calls.get(path):
-        return "it is called with keyword arguments"
+        return "it is called with something else than a batch of inputs as its one argument"
     weight = getattr(layer, "weight", None)
     if weight is None or (isinstance(layer, NORMS) and weight.dim() != 1):
         return _NO_WEIGHTS  # or with one for each position

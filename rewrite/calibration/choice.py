@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketize.calibration.options import call_with
-from pocketize.calibration.solver import channel_axis, outputs_at
+from pocketize.calibration.solver import channel_axis, outputs_at, takes_batch
 from pocketize.calibration.windows import LAYERS, TRANSPOSED, rows
 from pocketize.channels.analysis import analyse
 from pocketize.channels.groups import ChannelGroup
@@ -231,13 +231,20 @@ class _ChannelChoice:
                 for path in paths:
                     layer = self.model.get_submodule(path)
                     see = functools.partial(self._see, path)
-                    stack.callback(layer.register_forward_hook(see).remove)
+                    stack.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
                 call_with(self.model, inputs)
         self.unseen |= set(paths) - self.moments.keys()
 
-    def _see(self, path: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if not args:
-            return  # called with keywords
+    def _see(
+        self,
+        path: str,
+        layer: nn.Module,
+        args: tuple[Tensor, ...],
+        kwargs: Mapping[str, Any],
+        output: Tensor,
+    ) -> None:
+        if not takes_batch(layer, args, kwargs):
+            return
         count = self.moments[path].count if path in self.moments else 0
         draw = torch.Generator().manual_seed(crc32(f"{self.seed} {path} {count}".encode()))
         total = output.numel() // output.shape[channel_axis(layer)]

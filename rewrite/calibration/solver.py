@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["NORMS", "LayerSolver", "LinearProblem", "WantedOutputs", "channel_axis", "outputs_at"]
+__all__ = [
+    "NORMS",
+    "LayerSolver",
+    "LinearProblem",
+    "WantedOutputs",
+    "channel_axis",
+    "outputs_at",
+    "takes_batch",
+]
 
 import contextlib
 import functools
@@ -17,18 +25,25 @@ from torch import Tensor, nn
 
 from pocketize.calibration.chains import ConvChain, fit_chain
 from pocketize.calibration.result import CalibratedLayer
-from pocketize.calibration.windows import groups_of, matrix_of, rows, set_matrix
+from pocketize.calibration.windows import (
+    CONVS,
+    TRANSPOSED,
+    groups_of,
+    matrix_of,
+    rows,
+    set_matrix,
+)
 from pocketize.graph.inputs import Inputs
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-NORMS = (
-    *BATCH_NORMS,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    nn.GroupNorm,
-    nn.LayerNorm,
-)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm)
+#: Axes of a batch, of layers that take a single image too.
+_AXES = {
+    kind: axes
+    for kinds in (CONVS, TRANSPOSED, INSTANCE_NORMS)
+    for axes, kind in enumerate(kinds, start=3)
+}
 
 #: Relative error of rounding: a layer that computes what it did is left as it is.
 _ALIKE = 1e-6
@@ -333,6 +348,11 @@ class LayerSolver:
         total = output.numel() // output.shape[channel_axis(layer)]
         draw = torch.Generator().manual_seed(crc32(f"{self.seed} {path} {index}".encode()))
         return torch.randperm(total, generator=draw)[: self.samples].to(output.device)
+
+
+def takes_batch(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a layer is called with a batch of inputs, and nothing else."""
+    return len(args) == 1 and not kwargs and args[0].dim() >= _AXES.get(type(layer), 1)
 
 
 def channel_axis(layer: nn.Module) -> int:

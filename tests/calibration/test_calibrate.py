@@ -323,3 +323,40 @@ def test_a_norm_of_which_every_channel_is_constant_stays_finite() -> None:
         small[2].bias.fill_(1.0)  # else there is nothing to solve
     made = calibrate(net, small, images()).model
     assert all(bool(tensor.isfinite().all()) for tensor in made.state_dict().values())
+
+
+class Sized(nn.Module):
+    """A transposed convolution that is told the size of its output."""
+
+    def __init__(self, *, keyword: bool) -> None:
+        super().__init__()
+        self.keyword = keyword
+        self.first, self.down = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 3, stride=2, padding=1)
+        self.last = nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        y, size = self.down(x).relu(), list(x.shape[2:])
+        y = self.up(y, output_size=size) if self.keyword else self.up(y, size)
+        return self.last(torch.cat((y.relu(), x), 1))
+
+
+@pytest.mark.parametrize("keyword", [True, False])
+def test_a_layer_with_more_arguments_than_its_input_is_left(keyword: bool) -> None:
+    torch.manual_seed(0)
+    net, x = Sized(keyword=keyword).eval(), images()
+    small = rewrite(net, HALF, inputs=x[0], calibration=x)
+    assert history(small)[-1].notes[-1].startswith("not calibrated: up (it is called with")
+    found = calibrate(net, rewrite(net, HALF, inputs=x[0]), x)
+    assert [layer.path for layer in found.layers if layer.why_not] == ["up"]
+    assert found.after < 0.8 * found.before
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(8, affine=True), nn.ReLU()])
+def test_images_without_a_batch_axis_are_refused(norm: nn.Module) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 8, 1), norm, nn.Conv2d(8, 3, 1)).eval()
+    x = images()
+    small = rewrite(net, HALF, inputs=x[0])
+    with pytest.raises(RewriteError, match="something else than a batch of inputs"):
+        calibrate(net, small, [each[0] for each in x])

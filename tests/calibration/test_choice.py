@@ -128,7 +128,8 @@ def test_a_group_without_a_layer_to_ask_keeps_the_largest_weights() -> None:
     small = rewrite(net, HALF, inputs=x[0], calibration=x)
     assert kept(small, "first.weight") == kept(rewrite(net, HALF, inputs=x[0]), "first.weight")
     assert history(small)[-1].notes[-1] == (
-        "not calibrated: last (it is called with keyword arguments)"
+        "not calibrated: last (it is called with something else than a batch of inputs as its one "
+        "argument)"
     )
 
 
