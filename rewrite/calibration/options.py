@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketize.errors import InputError, OptionError, brief
+from pocketize.graph.clone import kept_random_states
 from pocketize.graph.inputs import Inputs, as_inputs, find_tensors, to_model
 from pocketize.plugin.options import read_size
 
@@ -104,12 +105,16 @@ def _varies(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def evaluated(model: nn.Module, inputs: Sequence[Inputs]) -> Iterator[None]:
-    """Run a model in evaluation mode, without gradients, and in the dtype of its weights."""
+    """Run a model in evaluation mode, without gradients, and in the dtype of its weights.
+
+    What it draws at random is the same every time, and not the caller's.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         kind = inputs[0].tensors()[0].device.type
-        with torch.no_grad(), torch.autocast(kind, enabled=False):
+        with kept_random_states(), torch.no_grad(), torch.autocast(kind, enabled=False):
+            torch.manual_seed(0)
             yield
     finally:
         for module, mode in modes.items():

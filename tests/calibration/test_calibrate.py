@@ -360,3 +360,27 @@ def test_images_without_a_batch_axis_are_refused(norm: nn.Module) -> None:
     small = rewrite(net, HALF, inputs=x[0])
     with pytest.raises(RewriteError, match="something else than a batch of inputs"):
         calibrate(net, small, [each[0] for each in x])
+
+
+class Drawing(Net):
+    """Draws random numbers in evaluation mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.1)
+
+
+@pytest.mark.parametrize("swap", [(), (Bottleneck(activations="any", min_channels=1),)])
+def test_random_numbers_are_neither_taken_nor_left(swap: Any) -> None:
+    torch.manual_seed(0)
+    net, x = Drawing().eval(), images()
+    small = rewrite(net, HALF, *swap, inputs=x[0])
+    states, found = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(torch.get_rng_state())
+        found.append(calibrate(net, small, x).after)
+        rewrite(net, HALF, *swap, inputs=x[0], calibration=x)
+        states.append(torch.get_rng_state())
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states[2], states[3])
+    assert found[0] == found[1]
