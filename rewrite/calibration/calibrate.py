@@ -12,7 +12,6 @@ from __future__ import annotations
 __all__ = ["calibrate", "check_passes"]
 
 import contextlib
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
@@ -29,6 +28,7 @@ from pocketize.calibration.result import CalibratedLayer, CalibratedNetwork
 from pocketize.calibration.solver import NORMS, LayerSolver, WantedOutputs, takes_batch
 from pocketize.calibration.windows import CONVS, LAYERS, TRANSPOSED
 from pocketize.errors import InputError, OptionError, RewriteError
+from pocketize.graph.clone import clone
 from pocketize.graph.inputs import Inputs, find_tensors, first_parameter
 from pocketize.plugin.base import Pass
 from pocketize.plugin.history import history, record_history
@@ -76,7 +76,7 @@ def calibrate(
     """
     options = Calibration(images, samples=samples, ridge=ridge, memory=memory, seed=seed)
     given = options.inputs_of(before)
-    made = copy.deepcopy(after)
+    made = clone(after)
     kept, replaced, resized = _edits(before, after)
     with evaluated(before, given), evaluated(made, given):
         calls = _calls(made, given[0])
@@ -196,7 +196,8 @@ def _calls(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, (*LAYERS, *NORMS)):
-                stack.callback(module.register_forward_hook(count, with_kwargs=True).remove)
+                hook = module.register_forward_hook(count, prepend=True, with_kwargs=True)
+                stack.callback(hook.remove)
         call_with(model, inputs)
     converted = [r.name for r in history(model) if any(e["edit"] == "convert" for e in r.edits)]
     passes = f" (passes: {', '.join(converted)})" if converted else ""

@@ -231,7 +231,8 @@ class _ChannelChoice:
                 for path in paths:
                     layer = self.model.get_submodule(path)
                     see = functools.partial(self._see, path)
-                    stack.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
+                    hook = layer.register_forward_hook(see, prepend=True, with_kwargs=True)
+                    stack.callback(hook.remove)
                 call_with(self.model, inputs)
         self.unseen |= set(paths) - self.moments.keys()
 

@@ -174,8 +174,8 @@ class LayerSolver:
             with contextlib.ExitStack() as stack:
                 for each, what in taken.items():
                     take = functools.partial(self._take, each, index, what.kept)
-                    hook = self.before.get_submodule(what.source).register_forward_hook(take)
-                    stack.callback(hook.remove)
+                    source = self.before.get_submodule(what.source)
+                    stack.callback(source.register_forward_hook(take, prepend=True).remove)
                 inputs.call(self.before)
 
     def _channels(self, path: str) -> int:
@@ -340,7 +340,7 @@ class LayerSolver:
         layer = self.model.get_submodule(path)
         for index in range(len(self.images)):
             x = self.inputs[index]
-            output = layer(x)
+            output = layer.forward(x)  # without hooks, which were called before
             places = self._places(path, index, layer, output)
             yield x, output, self.targets[path, index], places
 

@@ -384,3 +384,61 @@ def test_random_numbers_are_neither_taken_nor_left(swap: Any) -> None:
     assert torch.equal(states[0], states[1])
     assert torch.equal(states[2], states[3])
     assert found[0] == found[1]
+
+
+class Hooked(nn.Module):
+    """A layer whose input or output is doubled, by itself or by a hook of the user."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__()
+        self.first, self.middle = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, bias=False)
+        self.last, self.hook = nn.Conv2d(8, 3, 1), hook
+        if hook == "before":
+            self.middle.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+        elif hook == "after":
+            self.middle.register_forward_hook(lambda *given: 2 * given[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.first(x).relu()).relu()
+        return self.last(x if self.hook else 2 * x)
+
+
+def test_hooks_of_the_user_run_once() -> None:
+    x, found = images(), {}
+    for hook in ("before", "after", ""):
+        torch.manual_seed(0)
+        net = Hooked(hook).eval()
+        small = rewrite(net, HALF, inputs=x[0], calibration=x)
+        cut = rewrite(net, HALF, inputs=x[0])
+        found[hook] = kept_outputs(small), calibrate(net, cut, x).after
+    assert found["before"][0] == found["after"][0] == found[""][0]
+    assert found["before"][1] == pytest.approx(found[""][1], rel=1e-3)
+    assert found["after"][1] == pytest.approx(found[""][1], rel=1e-3)
+
+
+def kept_outputs(model: nn.Module) -> list[Any]:
+    return [edit.get("keep") for record in history(model) for edit in record.edits]
+
+
+class Remembering(nn.Module):
+    """Keeps what it computed, and a weight that is computed before each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 3, 1)
+        nn.utils.weight_norm(self.first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.first(x)
+        return self.last(self.seen.relu())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_network_that_keeps_computed_tensors_is_copied() -> None:
+    net, x = Remembering(), images()
+    small = rewrite(net, HALF, inputs=x[0])
+    small(x[0])
+    assert [layer.why_not for layer in calibrate(net, small, x).layers] == [
+        "its weight is computed",
+        "",
+    ]
