@@ -8,6 +8,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -56,6 +57,14 @@ class Calibration:
         """Check the options."""
         if self.channels not in (known := ("reconstruction", "energy", "random", "norm")):
             raise OptionError(f"channels must be one of {known}, got {self.channels!r}")
+        for name, kind in (("samples", Integral), ("ridge", Real), ("seed", Integral)):
+            if not isinstance(value := getattr(self, name), kind):
+                word = "a whole number" if kind is Integral else "a number"
+                raise OptionError(f"calibrate: {name} must be {word}, got {value!r}")
+        if not isinstance(self.memory, (Integral, str)):
+            raise OptionError(
+                f"calibrate: memory must be bytes or a text such as '1GiB', got {self.memory!r}"
+            )
         if self.samples < 1 or not 0 < self.ridge < math.inf:
             raise OptionError(
                 f"samples and ridge must be positive, got {self.samples} and {self.ridge}"
@@ -66,9 +75,9 @@ class Calibration:
     @property
     def bytes(self) -> int:
         """The memory as a number."""
-        if isinstance(self.memory, int):
-            return self.memory
-        return read_size(self.memory, "calibrate: memory", "1GiB")
+        if isinstance(self.memory, str):
+            return read_size(self.memory, "calibrate: memory", "1GiB")
+        return self.memory
 
     def inputs_of(self, model: nn.Module) -> list[Inputs]:
         """Return the images as a model takes them, where it is.
@@ -125,18 +134,24 @@ def call_with(model: nn.Module, inputs: Inputs) -> Any:
     """Run a model.
 
     Raises:
-        InputError: it does not take the inputs, or makes infinity or NaN of them.
+        InputError: it does not take the inputs, or makes infinity, NaN, or nothing in floating
+            point of them.
     """
     try:
         outputs = inputs.call(model)
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever the forward raises
         raise InputError(
             f"calibrate: {type(model).__name__} does not run on {inputs.describe()}{_HOW}: "
             f"{brief(error)}"
         ) from error
     floats = [each for each in find_tensors(outputs) if each.is_floating_point()]
+    if not floats:
+        raise InputError(
+            f"calibrate: outputs of {type(model).__name__} hold no floating-point tensor to "
+            "compare; let the forward return what the last layer gives, such as logits"
+        )
     if not all(bool(each.isfinite().all()) for each in floats):
         raise InputError(
             f"calibrate: outputs of {type(model).__name__} on an image are not all finite numbers"

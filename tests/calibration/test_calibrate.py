@@ -442,3 +442,40 @@ def test_a_network_that_keeps_computed_tensors_is_copied() -> None:
         "its weight is computed",
         "",
     ]
+
+
+class Labels(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        height, _ = x.shape[2:]  # AttributeError of a dict
+        return super().forward(x).argmax(1)[:, :height]
+
+
+def test_what_the_forward_cannot_take_or_compare_is_refused() -> None:
+    net, x = Labels().eval(), images()
+    small = rewrite(net, HALF, inputs=x[0])
+    for given, text in (
+        (x, "no floating-point tensor"),
+        ([{"image": x[0], "label": x[0]}], "without labels"),
+    ):
+        with pytest.raises(InputError, match=text):
+            calibrate(net, small, given)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"samples": "many"},
+        {"samples": 1.5},
+        {"samples": None},
+        {"ridge": "little"},
+        {"ridge": None},
+        {"memory": 1.5},
+        {"memory": None},
+        {"seed": "a"},
+        {"seed": None},
+    ],
+)
+def test_an_option_of_a_wrong_type_is_named(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(OptionError, match=f"calibrate: {name} must be"):
+        Calibration(images(), **options)
