@@ -125,7 +125,7 @@ def fit_chain(chain: ConvChain, normal: Tensor, right: Tensor, ridge: float) -> 
     outputs = right.shape[1]
     steps = min(_STEPS, int(_WORK / (4.0 * outputs * len(normal) ** 2)))
     if steps:
-        size = float((chain.composed(weights) * right).sum()) or 1.0
+        size = abs(float((chain.composed(weights) * right).sum())) or 1.0  # a scale
         factors = [weight.clone().requires_grad_() for weight in weights]
         optimizer = torch.optim.LBFGS(
             factors, max_iter=steps, history_size=20, line_search_fn="strong_wolfe"

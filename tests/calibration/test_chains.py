@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketize import Pass, calibrate, history, rewrite
-from pocketize.calibration.chains import find_chain
+from pocketize.calibration.chains import find_chain, fit_chain
 from pocketize.calibration.windows import rows
 from pocketize.passes import Bottleneck, CompactBlock, Separable, Width
 
@@ -119,3 +119,14 @@ def test_what_is_no_chain() -> None:
     assert find_chain(a) is None
     c = nn.Conv2d(2, 2, 1, bias=False)
     assert find_chain(nn.Sequential(c, c)) is None
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_chain_that_does_the_opposite_is_brought_near_too(sign: int) -> None:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(6, 3, 1, bias=False), nn.Conv2d(3, 8, 3)).double()
+    chain = find_chain(block)
+    assert chain is not None
+    start = chain.composed(chain.weights())
+    found = chain.composed(fit_chain(chain, torch.eye(54).double(), 2 * sign * start, 1e-6))
+    assert float((found - 2 * sign * start).norm() / start.norm()) < 0.01
