@@ -27,7 +27,7 @@ from pocketize.calibration.paused import PausedForwards
 from pocketize.calibration.result import CalibratedLayer, CalibratedNetwork
 from pocketize.calibration.solver import NORMS, LayerSolver, WantedOutputs, takes_batch
 from pocketize.calibration.windows import CONVS, LAYERS, TRANSPOSED
-from pocketize.errors import InputError, OptionError, RewriteError
+from pocketize.errors import OptionError, RewriteError
 from pocketize.graph.clone import clone
 from pocketize.graph.inputs import Inputs, find_tensors, first_parameter
 from pocketize.plugin.base import Pass
@@ -88,8 +88,6 @@ def calibrate(
             reasons = ", ".join(f"{path} ({why})" for path, why in found.items())
             raise RewriteError(f"calibrate: no layer can be solved: {reasons}")
         started = _difference(before, made, given)
-        if not math.isfinite(started):
-            raise InputError("calibrate: outputs on the images are not all finite numbers")
         each = max(1, samples // len(given))
         solver = LayerSolver(before, made, given, wanted, each, ridge, options.bytes, seed)
         layers = []
@@ -287,9 +285,10 @@ def _not_solvable(after: nn.Module, path: str, calls: dict[str, int]) -> str:
     weight = getattr(layer, "weight", None)
     if weight is None or (isinstance(layer, NORMS) and weight.dim() != 1):
         return _NO_WEIGHTS  # or with one for each position
-    users = [m for m in after.modules() if any(p is weight for p in m._parameters.values())]
+    own = {id(p) for p in layer._parameters.values() if p is not None}
+    users = [m for m in after.modules() if any(id(p) in own for p in m._parameters.values())]
     if len(users) > 1:
-        return "its weight is shared with another module"
+        return "its weight or bias is shared with another module"
     if isinstance(layer, TRANSPOSED) and layer.groups > 1 and not _is_depthwise(layer):
         return "transposed convolutions with groups of several channels are not solved"
     return ""
@@ -298,11 +297,10 @@ def _not_solvable(after: nn.Module, path: str, calls: dict[str, int]) -> str:
 def _difference(before: nn.Module, after: nn.Module, images: list[Inputs]) -> float:
     off = size = 0.0
     for inputs in images:
-        pairs = zip(
-            find_tensors(inputs.call(before)), find_tensors(inputs.call(after)), strict=True
-        )
+        outputs = [find_tensors(call_with(model, inputs)) for model in (before, after)]
+        pairs = zip(*outputs, strict=True)
         for old, new in pairs:
             if old.is_floating_point() and old.shape == new.shape:
-                off += float((old - new).double().square().sum())
+                off += float((old.double() - new.double()).square().sum())
                 size += float(old.double().square().sum())
     return math.sqrt(off / size) if size else 0.0

@@ -33,6 +33,7 @@ from pocketize.calibration.windows import (
     rows,
     set_matrix,
 )
+from pocketize.errors import InputError
 from pocketize.graph.inputs import Inputs
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -74,11 +75,22 @@ class LinearProblem:
         self.size += float(y.square().sum())
 
     def solved(self, ridge: float) -> Tensor:
-        """Return the step, held back by a share of the mean diagonal of the normal matrix."""
+        """Return the step, held back by a share of the mean diagonal of the normal matrix.
+
+        Raises:
+            InputError: the matrix is not positive definite.
+        """
         diagonal = self.normal.diagonal()
         pull = float(ridge * diagonal.mean().clamp(min=torch.finfo(torch.float64).tiny))
         diagonal.add_(pull)
-        step = torch.cholesky_solve(self.right, torch.linalg.cholesky(self.normal))
+        try:
+            factor = torch.linalg.cholesky(self.normal)
+        except torch.linalg.LinAlgError as error:
+            raise InputError(
+                "calibrate: the inputs of a layer on the images are not all finite numbers, or too "
+                f"much alike for ridge={ridge}; give a larger one, or other images"
+            ) from error
+        step = torch.cholesky_solve(self.right, factor)
         diagonal.sub_(pull)
         return step
 
@@ -276,7 +288,8 @@ class LayerSolver:
                     if layer.bias is not None:
                         a = torch.cat([a, a.new_ones(len(a), 1)], 1)
                     problems[group].add(a, y)
-        return problems, size
+        # where zeros are wanted, errors are relative to what the layer gives
+        return problems, size or sum(problem.size for problem in problems)
 
     def _solve_norm(self, path: str, layer: nn.Module) -> tuple[float, float]:
         """Estimate running statistics anew, and fit weight and bias channel by channel."""

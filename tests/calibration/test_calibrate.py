@@ -116,7 +116,7 @@ def test_a_saved_network_is_calibrated_by_what_it_remembers(tmp_path: Path) -> N
 
 
 class Odd(nn.Module):
-    """A layer that is called twice, one with a shared weight, one with a computed weight."""
+    """A layer called twice, some with a shared weight or bias, one with a computed weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,11 +124,13 @@ class Odd(nn.Module):
         self.computed = weight_norm(nn.Conv2d(8, 8, 1))
         self.one, self.other = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
         self.other.weight = self.one.weight
+        self.third, self.fourth = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.fourth.bias = self.third.bias
         self.last = nn.Conv2d(8, 8, 5, padding=2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(self.twice(self.first(x)))
-        return self.last(self.other(self.one(self.computed(x))))
+        return self.last(self.fourth(self.third(self.other(self.one(self.computed(x))))))
 
 
 @pytest.mark.slow
@@ -140,7 +142,8 @@ def test_what_cannot_be_solved_is_listed_with_the_reason() -> None:
     assert found["first"] == ""
     assert found["twice"] == "it is called 2 times"
     assert found["computed"] == "its weight is computed"
-    assert found["one"] == found["other"] == "its weight is shared with another module"
+    for path in ("one", "other", "third", "fourth"):
+        assert found[path] == "its weight or bias is shared with another module"
     assert found["last"] == ""
 
 
@@ -479,3 +482,33 @@ def test_an_option_of_a_wrong_type_is_named(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(OptionError, match=f"calibrate: {name} must be"):
         Calibration(images(), **options)
+
+
+def test_a_layer_that_is_to_give_zeros_does() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1, bias=False)).eval()
+    net.append(nn.Conv2d(8, 3, 1))
+    with torch.no_grad():
+        net[2].weight.zero_()
+    small = rewrite(net, HALF, inputs=images()[0])
+    with torch.no_grad():
+        small[2].weight.normal_()  # as after training
+    layer = calibrate(net, small, images()).layers[1]
+    assert layer.before == 1.0
+    assert layer.after is not None
+    assert layer.after < 0.1
+
+
+def test_images_that_are_too_much_alike_need_a_ridge() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3)).eval()
+    x = torch.stack([torch.zeros(1, 8, 8), torch.ones(1, 8, 8)])
+    small = rewrite(net, HALF, inputs=x)
+    with pytest.raises(InputError, match="too much alike for ridge=1e-30; give a larger one"):
+        calibrate(net, small, x, ridge=1e-30)
+
+
+def test_each_image_must_suit_the_networks() -> None:
+    net, x = trained(), images()
+    small = rewrite(net, HALF, inputs=x[0])
+    with pytest.raises(InputError, match="Net does not run on 1x2x16x20"):
+        calibrate(net, small, [x[0], torch.cat((x[1], x[2]), 1)])
