@@ -12,6 +12,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def distillation_loss(student: Any, teacher: Any, temperature: float = 2.0) -> T
 
     Args:
         student: logits ``(N, classes, *spatial)``, or any nest of them, as of deep supervision. A
-            single class is that of a sigmoid.
+            single class is that of a sigmoid. Tensors of integers, such as labels, do not count.
         teacher: the same of the teacher.
         temperature: T, by which logits are divided.
 
@@ -41,13 +42,18 @@ def distillation_loss(student: Any, teacher: Any, temperature: float = 2.0) -> T
 
     Raises:
         InputError: shapes differ, or there are no logits.
+        OptionError: the temperature is not positive.
     """
-    found, wanted = find_tensors(student), find_tensors(teacher)
+    _check_positive(temperature=temperature)
+    found, wanted = (
+        [each for each in find_tensors(side) if each.is_floating_point()]
+        for side in (student, teacher)
+    )
     shapes = [[tuple(each.shape) for each in side] for side in (found, wanted)]
     if not found or shapes[0] != shapes[1] or any(len(shape) < 2 for shape in shapes[0]):
         raise InputError(
             f"distillation needs logits (N, classes, ...) of the same shapes, got {shapes[0]} of "
-            f"the student and {shapes[1]} of the teacher"
+            f"the student and {shapes[1]} of the teacher, which runs in evaluation mode"
         )
     losses = []
     for ours, theirs in zip(found, wanted, strict=True):
@@ -94,7 +100,7 @@ class Distillation(nn.Module):
 
     Raises:
         InputError: features are given without inputs, or their shapes do not match.
-        OptionError: the temperature is not positive.
+        OptionError: the temperature or the weight is not positive, or ``features`` is one text.
         PatternError: a network has no such layer.
     """
 
@@ -109,8 +115,9 @@ class Distillation(nn.Module):
         feature_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 0 < temperature < math.inf:
-            raise OptionError(f"temperature must be positive, got {temperature}")
+        _check_positive(temperature=temperature, feature_weight=feature_weight)
+        if isinstance(features, str):
+            raise OptionError(f"features must be paths of layers, such as ({features!r},)")
         self.temperature, self.feature_weight = temperature, feature_weight
         self.features = tuple(features)
         self._networks = (teacher, student)  # a tuple: no submodules
@@ -160,7 +167,14 @@ class Distillation(nn.Module):
                 continue
             kernel = () if theirs.dim() == 2 else (1,)
             kind: Any = _CONVS[theirs.dim()]
-            yield kind(ours.shape[1], theirs.shape[1], *kernel, device=ours.device)
+            made = kind(ours.shape[1], theirs.shape[1], *kernel, device=ours.device)
+            yield made.float()  # as features are compared
+
+
+def _check_positive(**options: Any) -> None:
+    for name, value in options.items():
+        if not isinstance(value, Real) or not 0 < value < math.inf:
+            raise OptionError(f"distillation: {name} must be a positive number, got {value!r}")
 
 
 def _feature(seen: Mapping[str, Any], path: str) -> Tensor:

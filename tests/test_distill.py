@@ -104,7 +104,10 @@ def test_layers_at_each_resolution_are_found() -> None:
 def test_what_does_not_match_is_refused() -> None:
     teacher, student = pair()
     rows: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"temperature": 0.0}, OptionError, "must be positive"),
+        ({"temperature": 0.0}, OptionError, "temperature must be a positive number"),
+        ({"temperature": "2"}, OptionError, "temperature must be a positive number"),
+        ({"feature_weight": float("nan")}, OptionError, "feature_weight must be a positive"),
+        ({"features": "down", "inputs": X}, OptionError, r"such as \('down',\)"),
         ({"features": ("down",)}, InputError, "needs example inputs"),
         ({"features": ("dawn",), "inputs": X}, PatternError, "no layer 'dawn'.*down"),
     ]
@@ -115,8 +118,26 @@ def test_what_does_not_match_is_refused() -> None:
         distillation_loss(torch.zeros(1, 2, 3), torch.zeros(1, 3, 3))
     with pytest.raises(InputError, match="of the same shapes"):
         distillation_loss([], [])
+    with pytest.raises(OptionError, match="temperature must be a positive number"):
+        distillation_loss(X, X, 0.0)
     coarse = Net()
     coarse.down = nn.Conv2d(8, 16, 4, stride=4)
     coarse.up = nn.ConvTranspose2d(16, 8, 4, stride=4)
     with pytest.raises(InputError, match="only channels, axis 1, may differ"):
         Distillation(teacher, coarse, X, features=("down",))
+
+
+def test_only_numbers_in_floating_point_are_logits() -> None:
+    ours, theirs = torch.randn(2, 2, 3, 4, 4).unbind(0)
+    both = distillation_loss((ours, ours.argmax(1)), (theirs, theirs.argmax(1)))
+    assert torch.equal(both, distillation_loss(ours, theirs))
+
+
+def test_adapters_take_features_under_another_default_dtype() -> None:
+    teacher, student = pair()
+    torch.set_default_dtype(torch.float64)
+    try:
+        distil = Distillation(teacher, student, X, features=("down",))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert float(distil(X)[1].detach()) > 0
