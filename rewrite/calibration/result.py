@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from tabulate import tabulate
 from torch import nn
 
+_FEW = "give more images, these layers have fewer output positions on them than inputs: "
+
 
 @dataclass(frozen=True)
 class CalibratedLayer:
@@ -24,6 +26,8 @@ class CalibratedLayer:
         weights: relative change of its weights; where a block replaced a convolution, relative
             difference of the map that the block is to the convolution's weights.
         block: whether a block stands there, where a convolution was.
+        few: whether it was solved from fewer output positions than it has inputs, as in classifiers
+            or at the lowest resolution: it fits the images, and perhaps no others.
     """
 
     path: str
@@ -32,6 +36,7 @@ class CalibratedLayer:
     why_not: str = ""
     weights: float | None = None
     block: bool = False
+    few: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,10 @@ class CalibratedNetwork:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences that stay with the network: the summary, blocks, and layers not solved."""
+        """Sentences that stay with the network: the summary, blocks, layers that need more images.
+
+        And layers that were not solved.
+        """
         blocks = [
             f"{each.path} {_share(each.after)} ({_share(each.weights) or '-'})"
             for each in self.layers
@@ -74,6 +82,7 @@ class CalibratedNetwork:
         left = [f"{each.path} ({each.why_not})" for each in self.layers if each.why_not]
         told = {
             "relative error of the blocks' outputs on the images (of their weights): ": blocks,
+            _FEW: [each.path for each in self.layers if each.few],
             "not calibrated: ": left,
         }
         return (self.summary, *(head + ", ".join(each) for head, each in told.items() if each))
@@ -90,7 +99,8 @@ class CalibratedNetwork:
             for layer in self.layers
         ]
         head = ("layer", "outputs differ by", "solved", "weights differ by", "why not")
-        return f"{self.summary}\n\n{tabulate(rows, head, disable_numparse=True)}"
+        few = "".join(f"\n{note}" for note in self.notes if note.startswith(_FEW))
+        return f"{self.summary}{few}\n\n{tabulate(rows, head, disable_numparse=True)}"
 
 
 def _share(value: float | None) -> str:

@@ -166,9 +166,9 @@ class LayerSolver:
             old = weight.detach().double()
             before, after = self._solve_linear(path, layer)
             moved = float((weight - old).norm() / old.norm().clamp(min=1e-300))
-        for index in range(len(self.images)):
-            del self.targets[path, index]
-        return CalibratedLayer(path, before, after, weights=moved, block=chain is not None)
+        positions = sum(len(self.targets.pop((path, at))) for at in range(len(self.images)))
+        few = positions < self._inputs(path)
+        return CalibratedLayer(path, before, after, weights=moved, block=chain is not None, few=few)
 
     def _take_targets(self, path: str) -> None:
         """Run the large network once for each image, for this layer and those after it."""
@@ -194,6 +194,13 @@ class LayerSolver:
         chain = self.wanted[path].chain
         layer: Any = self.model.get_submodule(path) if chain is None else chain.window
         return len(layer.weight) if isinstance(layer, NORMS) else _ends(layer)[1]
+
+    def _inputs(self, path: str) -> int:
+        """Return how many inputs an output is computed of."""
+        chain, layer = self.wanted[path].chain, self.model.get_submodule(path)
+        if chain is not None:
+            return chain.inputs
+        return 1 if isinstance(layer, NORMS) else len(matrix_of(layer, 0, slice(None)))
 
     def _take(
         self, path: str, index: int, left: Tensor | None, layer: nn.Module, _: Any, output: Tensor

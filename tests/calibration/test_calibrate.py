@@ -512,3 +512,15 @@ def test_each_image_must_suit_the_networks() -> None:
     small = rewrite(net, HALF, inputs=x[0])
     with pytest.raises(InputError, match="Net does not run on 1x2x16x20"):
         calibrate(net, small, [x[0], torch.cat((x[1], x[2]), 1)])
+
+
+def test_layers_that_need_more_images_are_told() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.extend([nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)]).eval()
+    small = rewrite(net, HALF, inputs=images()[0])
+    text = "give more images, these layers have fewer output positions on them than inputs: 3, 5"
+    for count, told in ((7, True), (8, False)):
+        found = calibrate(net, small, images(count))
+        assert (text in found.notes) is told
+        assert (text in str(found)) is told
