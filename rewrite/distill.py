@@ -12,7 +12,6 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -173,7 +172,7 @@ class Distillation(nn.Module):
 
 def _check_positive(**options: Any) -> None:
     for name, value in options.items():
-        if not isinstance(value, Real) or not 0 < value < math.inf:
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise OptionError(f"distillation: {name} must be a positive number, got {value!r}")
 
 

@@ -83,13 +83,12 @@ class LinearProblem:
         diagonal = self.normal.diagonal()
         pull = float(ridge * diagonal.mean().clamp(min=torch.finfo(torch.float64).tiny))
         diagonal.add_(pull)
-        try:
-            factor = torch.linalg.cholesky(self.normal)
-        except torch.linalg.LinAlgError as error:
+        factor, info = torch.linalg.cholesky_ex(self.normal)
+        if int(info):
             raise InputError(
                 "calibrate: the inputs of a layer on the images are not all finite numbers, or too "
                 f"much alike for ridge={ridge}; give a larger one, or other images"
-            ) from error
+            )
         step = torch.cholesky_solve(self.right, factor)
         diagonal.sub_(pull)
         return step
