@@ -30,7 +30,7 @@ from pocketize.calibration.windows import CONVS, LAYERS, TRANSPOSED
 from pocketize.errors import OptionError, RewriteError
 from pocketize.graph.clone import clone
 from pocketize.graph.inputs import Inputs, find_tensors, first_parameter
-from pocketize.plugin.base import Pass
+from pocketize.plugin.base import Guarantee, Pass
 from pocketize.plugin.history import history, record_history
 
 _NO_WEIGHTS = "norm without weights"
@@ -71,8 +71,9 @@ def calibrate(
     Raises:
         InputError: there are no images, or they do not suit the networks.
         OptionError: an option is out of range.
-        RewriteError: ``after`` was not made of ``before``, was not rewritten at all, or does not
-            run layer by layer in one dtype, or has no layer that can be solved.
+        RewriteError: ``after`` was not made of ``before``, was not rewritten at all, or by exact
+            passes only, or does not run layer by layer in one dtype, or has no layer that can be
+            solved.
     """
     options = Calibration(images, samples=samples, ridge=ridge, memory=memory, seed=seed)
     given = options.inputs_of(before)
@@ -135,6 +136,11 @@ def _edits(before: nn.Module, after: nn.Module) -> tuple[dict[str, Tensor], set[
         raise RewriteError(
             "calibrate: the second network must be what rewrite() made of the first; "
             f"{type(after).__name__} has no rewrites beyond those of {type(before).__name__}"
+        )
+    if all(record.guarantee == Guarantee.EXACT.value for record in new[len(old) :]):
+        names = ", ".join(record.name for record in new[len(old) :])
+        raise RewriteError(
+            f"calibrate: there is nothing to repair: {names} keeps what the network computes"
         )
     modules = dict(before.named_modules())
     kept: dict[str, Tensor] = {}

@@ -30,7 +30,7 @@ from pocketize.cli.common import (
     show,
 )
 from pocketize.cli.crops import crops_of
-from pocketize.engine.calibrated import apply_calibrated
+from pocketize.engine.calibrated import apply_calibrated, needs_calibration
 from pocketize.engine.pipeline import Plan, plan
 from pocketize.graph.inputs import Inputs
 from pocketize.units import count_text, ratio_text
@@ -72,12 +72,14 @@ def run_apply(args: argparse.Namespace) -> int:
     progress("rewriting")
     before = _parameters(resolved.model)
     calibrated = ""
-    if images is not None and any(each.edits for each in planned.passes):
+    if images is not None and needs_calibration(planned):
         found = apply_calibrated(
             planned, inputs, Calibration(images, seed=args.seed or 0), progress
         )
         model, calibrated = found.model, str(found)
     else:
+        if images is not None:
+            note("nothing is calibrated: the passes keep what the network computes")
         model = planned.apply()
     progress(f"writing {args.output}")
     _write(model, inputs, Path(args.output), suffix, force=args.force)

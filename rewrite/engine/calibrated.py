@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["apply_calibrated"]
+__all__ = ["apply_calibrated", "needs_calibration"]
 
 import dataclasses
 from collections.abc import Callable
@@ -17,12 +17,18 @@ from pocketize.calibration.result import CalibratedNetwork
 from pocketize.engine.surgery import apply_edits
 from pocketize.graph.clone import clone
 from pocketize.graph.inputs import Inputs
+from pocketize.plugin.base import Guarantee
 
 if TYPE_CHECKING:
     from pocketize.engine.pipeline import Plan
 
 
 _BY_NORM = "channels were chosen by their weights: the pass resizes parts of groups"
+
+
+def needs_calibration(planned: Plan) -> bool:
+    """Whether a pass of a plan changes what the model computes."""
+    return any(p.edits and p.guarantee is not Guarantee.EXACT for p in planned.passes)
 
 
 @torch.inference_mode(False)

@@ -32,7 +32,7 @@ from torch import nn
 
 from pocketize.calibration.calibrate import check_passes
 from pocketize.calibration.options import Calibration
-from pocketize.engine.calibrated import apply_calibrated
+from pocketize.engine.calibrated import apply_calibrated, needs_calibration
 from pocketize.engine.history import dry_run, replay
 from pocketize.engine.order import check_order, passes_given
 from pocketize.engine.planner import settle_proposal
@@ -269,7 +269,8 @@ def rewrite(
         strict: raise where a pass changes nothing, instead of warning.
         calibration: a few images without labels: channels that stay are chosen on them, and layers
             solved, see :func:`~pocketize.calibrate`, so that the rewritten model computes what
-            ``model`` does; or :class:`~pocketize.Calibration`, with options.
+            ``model`` does; or :class:`~pocketize.Calibration`, with options. Ignored, with a
+            warning, where all passes are exact.
 
     Returns:
         The rewritten model.
@@ -296,7 +297,10 @@ def rewrite(
             if strict:
                 raise RewriteError(text)
             warnings.warn(text, NoEffectWarning, stacklevel=_outside())
-    if calibration is None or not any(p.edits for p in planned.passes):
+    if calibration is None or not needs_calibration(planned):
+        if calibration is not None:
+            text = "nothing was calibrated: the passes keep what the network computes"
+            warnings.warn(text, NoEffectWarning, stacklevel=_outside())
         return planned.apply(inplace=inplace)
     if not isinstance(calibration, Calibration):
         calibration = Calibration(calibration, seed=seed or 0)

@@ -14,8 +14,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from pocketize import Calibration, history, load, rewrite, save
 from pocketize.calibration import calibrate
-from pocketize.errors import InputError, OptionError, RewriteError
-from pocketize.passes import Amp, Bottleneck, Patchwise, Width
+from pocketize.errors import InputError, NoEffectWarning, OptionError, RewriteError
+from pocketize.passes import Amp, Bottleneck, Patchwise, Recompute, Width
 
 HALF = Width(0.5)
 
@@ -200,6 +200,7 @@ def test_wrong_arguments() -> None:
         ((net, small, x), {"memory": 0}, OptionError, "must be positive"),
         ((net, copy.deepcopy(net), x), {}, RewriteError, "has no rewrites beyond those of Net"),
         ((small, net, x), {}, RewriteError, r"what rewrite\(\) made of the first"),
+        ((net, rewrite(net, Recompute(), inputs=x[0]), x), {}, RewriteError, "nothing to repair"),
     ]
     for arguments, options, error, text in rows:
         with pytest.raises(error, match=text):
@@ -210,6 +211,14 @@ def test_wrong_arguments() -> None:
     low = rewrite(small, Amp(dtype="bf16"), inputs=x[0])
     with pytest.raises(RewriteError, match=r"first makes bfloat16 .* \(passes: amp\)"):
         calibrate(net, low, x)
+
+
+def test_exact_passes_leave_nothing_to_calibrate() -> None:
+    net, x = Net(), images()
+    with pytest.warns(NoEffectWarning, match="nothing was calibrated: the passes keep"):
+        lean = rewrite(net, Recompute(), inputs=x[0], calibration=x)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, lean.state_dict()[name])
 
 
 @pytest.mark.slow

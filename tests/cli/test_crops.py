@@ -94,5 +94,9 @@ def test_apply_calibrates(run: Run, folder: Path) -> None:
     code, _, err = run("apply", "my_nets:Net", *reset, "-o", "b.pt")
     assert code == 2
     assert "weights='reset' draws weights anew" in err
+    exact = ("--pass", "recompute", *command[4:], "--calibrate", "images")
+    code, out, err = run(*command[:2], *exact, "-o", "lean.safetensors")
+    assert (code, "nothing is calibrated: the passes keep what" in err) == (0, True)
+    assert "calibrated on" not in out
     code, _, err = run(*command, "--calibrate", "images", "--crops", "0", "-o", "b.pt")
     assert (code, "--crops must be at least 1" in err) == (2, True)
