@@ -121,6 +121,11 @@ def import_named(name: str) -> Any:
     try:
         with _current_folder(module_name):
             module = importlib.import_module(module_name)
+    except SystemExit as error:
+        raise ModelError(
+            f"importing {module_name!r} ends the program (exit code {error.code}): it is a script. "
+            "Put what it does under if __name__ == '__main__', or the network into another file"
+        ) from error
     except Exception as error:
         # a user's module may raise anything when it is imported
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
@@ -178,7 +183,7 @@ def _current_folder(module_name: str) -> Iterator[None]:
 def _built(name: str, factory: functools.partial[Any]) -> nn.Module:
     try:
         model = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # a user's constructor may raise anything
         try:
             takes = f"; it takes {inspect.signature(factory.func)}"

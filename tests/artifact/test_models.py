@@ -19,6 +19,8 @@ from pocketize.graph.inputs import Inputs
 @pytest.fixture
 def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "broken_nets.py").write_text("1 / 0\n")
+    (tmp_path / "script_nets.py").write_text("import sys\nsys.exit(2)\n")
+    (tmp_path / "exiting_nets.py").write_text("def net():\n    raise SystemExit('no GPU')\n")
     (tmp_path / "needy_nets.py").write_text("import no_such_module_anywhere\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
@@ -57,6 +59,8 @@ def test_a_network_of_the_zoo_comes_with_its_input() -> None:
         ("no_such_nets:UNet", "there is no module 'no_such_nets' for 'no_such_nets:UNet': install"),
         ("torch.no_such:UNet", "there is no module 'torch.no_such' for"),
         ("broken_nets:UNet", "importing 'broken_nets' failed: ZeroDivisionError: division by zero"),
+        ("script_nets:UNet", "importing 'script_nets' ends the program (exit code 2): it is a scr"),
+        ("exiting_nets:net", "could not be built with no arguments: SystemExit: no GPU; it takes"),
         ("needy_nets:UNet", "importing 'needy_nets' failed: ModuleNotFoundError: No module named"),
         ("torch.nn:Conv2", "torch.nn has no 'Conv2'. Did you mean 'Conv2d'?"),
         ("torch.nn:Conv2d.no", "torch.nn has no 'Conv2d.no'."),
