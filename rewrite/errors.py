@@ -168,7 +168,7 @@ class CropWarning(PocketizeWarning):
 
 def brief(error: Exception, length: int = 300) -> str:
     """Return the class and the text of an error in one line, of at most ``length`` characters."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pocketize.artifact.files import reading
-from pocketize.errors import ArtifactError
+from pocketize.errors import ArtifactError, brief
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 """What the names of such files end with."""
@@ -58,7 +58,10 @@ def read_pickle(path: str | os.PathLike[str], *, trust: bool = False) -> Any:
             "file comes from, add --trust-pickle"
         ) from error
     except Exception as error:  # truncated, or no file of torch.save: its reader may raise anything
-        raise ArtifactError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+        raise ArtifactError(
+            f"cannot read {path}: it is damaged, incomplete or no file of torch.save "
+            f"({brief(error)})"
+        ) from error
 
 
 def _load(path: str | os.PathLike[str], trust: bool) -> Any:
