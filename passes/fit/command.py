@@ -74,7 +74,7 @@ class FitCommand:
     def run(self, args: argparse.Namespace) -> int:
         """Search, print what was found and write what was asked for."""
         from pocketize.passes.fit.largest import largest_input
-        from pocketize.passes.fit.search import fit
+        from pocketize.passes.fit.search import fit, read_budget, read_max_time
 
         for path, suffixes in (
             (args.output, (".safetensors",)),
@@ -83,6 +83,11 @@ class FitCommand:
         ):
             if path is not None:
                 check_output(path, force=args.force, suffixes=suffixes)
+        try:
+            read_budget(args.memory)
+            read_max_time(args.max_time)
+        except FitError as error:
+            raise UsageError(str(error).replace("max_time", "--max-time")) from error
         resolved = resolve_model(args)
         options: dict[str, Any] = {
             "memory": args.memory,

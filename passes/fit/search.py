@@ -7,7 +7,7 @@ predicted from the operators that such a step runs.
 
 from __future__ import annotations
 
-__all__ = ["FitSearch", "fit", "read_budget"]
+__all__ = ["FitSearch", "fit", "read_budget", "read_max_time"]
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ from pocketize.passes.recompute.recompute import Recompute
 from pocketize.plugin.base import Guarantee, Pass
 from pocketize.plugin.edits import Convert
 from pocketize.plugin.recipe import dump_recipe
-from pocketize.units import bytes_text, quantity
+from pocketize.units import UNITS, bytes_text, quantity
 
 #: Of a GPU's budget: what the driver's context takes, and the part of the rest that workspaces and
 #: the allocator's rounding may take.
@@ -105,8 +105,7 @@ def fit(
     if allow not in order:
         raise FitError(f"allow must be one of {', '.join(order)}, not {allow!r}")
     budget = read_budget(memory)
-    if max_time is not None and (not isinstance(max_time, int | float) or not max_time > 0):
-        raise FitError(f"max_time must be a number above 0, such as 1.5, not {max_time!r:.60}")
+    read_max_time(max_time)
     tell = progress or (lambda text: None)
     allowed = list(Guarantee)[: order.index(allow) + 1]
     with quick_collections():
@@ -393,8 +392,18 @@ def read_budget(memory: Any) -> int:
     """Return a budget in bytes; raise a :class:`FitError` if it is no size."""
     found: Any = quantity(memory, "bytes") if isinstance(memory, str) else memory
     if type(found) not in (int, float) or type(memory) is float or found <= 0:
-        raise FitError(
-            f"memory {memory!r:.60} is no size; write it with a unit, such as '8GiB' or '700MB', "
-            "or as a whole number of bytes"
-        )
+        advice = "write a text with a unit, such as '8GiB' or '700MB', or a whole number of bytes"
+        if isinstance(memory, str):
+            advice = f"write a number above 0 and a unit ({', '.join(UNITS['bytes'])}): '8GiB'"
+        raise FitError(f"memory {memory!r:.60} is no size; {advice}")
     return int(found)
+
+
+def read_max_time(max_time: Any) -> None:
+    """Check the longest step, relative to the untouched network's; ``None`` is no limit.
+
+    Raises:
+        FitError: it is no number above 0.
+    """
+    if max_time is not None and (not isinstance(max_time, int | float) or not max_time > 0):
+        raise FitError(f"max_time must be a number above 0, such as 1.5, not {max_time!r:.60}")

@@ -42,7 +42,9 @@ def test_model_recipe_and_report_are_written(
     ("arguments", "code", "says"),
     [
         (["--memory", "1kB"], 1, "Weights, optimizer state and inputs alone take"),
-        (["--memory", "much"], 1, "is no size"),
+        (["--memory", "much"], 2, "'much' is no size; write a number above 0 and a unit (B, KiB"),
+        (["--memory", "8"], 2, "'8' is no size"),
+        (["--memory", "1GiB", "--max-time", "0"], 2, "--max-time must be a number above 0"),
         (["--memory", "1GiB", "--input", "1x1x33x33"], 3, "1x1x33x33"),
         (["--memory", "1GiB", "--largest-input"], 2, "no N"),
         (["--memory", "1GiB", "--device", "gpu"], 3, "is none that torch knows"),
