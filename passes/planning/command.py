@@ -6,6 +6,7 @@ __all__ = ["Widths"]
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from pocketize.cli.common import (
     show,
     write_out,
 )
-from pocketize.errors import BudgetError, PlanningError
+from pocketize.errors import BudgetError, OptionError, PlanningError
 from pocketize.passes.planning.equations import (
     DEGRADATION,
     METRICS,
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 
     from pocketize.passes.planning.plan import WidthPlan
 
+_ARGUMENTS = re.compile(
+    r"\b(?:(max_bytes|max_parameters|max_peak|max_drop)|(round_to|minimum|keep|complexity)(?==))"
+    r"(=(?:\.\.\.)?)?"
+)
 _ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _ in DEGRADATION))
 
 
@@ -173,14 +178,24 @@ class Widths:
                 progress=lambda tried: progress(f"tried {tried}"),
             )
         except BudgetError as error:
-            raise CheckFailed(str(error)) from error
-        except PlanningError as error:
-            raise UsageError(str(error)) from error
+            raise CheckFailed(_as_options(str(error))) from error
+        except (OptionError, PlanningError) as error:
+            raise UsageError(_as_options(str(error))) from error
         recipe = made.recipe(**({"weights": "reset"} if args.reset else {})).rstrip("\n")
         show(_render(made, recipe, told, args))
         if args.output is not None:
             write_out(recipe, args.output, force=args.force)
         return DONE
+
+
+def _as_options(text: str) -> str:
+    """Write what an error says of arguments in Python as options of the command."""
+
+    def option(match: re.Match[str]) -> str:
+        name = f"--{match[1] or match[2]}".replace("_", "-")
+        return f"{name} " if match[3] == "=" and text[match.end() :][:1].isdigit() else name
+
+    return _ARGUMENTS.sub(option, text.replace(" (or min_accuracy)", ""))
 
 
 def _degradation(args: argparse.Namespace) -> Degradation | None:

@@ -182,11 +182,14 @@ def test_an_infeasible_budget_is_a_failed_check_that_tells_the_smallest(run: Run
     code, out, err = run("widths", *SMALL, "--max-bytes", "10")
     assert (code, out) == (1, "")
     assert "with all widths at their minimum (1) it has" in err
+    assert "(--max-parameters " in err
+    assert "lower --minimum or --round-to, or leave less out with --keep" in err
 
 
 BAD: list[tuple[tuple[str, ...], str]] = [
-    ((), "no budget was given"),
-    (("--max-bytes", "1 stone"), "max_bytes: expected a number, or one with a unit"),
+    ((), "say --max-bytes, --max-parameters, --max-peak, or --max-drop\n"),
+    (("--max-drop", "0.1"), "the complexity of the images: --complexity, which"),
+    (("--max-bytes", "1 stone"), "--max-bytes: expected a number, or one with a unit"),
     (("--max-bytes", "5k", "--architecture", "unet"), "a degradation needs a complexity"),
     (("--max-parameters", "5k", "--complexity", "0.1"), "add --architecture (unet, "),
     (("--max-parameters", "5k", "--complexity", "a,b", "--architecture", "unet"), "with commas"),
