@@ -124,7 +124,9 @@ class RunCommand:
             raise UsageError("--input is for other commands; the shape of IN is the input here")
         if suffix_of(args.output) != ".zarr":
             if not suffix_of(args.output):
-                raise UsageError(f"cannot tell what to write to {args.output!r}: {FORMATS}")
+                raise UsageError(
+                    f"cannot tell what to write to {args.output!r}: expected {', '.join(FORMATS)}"
+                )
             check_output(args.output, force=args.force)
         elif os.path.exists(args.output) and not args.force:
             raise UsageError(f"{args.output} exists already; choose another or add --force")

@@ -218,9 +218,10 @@ def test_what_cannot_be_run_is_told(
     assert main(["run", "in.pt2", "--trust-pickle", *ok, "--size", "8"]) == 2
     assert "in.pt2 is a program for the sizes that it was exported with" in capsys.readouterr().err
     told("cannot tell the format of in.mha", "in.mha", "-o", "out.npy")
-    told("cannot tell what to write to 'out.mha'", "in.nii.gz", "-o", "out.mha")
+    told("to write to 'out.mha': expected .nii, .nii.gz, .npy, .zarr", "in.nii.gz", "-o", "out.mha")
     told("there is no folder nowhere", "in.nii.gz", "-o", "nowhere/out.npy")
     told("to have 2 channels, but got 1", *ok, "--kwargs", '{"channels": 2}')
+    told("1x11x12x14 float32 (2 spatial axes; the first is that of channels)", *ok, size="8x8")
     told("'8,8': expected whole numbers joined by 'x'", *ok, size="8,8")
     told("a tile has at least 1 voxel", *ok, size="0")
     told("--window LO HI: LO is below HI", *ok, "--window", "5", "-5")
