@@ -31,6 +31,7 @@ __all__ = [
 
 import contextlib
 import dataclasses
+import inspect
 import operator
 import os
 import random
@@ -209,11 +210,22 @@ def trace_module(model: nn.Module, inputs: Inputs, *, train: bool | None) -> Tra
             where = trace_mode.raised_in(error) or "the model itself"
             failure = CaptureError(
                 f"{type(model).__name__} did not run in {'training' if train else 'evaluation'} "
-                f"mode on {inputs.describe()}: {type(error).__name__} in {where}: {_brief(error)}"
+                f"mode on {inputs.describe()}{_as_one_dict(inputs, model)}: "
+                f"{type(error).__name__} in {where}: {_brief(error)}"
             )
             failure.trace_mode = trace_mode  # type: ignore[attr-defined]
             raise failure from error
     return trace_mode.finish(output, inputs, train)
+
+
+def _as_one_dict(inputs: Inputs, model: nn.Module) -> str:
+    """Say so where a model gets a dict whose keys are no arguments of its forward."""
+    if inputs.kwargs or len(inputs.args) != 1 or not isinstance(inputs.args[0], dict):
+        return ""
+    takes = ""
+    with contextlib.suppress(TypeError, ValueError):  # a forward written in C
+        takes = f", as forward takes {', '.join(inspect.signature(model.forward).parameters)}"
+    return f" (in one dict of {', '.join(map(str, inputs.args[0]))}{takes})"
 
 
 class TraceMode(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -326,6 +326,15 @@ def test_a_failing_forward_names_module_mode_and_input() -> None:
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
+def test_a_name_that_is_no_argument_is_told_where_the_forward_fails() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    with pytest.raises(
+        CaptureError,
+        match=r"on 1x3x8x8 float32 \(in one dict of img, as forward takes input\): TypeError in 0",
+    ):
+        capture(model, "img=1x3x8x8")
+
+
 def raise_after_a_caught_error(conv: nn.Module, x: Tensor) -> Tensor:
     try:
         return conv(x[:, :2])
