@@ -143,12 +143,11 @@ def build_parser(words: Sequence[str] = ("--help",)) -> argparse.ArgumentParser:
         "MODEL does: NIfTI, .npy, PNG, JPEG, TIFF; one crop of each, of the size of the input",
     )
     apply.add_argument(
-        "--crops", type=int, default=8, metavar="N", help="of how many of its images (default 8)"
+        "--crops", type=int, metavar="N", help="of how many of its images (default 8)"
     )
     apply.add_argument(
         "--scale",
         choices=("standard", "unit", "none"),
-        default="standard",
         help="values of the images: standard is mean 0 and variance 1 of each (default), unit is 0 "
         "to 1, none is as they are; as in the training of MODEL",
     )

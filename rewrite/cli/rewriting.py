@@ -54,6 +54,8 @@ def run_plan(args: argparse.Namespace) -> int:
 def run_apply(args: argparse.Namespace) -> int:
     """Rewrite a model and save it."""
     passes = passes_of(args)
+    if args.calibrate is None and (args.crops, args.scale) != (None, None):
+        raise UsageError("--crops and --scale are for --calibrate DIR; add it, or leave them out")
     suffix = Path(args.output).suffix.lower()
     check_output(args.output, force=args.force, suffixes=_SUFFIXES)
     resolved = resolve_model(args)
@@ -66,7 +68,8 @@ def run_apply(args: argparse.Namespace) -> int:
     images = None
     if args.calibrate is not None:
         check_passes(passes)
-        images = crops_of(args.calibrate, inputs, args.crops, args.scale, args.seed or 0)
+        count, scale = 8 if args.crops is None else args.crops, args.scale or "standard"
+        images = crops_of(args.calibrate, inputs, count, scale, args.seed or 0)
     if suffix != ".safetensors":
         _check_format(planned, inputs if suffix == ".pt2" else None, args.output)
     progress("rewriting")

@@ -100,3 +100,5 @@ def test_apply_calibrates(run: Run, folder: Path) -> None:
     assert "calibrated on" not in out
     code, _, err = run(*command, "--calibrate", "images", "--crops", "0", "-o", "b.pt")
     assert (code, "--crops must be at least 1" in err) == (2, True)
+    code, _, err = run(*command, "--scale", "unit", "-o", "b.pt")
+    assert (code, "--scale are for --calibrate DIR" in err) == (2, True)
