@@ -138,8 +138,7 @@ def _needs(packages: Sequence[str]) -> None:
     if missing:
         without = ", or do not compare the outputs (--no-check)" if missing == packages[2:] else ""
         raise ArtifactError(
-            f"an ONNX file needs the package {' and '.join(missing)}: pip install "
-            f"'pocketize[onnx]'{without}"
+            f"an ONNX file needs {', '.join(missing)}: pip install 'pocketize[onnx]'{without}"
         )
 
 

@@ -94,10 +94,10 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(importlib.util, "find_spec", find)
 
     without("onnxruntime")
-    with pytest.raises(ArtifactError, match=r"package onnxruntime: .*\[onnx\].*--no-check"):
+    with pytest.raises(ArtifactError, match=r"needs onnxruntime: .*\[onnx\].*--no-check"):
         export_plain(Net(), X, tmp_path / "net.onnx")
     without("onnx", "onnxscript")
-    with pytest.raises(ArtifactError, match=r"package onnx and onnxscript: .*\[onnx\]'$"):
+    with pytest.raises(ArtifactError, match=r"needs onnx, onnxscript: .*\[onnx\]'$"):
         export_plain(Net(), X, tmp_path / "net.onnx", check=False)
 
 
