@@ -127,7 +127,7 @@ class Network:
         self,
         model: nn.Module,
         inputs: Any,
-        keep: Sequence[str],
+        keep: str | Sequence[str],
         mode: Literal["train", "infer"],
         optimizer: Literal["adam", "adamw", "sgd"] | None,
         progress: Callable[[str], None] | None,
@@ -138,7 +138,7 @@ class Network:
         self._peaks: dict[tuple[tuple[int, int], ...], int] = {}
         step = "inference" if mode == "infer" else f"training step, {optimizer or 'no optimizer'}"
         self.step = f"{step}, {self.inputs.describe()}"
-        self.keep = tuple(keep)
+        self.keep = (keep,) if isinstance(keep, str) else tuple(keep)
         self.channels = analyse(model, self.inputs)
         self.levels = find_levels(self.channels)
         kept = {group for pattern in self.keep for group in self.channels.matching(pattern)}

@@ -68,7 +68,7 @@ def plan_widths(
     rounding: Rounding | None = None,
     round_to: int = 1,
     minimum: int = 1,
-    keep: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
 ) -> WidthPlan:
     """Find the widest network that meets a budget, or the narrowest that keeps an accuracy.
@@ -110,7 +110,7 @@ def plan_widths(
             accuracy floor are ``"doubling"`` (uniform) and ``"shared"`` (layer-wise).
         round_to: widths become multiples of this.
         minimum: no width is made narrower than this.
-        keep: patterns of module paths (fnmatch) whose channels stay.
+        keep: patterns of module paths (fnmatch) whose channels stay, or one.
         progress: called with a line of text for each candidate; for plans that take long.
 
     Returns:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 __all__ = ["check_order", "passes_given"]
 
+import re
 from collections.abc import Sequence
+
+from torch import Tensor
 
 from pocketize.errors import OptionError, OrderError, RewriteError
 from pocketize.plugin.base import Pass
 from pocketize.plugin.registry import parse_pass
+
+_SHAPE = re.compile(r"\d+x\d")
 
 
 def passes_given(args: Sequence[Pass | str], passes: Sequence[Pass | str]) -> list[Pass]:
@@ -22,6 +27,10 @@ def passes_given(args: Sequence[Pass | str], passes: Sequence[Pass | str]) -> li
         raise OptionError(f"passes= takes a list of passes, got {passes!r}")
     if args and passes:
         raise OptionError("give the passes one after the other or as passes=[...], not both ways")
+    for given in args:
+        if isinstance(given, Tensor) or (isinstance(given, str) and _SHAPE.match(given)):
+            kind = "a tensor" if isinstance(given, Tensor) else repr(given)
+            raise RewriteError(f"expected passes or their names, got {kind}; write inputs=...")
     made = [parse_pass(p) if isinstance(p, str) else p for p in (*args, *passes)]
     for given in made:
         if not isinstance(given, Pass):

@@ -185,7 +185,7 @@ def pocketize(
     *,
     inputs: Any = None,
     variants: Sequence[Mapping[str, Any]] = (),
-    keep: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
     weights: str = "slice",
     init: Callable[[nn.Module], object] | None = None,
     seed: int | None = None,
@@ -201,7 +201,7 @@ def pocketize(
         inputs: example inputs: a tensor, tuple, dict, or a text such as ``"1x1x96x96x96"``;
             ``None`` guesses from the first convolution.
         variants: as in :func:`rewrite`.
-        keep: path patterns (``fnmatch``) of modules that keep their channels.
+        keep: path patterns (``fnmatch``) of modules that keep their channels, or one.
         weights: ``"slice"`` keeps the strongest channels of a trained net, ``"reset"`` draws all
             weights anew as if the net had been built at this width.
         init: for ``"reset"``: called with the resized network to initialise it as its author did,
@@ -224,9 +224,8 @@ def pocketize(
     Source: Celaya et al., "PocketNet: A Smaller Neural Network for Medical Image Analysis",
     IEEE TMI 2022.
     """
-    pocket = get_pass("pocket").from_options(
-        {"width": width, "keep": list(keep), "weights": weights}
-    )
+    patterns = [keep] if isinstance(keep, str) else list(keep)
+    pocket = get_pass("pocket").from_options({"width": width, "keep": patterns, "weights": weights})
     return rewrite(
         model,
         pocket,

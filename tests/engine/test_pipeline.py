@@ -83,6 +83,8 @@ def test_a_plan_of_several_passes_tells_what_each_will_find() -> None:
         ((), RewriteError, r"no pass was given; e\.g\. rewrite\(model, 'pocket'\)"),
         ((Pocket,), RewriteError, "expected passes or their names, got <class .*Pocket"),
         ((3,), RewriteError, "expected passes or their names, got 3"),
+        (("pocket", torch.zeros(2)), RewriteError, r"got a tensor; write inputs=\.\.\."),
+        (("pocket", "1x1x8x8"), RewriteError, r"got '1x1x8x8'; write inputs=\.\.\."),
         (("pucket",), RegistryError, "pucket.*pocket"),
         (("pocket:widht=3",), OptionError, "unknown option 'widht'.*'width'"),
         (("pocket:width=x",), OptionError, "width"),
@@ -97,6 +99,7 @@ def test_what_is_written_for_pocketize_becomes_options_of_the_pass() -> None:
     small = pocketize(Net(), 3, inputs=INPUT, keep=["join"], weights="reset", seed=1)
     (record,) = history(small)
     assert record.options == {"width": 3, "keep": ["join"], "weights": "reset"}
+    assert history(pocketize(Net(), 3, inputs=INPUT, keep="join"))[0].options["keep"] == ["join"]
     assert small.widths() == [3, 3, 8, 2]
 
 
