@@ -173,7 +173,7 @@ class _Reader:
             activation = Activation("prelu")
         if activation is not None:
             if not activation.slope > 0:
-                return f"activation {activation} is not invertible; Recompute does it"
+                return f"activation {activation} is not invertible; use recompute instead"
             if activation_of(module) == activation:
                 return NormSite(path, activation, where)
             if why := obstacle(module):
@@ -182,9 +182,9 @@ class _Reader:
         if record.kind in _LAYERS:
             return NormSite(path)
         if record.kind in _ACTIVATIONS:
-            more = ", or activation='leaky_relu:0.01' exchanges it" if plain == "relu" else ""
+            more = ", or activation='leaky_relu:0.01', which replaces it" if plain == "relu" else ""
             why = "is called as a function" if plain == "prelu" else "is not invertible"
-            return f"activation {plain} {why}; Recompute does it{more}"
+            return f"activation {plain} {why}; use recompute instead{more}"
         return f"{name} reads it, not an activation"
 
     def _hooked(self, idle: list[fx.Node], site: NormSite) -> str:

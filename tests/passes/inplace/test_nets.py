@@ -96,8 +96,8 @@ NETS: dict[str, tuple[Build, str, Expected]] = {
         Expected(
             0,
             {
-                "activation relu is not invertible; Recompute does it, or "
-                "activation='leaky_relu:0.01' exchanges it": 25
+                "activation relu is not invertible; use recompute instead, or "
+                "activation='leaky_relu:0.01', which replaces it": 25
             },
         ),
     ),
