@@ -15,7 +15,7 @@ from pocketize.plugin.recipe import dump_recipe
 from pocketize.report import render
 from pocketize.report.blocks import Block, Heading, Paragraph, Table
 from pocketize.report.page import fragment, html
-from pocketize.units import bytes_text, ratio_text, seconds_text
+from pocketize.units import UNITS, bytes_text, ratio_text, seconds_text
 
 
 @dataclass(frozen=True)
@@ -156,27 +156,28 @@ class Fit:
 
         if ax is None:
             ax = Figure(figsize=(7, 4), layout="constrained").subplots()
-        gib = 1 << 30
+        unit = bytes_text(max(p.peak for p in self.points)).split()[1]
+        size = UNITS["bytes"][unit]
         for guarantee in Guarantee:
             of = [p for p in self.points if p.guarantee is guarantee]
             if of:
                 ax.plot(
-                    [p.peak / gib for p in of], [p.time for p in of], "o", label=guarantee.value
+                    [p.peak / size for p in of], [p.time for p in of], "o", label=guarantee.value
                 )
         front = sorted(self.front(), key=lambda p: p.peak)
-        ax.step([p.peak / gib for p in front], [p.time for p in front], where="post", alpha=0.4)
-        ax.plot(self.chosen.peak / gib, self.chosen.time, "o", ms=14, mfc="none", mec="black")
-        ax.axvline(self.usable / gib, color="black", ls=":", label="budget")
+        ax.step([p.peak / size for p in front], [p.time for p in front], where="post", alpha=0.4)
+        ax.plot(self.chosen.peak / size, self.chosen.time, "o", ms=14, mfc="none", mec="black")
+        ax.axvline(self.usable / size, color="black", ls=":", label="budget")
         for point in self.points:
             ax.annotate(
                 point.label,
-                (point.peak / gib, point.time),
+                (point.peak / size, point.time),
                 fontsize=7,
                 rotation=20,
                 xytext=(4, 4),
                 textcoords="offset points",
             )
-        ax.set_xlabel("peak of live tensors, GiB")
+        ax.set_xlabel(f"peak of live tensors, {unit}")
         ax.set_ylabel("predicted time, untouched = 1")
         ax.margins(x=0.15, y=0.2)
         ax.legend(fontsize=8)

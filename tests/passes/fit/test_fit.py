@@ -26,6 +26,7 @@ from pocketize.passes.fit.search import fit
 from pocketize.plugin.base import Guarantee
 from pocketize.plugin.edits import Convert
 from pocketize.plugin.recipe import parse_recipe
+from pocketize.units import bytes_text
 from tests.passes.fit.conftest import INPUT, UNet3d, seeded_net
 
 BUDGETS = (0.75, 0.5)
@@ -288,6 +289,8 @@ def test_what_was_found_can_be_read_by_people_and_programs(answers: dict[float, 
     assert data["chosen"]["peak"] == found.chosen.peak
     page = found.to_html()
     assert page.count("<svg") == 1
+    unit = bytes_text(max(point.peak for point in found.points)).split()[1]
+    assert found.plot().get_xlabel() == f"peak of live tensors, {unit}"
     assert page.rstrip().endswith("</html>")
     assert set(found.front()) <= set(found.points)
 
