@@ -4,12 +4,11 @@ from __future__ import annotations
 
 __all__ = ["CalibratedLayer", "CalibratedNetwork"]
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tabulate import tabulate
 from torch import nn
-
-_FEW = "give more images, these layers have fewer output positions on them than inputs: "
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,21 @@ class CalibratedNetwork:
         )
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """Sentences that stay with the network: the summary, blocks, layers that need more images.
+    def _advice(self) -> Iterator[str]:
+        if self.after > self.before:
+            yield (
+                "the outputs differ more than before: give more images, like those of training; a "
+                "network that is not trained yet needs no calibration"
+            )
+        if few := [each.path for each in self.layers if each.few]:
+            yield (
+                "give more images, these layers have fewer output positions on them than inputs: "
+                + ", ".join(few)
+            )
 
-        And layers that were not solved.
-        """
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences that stay with the network: the summary, advice, blocks, layers not solved."""
         blocks = [
             f"{each.path} {_share(each.after)} ({_share(each.weights) or '-'})"
             for each in self.layers
@@ -82,10 +91,13 @@ class CalibratedNetwork:
         left = [f"{each.path} ({each.why_not})" for each in self.layers if each.why_not]
         told = {
             "relative error of the blocks' outputs on the images (of their weights): ": blocks,
-            _FEW: [each.path for each in self.layers if each.few],
             "not calibrated: ": left,
         }
-        return (self.summary, *(head + ", ".join(each) for head, each in told.items() if each))
+        return (
+            self.summary,
+            *self._advice,
+            *(head + ", ".join(each) for head, each in told.items() if each),
+        )
 
     def __str__(self) -> str:
         rows = [
@@ -99,8 +111,8 @@ class CalibratedNetwork:
             for layer in self.layers
         ]
         head = ("layer", "outputs differ by", "solved", "weights differ by", "why not")
-        few = "".join(f"\n{note}" for note in self.notes if note.startswith(_FEW))
-        return f"{self.summary}{few}\n\n{tabulate(rows, head, disable_numparse=True)}"
+        told = "\n".join((self.summary, *self._advice))
+        return f"{told}\n\n{tabulate(rows, head, disable_numparse=True)}"
 
 
 def _share(value: float | None) -> str:

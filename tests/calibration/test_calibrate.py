@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from pocketize import Calibration, history, load, rewrite, save
 from pocketize.calibration import calibrate
+from pocketize.calibration.result import CalibratedNetwork
 from pocketize.errors import InputError, NoEffectWarning, OptionError, RewriteError
 from pocketize.passes import Amp, Bottleneck, Patchwise, Recompute, Width
 
@@ -211,6 +213,14 @@ def test_wrong_arguments() -> None:
     low = rewrite(small, Amp(dtype="bf16"), inputs=x[0])
     with pytest.raises(RewriteError, match=r"first makes bfloat16 .* \(passes: amp\)"):
         calibrate(net, low, x)
+
+
+def test_outputs_that_differ_more_than_before_are_told() -> None:
+    better = CalibratedNetwork(nn.Identity(), (), 2, before=0.5, after=0.1)
+    assert better.notes == (better.summary,)
+    worse = dataclasses.replace(better, after=0.6)
+    assert "differ more than before: give more images" in worse.notes[1]
+    assert worse.notes[1] in str(worse)
 
 
 def test_exact_passes_leave_nothing_to_calibrate() -> None:
