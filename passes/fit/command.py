@@ -74,7 +74,8 @@ class FitCommand:
     def run(self, args: argparse.Namespace) -> int:
         """Search, print what was found and write what was asked for."""
         from pocketize.passes.fit.largest import largest_input
-        from pocketize.passes.fit.search import fit, read_budget, read_max_time
+        from pocketize.passes.fit.limits import read_budget, read_max_time
+        from pocketize.passes.fit.search import fit
 
         for path, suffixes in (
             (args.output, (".safetensors",)),

@@ -14,8 +14,9 @@ from torch import nn
 from pocketize.errors import FitError, InputError, PocketizeError
 from pocketize.memory.meter import measure_here, read_device
 from pocketize.memory.step import Request, quick_collections
+from pocketize.passes.fit.limits import read_budget
 from pocketize.passes.fit.result import Fit
-from pocketize.passes.fit.search import fit, read_budget
+from pocketize.passes.fit.search import fit
 
 #: Networks halve their volume at most so often: N is a multiple of one of these.
 _STEPS = (1, 2, 4, 8, 16, 32, 64)

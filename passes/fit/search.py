@@ -7,7 +7,7 @@ predicted from the operators that such a step runs.
 
 from __future__ import annotations
 
-__all__ = ["FitSearch", "fit", "read_budget", "read_max_time"]
+__all__ = ["FitSearch", "fit"]
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,6 +27,7 @@ from pocketize.memory.meter import measure_here, read_device
 from pocketize.memory.step import Request, quick_collections
 from pocketize.memory.work import Work
 from pocketize.passes.fit.cache import EstimateCache
+from pocketize.passes.fit.limits import read_budget, read_max_time
 from pocketize.passes.fit.proof import Proof, prove_step
 from pocketize.passes.fit.result import Fit, FitPoint
 from pocketize.passes.fit.time_model import TimeModel
@@ -36,7 +37,7 @@ from pocketize.passes.recompute.recompute import Recompute
 from pocketize.plugin.base import Guarantee, Pass
 from pocketize.plugin.edits import Convert
 from pocketize.plugin.recipe import dump_recipe
-from pocketize.units import UNITS, bytes_text, quantity
+from pocketize.units import bytes_text
 
 #: Of a GPU's budget: what the driver's context takes, and the part of the rest that workspaces and
 #: the allocator's rounding may take.
@@ -386,24 +387,3 @@ def _key(way: Way | FitPoint) -> str:
 def _weakest(passes: Sequence[Pass]) -> Guarantee:
     order = list(Guarantee)
     return max((p.guarantee for p in passes), default=Guarantee.EXACT, key=order.index)
-
-
-def read_budget(memory: Any) -> int:
-    """Return a budget in bytes; raise a :class:`FitError` if it is no size."""
-    found: Any = quantity(memory, "bytes") if isinstance(memory, str) else memory
-    if type(found) not in (int, float) or type(memory) is float or found <= 0:
-        advice = "write a text with a unit, such as '8GiB' or '700MB', or a whole number of bytes"
-        if isinstance(memory, str):
-            advice = f"write a number above 0 and a unit ({', '.join(UNITS['bytes'])}): '8GiB'"
-        raise FitError(f"memory {memory!r:.60} is no size; {advice}")
-    return int(found)
-
-
-def read_max_time(max_time: Any) -> None:
-    """Check the longest step, relative to the untouched network's; ``None`` is no limit.
-
-    Raises:
-        FitError: it is no number above 0.
-    """
-    if max_time is not None and (not isinstance(max_time, int | float) or not max_time > 0):
-        raise FitError(f"max_time must be a number above 0, such as 1.5, not {max_time!r:.60}")
