@@ -100,6 +100,13 @@ class VolumeSource:
         #: (1, C, *spatial), padded
         self.shape = (1, channels, *(-(-size // multiple) * multiple for size, multiple in rows))
 
+    def axes_text(self) -> str:
+        """Say how many axes are taken for spatial, where the first one is not; else ``""``."""
+        if not self._channels:
+            return ""
+        axes = len(self.sizes)
+        return f" ({axes} spatial {'axis' if axes == 1 else 'axes'}; the first is that of channels)"
+
     def read(self, box: Box) -> Tensor:
         """Return a box (1, C, *box) as the network sees it."""
         inner = tuple(

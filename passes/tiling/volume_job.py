@@ -122,7 +122,7 @@ class VolumeJob:
         except CaptureError as error:
             raise InputError(
                 f"run_volume: the network does not run on an input of {times(volume.shape)} "
-                f"{str(volume.dtype).removeprefix('torch.')}{self._axes()}: "
+                f"{str(volume.dtype).removeprefix('torch.')}{volume.axes_text()}: "
                 f"{error}{self._fitting()}"
             ) from error
         self.trace, self.program = prepared.trace, prepared.program
@@ -168,14 +168,6 @@ class VolumeJob:
             outputs=FakeStorage("host", volume.device) if _is_alone(node) else None,
             finish=_finish(self.reduce, node.meta["val"]),
         )
-
-    def _axes(self) -> str:
-        """Say how many axes were taken for spatial, where the first one was not."""
-        volume = self.volume
-        if len(volume.parts) > 1 or volume.shape[1] == 1:
-            return ""
-        axes = len(volume.sizes)
-        return f" ({axes} spatial {'axis' if axes == 1 else 'axes'}; the first is that of channels)"
 
     def _fitting(self) -> str:
         """Say to which multiple the volume can be padded so that it runs through the network."""
