@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Run", "tensors_of"]
+__all__ = ["Run", "slots_of", "tensors_of"]
 
 import copy
 import logging
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -30,8 +30,10 @@ _SMALL = 2**16
 #: Immutable values without tensors; containers that may be changed.
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 _CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, deque, set, tuple))
+#: Containers that classes derive from; what their items are called among the attributes.
+_DERIVED, _ITEMS = (OrderedDict, dict, list, deque, set), "its items"
 #: Objects with attributes that no forward changes, or that are not its own.
-_STATELESS = (FunctionType, MethodType, ModuleType, Enum, logging.Logger, logging.Handler)
+_STATELESS = (type, FunctionType, MethodType, ModuleType, Enum, logging.Logger, logging.Handler)
 #: Objects that are looked at: a trainer may hang on a module.
 _OBJECTS = 2000
 
@@ -123,7 +125,7 @@ class Run:
             if id(value) not in self._known and _has_state(value):
                 self._known.add(id(value))
                 if len(self._known) <= _OBJECTS:
-                    held = _copied(vars(value), self._hold, self._memo)
+                    held = _copied(_state(value), self._hold, self._memo)
                     self._states.append((value, held))
             return value
         # Without the graph, which may lead to the graph of the forward before, and so on.
@@ -301,35 +303,77 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def _has_state(value: Any) -> bool:
-    """Whether a value is an object with attributes that a forward may change."""
-    if not isinstance(getattr(value, "__dict__", None), dict) or isinstance(value, _STATELESS):
+    """Whether a value is an object with attributes or items that a forward may change."""
+    if isinstance(value, _STATELESS):
         return False
     package = type(value).__module__.partition(".")[0]
-    return isinstance(value, nn.Module) or package not in ("torch", "pocketize")
+    if not isinstance(value, nn.Module) and package in ("torch", "pocketize"):
+        return False
+    slots = hasattr(type(value), "__slots__")
+    return (
+        slots or isinstance(getattr(value, "__dict__", None), dict) or isinstance(value, _DERIVED)
+    )
 
 
-def _state(module: Any) -> dict[str, Any]:
-    """Return the attributes of a module, or of another object."""
-    if isinstance(module, torch.jit.ScriptModule):  # the others are not Python's
-        tensors = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}
-        return {**tensors, "training": module.training}
-    held: dict[str, Any] = vars(module)
-    return held
+def slots_of(value: Any) -> dict[str, Any]:
+    """Return the attributes that an object has in ``__slots__``."""
+    found = {}
+    for cls in type(value).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            private = name.startswith("__") and not name.endswith("__")
+            stored = f"_{cls.__name__.lstrip('_')}{name}" if private else name
+            if not name.endswith("__") and hasattr(value, stored):
+                found[stored] = getattr(value, stored)
+    return found
 
 
-def _put(module: Any, state: dict[str, Any], now: dict[str, Any]) -> None:
-    """Give an object other attributes; ``now`` are those that it has, or is to have."""
-    if isinstance(module, torch.jit.ScriptModule):
-        module.training = state["training"]
+def _state(held: Any) -> dict[str, Any]:
+    """Return the attributes of a module, or of another object, and the items that it has."""
+    if isinstance(held, torch.jit.ScriptModule):  # the others are not Python's
+        tensors = {"_parameters": dict(held._parameters), "_buffers": dict(held._buffers)}
+        return {**tensors, "training": held.training}
+    if isinstance(held, nn.Module):
+        return dict(vars(held))
+    found = {**getattr(held, "__dict__", {}), **slots_of(held)}
+    if isinstance(held, _DERIVED):
+        found[_ITEMS] = dict(held) if isinstance(held, dict) else list(held)
+    return found
+
+
+def _put(held: Any, state: dict[str, Any], now: dict[str, Any]) -> None:
+    """Give an object other attributes and items; ``now`` are those that it has, or is to have."""
+    if isinstance(held, torch.jit.ScriptModule):
+        held.training = state["training"]
         for name, buffer in state["_buffers"].items():
-            module._buffers[name] = buffer
+            held._buffers[name] = buffer
         return
     if _is_sharded(state) or _is_sharded(now):
         state = {**state, "_parameters": now["_parameters"]}  # fully_shard gathers them itself
-    attributes = vars(module)
-    attributes.update(state)
-    for name in attributes.keys() - state.keys():
-        del attributes[name]
+    for name in _state(held).keys() - state.keys():
+        object.__delattr__(held, name) if _is_slot(held, name) else vars(held).pop(name)
+    for name, value in state.items():
+        if name == _ITEMS:
+            _put_items(held, value)
+        elif _is_slot(held, name):
+            object.__setattr__(held, name, value)  # also of a frozen dataclass
+        else:
+            vars(held)[name] = value
+
+
+def _is_slot(held: Any, name: str) -> bool:
+    return isinstance(getattr(type(held), name, None), MemberDescriptorType)
+
+
+def _put_items(held: Any, items: Any) -> None:
+    """Give a container other items, by the methods of the class that it derives from."""
+    kind: Any = next(each for each in _DERIVED if isinstance(held, each))
+    kind.clear(held)
+    if isinstance(held, dict):
+        for key, item in items.items():
+            kind.__setitem__(held, key, item)
+    else:
+        (kind.update if kind is set else kind.extend)(held, items)
 
 
 def _is_sharded(state: dict[str, Any]) -> bool:

@@ -30,6 +30,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from pocketize.errors import ExecutionError
+from pocketize.passes.shared.second_run import slots_of
 from pocketize.passes.tiling.tiled_graph import TilingError
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
@@ -141,15 +142,8 @@ def _held(value: Any) -> Iterator[Any]:
         for cell in value.__closure__ or ():
             with contextlib.suppress(ValueError):  # empty yet
                 yield cell.cell_contents
-    for name, each in getattr(value, "__dict__", {}).items():
+    for name, each in {**getattr(value, "__dict__", {}), **slots_of(value)}.items():
         yield from (name, each)
-    for cls in type(value).__mro__:
-        slots = vars(cls).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            private = name.startswith("__") and not name.endswith("__")
-            stored = f"_{cls.__name__.lstrip('_')}{name}" if private else name
-            if not name.endswith("__") and hasattr(value, stored):
-                yield from (name, getattr(value, stored))
 
 
 def _is_simple(value: Any) -> bool:

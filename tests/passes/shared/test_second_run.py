@@ -7,8 +7,10 @@ import gc
 import sys
 import threading
 import time
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,6 +137,85 @@ def test_attributes_changed_in_between_are_changed_for_the_next_forward_only():
         return *state, held.seen, held.calls, held.new, *inner
 
     both(Stateful(), use)
+
+
+@dataclass(slots=True)
+class Slots:
+    value: float = 1.0
+
+
+class Private:
+    __slots__ = ("__value",)
+
+    def __init__(self) -> None:
+        self.__value = 1.0
+
+    value = property(lambda self: self.__value, lambda self, v: setattr(self, "_Private__value", v))
+
+
+class Items:
+    """The only item of a container, as an attribute."""
+
+    value = property(lambda self: next(iter(self)), lambda self, v: (self.clear(), self.add(v)))
+
+    def add(self, value: float) -> None:
+        self.append(value)  # type: ignore[attr-defined]
+
+
+class Keys:
+    value = property(lambda self: self["value"], lambda self, v: self.update(value=v))
+
+
+HOLDERS: dict[str, Any] = {
+    "slots": Slots,
+    "slots and attributes": type("Both", (Slots,), {}),
+    "private slots": Private,
+    "list": lambda: type("List", (Items, list), {})([1.0]),
+    "deque": lambda: type("Deque", (Items, deque), {})([1.0]),
+    "set": lambda: type("Set", (Items, set), {"add": set.add})([1.0]),
+    "dict": lambda: type("Dict", (Keys, dict), {})(value=1.0),
+    "OrderedDict": lambda: type("Ordered", (Keys, OrderedDict), {})(value=1.0),
+    "defaultdict": lambda: type("Default", (Keys, defaultdict), {})(float, value=1.0),
+}
+
+
+class Holds(nn.Module):
+    """Counts in an object, and computes with the count."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.conv, self.held = nn.Conv2d(4, 4, 1), [held]
+
+    def forward(self, x: Tensor) -> Tensor:
+        (held,) = self.held
+        held.value = held.value + 1
+        return torch.tanh(self.conv(x) * held.value)
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_objects_are_as_they_were_whatever_they_keep_their_state_in(kind: str):
+    def use(model: Any) -> Any:
+        (held,) = model.part.held
+        value = loss(model)
+        held.value = 7.0
+        value.backward()
+        return held.value
+
+    both(Holds(HOLDERS[kind]()), use)
+
+
+def test_an_attribute_that_a_forward_adds_to_slots_is_added_once():
+    class Lazy:
+        __slots__ = ("value",)
+
+    class Fills(Holds):
+        def forward(self, x: Tensor) -> Tensor:
+            (held,) = self.held
+            if not hasattr(held, "value"):
+                held.value, x = 1.0, x * 2
+            return torch.tanh(self.conv(x))
+
+    both(Fills(Lazy()), lambda model: [loss(model).backward(), model.part.held[0].value][1])
 
 
 @pytest.mark.slow
