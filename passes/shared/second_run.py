@@ -181,7 +181,7 @@ class Run:
         changed |= {item.key: told for item in self._inputs if (told := item.change())}
         toggled = [i.tensor for i in self._held if i.tensor.requires_grad is not i.requires_grad]
         settings = _settings()
-        states = [(module, dict(_state(module))) for module, _ in self._states]
+        states = [(module, _state(module)) for module, _ in self._states]
         memo: dict[int, tuple[Any, Any]] = {}
         stand_ins: dict[int, Tensor] = {}
 
@@ -350,6 +350,12 @@ def _put(held: Any, state: dict[str, Any], now: dict[str, Any]) -> None:
         return
     if _is_sharded(state) or _is_sharded(now):
         state = {**state, "_parameters": now["_parameters"]}  # fully_shard gathers them itself
+    if isinstance(held, nn.Module):
+        attributes = vars(held)
+        attributes.update(state)
+        for name in attributes.keys() - state.keys():
+            del attributes[name]
+        return
     for name in _state(held).keys() - state.keys():
         object.__delattr__(held, name) if _is_slot(held, name) else vars(held).pop(name)
     for name, value in state.items():
