@@ -19,6 +19,7 @@ from pocketize.engine.surgery import apply_edits
 from pocketize.errors import CaptureError, ExecutionError, InputError, RewriteError
 from pocketize.graph.capture import Tracer
 from pocketize.graph.inputs import Inputs, as_plain, find_tensors
+from pocketize.passes.shared.nests import map_tensors
 from pocketize.passes.tiling.patchwise import Patchwise
 
 #: A network that halves its volume n times needs sizes that are multiples of 2 ** n.
@@ -184,13 +185,7 @@ def _cut(made: Any, sizes: tuple[int, ...], padded: tuple[int, ...]) -> Any:
             f"ExactInferer: the volume was padded to {_text(padded)}, and an output has other "
             "sizes, so it cannot be cut: pad the volume before"
         )
-    if isinstance(made, Tensor):
-        return made[region]
-    if isinstance(made, list | tuple):
-        return type(made)(tensor[region] for tensor in made)
-    if isinstance(made, dict):
-        return {key: tensor[region] for key, tensor in made.items()}
-    raise InputError(f"ExactInferer: cannot cut a {type(made).__name__}: pad the volume before")
+    return map_tensors(made, lambda _: True, lambda tensor: tensor[region])
 
 
 def _text(sizes: tuple[int, ...]) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import warnings
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
@@ -31,6 +33,7 @@ from monai.transforms import (
     Spacingd,
 )
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pocketize import history, rewrite
 from pocketize.errors import ExecutionError, InputError, OptionError, RewriteError
@@ -209,6 +212,36 @@ def test_a_volume_of_any_size_is_padded_and_cut() -> None:
             rtol=1e-4,
             atol=1e-5,
         )
+
+
+class Two(NamedTuple):
+    fine: Any
+    other: Any
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda y: Two(y, [y + 1, {"aux": y * 2}]),
+        lambda y: OrderedDict(out=y, aux=None, classes=3),
+        lambda y: {"labels": y.argmax(1), "nested": (y, (y[:, :1],))},
+    ],
+    ids=["named tuple", "ordered", "nested"],
+)
+def test_what_was_padded_is_cut_in_any_container(returned: Callable[[Tensor], Any]) -> None:
+    class Returns(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return returned(super().forward(x))
+
+    torch.manual_seed(0)
+    model = Returns(nn.Conv2d(1, 4, 3, 2, 1), nn.ConvTranspose2d(4, 2, 2, 2)).double().eval()
+    x = torch.randn(1, 1, 11, 14, dtype=torch.float64)
+    with torch.no_grad():
+        made = ExactInferer(4, pad_to=4)(x, model)
+        whole = model(nn.functional.pad(x, (0, 2, 0, 1)))
+    expected = pytree.tree_map_only(Tensor, lambda y: y[..., :11, :14], whole)
+    assert type(made) is type(whole)
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-10)
 
 
 def test_a_rewritten_network_can_be_inferred_too() -> None:
