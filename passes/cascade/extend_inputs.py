@@ -17,7 +17,7 @@ __all__ = ["ExtendInputs", "FirstReader", "extend_inputs", "find_first_readers"]
 
 import contextlib
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -108,11 +108,12 @@ def extend_inputs(
     """
     edits: dict[str, Extend] = {}
     for traced in graphs:
-        found = find_first_readers(traced, argument)
+        walk = _Walk(traced, argument)
+        found = walk.run()
         had = traced.inputs.tensors()[argument].shape[1]
         grown = {key: _behind(reader, had, extra) for key, reader in found.items()}
         wide = _record_wide(model, traced, tuple(grown.values()), extra, argument)
-        _check_same(traced, wide)
+        _check_same(traced, wide, walk.numbers)
         for edit in _placed(found, find_first_readers(wide, argument), had):
             if edits.setdefault(edit.tensor, edit) != edit:
                 raise RewriteError(f"{edit.tensor} reads other channels in training mode")
@@ -178,7 +179,11 @@ def _record_wide(
         ) from error
 
 
-def _check_same(before: TracedGraph, after: TracedGraph) -> None:
+def _check_same(before: TracedGraph, after: TracedGraph, of_channels: Container[fx.Node]) -> None:
+    """Refuse a model that does something else with more channels.
+
+    Operators ``of_channels`` make results that hold channels of the input: they may move more.
+    """
     if before.structure != after.structure:
         raise RewriteError("with more input channels the outputs have other shapes")
     old, new = before.operators(), after.operators()
@@ -188,8 +193,22 @@ def _check_same(before: TracedGraph, after: TracedGraph) -> None:
                 f"with more input channels {other.target} runs where {one.target} did, "
                 f"in {one.meta['module'] or 'the model itself'}"
             )
+        moves = operator_of(one.target).kind in (Kind.RESHAPE, Kind.PADDING, *MOVEMENTS)
+        if not (moves and one in of_channels) and _numbers_of(one) != _numbers_of(other):
+            raise _refusal(one, "computes with numbers that differ with more input channels")
     if len(old) != len(new):
         raise RewriteError("with more input channels the model runs another number of operators")
+
+
+def _numbers_of(node: fx.Node) -> Any:
+    """Return the arguments of an operator without those that it reads."""
+    return fx.node.map_arg((node.args, node.kwargs), lambda _: None)
+
+
+def _refusal(node: fx.Node, why: str) -> RewriteError:
+    where = f" at {node.meta['source']}" if node.meta.get("source") else ""
+    path = node.meta["module"] or "the model itself"
+    return RewriteError(f"{operator_name(node.target)}{where} in {path} {why}")
 
 
 # -- the weights that read the input --------------------------------------------------------------
@@ -236,6 +255,7 @@ class _Walk:
         self.graph, self.outputs = traced.graph, traced.outputs()
         self.numbers: dict[fx.Node, Any] = {}
         self.readers: dict[tuple[str, int], FirstReader] = {}
+        self.layers: set[fx.Node] = set()
         places = list(self.graph.find_nodes(op="placeholder"))
         if not 0 <= argument < len(places):
             raise RewriteError(f"the model has {len(places)} input tensors, none is {argument}")
@@ -258,7 +278,20 @@ class _Walk:
                 raise RewriteError("the model returns channels of its input, which would be more")
         if not self.readers:
             raise RewriteError("no convolution and no linear layer reads the input")
+        names = {name for name, _ in self.readers}
+        for node in self.graph.find_nodes(op="get_attr"):
+            if node.meta.get("tensor") in names:
+                self._check_users(node, node.meta["tensor"])
         return self.readers
+
+    def _check_users(self, weight: fx.Node, name: str) -> None:
+        """Refuse other operators that read a weight, as it will be larger."""
+        for user in weight.users:
+            kind = operator_of(user.target).kind
+            if kind is Kind.COPY:
+                self._check_users(user, name)
+            elif user not in self.layers:
+                raise _refusal(user, f"reads {name}, which would be larger")
 
     def _follow(self, node: fx.Node) -> Any:
         """Return the numbers in an operator's result; ``None`` where it holds none."""
@@ -278,7 +311,7 @@ class _Walk:
             return self._read(node)
         if kind in (Kind.COPY, Kind.DROPOUT, Kind.POINTWISE, Kind.ACTIVATION):
             return self._met(node)
-        raise self._refusal(node, "reads the input's channels, and more of them might change it")
+        raise _refusal(node, "reads the input's channels, and more of them might change it")
 
     def _array(self, node: fx.Node) -> Tensor:
         found = self.numbers.get(node)
@@ -292,7 +325,7 @@ class _Walk:
         if len(amounts) // 2 < array.ndim - 1:  # in space: channels stay as they are
             return self._spread(node)
         if arguments.get("mode", "constant") != "constant":
-            raise self._refusal(node, "pads the axis of channels with channels")
+            raise _refusal(node, "pads the axis of channels with channels")
         return torch.nn.functional.pad(array, amounts)
 
     def _spread(self, node: fx.Node) -> Any:
@@ -300,7 +333,7 @@ class _Walk:
         arguments = bind(node.target, node.args, node.kwargs)
         tensors = [key for key, value in arguments.items() if isinstance(value, fx.Node)]
         if len(tensors) > 1:
-            raise self._refusal(node, f"has a {tensors[1]} for every channel of the input")
+            raise _refusal(node, f"has a {tensors[1]} for every channel of the input")
         array = self._array(arguments[tensors[0]])
         channels = self._of_axis(node, array, 1)
         values = node.meta["val"]
@@ -318,28 +351,27 @@ class _Walk:
         kind, axis = operator_of(node.target).kind, 1
         if kind in CONVOLUTIONS:
             if arguments.get("groups", 1) != 1:
-                raise self._refusal(
-                    node, "is a grouped convolution, whose groups would have to grow"
-                )
+                raise _refusal(node, "is a grouped convolution, whose groups would have to grow")
             if array.ndim != weight.meta["val"].ndim:
-                raise self._refusal(node, "runs without a batch axis")
+                raise _refusal(node, "runs without a batch axis")
             axis = 0 if arguments.get("transposed", kind is Kind.TRANSPOSED_CONVOLUTION) else 1
         channels = self._of_axis(node, array, array.ndim - 1 if kind is Kind.LINEAR else 1)
         while operator_of(weight.target).kind is Kind.COPY:  # cast by autocast, for instance
             weight = weight.all_input_nodes[0]
         name = weight.meta.get("tensor") if weight.op == "get_attr" else None
         if name is None:
-            raise self._refusal(
+            raise _refusal(
                 node,
                 "has a weight that is computed from others (weight_norm, spectral_norm); "
                 "remove the parametrization first",
             )
         reader = FirstReader(name, axis, tuple(channels.tolist()), str(node.meta["module"]))
+        self.layers.add(node)
         held = self.readers.setdefault((name, axis), reader)
         if held.channels != reader.channels or any(
             n == name and a != axis for n, a in self.readers
         ):
-            raise self._refusal(node, f"reads other channels with {name} than {held.module} does")
+            raise _refusal(node, f"reads other channels with {name} than {held.module} does")
 
     def _met(self, node: fx.Node) -> Any:
         """Return the numbers after an element-wise operator, which must treat channels alike."""
@@ -349,9 +381,9 @@ class _Walk:
             array = self.numbers.get(other)
             if isinstance(array, Tensor) and _any(array):
                 if array.shape != shape:
-                    raise self._refusal(node, "repeats the input's channels to meet others")
+                    raise _refusal(node, "repeats the input's channels to meet others")
                 if found is not None and not bool(((found == array) | (array == 0)).all()):
-                    raise self._refusal(node, "lets channels of the input meet one another")
+                    raise _refusal(node, "lets channels of the input meet one another")
                 found = array
         assert found is not None  # only operators that read the channels get here
         seen = _seen(found)
@@ -362,7 +394,7 @@ class _Walk:
                 continue
             sizes = (*[1] * len(shape), *_first(other.meta["val"]).shape)[-len(shape) :]
             if any(sizes[axis] != 1 for axis in several):
-                raise self._refusal(node, "joins the input's channels with others one by one")
+                raise _refusal(node, "joins the input's channels with others one by one")
         values = node.meta["val"]
         return [found] * len(values) if isinstance(values, tuple | list) else found
 
@@ -374,13 +406,8 @@ class _Walk:
         shape[axis] = array.shape[axis]
         highest = seen.amax(dim=others, keepdim=True).expand(shape)
         if not bool(((seen == highest) | (seen == 0)).all()):
-            raise self._refusal(node, "reads several channels of the input as one")
+            raise _refusal(node, "reads several channels of the input as one")
         return highest.reshape(-1)
-
-    def _refusal(self, node: fx.Node, why: str) -> RewriteError:
-        where = f" at {node.meta['source']}" if node.meta.get("source") else ""
-        path = node.meta["module"] or "the model itself"
-        return RewriteError(f"{operator_name(node.target)}{where} in {path} {why}")
 
 
 def _any(numbers: Tensor | Sequence[Tensor]) -> bool:

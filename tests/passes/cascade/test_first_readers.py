@@ -208,8 +208,24 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
         nn.utils.parametrizations.weight_norm(conv(3)),
         "remove the parametrization first",
     ),
-    "one weight in two places": (Shared(), "Shared does not run on 2 more input channels"),
+    "one weight in two places": (Shared(), "reads conv.weight, which would be larger"),
     "a size in the code": (Counts(), "Counts does not run on 2 more input channels"),
+    "a number of channels in the code": (
+        Reads(lambda m, x: m.a(x) / x.shape[1] ** 0.5, a=conv(3)),
+        "aten.div at test_first_readers.py:.* computes with numbers that differ",
+    ),
+    "that number before the weights": (
+        Reads(lambda m, x: m.a(x * (1 / x.shape[1])), a=conv(3)),
+        "aten.mul at test_first_readers.py:.* computes with numbers that differ",
+    ),
+    "as many features": (
+        Reads(lambda m, x: m.a(x)[:, : x.shape[1]].mean(1, keepdim=True), a=conv(3, 8)),
+        "aten.slice at test_first_readers.py:.* computes with numbers that differ",
+    ),
+    "a mean of the weight": (
+        Reads(lambda m, x: m.a(x) - m.a.weight.double().mean(), a=conv(3)),
+        "aten.mean at test_first_readers.py:.* reads a.weight, which would be larger",
+    ),
     "nobody": (Reads(lambda m, x: m.a(torch.ones(2, 3, 8, 8)), a=conv(3)), "no convolution"),
 }
 
