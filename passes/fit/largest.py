@@ -72,14 +72,17 @@ def largest_input(
         return measure_here(replace(request, inputs=shape(n))).peak
 
     def attempt(n: int) -> Fit | FitError:
-        tell(f"trying {shape(n)}")
+        def tell_of(text: str) -> None:
+            tell(f"{shape(n)}: {text}")
+
         try:
-            return fit(model, shape(n), memory=memory, prove=False, **options)
+            return fit(model, shape(n), memory=memory, prove=False, progress=tell_of, **options)
         except FitError as error:
             return error
 
     read_budget(memory)
     with quick_collections():
+        tell(f"looking for sizes on which the network runs, as {pattern}")
         step = _granularity(peak, pattern)
         low = _smallest(peak, step)
         best = attempt(low)
@@ -93,6 +96,7 @@ def largest_input(
             raise InputError(f"the peak does not grow with N in {pattern}")
         while high - low > step:
             middle = low + max(step, (high - low) // 2 // step * step)
+            tell(f"{shape(low)} fits, and {shape(high)} does not")
             found = attempt(middle)
             if isinstance(found, Fit):
                 low, best = middle, found

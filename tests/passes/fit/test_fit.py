@@ -305,7 +305,11 @@ def test_a_gpus_budget_leaves_room_for_what_tensors_do_not_show(net: nn.Module) 
 @pytest.mark.slow
 def test_the_largest_input_fits_and_the_next_does_not(net: nn.Module) -> None:
     budget = _peak(net)
-    found = largest_input(net, "1x1xNxNx32", memory=budget, prove=False, max_time=1.2)
+    told: list[str] = []
+    found = largest_input(
+        net, "1x1xNxNx32", memory=budget, prove=False, max_time=1.2, progress=told.append
+    )
+    assert any(text.startswith("1x1x") and "estimating" in text for text in told)
     text = next(remark for remark in found.remarks if "largest that fits" in remark)
     size = text.split()[0]
     number = int(size.split("x")[2])
