@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketize._torch import pytree
+from pocketize._torch import OpOverload, pytree, schema_of
 from pocketize.errors import FitError
 from pocketize.memory.work import EXAMPLE_BYTES, ConvolutionShape, Described, Operations, Work
 from pocketize.passes.fit.cache import cache_folder, read_json_file, write_json_file
@@ -49,6 +49,8 @@ _SMALL_MOVE = 4096
 _PAGE = 1024
 #: Calls on fewer bytes than these cost the same, whatever the operator.
 _SCALARS = 4096
+#: Arguments of which kernels read what their forward wrote: on other bytes the process may crash.
+_OPAQUE = {"workspace", "reserve"}
 #: Stands in a cache file for an operator that cannot be timed.
 _FAILED = -1.0
 
@@ -159,6 +161,10 @@ class TimeModel:
         return self._cold(lambda *of: aten.convolution_backward(*of, *rest), [out, *given])
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Callable[[], object]:
+        if isinstance(func, OpOverload):
+            opaque = _OPAQUE.intersection(each.name for each in schema_of(func).arguments)
+            if opaque:
+                raise ValueError(f"{func} needs the {opaque.pop()} of its forward")
         leaves, spec = pytree.tree_flatten(
             (args, kwargs), is_leaf=lambda value: isinstance(value, Described)
         )

@@ -116,6 +116,16 @@ def test_more_work_takes_longer(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_real_clock")
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_recurrent_layers_are_timed_without_a_crash(kind: Any, tmp_path: Path) -> None:
+    """The backward of torch's LSTM on the CPU reads addresses of what its forward left."""
+    work = Work()
+    request = Request(kind(4, 16), "2x150x4", optimizer="adam", estimate=True)
+    measure_here(request, work=work)
+    assert TimeModel(CPU, tmp_path / "times.json").seconds(work) > 0
+
+
+@pytest.mark.usefixtures("_real_clock")
 def test_times_are_kept_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = TimeModel(CPU, tmp_path / "times.json")
     work = _work(4, 32)
