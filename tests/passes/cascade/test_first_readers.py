@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pocketize.engine.surgery import apply_edits
 from pocketize.errors import RewriteError
 from pocketize.graph.capture import capture
-from pocketize.passes.cascade.extend_inputs import extend_inputs, find_first_readers
+from pocketize.passes.cascade.extend_inputs import extend_inputs
+from pocketize.passes.cascade.first_readers import find_first_readers
 from pocketize.plugin.edits import Extend
 
 
