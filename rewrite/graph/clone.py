@@ -16,7 +16,7 @@ import random
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,6 +29,10 @@ from pocketize.errors import CaptureError
 
 #: What ``deepcopy`` does not look into.
 _ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, weakref.ref)
+#: Attributes of every module.
+_TABLES = frozenset(vars(nn.Module()))
+#: How far from a hook what it writes into may be.
+_STEPS = 6
 
 
 def clone(model: nn.Module) -> nn.Module:
@@ -124,28 +128,73 @@ def kept_random_states() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_hooks(*models: nn.Module) -> Iterator[None]:
-    """Undo what forward hooks write into lists, dicts and sets of their closures.
+    """Undo what hooks write into lists, dicts, sets and attributes that they reach.
 
-    A copy of a model shares its hooks' closures with the original, so that tracing the copy would
-    leave fake tensors in, say, a user's list of features.
+    A copy of a model shares its hooks' closures and globals with the original, so that tracing the
+    copy would leave fake tensors in, say, a user's list of features.
     """
-    containers: dict[int, list[Any] | dict[Any, Any] | set[Any]] = {}
-    for model in models:
-        for hook in _hooks(model):
-            for cell in getattr(hook, "__closure__", None) or ():
-                with contextlib.suppress(ValueError):  # an empty cell
-                    if isinstance(cell.cell_contents, list | dict | set):
-                        containers[id(cell.cell_contents)] = cell.cell_contents
-    before = {key: copy.copy(container) for key, container in containers.items()}
+    found = _containers(models)
+    before = [(held, dict(held) if isinstance(held, dict) else list(held)) for held in found]
     try:
         yield
     finally:
-        for key, container in containers.items():
+        for container, old in before:
             if isinstance(container, list):
-                container[:] = before[key]
-            else:
+                container[:] = old
+            elif isinstance(container, set):
                 container.clear()
-                container.update(before[key])
+                container.update(old)
+            else:
+                for key in container.keys() - old:
+                    del container[key]
+                container.update(old)
+
+
+def _containers(models: tuple[nn.Module, ...]) -> list[list[Any] | dict[Any, Any] | set[Any]]:
+    """Return the containers that hooks reach in a few steps, attributes of objects among them.
+
+    Only functions are shared by a copy; it has its own copy of a hook that is an object.
+    """
+    found: list[list[Any] | dict[Any, Any] | set[Any]] = []
+    seen: set[int] = set()
+    reached: list[Any] = [
+        hook
+        for model in models
+        for module in model.modules()
+        for hooks in _hook_tables(module)
+        for hook in hooks.values()
+        if isinstance(hook, types.FunctionType)
+    ]
+    for _ in range(_STEPS):
+        new = [v for v in {id(v): v for v in reached}.values() if id(v) not in seen]
+        seen |= {id(v) for v in new}
+        found += [value for value in new if isinstance(value, list | dict | set)]
+        reached = [held for value in new for held in _held(value)]
+    return found
+
+
+def _held(value: Any) -> Iterator[Any]:
+    """Values that a hook can reach from another one in a step."""
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list | set):
+        yield from value
+    elif isinstance(value, types.FunctionType):
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                yield cell.cell_contents
+        yield from value.__defaults__ or ()
+        yield from (value.__kwdefaults__ or {}).values()
+        for name in value.__code__.co_names:
+            read = value.__globals__.get(name)
+            if not isinstance(read, types.FunctionType):  # whose library has a state of its own
+                yield read
+    elif isinstance(value, types.MethodType):
+        yield from (value.__func__, value.__self__)
+    elif isinstance(value, nn.Module):  # its weights and layers are not the hook's
+        yield from (held for name, held in vars(value).items() if name not in _TABLES)
+    elif not isinstance(value, (*_ATOMIC, Tensor)) and hasattr(value, "__dict__"):
+        yield vars(value)
 
 
 def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -218,7 +267,11 @@ def _computed_tensors(model: nn.Module) -> list[Tensor]:
     return [tensor for tensor in _reached_tensors(model) if not tensor.is_leaf]
 
 
-def _hooks(model: nn.Module) -> Iterator[Callable[..., Any]]:
-    for module in model.modules():
-        for table in (module._forward_pre_hooks, module._forward_hooks):
-            yield from table.values()
+def _hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Hooks of a forward and a backward."""
+    return (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )

@@ -201,6 +201,50 @@ def test_what_hooks_write_into_their_closures_is_undone() -> None:
     assert seen == set()
 
 
+class Store:
+    """Keeps what its hook sees, as people write it."""
+
+    def __init__(self) -> None:
+        self.last: Any = None
+        self.features: dict[str, list[Any]] = {"all": []}
+
+    def hook(self) -> Any:
+        def keep(*args: Any) -> None:
+            self.last = args[-1]
+            self.features["all"].append(args[-1])
+            self.features["new"] = args[-1]
+
+        return keep
+
+
+GLOBAL: dict[str, Any] = {}
+
+
+def into_global(*args: Any) -> None:
+    GLOBAL["output"] = args[-1]
+
+
+def into_default(module: Any, args: Any, output: Any, kept: Any = GLOBAL) -> None:
+    kept["output"] = output
+
+
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_hook", "register_full_backward_hook", "register_forward_pre_hook"],
+)
+def test_what_hooks_write_elsewhere_is_undone(register: str) -> None:
+    store, model = Store(), nn.Sequential(nn.Linear(3, 3))
+    for hook in (store.hook(), into_global):
+        getattr(model[0], register)(hook)
+    if register == "register_forward_hook":
+        model[0].register_forward_hook(into_default)
+    with quiet_hooks(model):
+        model(torch.ones(1, 3, requires_grad=True)).sum().backward()
+        assert store.last is not None
+        assert GLOBAL
+    assert (store.last, store.features, GLOBAL) == (None, {"all": []}, {})
+
+
 def test_closures_are_put_back_also_after_an_error() -> None:
     features: list[Tensor] = []
 
