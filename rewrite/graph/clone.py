@@ -206,6 +206,9 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         shared = _shared(model, copied)
         if not shared:
             _copy_notes(model, copied, memo)
+            _copy_functions(copied, memo)
+    except CaptureError:
+        raise
     except Exception as error:  # a user's __deepcopy__ or __reduce__ may raise anything
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. "
@@ -245,6 +248,71 @@ def _copy_notes(model: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> No
             for name in (slots,) if isinstance(slots, str) else slots:
                 if hasattr(module, name) and not hasattr(made, name):
                     object.__setattr__(made, name, copy.deepcopy(getattr(module, name), memo))
+
+
+def _copy_functions(copied: nn.Module, memo: dict[int, Any]) -> None:
+    """Let hooks and functions that are attributes refer to the copy; ``deepcopy`` shares them.
+
+    Raises:
+        CaptureError: a function that is an attribute reads a layer of the model as a global.
+    """
+    for module in nn.Module.modules(copied):
+        for name, value in vars(module).items():
+            if isinstance(value, types.FunctionType):
+                vars(module)[name] = _of_copy(value, memo)
+                _check_globals(module, name, value, memo)
+        for hooks in _hook_tables(module):
+            for number, hook in hooks.items():
+                hooks[number] = _of_copy(hook, memo)
+
+
+def _of_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """Return what a value of a model is in its copy; a function with its closure and defaults."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, types.MethodType):
+        owner = memo.get(id(value.__self__))
+        return value if owner is None else types.MethodType(value.__func__, owner)
+    if not isinstance(value, types.FunctionType):
+        return value
+    cells = [types.CellType() for _ in value.__closure__ or ()]
+    made = types.FunctionType(
+        value.__code__, value.__globals__, value.__name__, closure=tuple(cells)
+    )
+    memo[id(value)] = made  # its own closure may hold it
+    changed = False
+
+    def of_copy(old: Any) -> Any:
+        nonlocal changed
+        new = _of_copy(old, memo)
+        changed |= new is not old and new is not made
+        return new
+
+    for cell, old in zip(cells, value.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # an empty cell
+            cell.cell_contents = of_copy(old.cell_contents)
+    defaults, keywords = value.__defaults__, value.__kwdefaults__
+    made.__defaults__ = None if defaults is None else tuple(map(of_copy, defaults))
+    made.__kwdefaults__ = keywords and {key: of_copy(old) for key, old in keywords.items()}
+    if not changed:
+        del memo[id(value)]
+        return value
+    vars(made).update(vars(value))
+    return made
+
+
+def _check_globals(
+    module: nn.Module, name: str, function: types.FunctionType, memo: dict[int, Any]
+) -> None:
+    for read in function.__code__.co_names:
+        held = function.__globals__.get(read)
+        owner = getattr(held, "__self__", held)
+        if isinstance(owner, nn.Module | Tensor) and id(owner) in memo:
+            raise CaptureError(
+                f"{type(module).__name__}.{name} is a function that reads the global {read!r}, "
+                "which is of the model itself: in a copy it would still run the model. Make it a "
+                f"method of a class, or give it {read} as a default of an argument"
+            )
 
 
 def _fake(tensor: Tensor, mode: AbstractContextManager[Any], device: torch.device | None) -> Tensor:

@@ -258,6 +258,68 @@ def test_closures_are_put_back_also_after_an_error() -> None:
     assert features == []
 
 
+# -- functions that refer to the model ----------------------------------------------------------
+
+
+def replace_forward(model: Rich) -> None:
+    forward = model.conv.forward
+    model.conv.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
+
+
+def read_layer(model: Rich) -> None:
+    conv = model.conv
+    model.forward = lambda x, norm=model.norm: norm(conv(x))  # type: ignore[method-assign]
+
+
+def read_weight(model: Rich) -> None:
+    weight = model.conv.weight
+    model.conv.forward = lambda x: nn.functional.conv2d(x, weight)  # type: ignore[method-assign]
+
+
+def decorate(model: Rich) -> None:
+    def doubled(forward: Any) -> Any:
+        return lambda *args: 2 * forward(*args)
+
+    model.forward = doubled(lambda x: model.norm(model.conv(x)))  # type: ignore[method-assign]
+
+
+def return_features(model: Rich) -> None:
+    model.features = {}  # type: ignore[assignment]
+    model.conv.register_forward_hook(lambda *args: model.features.update(conv=args[-1]))
+    model.register_forward_hook(lambda *args: model.features["conv"])
+
+
+@pytest.mark.parametrize(
+    "change", [replace_forward, read_layer, read_weight, decorate, return_features]
+)
+def test_functions_of_a_clone_run_the_clone(change: Any) -> None:
+    model, x = Rich().eval(), torch.rand(1, 3, 8, 8)
+    change(model)
+    expected = model(x).detach()
+    copy = clone(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    assert torch.equal(copy(x), expected)
+    copy(x).sum().backward()
+    assert copy.conv.weight.grad is not None
+    assert model.conv.weight.grad is None
+    mode = FakeTensorMode()
+    faked = fake_clone(model, mode)
+    with mode:
+        assert isinstance(faked(torch.zeros(x.shape)), FakeTensor)
+
+
+def test_a_function_that_reads_a_layer_as_a_global_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = rich()
+    monkeypatch.setitem(globals(), "first_layer", model.conv)
+    model.forward = lambda x: first_layer(x)  # type: ignore[name-defined, method-assign] # noqa: F821
+    with pytest.raises(CaptureError, match=r"Rich\.forward .* the global 'first_layer'"):
+        clone(model)
+
+
 # -- models that have run ------------------------------------------------------------------------
 
 
