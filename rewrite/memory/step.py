@@ -212,6 +212,7 @@ def fixed_surroundings() -> Iterator[None]:
     """Restore random states afterwards; fix grad modes, warnings and garbage collection meanwhile.
 
     Python collects reference cycles at any time. Without that, a step has the same peak every time.
+    Anomaly detection reads values, which fake tensors do not have.
     """
     collecting = gc.isenabled()
     if collecting:  # otherwise an outer context has just done it, and it is slow
@@ -226,6 +227,7 @@ def fixed_surroundings() -> Iterator[None]:
             warnings.catch_warnings(),
             torch.inference_mode(False),
             torch.enable_grad(),
+            torch.autograd.set_detect_anomaly(False),
         ):
             warnings.simplefilter("ignore")
             yield

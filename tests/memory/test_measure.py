@@ -96,6 +96,13 @@ class TestNothingOfTheCallersChanges:
             assert measure(small(), torch.ones(2, 1, 8, 8)).peak == expected
             assert measure(small(), torch.ones(2, 1, 8, 8), estimate=True).peak == expected
 
+    @pytest.mark.parametrize("estimate", [False, True])
+    def test_anomaly_detection_of_the_caller_is_no_matter(self, estimate: bool) -> None:
+        expected = measure(small(), "2x1x8x8", estimate=estimate).peak
+        with torch.autograd.set_detect_anomaly(True):
+            assert measure(small(), "2x1x8x8", estimate=estimate).peak == expected
+            assert torch.is_anomaly_enabled()
+
 
 class TestModes:
     def test_frozen_norms_of_a_training_model_stay_frozen(self) -> None:
