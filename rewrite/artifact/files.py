@@ -41,7 +41,7 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
 
     Raises:
         ArtifactError: the file exists and ``overwrite`` is false, also where another process was
-            faster, or it cannot be written.
+            faster; it is no regular file; or it cannot be written.
     """
     target = Path(os.path.realpath(path))
     _check(target, path, overwrite)
@@ -192,6 +192,9 @@ def _check(
     # not the methods of paths, which raise where a name is too long
     if os.path.isdir(target) and not folder:
         raise ArtifactError(f"cannot write {path}: it is a folder")
+    if os.path.exists(target) and not (os.path.isfile(target) or os.path.isdir(target)):
+        # a rename would put a file in the place of, say, /dev/null
+        raise ArtifactError(f"cannot write {path}: it is a device, a pipe or a socket")
     if os.path.exists(target) and not overwrite:
         raise _exists(path)
     if not os.path.isdir(target.parent):

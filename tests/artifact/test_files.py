@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pocketize import save
-from pocketize.artifact.files import atomic_write, open_for_torch
+from pocketize.artifact.files import atomic_folder, atomic_write, open_for_torch
 from pocketize.artifact.pt2 import write_exported
 from pocketize.errors import ArtifactError
 from pocketize.graph.inputs import Inputs
@@ -98,6 +98,26 @@ def test_a_missing_folder_and_a_folder_in_the_way_are_explained(tmp_path: Path) 
         pytest.fail("the block must not run")
     with pytest.raises(ArtifactError, match="it is a folder"), atomic_write(tmp_path):
         pytest.fail("the block must not run")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("write", [atomic_write, atomic_folder])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_file_that_is_not_regular_is_left_alone(
+    tmp_path: Path, write: Any, overwrite: bool, linked: bool
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    path = tmp_path / "link" if linked else pipe
+    if linked:
+        path.symlink_to(pipe)
+    with (
+        pytest.raises(ArtifactError, match="it is a device, a pipe or a socket"),
+        write(path, overwrite=overwrite),
+    ):
+        pass
+    assert pipe.is_fifo()
 
 
 def test_an_error_of_the_file_system_is_told_in_its_words(tmp_path: Path) -> None:
