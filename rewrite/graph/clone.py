@@ -254,7 +254,7 @@ def _copy_functions(copied: nn.Module, memo: dict[int, Any]) -> None:
     """Let hooks and functions that are attributes refer to the copy; ``deepcopy`` shares them.
 
     Raises:
-        CaptureError: a function that is an attribute reads a layer of the model as a global.
+        CaptureError: such an attribute reads a layer or a parameter of the model as a global.
     """
     for module in nn.Module.modules(copied):
         for name, value in vars(module).items():
@@ -307,7 +307,7 @@ def _check_globals(
     for read in function.__code__.co_names:
         held = function.__globals__.get(read)
         owner = getattr(held, "__self__", held)
-        if isinstance(owner, nn.Module | Tensor) and id(owner) in memo:
+        if isinstance(owner, nn.Module | nn.Parameter) and id(owner) in memo:
             raise CaptureError(
                 f"{type(module).__name__}.{name} is a function that reads the global {read!r}, "
                 "which is of the model itself: in a copy it would still run the model. Make it a "
