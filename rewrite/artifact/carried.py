@@ -92,6 +92,12 @@ def apply_recipe(
         read = parse_data(recipe, where)
     except ValueError as error:
         raise ArtifactError(f"this is no recipe: {str(error).rstrip('.')}. {give}") from error
+    for alias, key in read.ties.items():
+        shapes = {read.shapes[name] for name in (alias, key) if name in read.shapes}
+        if len(shapes) > 1:
+            raise ArtifactError(
+                f"the recipe is damaged: it ties {alias} to {key}, which has another shape"
+            )
     records = records_of(read, where, folder)
     if done := history(model):
         raise ArtifactError(

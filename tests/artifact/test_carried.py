@@ -144,6 +144,15 @@ def test_a_recipe_with_a_damaged_record_is_refused(small: nn.Module) -> None:
         apply_recipe(Deep(), data)
 
 
+def test_a_tie_of_tensors_of_different_shapes_is_refused(small: nn.Module) -> None:
+    data = recipe(small)
+    first, *_, second = data["shapes"]
+    assert data["shapes"][first] != data["shapes"][second]
+    for alias, key in ((first, second), (second, first)):
+        with pytest.raises(ArtifactError, match=f"damaged: it ties {alias} to {key}"):
+            apply_recipe(small, {**data, "ties": {alias: key}})
+
+
 def test_ties_that_were_made_after_building_are_made_again() -> None:
     class Pair(nn.Sequential):
         def __init__(self) -> None:
