@@ -101,10 +101,8 @@ def _find(path: str) -> Any:
 
 
 def _missing(name: str) -> ExecutionError:
-    return ExecutionError(
-        f"torch {torch.__version__} has no {name}, which pocketize needs here. Use a version of "
-        "torch that the README lists as tested"
-    )
+    text = f"torch {torch.__version__} has no {name}, which pocketize needs here. Use a version"
+    return ExecutionError(f"{text} of torch that the README lists as tested")
 
 
 def _of(owner: Any, name: str, title: str) -> Any:
@@ -196,12 +194,7 @@ def schema_of(function: Any) -> Any:
 
 
 def has_kernel(operator: str, key: str) -> bool | None:
-    """Whether an operator has a kernel of its own for a dispatch key; None if it is unknown.
-
-    Args:
-        operator: its name, ``"aten::add.Tensor"``.
-        key: ``"CPU"``, ``"CompositeImplicitAutograd"``, ...
-    """
+    """Whether ``"aten::add.Tensor"`` has a kernel for a key, ``"CPU"``; None if unknown."""
     if not _find("torch._C._dispatch_has_kernel")(operator):
         return None
     return bool(_find("torch._C._dispatch_has_kernel_for_dispatch_key")(operator, key))
@@ -209,9 +202,8 @@ def has_kernel(operator: str, key: str) -> bool | None:
 
 def slow_on_cpu(dtype: torch.dtype) -> bool:
     """Whether torch says that it has no fast kernels for a 16-bit dtype on this CPU (oneDNN's)."""
-    short = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported", None)
-    return supported is not None and not supported()
+    short = "bf16" if dtype is torch.bfloat16 else "fp16"
+    return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported", lambda: True)()
 
 
 def run_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -29,7 +29,7 @@ from pocketize.memory.flops import flops_of
 from pocketize.memory.saved import SavedTensors
 from pocketize.memory.stage import fake_stage
 from pocketize.passes.shared.forwards import hooked, obstacle
-from pocketize.passes.shared.second_run import tensors_of
+from pocketize.passes.shared.object_state import tensors_of
 
 _PASSES = "pocketize.passes."
 aten = torch.ops.aten

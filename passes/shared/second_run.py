@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["Run", "slots_of", "tensors_of"]
+__all__ = ["Run"]
 
-import copy
-import logging
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from enum import Enum
-from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -22,18 +17,12 @@ from torch.utils.checkpoint import CheckpointError
 from pocketize._torch import TorchDispatchMode, innermost_saving, storage_key, version_of
 from pocketize.errors import ExecutionError
 from pocketize.graph.capture import find_tensors
+from pocketize.passes.shared.object_state import copied, has_state, put_state, state_of
 
 #: Buffers up to this many elements are kept whether or not they are known to have been written to:
 #: batch norm writes to its running statistics without raising their versions.
 _SMALL = 2**16
 
-#: Immutable values without tensors; containers that may be changed.
-_PLAIN = frozenset((bool, int, float, str, type(None)))
-_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, deque, set, tuple))
-#: Containers that classes derive from; what their items are called among the attributes.
-_DERIVED, _ITEMS = (OrderedDict, dict, list, deque, set), "its items"
-#: Objects with attributes that no forward changes, or that are not its own.
-_STATELESS = (type, FunctionType, MethodType, ModuleType, Enum, logging.Logger, logging.Handler)
 #: Objects that are looked at: a trainer may hang on a module.
 _OBJECTS = 2000
 
@@ -78,7 +67,7 @@ class Run:
         self.saved: list[Tensor] = []
         self._inputs: list[_Input] = []
         self._held: list[_NotedTensor] = []
-        self._arguments = _copied(self._given, self._save, {})
+        self._arguments = copied(self._given, self._save, {})
         self._names = {id(t): f"parameter {name!r}" for name, t in module.named_parameters()}
         self._names |= {id(t): f"buffer {name!r}" for name, t in module.named_buffers()}
         buffers = [b for m in module.modules() for b in m._buffers.values() if b is not None]
@@ -88,7 +77,7 @@ class Run:
         self._states: list[tuple[Any, dict[str, Any]]] = []
         self._known = {id(m) for m in module.modules()}
         for m in module.modules():
-            self._states.append((m, _copied(_state(m), self._hold, self._memo)))
+            self._states.append((m, copied(state_of(m), self._hold, self._memo)))
         self._memo, self._known = {}, set()
         self._settings = _settings()
         self._open: list[ExitStack] = []
@@ -98,7 +87,7 @@ class Run:
         given, self._given = self._given, None
         self.saved = []  # the hooks keep them now, or what they moved them to
         if given is None:
-            given = _copied(self._arguments, lambda v: _restored(v, saved), {})
+            given = copied(self._arguments, lambda v: _restored(v, saved), {})
         args, kwargs = given
         return self._forward(*args, **kwargs)
 
@@ -122,10 +111,10 @@ class Run:
     def _hold(self, value: Any) -> Any:
         """Note the version of a tensor among the attributes, and the attributes of an object."""
         if not isinstance(value, Tensor):
-            if id(value) not in self._known and _has_state(value):
+            if id(value) not in self._known and has_state(value):
                 self._known.add(id(value))
                 if len(self._known) <= _OBJECTS:
-                    held = _copied(_state(value), self._hold, self._memo)
+                    held = copied(state_of(value), self._hold, self._memo)
                     self._states.append((value, held))
             return value
         # Without the graph, which may lead to the graph of the forward before, and so on.
@@ -161,8 +150,8 @@ class Run:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _settle(self) -> None:
         """Keep copies of the buffers only that the first run wrote to, or may have."""
-        copied = [item for item in self._held if id(item.tensor) in self._copies]
-        wanted = {id(i.tensor) for i in copied if i.change() or i.tensor.numel() <= _SMALL}
+        items = [item for item in self._held if id(item.tensor) in self._copies]
+        wanted = {id(i.tensor) for i in items if i.change() or i.tensor.numel() <= _SMALL}
         self._copies = {key: copy for key, copy in self._copies.items() if key in wanted}
         self._held = [item for item in self._held if id(item.tensor) not in wanted]
 
@@ -181,7 +170,7 @@ class Run:
         changed |= {item.key: told for item in self._inputs if (told := item.change())}
         toggled = [i.tensor for i in self._held if i.tensor.requires_grad is not i.requires_grad]
         settings = _settings()
-        states = [(module, _state(module)) for module, _ in self._states]
+        states = [(module, state_of(module)) for module, _ in self._states]
         memo: dict[int, tuple[Any, Any]] = {}
         stand_ins: dict[int, Tensor] = {}
 
@@ -195,12 +184,12 @@ class Run:
             for tensor in toggled:
                 tensor.requires_grad_(not tensor.requires_grad)
             for (module, state), (_, now) in zip(self._states, states, strict=True):
-                _put(module, _copied(state, stand_in, memo), now)
+                put_state(module, copied(state, stand_in, memo), now)
             with _RefuseChanged(type(self._module).__name__, changed) if changed else ExitStack():
                 yield
         finally:
             for module, state in states:
-                _put(module, state, state)
+                put_state(module, state, state)
             for tensor in toggled:
                 tensor.requires_grad_(not tensor.requires_grad)
             _set(settings)
@@ -293,100 +282,6 @@ class _RefuseChanged(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
 
-def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Return the tensors that a module may read without being given them: its attributes."""
-    found: list[Tensor] = []
-    memo: dict[int, tuple[Any, Any]] = {}
-    for inner in module.modules():
-        _copied(_state(inner), lambda v: found.append(v) if isinstance(v, Tensor) else v, memo)
-    return found
-
-
-def _has_state(value: Any) -> bool:
-    """Whether a value is an object with attributes or items that a forward may change."""
-    if isinstance(value, _STATELESS):
-        return False
-    package = type(value).__module__.partition(".")[0]
-    if not isinstance(value, nn.Module) and package in ("torch", "pocketize"):
-        return False
-    slots = hasattr(type(value), "__slots__")
-    return (
-        slots or isinstance(getattr(value, "__dict__", None), dict) or isinstance(value, _DERIVED)
-    )
-
-
-def slots_of(value: Any) -> dict[str, Any]:
-    """Return the attributes that an object has in ``__slots__``."""
-    found = {}
-    for cls in type(value).__mro__:
-        slots = vars(cls).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            private = name.startswith("__") and not name.endswith("__")
-            stored = f"_{cls.__name__.lstrip('_')}{name}" if private else name
-            if not name.endswith("__") and hasattr(value, stored):
-                found[stored] = getattr(value, stored)
-    return found
-
-
-def _state(held: Any) -> dict[str, Any]:
-    """Return the attributes of a module, or of another object, and the items that it has."""
-    if isinstance(held, torch.jit.ScriptModule):  # the others are not Python's
-        tensors = {"_parameters": dict(held._parameters), "_buffers": dict(held._buffers)}
-        return {**tensors, "training": held.training}
-    if isinstance(held, nn.Module):
-        return dict(vars(held))
-    found = {**getattr(held, "__dict__", {}), **slots_of(held)}
-    if isinstance(held, _DERIVED):
-        found[_ITEMS] = dict(held) if isinstance(held, dict) else list(held)
-    return found
-
-
-def _put(held: Any, state: dict[str, Any], now: dict[str, Any]) -> None:
-    """Give an object other attributes and items; ``now`` are those that it has, or is to have."""
-    if isinstance(held, torch.jit.ScriptModule):
-        held.training = state["training"]
-        for name, buffer in state["_buffers"].items():
-            held._buffers[name] = buffer
-        return
-    if _is_sharded(state) or _is_sharded(now):
-        state = {**state, "_parameters": now["_parameters"]}  # fully_shard gathers them itself
-    if isinstance(held, nn.Module):
-        attributes = vars(held)
-        attributes.update(state)
-        for name in attributes.keys() - state.keys():
-            del attributes[name]
-        return
-    for name in _state(held).keys() - state.keys():
-        object.__delattr__(held, name) if _is_slot(held, name) else vars(held).pop(name)
-    for name, value in state.items():
-        if name == _ITEMS:
-            _put_items(held, value)
-        elif _is_slot(held, name):
-            object.__setattr__(held, name, value)  # also of a frozen dataclass
-        else:
-            vars(held)[name] = value
-
-
-def _is_slot(held: Any, name: str) -> bool:
-    return isinstance(getattr(type(held), name, None), MemberDescriptorType)
-
-
-def _put_items(held: Any, items: Any) -> None:
-    """Give a container other items, by the methods of the class that it derives from."""
-    kind: Any = next(each for each in _DERIVED if isinstance(held, each))
-    kind.clear(held)
-    if isinstance(held, dict):
-        for key, item in items.items():
-            kind.__setitem__(held, key, item)
-    else:
-        (kind.update if kind is set else kind.extend)(held, items)
-
-
-def _is_sharded(state: dict[str, Any]) -> bool:
-    parameters = state.get("_parameters") or {}
-    return any(hasattr(parameter, "device_mesh") for parameter in parameters.values())
-
-
 def _settings() -> list[Any]:
     return [torch.get_default_dtype(), *(getattr(place, name) for place, name in _FLAGS)]
 
@@ -401,27 +296,3 @@ def _set(values: list[Any]) -> None:
 def _key(tensor: Tensor) -> int:
     """Return what tells the memory of a tensor from that of others."""
     return storage_key(tensor) if tensor.layout is torch.strided else id(tensor)
-
-
-def _copied(value: Any, leaf: Callable[[Any], Any], memo: dict[int, tuple[Any, Any]]) -> Any:
-    """Return a copy of Python's containers in which everything else is what ``leaf`` returns."""
-    kind = type(value)
-    if kind in _PLAIN:
-        return value
-    named: Any = getattr(value, "_make", None) if isinstance(value, tuple) else None
-    if not named and kind not in _CONTAINERS:
-        return leaf(value)
-    if known := memo.get(id(value)):  # with the value itself, so that its id stays its own
-        return known[1]
-    if isinstance(value, tuple):
-        items = [_copied(item, leaf, memo) for item in value]
-        return memo.setdefault(id(value), (value, named(items) if named else tuple(items)))[1]
-    made = kind() if kind in (dict, OrderedDict) else copy.copy(value)
-    memo[id(value)] = value, made
-    if isinstance(value, dict):
-        for key, item in value.items():
-            made[key] = _copied(item, leaf, memo)
-    elif kind is not set:
-        for place, item in enumerate(value):
-            made[place] = _copied(item, leaf, memo)
-    return made

@@ -30,7 +30,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from pocketize.errors import ExecutionError
-from pocketize.passes.shared.second_run import slots_of
+from pocketize.passes.shared.object_state import slots_of
 from pocketize.passes.tiling.tiled_graph import TilingError
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
