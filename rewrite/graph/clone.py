@@ -12,6 +12,7 @@ __all__ = ["clone", "clone_modules", "fake_clone", "kept_random_states", "quiet_
 import contextlib
 import copy
 import gc
+import operator
 import random
 import types
 import warnings
@@ -31,8 +32,10 @@ from pocketize.errors import CaptureError
 _ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, weakref.ref)
 #: Attributes of every module.
 _TABLES = frozenset(vars(nn.Module()))
-#: How far from a hook what it writes into may be.
-_STEPS = 6
+#: How far from a hook what it writes into may be, and how much is looked at.
+_STEPS, _OBJECTS = 6, 100_000
+#: Modules of classes whose objects other threads change.
+_LIVE = {"_thread", "asyncio", "concurrent", "logging", "multiprocessing", "queue", "threading"}
 
 
 def clone(model: nn.Module) -> nn.Module:
@@ -134,20 +137,30 @@ def quiet_hooks(*models: nn.Module) -> Iterator[None]:
     copy would leave fake tensors in, say, a user's list of features.
     """
     found = _containers(models)
-    before = [(held, dict(held) if isinstance(held, dict) else list(held)) for held in found]
+    before = [(held, _items(held)) for held in found]
     try:
         yield
     finally:
-        for container, old in before:
+        for container, items in before:
+            if len(now := _items(container)) == len(items) and all(map(operator.is_, now, items)):
+                continue  # others, such as threads, may write to it at any time
             if isinstance(container, list):
-                container[:] = old
+                container[:] = items
             elif isinstance(container, set):
                 container.clear()
-                container.update(old)
+                container.update(items)
             else:
+                old = dict(zip(items[::2], items[1::2], strict=True))
                 for key in container.keys() - old:
                     del container[key]
                 container.update(old)
+
+
+def _items(container: list[Any] | dict[Any, Any] | set[Any]) -> list[Any]:
+    """Return what a container holds; of a dict each key and its value."""
+    if isinstance(container, dict):
+        return [each for pair in container.items() for each in pair]
+    return list(container)
 
 
 def _containers(models: tuple[nn.Module, ...]) -> list[list[Any] | dict[Any, Any] | set[Any]]:
@@ -169,6 +182,8 @@ def _containers(models: tuple[nn.Module, ...]) -> list[list[Any] | dict[Any, Any
         new = [v for v in {id(v): v for v in reached}.values() if id(v) not in seen]
         seen |= {id(v) for v in new}
         found += [value for value in new if isinstance(value, list | dict | set)]
+        if len(seen) > _OBJECTS:
+            break
         reached = [held for value in new for held in _held(value)]
     return found
 
@@ -193,7 +208,9 @@ def _held(value: Any) -> Iterator[Any]:
         yield from (value.__func__, value.__self__)
     elif isinstance(value, nn.Module):  # its weights and layers are not the hook's
         yield from (held for name, held in vars(value).items() if name not in _TABLES)
-    elif not isinstance(value, (*_ATOMIC, Tensor)) and hasattr(value, "__dict__"):
+    elif type(value).__module__.partition(".")[0] in _LIVE or isinstance(value, (*_ATOMIC, Tensor)):
+        pass
+    elif hasattr(value, "__dict__"):
         yield vars(value)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -243,6 +244,24 @@ def test_what_hooks_write_elsewhere_is_undone(register: str) -> None:
         assert store.last is not None
         assert GLOBAL
     assert (store.last, store.features, GLOBAL) == (None, {"all": []}, {})
+
+
+def test_what_hooks_reach_is_not_written_to_unless_it_has_changed() -> None:
+    class Watched(dict[str, int]):
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            raise AssertionError("written to")
+
+    watched, tasks = Watched(a=1), queue.Queue[int]()
+
+    def hook(module: nn.Module, args: Any) -> None:
+        assert watched
+        tasks.put(1)
+
+    model = nn.Sequential(nn.Linear(3, 3))
+    model.register_forward_pre_hook(hook)
+    with quiet_hooks(model):
+        model(torch.ones(1, 3))
+    assert (tasks.qsize(), tasks.unfinished_tasks) == (1, 1)
 
 
 def test_closures_are_put_back_also_after_an_error() -> None:
