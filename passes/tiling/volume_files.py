@@ -9,6 +9,7 @@ import gzip
 import os
 import shutil
 import tempfile
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 import torch.distributed as dist
 
 from pocketize.artifact.files import atomic_folder, atomic_write
-from pocketize.errors import InputError
+from pocketize.errors import InputError, PocketizeWarning
 from pocketize.passes.tiling.ome import OmeLevel, read_level
 from pocketize.passes.tiling.plan_text import times
 from pocketize.passes.tiling.storage import reserve
@@ -90,7 +91,7 @@ def _permuted(array: Any, order: Sequence[int]) -> Any:
 def open_volumes(
     paths: Sequence[str], *, axes: Sequence[int] | None = None, folder: str | None = None
 ) -> Iterator[VolumeFiles]:
-    """Open one file, or several of one shape with a channel each.
+    """Open one file, or several of one shape with a channel each; warn where these lie elsewhere.
 
     NIfTI files are (x, y, z), or (x, y, z, C); others are (*spatial) or (C, *spatial). A compressed
     one is unpacked into a temporary file in ``folder``, as nothing can be read from its middle.
@@ -107,9 +108,28 @@ def open_volumes(
         opened = [stack.enter_context(_opened(path, folder)) for path in paths]
         pairs = zip(paths, opened, strict=True)
         sources = [_ordered(path, source, axes) for path, (source, _, _) in pairs]
+        _check_places(paths, opened)
         _, header, level = opened[0]
         spatial = tuple(opened[0][0].shape[-3:]) if header is not None else ()
         yield VolumeFiles(sources if len(sources) > 1 else sources[0], header, spatial, level)
+
+
+def _check_places(paths: Sequence[str], opened: Sequence[tuple[Any, Any, Any]]) -> None:
+    """Warn where the voxels of NIfTI files are not those of the first one, in space."""
+    (source, first, _), *others = opened
+    for path, (_, header, _) in zip(paths[1:], others, strict=True):
+        if first is None or header is None:
+            continue
+        corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(source.shape[-3:]) - 1)
+        matrix = header.get_best_affine() - first.get_best_affine()
+        away = np.linalg.norm(corners @ matrix[:3, :3].T + matrix[:3, 3], axis=1).max()
+        if away > 0.1 * min(first.get_zooms()[:3]):
+            warnings.warn(
+                f"{path} is up to {away:.3g} mm away from {paths[0]} (their affines differ), but "
+                "is read as a channel of it, voxel by voxel; resample it if this is not meant",
+                PocketizeWarning,
+                stacklevel=5,
+            )
 
 
 def _ordered(path: str, source: Any, axes: Sequence[int] | None) -> Any:

@@ -141,6 +141,21 @@ def test_all_formats_hold_the_same(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("move", "told"), [(0.05, False), (2.0, True)])
+def test_channels_that_lie_elsewhere_are_told(
+    move: float, told: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    values = np.zeros(SHAPE, np.float32)
+    for name, shift in (("in1.nii", 0.0), ("in2.nii", move)):
+        affine = AFFINE.copy()
+        affine[0, 3] += shift
+        nibabel.save(nibabel.Nifti1Image(values, affine), name)
+    with open_volumes(["in1.nii", "in2.nii"]):
+        pass
+    text = "in2.nii is up to 2 mm away from in1.nii"
+    assert [text in str(each.message) for each in recwarn] == [True] * told
+
+
 def test_several_files_and_a_fourth_axis_are_channels() -> None:
     values = read("in.nii.gz")
     second = nibabel.Nifti1Image(values[::-1].copy(), AFFINE)
