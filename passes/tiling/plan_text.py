@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pocketize.errors import CaptureError, InputError, MeasureError
 from pocketize.graph.capture import find_tensors
-from pocketize.graph.clone import clone
+from pocketize.graph.clone import clone, quiet_code
 from pocketize.graph.inputs import Inputs, first_parameter
 from pocketize.graph.methods import set_mode
 from pocketize.passes.shared.forwards import lowering
@@ -261,7 +261,7 @@ def _run(model: nn.Module, inputs: Inputs, tiling: Tiling | None = None) -> list
     set_mode(copy, False)
     if tiling is not None:
         ExactForward(copy, tiling).install()
-    with torch.no_grad():
+    with torch.no_grad(), quiet_code(copy):
         return find_tensors(inputs.call(copy))
 
 

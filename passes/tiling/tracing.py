@@ -32,6 +32,7 @@ from pocketize._torch import (
 from pocketize.errors import CaptureError
 from pocketize.graph.capture import TracedGraph, find_tensors, quiet_tracing, trace_module
 from pocketize.graph.clone import fake_clone
+from pocketize.graph.code_reads import code_reads
 from pocketize.graph.inputs import Inputs, first_parameter
 from pocketize.ops import Kind, bind, operator_of
 from pocketize.ops.effects import written_nodes
@@ -242,6 +243,7 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
             if not is_table(name)
         }
         parts.append((path, type(module), tuple(held.items())))
+    parts.append(_read_by_code(model))
     places: dict[int, int] = {}
     for name, tensor in tensors_by_name(model).items():
         place = places.setdefault(id(tensor), len(places))  # one tensor may have two names
@@ -249,6 +251,12 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
         kind = tensor.dtype, tensor.device, tensor.requires_grad
         parts.append((name, place, tuple(tensor.shape), stride, *kind))
     return tuple(parts)
+
+
+def _read_by_code(model: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Describe the globals, and the attributes of classes, that a model's code reads."""
+    description = Description(model.modules())
+    return tuple((read.label, description.of(read.value)) for read in code_reads(model))
 
 
 def _written(node: fx.Node) -> list[fx.Node]:

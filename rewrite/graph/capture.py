@@ -57,7 +57,7 @@ from pocketize._torch import (
     user_frames,
 )
 from pocketize.errors import CaptureError, InputError
-from pocketize.graph.clone import clone, fake_clone, kept_random_states, quiet_hooks
+from pocketize.graph.clone import clone, fake_clone, kept_random_states, quiet_code
 from pocketize.graph.constants import Constants
 from pocketize.graph.inputs import (
     Inputs,
@@ -346,10 +346,10 @@ _TRACING = threading.RLock()
 def quiet_tracing(model: nn.Module) -> Iterator[None]:
     """Fix what makes traces differ, and put it back: random states, fast paths, warnings.
 
-    What hooks of the model write into their closures is undone too, and synchronised batch norms
-    run alone: a copy without memory has nothing to tell the other processes.
+    What hooks and forwards write into globals and closures is undone too, and synchronised batch
+    norms run alone: a copy without memory has nothing to tell the other processes.
     """
-    with _TRACING, _fixed(), quiet_hooks(model), _alone(model):
+    with _TRACING, _fixed(), quiet_code(model), _alone(model):
         yield
 
 

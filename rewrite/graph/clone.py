@@ -7,7 +7,7 @@ only shapes are wanted. Both are cured with the memo of ``deepcopy``.
 
 from __future__ import annotations
 
-__all__ = ["clone", "clone_modules", "fake_clone", "kept_random_states", "quiet_hooks"]
+__all__ = ["clone", "clone_modules", "fake_clone", "kept_random_states", "quiet_code"]
 
 import contextlib
 import copy
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from pocketize.errors import CaptureError
+from pocketize.graph.code_reads import code_reads
 
 #: What ``deepcopy`` does not look into.
 _ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, weakref.ref)
@@ -130,17 +131,26 @@ def kept_random_states() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_hooks(*models: nn.Module) -> Iterator[None]:
-    """Undo what hooks write into lists, dicts, sets and attributes that they reach.
+def quiet_code(*models: nn.Module) -> Iterator[None]:
+    """Undo what hooks and forwards write into globals, lists, dicts, sets and attributes.
 
-    A copy of a model shares its hooks' closures and globals with the original, so that tracing the
-    copy would leave fake tensors in, say, a user's list of features.
+    A copy of a model shares these with the original, so that tracing the copy would leave fake
+    tensors in, say, a user's list of features, or a cache of masks. ``functools.lru_cache`` cannot
+    be put back: one that was added to is cleared.
     """
-    found = _containers(models)
-    before = [(held, _items(held)) for held in found]
+    reads = [read for model in models for read in code_reads(model)]
+    caches = [r.value for r in reads if hasattr(r.value, "cache_info")]
+    misses = [cache.cache_info().misses for cache in caches]
+    before = [(held, _items(held)) for held in _containers(models, [r.value for r in reads])]
     try:
         yield
     finally:
+        for read in reads:
+            if isinstance(read.place, dict) and read.place.get(read.name) is not read.value:
+                read.place[read.name] = read.value
+        for cache, count in zip(caches, misses, strict=True):
+            if cache.cache_info().misses != count:
+                cache.cache_clear()
         for container, items in before:
             if len(now := _items(container)) == len(items) and all(map(operator.is_, now, items)):
                 continue  # others, such as threads, may write to it at any time
@@ -163,14 +173,16 @@ def _items(container: list[Any] | dict[Any, Any] | set[Any]) -> list[Any]:
     return list(container)
 
 
-def _containers(models: tuple[nn.Module, ...]) -> list[list[Any] | dict[Any, Any] | set[Any]]:
-    """Return the containers that hooks reach in a few steps, attributes of objects among them.
+def _containers(
+    models: tuple[nn.Module, ...], reads: list[Any]
+) -> list[list[Any] | dict[Any, Any] | set[Any]]:
+    """Return the containers that hooks and what code reads reach in a few steps, also attributes.
 
     Only functions are shared by a copy; it has its own copy of a hook that is an object.
     """
     found: list[list[Any] | dict[Any, Any] | set[Any]] = []
     seen: set[int] = set()
-    reached: list[Any] = [
+    reached: list[Any] = reads + [
         hook
         for model in models
         for module in model.modules()

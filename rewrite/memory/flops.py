@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from pocketize._torch import FakeTensorMode, TorchDispatchMode, run_parts, storage_key
 from pocketize.errors import PocketizeError
-from pocketize.graph.clone import fake_clone, quiet_hooks
+from pocketize.graph.clone import fake_clone, quiet_code
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import set_mode
 from pocketize.memory.stage import explained, fake_inputs, real_stage
@@ -102,7 +102,7 @@ def _count(copy: nn.Module, inputs: Inputs) -> Macs:
     torch.backends.mha.set_fastpath_enabled(False)  # one operator with the linear layers inside
     try:
         # Without autograd, linear and attention arrive whole.
-        with quiet_hooks(copy), torch.inference_mode(), counter:
+        with quiet_code(copy), torch.inference_mode(), counter:
             inputs.call(copy)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from pocketize._torch import fake_tensor_logger
 from pocketize.errors import MeasureError, nearest
 from pocketize.graph.capture import find_tensors
-from pocketize.graph.clone import kept_random_states, quiet_hooks
+from pocketize.graph.clone import kept_random_states, quiet_code
 from pocketize.graph.inputs import Inputs
 from pocketize.graph.methods import check_module, set_mode
 from pocketize.optim import step_in_backward
@@ -158,7 +158,7 @@ class MeasuredStep:
         # On a GPU the backward would run in a thread of its own, where the numbers that lead from
         # autograd nodes to modules would begin anew.
         threads = torch.autograd.grad_mode.set_multithreading_enabled(False)
-        with quiet_hooks(self.model), threads:
+        with quiet_code(self.model), threads:
             if self.train:
                 self._train(enter)
             else:

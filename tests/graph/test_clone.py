@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrizations
 
 from pocketize.errors import CaptureError
-from pocketize.graph.clone import clone, fake_clone, quiet_hooks
+from pocketize.graph.clone import clone, fake_clone, quiet_code
 
 
 class Rich(nn.Module):
@@ -193,7 +193,7 @@ def test_what_hooks_write_into_their_closures_is_undone() -> None:
 
     model = nn.Sequential(nn.ReLU())
     model[0].register_forward_hook(hook)
-    with quiet_hooks(model):
+    with quiet_code(model):
         model(torch.ones(1))
         assert features
         assert seen
@@ -239,7 +239,7 @@ def test_what_hooks_write_elsewhere_is_undone(register: str) -> None:
         getattr(model[0], register)(hook)
     if register == "register_forward_hook":
         model[0].register_forward_hook(into_default)
-    with quiet_hooks(model):
+    with quiet_code(model):
         model(torch.ones(1, 3, requires_grad=True)).sum().backward()
         assert store.last is not None
         assert GLOBAL
@@ -259,7 +259,7 @@ def test_what_hooks_reach_is_not_written_to_unless_it_has_changed() -> None:
 
     model = nn.Sequential(nn.Linear(3, 3))
     model.register_forward_pre_hook(hook)
-    with quiet_hooks(model):
+    with quiet_code(model):
         model(torch.ones(1, 3))
     assert (tasks.qsize(), tasks.unfinished_tasks) == (1, 1)
 
@@ -272,7 +272,7 @@ def test_closures_are_put_back_also_after_an_error() -> None:
 
     model = nn.Sequential(nn.Linear(3, 3))
     model.register_forward_pre_hook(hook)
-    with pytest.raises(RuntimeError), quiet_hooks(model):
+    with pytest.raises(RuntimeError), quiet_code(model):
         model(torch.ones(1, 9))
     assert features == []
 
