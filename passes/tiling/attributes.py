@@ -37,6 +37,8 @@ _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque, bytearray, array.array)
 #: What counts by its identity, whatever it holds.
 _WHOLE = (type, types.ModuleType, logging.Logger, logging.Handler)
+#: What has a name of its own.
+_NAMED = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 #: Objects and levels that one description looks at: a trainer may hang on a module.
 _OBJECTS, _LEVELS = 20_000, 50
 #: What torch or the tracer writes into a module without changing what it computes.
@@ -63,8 +65,8 @@ class Identity:
 
     def __repr__(self) -> str:
         """The same in every process: name and code, without addresses."""
-        named = self.value if hasattr(self.value, "__qualname__") else type(self.value)
-        code = getattr(getattr(self.value, "__code__", None), "co_code", b"")
+        named = self.value if isinstance(self.value, _NAMED) else type(self.value)
+        code = named.__code__.co_code if isinstance(named, types.FunctionType) else b""
         return f"{named.__module__}.{named.__qualname__} {code.hex()}"
 
 

@@ -11,6 +11,7 @@ __all__ = ["clone", "clone_modules", "fake_clone", "kept_random_states", "quiet_
 
 import contextlib
 import copy
+import functools
 import gc
 import operator
 import random
@@ -35,6 +36,7 @@ _ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType
 _TABLES = frozenset(vars(nn.Module()))
 #: How far from a hook what it writes into may be, and how much is looked at.
 _STEPS, _OBJECTS = 6, 100_000
+_LRU_CACHE = type(functools.lru_cache(len))
 #: Modules of classes whose objects other threads change.
 _LIVE = {"_thread", "asyncio", "concurrent", "logging", "multiprocessing", "queue", "threading"}
 
@@ -139,7 +141,7 @@ def quiet_code(*models: nn.Module) -> Iterator[None]:
     be put back: one that was added to is cleared.
     """
     reads = [read for model in models for read in code_reads(model)]
-    caches = [r.value for r in reads if hasattr(r.value, "cache_info")]
+    caches = [r.value for r in reads if isinstance(r.value, _LRU_CACHE)]
     misses = [cache.cache_info().misses for cache in caches]
     before = [(held, _items(held)) for held in _containers(models, [r.value for r in reads])]
     try:
@@ -335,7 +337,7 @@ def _check_globals(
 ) -> None:
     for read in function.__code__.co_names:
         held = function.__globals__.get(read)
-        owner = getattr(held, "__self__", held)
+        owner = held.__self__ if isinstance(held, types.MethodType) else held
         if isinstance(owner, nn.Module | nn.Parameter) and id(owner) in memo:
             raise CaptureError(
                 f"{type(module).__name__}.{name} is a function that reads the global {read!r}, "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pocketize import measure, plan, rewrite
 from pocketize.graph.code_reads import code_reads
 from pocketize.passes import Checkpoint, InPlaceNorm, Offload, Patchwise, Pocket, Recompute
+from pocketize.passes.tiling.tracing import fingerprint
 
 X = torch.ones(1, 1, 16, 16)
 NUMBER = 1.0
@@ -20,6 +21,16 @@ DEEP = 1.0
 SETTINGS = {"scale": 1.0}
 TABLES: dict[int, Tensor] = {}
 LAST: Tensor | None = None
+
+
+class Missing:
+    """Stands for a package that is not installed, as MONAI's optional_import does."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError(name)
+
+
+MISSING: Any = Missing()
 
 
 def helper(x: Tensor) -> Tensor:
@@ -118,6 +129,8 @@ class Cached(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y, size = self.last(self.act(self.norm(self.first(x)))), x.shape[-1]
+        if size < 0:
+            return MISSING.rearrange(x)
         return y * cached_table(size) + kept_table(size) + last_table(size)
 
 
@@ -151,6 +164,13 @@ def test_caches_of_tensors_are_those_of_the_user_afterwards(use: str) -> None:
     assert LAST is kept[2]
     assert TABLES[16] is kept[1]
     assert cached_table(16).equal(kept[0])
+
+
+def test_what_is_read_is_described_alike_each_time() -> None:
+    model = Cached()
+    found = fingerprint(model)
+    assert found == fingerprint(model)
+    assert "test_code_reads.Missing" in repr(found)
 
 
 def test_libraries_are_not_followed() -> None:
