@@ -239,9 +239,9 @@ def _hooked(table: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("net", "why"),
     [
-        (Chain(nn.BatchNorm2d(8), nn.ReLU()), "activation relu is not invertible; Recompute does"),
-        (Chain(nn.BatchNorm2d(8), nn.GELU()), "activation gelu is not invertible; Recompute does"),
-        (Chain(nn.BatchNorm2d(8), nn.SiLU()), "activation silu is not invertible; Recompute does"),
+        (Chain(nn.BatchNorm2d(8), nn.ReLU()), "activation relu is not invertible; use recompute"),
+        (Chain(nn.BatchNorm2d(8), nn.GELU()), "activation gelu is not invertible; use recompute"),
+        (Chain(nn.BatchNorm2d(8), nn.SiLU()), "activation silu is not invertible; use recompute"),
         (Chain(nn.BatchNorm2d(8), nn.LeakyReLU(0.0)), "leaky_relu(0) is not invertible"),
         (Chain(nn.BatchNorm2d(8), nn.LeakyReLU(-0.1)), "leaky_relu(-0.1) is not invertible"),
         (Chain(nn.BatchNorm2d(8), nn.Dropout(0.5), nn.LeakyReLU()), "dropout is active between"),
