@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from pocketize.errors import CaptureError
-from pocketize.graph.code_reads import code_reads
+from pocketize.graph.code_reads import code_reads, names_in
 
 #: What ``deepcopy`` does not look into.
 _ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, weakref.ref)
@@ -214,7 +214,7 @@ def _held(value: Any) -> Iterator[Any]:
                 yield cell.cell_contents
         yield from value.__defaults__ or ()
         yield from (value.__kwdefaults__ or {}).values()
-        for name in value.__code__.co_names:
+        for name in names_in(value.__code__):
             read = value.__globals__.get(name)
             if not isinstance(read, types.FunctionType):  # whose library has a state of its own
                 yield read
@@ -335,7 +335,7 @@ def _of_copy(value: Any, memo: dict[int, Any]) -> Any:
 def _check_globals(
     module: nn.Module, name: str, function: types.FunctionType, memo: dict[int, Any]
 ) -> None:
-    for read in function.__code__.co_names:
+    for read in sorted(names_in(function.__code__)):
         held = function.__globals__.get(read)
         owner = held.__self__ if isinstance(held, types.MethodType) else held
         if isinstance(owner, nn.Module | nn.Parameter) and id(owner) in memo:

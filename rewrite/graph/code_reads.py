@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CodeRead", "code_reads"]
+__all__ = ["CodeRead", "code_reads", "names_in"]
 
 import functools
 import sys
@@ -62,7 +62,7 @@ class _Reads:
         functions, self._functions = self._functions, []
         for function in functions:
             where = str(function.__globals__.get("__name__"))
-            for name in sorted(_names_in(function.__code__)):
+            for name in sorted(names_in(function.__code__)):
                 self._names.add(name)
                 if name in function.__globals__:
                     self._note(function.__globals__, where, name)
@@ -118,7 +118,7 @@ def _is_followed(module: str | None) -> bool:
 
 
 @functools.cache
-def _names_in(code: types.CodeType) -> frozenset[str]:
+def names_in(code: types.CodeType) -> frozenset[str]:
     """Return the names in a function's code, and in that of functions inside it."""
     inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
-    return frozenset(code.co_names).union(*map(_names_in, inner))
+    return frozenset(code.co_names).union(*map(names_in, inner))
